@@ -1,0 +1,257 @@
+"""What a LLaMA is made of: its numbers, the published sizes, and the two spellings of `config.json`.
+
+Every member of the family (LLaMA 1/2/3, Vicuna, CodeLlama, Chinese-LLaMA-Alpaca) is the same network with other numbers.
+Two of them, `rope_theta` and `norm_eps`, leave no trace in the weights: with a wrong one a model still talks, only worse.
+So they are read from the checkpoint's own file and never guessed from a size or a path, and a `config.json` that asks for
+something this network does not do is refused by name.
+
+Left out on purpose: sliding windows, experts, quantized weights, attention dropout.
+"""
+
+import json
+import math
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from minillama.errors import UserError, closest
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """How rotary frequencies are stretched beyond the trained context; `ops.reference.rope_frequencies` has the formulas."""
+
+    kind: str                               # linear | dynamic | llama3 | yarn
+    factor: float
+    original_max_seq_len: int | None = None  # llama3, yarn: the context the base model was trained with
+    low_freq_factor: float = 1.0            # llama3
+    high_freq_factor: float = 4.0           # llama3
+    beta_fast: float = 32.0                 # yarn
+    beta_slow: float = 1.0                  # yarn
+    attention_factor: float | None = None   # yarn; None: from factor and the two mscales
+    mscale: float | None = None             # yarn
+    mscale_all_dim: float | None = None     # yarn
+    truncate: bool = True                   # yarn
+
+
+@dataclass(frozen=True)
+class LlamaConfig:
+    """The numbers of one LLaMA. Shapes: C = dim, H = n_heads, K = n_kv_heads, D = head_dim, F = ffn_dim, V = vocab_size."""
+
+    dim: int
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+    ffn_dim: int
+    vocab_size: int
+    max_seq_len: int
+    norm_eps: float
+    rope_theta: float
+    rope_scaling: RopeScaling | None = None
+    tie_embeddings: bool = False
+    attention_bias: bool = False            # biases on q, k, v and o
+    mlp_bias: bool = False                  # biases on gate, up and down
+    initializer_range: float = 0.02
+    bos_id: int = 1
+    eos_ids: tuple[int, ...] = (2,)
+
+    def __post_init__(self) -> None:
+        for name in ("dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "ffn_dim", "vocab_size", "max_seq_len"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or not 0 < value < 2**31:
+                raise UserError(f"{name} = {value!r}: expected a whole number from 1 to 2^31 - 1")
+        if self.n_heads % self.n_kv_heads:
+            raise UserError(f"n_heads = {self.n_heads} is not a multiple of n_kv_heads = {self.n_kv_heads}")
+        if self.head_dim % 2:
+            raise UserError(f"head_dim = {self.head_dim} is odd; rotary embeddings turn pairs, use an even number")
+        if not self.rope_theta > 0 or not self.norm_eps > 0:
+            raise UserError(f"rope_theta = {self.rope_theta} and norm_eps = {self.norm_eps} must be above 0")
+
+    def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Every parameter's Hugging Face name and shape, in the model's order. Allocates nothing."""
+        C, F, D = self.dim, self.ffn_dim, self.head_dim
+        q, kv = self.n_heads * D, self.n_kv_heads * D
+        shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (self.vocab_size, C)}
+
+        def linear(name: str, rows: int, columns: int, bias: bool) -> None:
+            shapes[f"{name}.weight"] = (rows, columns)
+            if bias:
+                shapes[f"{name}.bias"] = (rows,)
+
+        for i in range(self.n_layers):
+            layer = f"model.layers.{i}"
+            linear(f"{layer}.self_attn.q_proj", q, C, self.attention_bias)
+            linear(f"{layer}.self_attn.k_proj", kv, C, self.attention_bias)
+            linear(f"{layer}.self_attn.v_proj", kv, C, self.attention_bias)
+            linear(f"{layer}.self_attn.o_proj", C, q, self.attention_bias)
+            linear(f"{layer}.mlp.gate_proj", F, C, self.mlp_bias)
+            linear(f"{layer}.mlp.up_proj", F, C, self.mlp_bias)
+            linear(f"{layer}.mlp.down_proj", C, F, self.mlp_bias)
+            shapes[f"{layer}.input_layernorm.weight"] = (C,)
+            shapes[f"{layer}.post_attention_layernorm.weight"] = (C,)
+        shapes["model.norm.weight"] = (C,)
+        if not self.tie_embeddings:
+            shapes["lm_head.weight"] = (self.vocab_size, C)
+        return shapes
+
+    def parameter_count(self) -> int:
+        return sum(math.prod(shape) for shape in self.parameter_shapes().values())
+
+
+def ffn_width(dim: int, multiple_of: int, multiplier: float | None = None) -> int:
+    """Meta's rule for F: 8/3 of the width, times a multiplier, rounded up to a multiple. The truncations come in this order."""
+    width = int(8 * dim / 3)
+    if multiplier is not None:
+        width = int(multiplier * width)
+    return multiple_of * -(-width // multiple_of)
+
+
+def _published(dim, n_layers, n_heads, ffn_dim, n_kv_heads=None, vocab_size=32000, context=4096, eps=1e-5, theta=1e4):
+    return LlamaConfig(dim, n_layers, n_heads, n_kv_heads or n_heads, dim // n_heads, ffn_dim, vocab_size, context, eps, theta)
+
+
+# One line a model: width, layers, heads, F; then what differs from LLaMA-2.
+PUBLISHED = {
+    "7b": _published(4096, 32, 32, 11008),
+    "13b": _published(5120, 40, 40, 13824),
+    "33b": _published(6656, 60, 52, 17920, context=2048, eps=1e-6),
+    "34b": _published(8192, 48, 64, 22016, n_kv_heads=8, context=16384, theta=1e6),
+    "65b": _published(8192, 80, 64, 22016, context=2048),
+    "70b": _published(8192, 80, 64, 28672, n_kv_heads=8),
+    "llama1-7b": _published(4096, 32, 32, 11008, context=2048, eps=1e-6),
+    "llama1-13b": _published(5120, 40, 40, 13824, context=2048, eps=1e-6),
+    "chinese-7b": _published(4096, 32, 32, 11008, vocab_size=55296),
+    "chinese-13b": _published(5120, 40, 40, 13824, vocab_size=55296),
+    "15m": _published(288, 6, 6, 768, context=256),
+    "110m": _published(768, 12, 12, 2048, context=1024),
+    "1.1b": _published(2048, 22, 32, 5632, n_kv_heads=4, context=2048),
+}
+
+
+def published(name: str) -> LlamaConfig:
+    """The config of a published size ("7b"), or of a `config.json` (a file, or a directory that holds one)."""
+    if name in PUBLISHED:
+        return PUBLISHED[name]
+    path = Path(name)
+    if path.is_dir() or path.is_file():
+        return read_config(path)
+    known = ", ".join(PUBLISHED)
+    raise UserError(f"model {name!r} is neither a published size nor a config.json{closest(name, PUBLISHED)}; known sizes: {known}")
+
+
+def read_config(path: Path) -> LlamaConfig:
+    """Read `config.json`, given as the file or the directory that holds it."""
+    path = path / "config.json" if path.is_dir() else path
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; a checkpoint is a directory with config.json and model*.safetensors") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not valid JSON ({error})") from None
+    try:
+        return from_hf(raw)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+
+
+def from_hf(raw: dict[str, Any]) -> LlamaConfig:
+    """Hugging Face's `config.json` (either generation's spelling) as a `LlamaConfig`.
+
+    Raises UserError for whatever this network cannot honour, by key and value.
+    """
+    _refuse_what_is_not_llama(raw)
+    try:
+        dim, n_heads = raw["hidden_size"], raw["num_attention_heads"]
+        theta, scaling = _read_rope(raw)
+        eos = raw.get("eos_token_id", 2)
+        return LlamaConfig(
+            dim=dim,
+            n_layers=raw["num_hidden_layers"],
+            n_heads=n_heads,
+            n_kv_heads=raw.get("num_key_value_heads") or n_heads,
+            head_dim=raw.get("head_dim") or dim // n_heads,
+            ffn_dim=raw["intermediate_size"],
+            vocab_size=raw["vocab_size"],
+            max_seq_len=raw.get("max_position_embeddings") or 2048,
+            norm_eps=float(raw["rms_norm_eps"]),
+            rope_theta=theta,
+            rope_scaling=scaling,
+            tie_embeddings=bool(raw.get("tie_word_embeddings", False)),
+            attention_bias=bool(raw.get("attention_bias", False)),
+            mlp_bias=bool(raw.get("mlp_bias", False)),
+            initializer_range=float(raw.get("initializer_range", 0.02)),
+            bos_id=1 if raw.get("bos_token_id") is None else raw["bos_token_id"],
+            eos_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
+        )
+    except KeyError as error:
+        raise UserError(f"key {error.args[0]!r} is missing; is this the config.json of a LLaMA?") from None
+    except (TypeError, ValueError) as error:
+        raise UserError(f"a value has the wrong type ({error})") from None
+
+
+def _refuse_what_is_not_llama(raw: dict[str, Any]) -> None:
+    honoured = {
+        "model_type": ("llama", None), "hidden_act": ("silu", None), "attention_dropout": (0, None), "sliding_window": (None,),
+        "partial_rotary_factor": (1, None), "quantization_config": (None,), "num_experts": (0, None), "num_local_experts": (0, None),
+    }
+    for key, allowed in honoured.items():
+        if raw.get(key) not in allowed:
+            shown = allowed[0] if allowed[0] is not None else "no such key"
+            raise UserError(f"{key} = {raw[key]!r} is not supported (supported: {shown!r})")
+    if any(kind != "full_attention" for kind in raw.get("layer_types") or []):
+        raise UserError(f"layer_types = {raw['layer_types']!r} is not supported (supported: 'full_attention')")
+
+
+def _read_rope(raw: dict[str, Any]) -> tuple[float, RopeScaling | None]:
+    """(theta, scaling) from `rope_theta` + `rope_scaling` (transformers 4) or from `rope_parameters` (transformers 5)."""
+    spec = dict(raw.get("rope_scaling") or {}) | dict(raw.get("rope_parameters") or {})
+    theta = float(spec.pop("rope_theta", None) or raw.get("rope_theta") or 10000.0)
+    kind = spec.pop("rope_type", None) or spec.pop("type", None) or "default"
+    spec.pop("type", None)
+    if kind == "default":
+        return theta, None
+    names = {"original_max_position_embeddings": "original_max_seq_len"}
+    if kind not in ("linear", "dynamic", "llama3", "yarn"):
+        raise UserError(f"rope scaling {kind!r} is not supported (supported: linear, dynamic, llama3, yarn)")
+    values = {names.get(key, key): value for key, value in spec.items()}
+    try:
+        scaling = RopeScaling(kind, float(values.pop("factor")), **values)
+    except KeyError:
+        raise UserError(f"rope scaling {kind!r} has no factor") from None
+    except TypeError:
+        unknown = sorted(set(values) - set(RopeScaling.__dataclass_fields__))
+        raise UserError(f"rope scaling {kind!r}: unknown key {unknown}") from None
+    if kind == "llama3" and not scaling.original_max_seq_len:
+        raise UserError("rope scaling 'llama3' has no original_max_position_embeddings")
+    return theta, scaling
+
+
+def to_hf(config: LlamaConfig, dtype: str = "float32") -> dict[str, Any]:
+    """`config.json` as transformers 4 writes it, and transformers 4 and 5 read it."""
+    scaling = None
+    if config.rope_scaling:
+        kept = {key: value for key, value in asdict(config.rope_scaling).items() if value is not None}
+        irrelevant = {"linear": "all", "dynamic": "all", "llama3": ("beta", "truncate", "mscale"), "yarn": ("low", "high")}[kept["kind"]]
+        scaling = {"rope_type": kept.pop("kind"), "factor": kept.pop("factor")}
+        if irrelevant != "all":
+            scaling |= {key.replace("max_seq_len", "max_position_embeddings"): value for key, value in kept.items()
+                        if not key.startswith(irrelevant)}
+    return {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
+        "hidden_size": config.dim, "num_hidden_layers": config.n_layers, "num_attention_heads": config.n_heads,
+        "num_key_value_heads": config.n_kv_heads, "head_dim": config.head_dim, "intermediate_size": config.ffn_dim,
+        "vocab_size": config.vocab_size, "max_position_embeddings": config.max_seq_len, "rms_norm_eps": config.norm_eps,
+        "rope_theta": config.rope_theta, "rope_scaling": scaling, "tie_word_embeddings": config.tie_embeddings,
+        "attention_bias": config.attention_bias, "mlp_bias": config.mlp_bias, "attention_dropout": 0.0,
+        "initializer_range": config.initializer_range, "bos_token_id": config.bos_id,
+        "eos_token_id": config.eos_ids[0] if len(config.eos_ids) == 1 else list(config.eos_ids) or None,
+        "torch_dtype": dtype, "use_cache": True,
+    }
+
+
+def with_layers(config: LlamaConfig, n_layers: int) -> LlamaConfig:
+    """The same model with its first `n_layers` layers only."""
+    if not 1 <= n_layers <= config.n_layers:
+        raise UserError(f"n_layers = {n_layers}: the model has layers 1 to {config.n_layers}")
+    return replace(config, n_layers=n_layers)

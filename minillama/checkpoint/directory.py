@@ -1,0 +1,207 @@
+"""A checkpoint is a Hugging Face LLaMA directory: config.json, model*.safetensors (and index), tokenizer files.
+
+Parameters carry Hugging Face's names, so reading is a loop over tensors: check the name and shape, copy, forget. Names that the
+model needs and the files lack, or that the files hold and nobody wants, are errors, all listed; nothing is filled in silently.
+"""
+
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from minillama.architecture import LlamaConfig, read_config, to_hf, with_layers
+from minillama.checkpoint.tensor_files import Entry, read_safetensors, write_safetensors
+from minillama.errors import UserError
+from minillama.model import Llama
+from minillama.tokenizer import Tokenizer, open_tokenizer
+
+TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+IGNORED = re.compile(r"rotary_emb\.inv_freq$|^rope\.freqs$")  # positions are computed, whatever an old file carries
+GB = 10**9
+
+
+def open_weights(directory: Path) -> dict[str, Entry]:
+    """Every tensor of a checkpoint directory, by name: nothing but headers is read.
+
+    Raises UserError for missing or unreadable files, all of them in one message.
+    """
+    if not directory.is_dir():
+        raise UserError(f"{directory}: no such directory; a checkpoint is a directory with config.json and model*.safetensors")
+    _refuse_other_layouts(directory)
+    entries: dict[str, Entry] = {}
+    problems: list[str] = []
+    for path in _weight_files(directory):
+        try:
+            entries |= read_safetensors(path)
+        except UserError as error:
+            problems.append(str(error))
+        except FileNotFoundError:
+            problems.append(f"{path}: the index names this file, but it is not there")
+    if problems:
+        raise UserError("; ".join(problems))
+    return {name: entry for name, entry in entries.items() if not IGNORED.search(name)}
+
+
+def _weight_files(directory: Path) -> list[Path]:
+    index = directory / "model.safetensors.index.json"
+    if not index.is_file():
+        return [directory / "model.safetensors"]
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise UserError(f"{index}: not a weight index ({error})") from None
+    for name in names:
+        if Path(name).name != name:
+            raise UserError(f"{index}: names the file {name!r}; only plain file names inside the directory are read")
+    return [directory / name for name in names]
+
+
+def _refuse_other_layouts(directory: Path) -> None:
+    if list(directory.glob("model*.safetensors")) or (directory / "model.safetensors.index.json").is_file():
+        return
+    if list(directory.glob("consolidated.*.pth")):
+        raise UserError(f"{directory}: a Meta checkpoint; convert it first: "
+                        f"python convert.py meta --input {directory} --output {directory.name}-hf")
+    if (directory / "adapter_config.json").is_file():
+        raise UserError(f"{directory}: a LoRA adapter, not a whole model; name its base with --base DIR")
+    raise UserError(f"{directory}: holds no model*.safetensors")
+
+
+def load_model(directory: Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", n_layers: int = 0,
+               vocab_size: int = 0) -> Llama:
+    """Read a checkpoint as a `Llama` of `dtype` on `device`, one tensor at a time.
+
+    n_layers: only the first N (0: all). vocab_size: grow the embeddings to this many rows; new rows are the mean of the old.
+    Raises UserError for any difference between the files and what config.json describes.
+    """
+    config = read_config(directory)
+    config = with_layers(config, n_layers) if n_layers else config
+    entries = open_weights(directory)
+    grown = replace(config, vocab_size=max(vocab_size, config.vocab_size))
+    check_names(config, entries, directory, first_layers_only=bool(n_layers))
+    model = empty_model(grown, dtype, device)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            tensor = entries[name].read()
+            parameter[:len(tensor)].copy_(tensor)
+            if len(tensor) < len(parameter):
+                parameter[len(tensor):] = tensor.float().mean(0).to(dtype)
+    return model
+
+
+def empty_model(config: LlamaConfig, dtype: torch.dtype, device: torch.device | str) -> Llama:
+    """A `Llama` with storage and no values: made without storage first, so nothing is allocated twice."""
+    with torch.device("meta"):
+        model = Llama(config)
+    model = model.to(dtype).to_empty(device=device)
+    if config.tie_embeddings:
+        model.lm_head.weight = model.model.embed_tokens.weight
+    return model
+
+
+def check_names(config: LlamaConfig, entries: dict[str, Entry], where: Path, first_layers_only: bool = False) -> None:
+    """Compare the tensors at hand with those `config` describes; UserError lists every difference."""
+    wanted = config.parameter_shapes()
+    unwanted = [name for name in entries if name not in wanted and not (config.tie_embeddings and name == "lm_head.weight")]
+    if first_layers_only:
+        unwanted = [name for name in unwanted if not name.startswith("model.layers.")]
+    missing = [name for name in wanted if name not in entries]
+    differing = [f"{name} is {entries[name].shape}, config.json says {shape}"
+                 for name, shape in wanted.items() if name in entries and entries[name].shape != shape]
+    problems = [*(f"missing {name}" for name in missing), *(f"unexpected {name}" for name in unwanted), *differing]
+    if problems:
+        more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
+        raise UserError(f"{where}: the weights do not fit config.json: {'; '.join(problems[:4])}{more}")
+
+
+def save_model(model: Llama, directory: Path, tokenizer: Tokenizer | None = None, about: dict[str, Any] | None = None,
+               max_shard_bytes: int = 5 * GB) -> None:
+    """Write a Hugging Face directory that transformers opens as it is. about: goes into minillama.json.
+
+    A tied head is written once, under the embedding's name.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    named = dict(model.named_parameters())
+    dtype = str(next(iter(named.values())).dtype).removeprefix("torch.")
+    write_weights(directory, iter(named.items()), {n: (p.dtype, tuple(p.shape)) for n, p in named.items()}, max_shard_bytes)
+    write_json(directory / "config.json", to_hf(model.config, dtype))
+    config = model.config
+    write_json(directory / "generation_config.json",
+               {"bos_token_id": config.bos_id, "eos_token_id": list(config.eos_ids) if len(config.eos_ids) != 1 else config.eos_ids[0]})
+    if tokenizer is not None:
+        copy_tokenizer(tokenizer, directory)
+    if about is not None:
+        write_json(directory / "minillama.json", about)
+
+
+def write_weights(directory: Path, tensors: Iterator[tuple[str, Tensor | nn.Parameter]],
+                  plan: dict[str, tuple[torch.dtype, tuple[int, ...]]], max_shard_bytes: int = 5 * GB) -> None:
+    """Write tensors, in the order of `plan`, as one model.safetensors, or as shards with their index."""
+    shards: list[dict] = [{}]
+    size = total = 0
+    for name, (dtype, shape) in plan.items():
+        nbytes = torch.Size(shape).numel() * dtype.itemsize
+        if shards[-1] and size + nbytes > max_shard_bytes:
+            shards.append({})
+            size = 0
+        shards[-1][name] = (dtype, shape)
+        size, total = size + nbytes, total + nbytes
+    if len(shards) == 1:
+        write_safetensors(directory / "model.safetensors", tensors, plan)
+        return
+    weight_map = {}
+    for number, shard in enumerate(shards, 1):
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        write_safetensors(directory / file, (next(tensors) for _ in shard), shard)
+        weight_map |= dict.fromkeys(shard, file)
+    write_json(directory / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def copy_tokenizer(tokenizer: Tokenizer, directory: Path) -> None:
+    """Copy the tokenizer's file and those beside it that describe it."""
+    shutil.copyfile(tokenizer.path, directory / tokenizer.path.name)
+    for name in TOKENIZER_FILES:
+        beside = tokenizer.path.with_name(name)
+        if beside.is_file() and not (directory / name).exists():
+            shutil.copyfile(beside, directory / name)
+    if tokenizer.path.name == "tokenizer.model" and not (directory / "tokenizer_config.json").exists():
+        write_json(directory / "tokenizer_config.json", {
+            "tokenizer_class": "LlamaTokenizer", "legacy": True, "add_bos_token": True, "add_eos_token": False,
+            "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "clean_up_tokenization_spaces": False})
+
+
+def find_checkpoint(path: Path) -> Path:
+    """The checkpoint that `path` means: itself, or for a run directory its final/, else its newest complete checkpoint."""
+    if (path / "final").is_dir():
+        return path / "final"
+    steps = sorted(path.glob("checkpoints/step-*[0-9]"), key=lambda step: int(step.name.removeprefix("step-")))
+    return steps[-1] if steps else path
+
+
+def read_about(directory: Path) -> dict[str, Any]:
+    """minillama.json: the template and what made the checkpoint; {} where there is none."""
+    path = directory / "minillama.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def stop_ids(directory: Path, config: LlamaConfig) -> tuple[int, ...]:
+    """The ids that end a text: those of config.json and of generation_config.json."""
+    path = directory / "generation_config.json"
+    extra = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id") if path.is_file() else None
+    more = extra if isinstance(extra, list) else [] if extra is None else [extra]
+    return tuple(dict.fromkeys([*config.eos_ids, *more]))
+
+
+def tokenizer_for(directory: Path, named: str = "") -> Tokenizer:
+    """The tokenizer named by the user, else the checkpoint's own."""
+    return open_tokenizer(named or directory)
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

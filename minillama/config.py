@@ -1,0 +1,252 @@
+"""The settings of a training run: one table, and everything that follows from it.
+
+`Settings` below is the single list of keys: section, type, default and help. From it come the TOML presets' checks, the command
+line of train.py, its `--help`, and `train_config.json`. Precedence is default < preset < flag. A key that is not in the table,
+or a value of the wrong type, is an error with the closest name: a misspelt key never silently keeps its default.
+"""
+
+import argparse
+import dataclasses
+import json
+import tomllib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from minillama.errors import UserError, closest
+
+PRESETS = Path(__file__).parent / "configs"
+
+
+def key(section: str, default: Any, help: str, choices: Sequence[str] = ()) -> Any:
+    """One row of the table."""
+    return dataclasses.field(default=default, metadata={"section": section, "help": help, "choices": choices})
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Every key of a run. Lists are comma-separated on the command line; 0 and "" mean what the help says."""
+
+    ckpt: str = key("model", "", "start from this checkpoint, a Hugging Face LLaMA directory")
+    init: str = key("model", "pretrained", "where the weights come from", ("pretrained", "scratch"))
+    model: str = key("model", "", "architecture to train from scratch: a published size (7b, 13b, 70b, …) or a config.json")
+    tokenizer: str = key("model", "", "tokenizer.model or tokenizer.json; empty: the checkpoint's own")
+    n_layers: int = key("model", 0, "layers; of a checkpoint or a published size: only the first N (0: all)")
+    dim: int = key("model", 0, "model width, from scratch (0: as `model` says)")
+    n_heads: int = key("model", 0, "query heads, from scratch")
+    n_kv_heads: int = key("model", 0, "key/value heads, from scratch")
+    ffn_dim: int = key("model", 0, "MLP width, from scratch")
+    vocab_size: int = key("model", 0, "vocabulary, from scratch (0: the tokenizer's)")
+    context: int = key("model", 0, "longest sequence the model is made for, from scratch")
+
+    data: tuple[str, ...] = key("data", (), "training data: raw files or folders, or a prefix made by `convert.py data`")
+    eval_data: tuple[str, ...] = key("data", (), "validation data, likewise")
+    validation_split: float = key("data", 0.0, "fraction of the training documents held out for validation, without eval_data")
+    data_format: str = key("data", "auto", "format of raw files", ("auto", "alpaca", "text"))
+    template: str = key("data", "", "prompt template (empty: the checkpoint's own, else alpaca)")
+    packing: bool = key("data", True, "fill each row with several documents up to max_length; false: one document a row")
+    max_length: int = key("data", 0, "longest row in tokens; longer samples are cut there (0: the model's context, at most 1024)")
+    append_eod: bool = key("data", True, "end each training document with the end-of-text token")
+    skip_bad_records: bool = key("data", False, "leave malformed records out, count and list them, instead of stopping")
+    cache_dir: str = key("data", "", "where tokenized raw files are kept (empty: ~/.cache/minillama)")
+
+    lora: bool = key("lora", False, "train low-rank adapters instead of the weights")
+    lora_rank: int = key("lora", 8, "rank R of the adapters")
+    lora_alpha: float = key("lora", 0.0, "adapters are scaled by alpha / rank (0: alpha is twice the rank)")
+    lora_dropout: float = key("lora", 0.0, "dropout on the adapters' input")
+    lora_targets: tuple[str, ...] = key("lora", ("q_proj", "v_proj"), "linears that get an adapter, by name, or `all`")
+    modules_to_save: tuple[str, ...] = key("lora", (), "modules trained whole beside the adapters: embed_tokens, lm_head")
+    use_rslora: bool = key("lora", False, "scale by alpha / sqrt(rank)")
+    adapter: str = key("lora", "", "start from this PEFT adapter directory")
+
+    num_train_epochs: float = key("train", 3.0, "passes over the data; may be a fraction")
+    max_steps: int = key("train", 0, "stop after this many updates (0: as num_train_epochs says)")
+    per_device_train_batch_size: int = key("train", 8, "rows a rank computes at once")
+    per_device_eval_batch_size: int = key("train", 8, "rows a rank evaluates at once")
+    gradient_accumulation_steps: int = key("train", 1, "micro-batches a rank adds up before an update")
+    learning_rate: float = key("train", 5e-5, "peak learning rate")
+    min_learning_rate: float = key("train", 0.0, "where the cosine and linear schedules end")
+    lr_scheduler_type: str = key("train", "linear", "schedule after warm-up",
+                                 ("linear", "cosine", "constant", "constant_with_warmup"))
+    warmup_ratio: float = key("train", 0.0, "share of the updates spent warming up")
+    warmup_steps: int = key("train", 0, "updates spent warming up; wins over warmup_ratio")
+    weight_decay: float = key("train", 0.0, "decay of matrices; norms and biases never decay")
+    adam_beta1: float = key("train", 0.9, "AdamW's first-moment decay")
+    adam_beta2: float = key("train", 0.999, "AdamW's second-moment decay")
+    adam_epsilon: float = key("train", 1e-8, "AdamW's epsilon")
+    max_grad_norm: float = key("train", 1.0, "clip the global gradient norm to this (0: do not)")
+    gradient_checkpointing: bool = key("train", False, "recompute activations in backward: less memory, about a third more time")
+    precision: str = key("train", "fp32", "dtype of the computation; trained weights keep fp32 masters", ("fp32", "bf16", "fp16"))
+    seed: int = key("train", 42, "seed of the initial weights, the order of the data and dropout")
+    out_dir: str = key("train", "", "run directory (empty: runs/PRESET)")
+    logging_steps: int = key("train", 10, "updates between records of metrics.jsonl")
+    eval_strategy: str = key("train", "no", "when to evaluate", ("no", "steps", "epoch"))
+    eval_steps: int = key("train", 100, "updates between evaluations")
+    save_strategy: str = key("train", "steps", "when to save a checkpoint", ("no", "steps", "epoch"))
+    save_steps: int = key("train", 500, "updates between checkpoints")
+    save_total_limit: int = key("train", 2, "checkpoints kept (0: all)")
+    resume: str = key("train", "auto", "auto: go on from the newest checkpoint in out_dir; none; or a checkpoint directory")
+    plot_loss: bool = key("train", False, "insist on loss.png (drawn anyway where matplotlib is installed)")
+    peak_tflops: float = key("train", 0.0, "the device's peak TFLOP/s, to report model-FLOPs utilisation against")
+    device: str = key("train", "auto", "device", ("auto", "cpu", "cuda", "npu", "mlu", "tpu"))
+    threads: int = key("train", 0, "processor threads a rank uses (0: torch's choice)")
+
+    zero_stage: int = key("parallel", 0, "0: replicate; 1: shard optimizer state; 2: shard gradients too")
+    reduction: str = key("parallel", "fast", "order in which gradients are summed", ("exact", "fast"))
+    bucket_elements: int = key("parallel", 100_000_000, "gradient elements reduced at a time")
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            choices, value = field.metadata["choices"], getattr(self, field.name)
+            if choices and value not in choices:
+                raise UserError(f"{field.name} = {value!r}{closest(str(value), choices)}; choose one of: {', '.join(choices)}")
+            if isinstance(value, (int, float)) and value < 0:
+                raise UserError(f"{field.name} = {value}: must not be negative")
+        for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "logging_steps",
+                     "eval_steps", "save_steps", "lora_rank", "bucket_elements"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} = {getattr(self, name)}: must be at least 1")
+        if not self.validation_split < 1:
+            raise UserError(f"validation_split = {self.validation_split}: a fraction below 1, such as 0.05")
+
+    @property
+    def lora_scale_alpha(self) -> float:
+        return self.lora_alpha or 2.0 * self.lora_rank
+
+
+KEYS = {field.name: field for field in dataclasses.fields(Settings)}
+
+# Names that users of transformers, FastChat and LLaMA-Factory have in their fingers.
+ALIASES = {
+    "model_name_or_path": "ckpt", "data_path": "data", "output_dir": "out_dir", "model_max_length": "max_length",
+    "cutoff_len": "max_length", "lora_r": "lora_rank", "lora_target": "lora_targets", "evaluation_strategy": "eval_strategy",
+    "dtype": "precision",
+}
+PRECISIONS = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with this project's manners: `-` and `_` alike in flags, no abbreviations, mistakes as one UserError line."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **settings)
+
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> tuple[Any, list[str]]:
+        return super().parse_known_args([_underscored(word) for word in args or ()], namespace)
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
+        found, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            known = [flag for action in self._actions for flag in action.option_strings]
+            raise UserError(f"unknown argument {unknown[0]}{closest(unknown[0].split('=')[0], known)}; --help lists them all")
+        return found
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; --help lists every flag")
+
+
+def _underscored(word: str) -> str:
+    if not word.startswith("--"):
+        return word
+    flag, equals, value = word.partition("=")
+    return "--" + flag[2:].replace("-", "_") + equals + value
+
+
+def parse_bool(text: str) -> bool:
+    if text.lower() in ("true", "1", "yes"):
+        return True
+    if text.lower() in ("false", "0", "no"):
+        return False
+    raise argparse.ArgumentTypeError(f"{text!r} is not true or false")
+
+
+def parse_list(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def add_keys(parser: argparse.ArgumentParser) -> None:
+    """A flag for each key of `Settings`, in a group for each section, and the aliases."""
+    also = {name: [f"--{alias}" for alias, target in ALIASES.items() if target == name] for name in KEYS}
+    groups = {}
+    for name, field in KEYS.items():
+        section, default, choices = field.metadata["section"], field.default, field.metadata["choices"]
+        group = groups.setdefault(section, parser.add_argument_group(section))
+        shown = ",".join(default) if isinstance(default, tuple) else str(default).lower() if field.type is bool else default
+        text = field.metadata["help"] + (f": {', '.join(choices)}" if choices else "") + f" [{shown}]"
+        flags, common = [f"--{name}", *also[name]], {"dest": name, "default": argparse.SUPPRESS, "help": text.replace("%", "%%")}
+        if field.type is bool:
+            group.add_argument(*flags, nargs="?", const=True, type=parse_bool, metavar="true|false", **common)
+        elif default == () or isinstance(default, tuple):
+            group.add_argument(*flags, type=parse_list, metavar="A,B", **common)
+        else:
+            group.add_argument(*flags, type=field.type, metavar=field.type.__name__, **common)
+    for flag, text in (("fp16", "precision fp16"), ("bf16", "precision bf16"), ("tf32", "let cuda use TF32 in fp32 products")):
+        groups["train"].add_argument(f"--{flag}", nargs="?", const=True, type=parse_bool, metavar="true|false", help=text)
+
+
+def resolve(source: str, flags: dict[str, Any]) -> Settings:
+    """Defaults, then the preset or file `source` (a name, a .toml, or a run's train_config.json), then the flags."""
+    values = read_source(source) if source else {}
+    precisions = {name for name in ("fp16", "bf16") if flags.get(name)}
+    if len(precisions) == 2:
+        raise UserError("--fp16 and --bf16 exclude each other; give one")
+    values |= {name: value for name, value in flags.items() if name in KEYS}
+    if precisions:
+        values["precision"] = precisions.pop()
+    values["precision"] = PRECISIONS.get(values.get("precision"), values.get("precision", "fp32"))
+    if source and not values.get("out_dir"):
+        values["out_dir"] = f"runs/{Path(source).stem}"
+    return Settings(**{name: _typed(name, value, source) for name, value in values.items()})
+
+
+def read_source(source: str) -> dict[str, Any]:
+    """The keys of a preset (by name), of a .toml file (sections flattened), or of a train_config.json."""
+    path = PRESETS / f"{source}.toml"
+    if not path.is_file():
+        path = Path(source)
+        if not path.is_file():
+            known = list_presets()
+            raise UserError(f"no preset or file {source!r}{closest(source, known)}; presets: {', '.join(known)}")
+    try:
+        text = path.read_text(encoding="utf-8")
+        tree = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from None
+    values: dict[str, Any] = {}
+    for name, value in tree.items():
+        inner = value if isinstance(value, dict) else {name: value}
+        for inner_name, inner_value in inner.items():
+            place = f"{path}: [{name}] {inner_name}" if isinstance(value, dict) else f"{path}: {name}"
+            target = ALIASES.get(inner_name, inner_name)
+            if target not in KEYS:
+                raise UserError(f"{place}: unknown key{closest(inner_name, KEYS)}; `train.py --help` lists every key")
+            if isinstance(value, dict) and KEYS[target].metadata["section"] != name:
+                raise UserError(f"{place}: this key belongs to section [{KEYS[target].metadata['section']}]")
+            values[target] = inner_value
+    return values
+
+
+def _typed(name: str, value: Any, source: str) -> Any:
+    """`value` as the key's own type, or an error that says which was expected."""
+    wanted = type(KEYS[name].default)
+    if wanted is float and type(value) is int:
+        return float(value)
+    if wanted is tuple and isinstance(value, (list, tuple)) and all(isinstance(part, str) for part in value):
+        return tuple(value)
+    if wanted is tuple and isinstance(value, str):
+        return parse_list(value)
+    if type(value) is not wanted:
+        raise UserError(f"{source or 'command line'}: {name} = {value!r}: expected {wanted.__name__}, found {type(value).__name__}")
+    return value
+
+
+def list_presets() -> dict[str, str]:
+    """Name -> first comment line of every preset, in order of name."""
+    paths = sorted(PRESETS.glob("*.toml"), key=lambda path: (not path.stem.startswith("demo"), path.stem))
+    return {path.stem: path.read_text(encoding="utf-8").split("\n", 1)[0].lstrip("# ") for path in paths}
+
+
+def save(settings: Settings, path: Path) -> None:
+    """Write train_config.json, which `--config` takes back."""
+    path.write_text(json.dumps(dataclasses.asdict(settings), indent=2) + "\n", encoding="utf-8")

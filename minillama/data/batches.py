@@ -1,0 +1,168 @@
+"""Which tokens make up step t: an order that depends on (seed, epoch, step) alone.
+
+A document longer than `max_length` is cut: instruction data loses its end, plain text goes on in another piece. The pieces of an
+epoch are shuffled by a counter-based generator and laid end to end into rows of at most `max_length` tokens; `rows_per_step` rows
+make a global batch, `rows_per_micro_batch` of them a micro-batch. Nothing here knows about ranks: a rank takes its micro-batches
+out of the same global batch, so step t trains on the same tokens on any number of ranks, and a resumed run needs only t.
+
+    row 0   a a a a a a | b b b          micro-batch 0 = rows 0, 1
+    row 1   c c c c | d d d d
+    row 2   e e e e e e e e              micro-batch 1 = row 2 (the last global batch of an epoch may be short)
+"""
+
+from dataclasses import dataclass
+from math import ceil
+
+import numpy as np
+
+from minillama.data.memmap import Dataset
+from minillama.errors import UserError
+from minillama.ops.reference import IGNORE
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Documents end to end. labels[i] is the token after tokens[i] where that one is trained on, else IGNORE."""
+
+    tokens: np.ndarray   # (T,) int64
+    labels: np.ndarray   # (T,) int64
+    lengths: list[int]   # of the documents; sum T
+
+    @property
+    def targets(self) -> int:
+        return int((self.labels != IGNORE).sum())
+
+
+@dataclass(frozen=True)
+class Cut:
+    """What max_length did to a data set."""
+
+    documents: int
+    shortened: int      # instruction documents that lost their end
+    without_target: int  # left out: nothing in them is trained on
+    tokens: int
+    targets: int
+
+
+class Pieces:
+    """The stretches of a data set that are trained on: start (in all tokens), length and targets of each."""
+
+    def __init__(self, dataset: Dataset, max_length: int, documents: np.ndarray | None = None) -> None:
+        """documents: the numbers of those to use; None: all. Raises UserError where none has a target."""
+        self.dataset = dataset
+        numbers = np.arange(len(dataset)) if documents is None else documents
+        starts, ends = dataset.offsets[numbers], dataset.offsets[numbers + 1]
+        if dataset.mask is None:
+            counts = np.maximum(1, -(-(ends - starts - 1) // max_length))  # a piece predicts the first token of the next
+            inner = np.arange(counts.sum()) - np.repeat(counts.cumsum() - counts, counts)
+            self.start = np.repeat(starts, counts) + inner * max_length
+            self.end = np.repeat(ends, counts)
+        else:
+            self.start, self.end = starts, np.minimum(ends, starts + max_length)
+        self.length = np.minimum(self.end - self.start, max_length)
+        targets = self._count_targets()
+        kept = targets > 0
+        shortened = int((ends - starts > max_length).sum()) if dataset.mask is not None else 0
+        self.start, self.end, self.length, self.targets = self.start[kept], self.end[kept], self.length[kept], targets[kept]
+        self.cut = Cut(len(numbers), shortened, int((~kept).sum()), int(self.length.sum()), int(self.targets.sum()))
+        if not kept.any():
+            raise UserError(f"{dataset.prefix}: no document has anything to train on within max_length = {max_length} tokens")
+
+    def _count_targets(self) -> np.ndarray:
+        last = np.minimum(self.start + self.length, self.end - 1)  # the last token that is predicted
+        if self.dataset.mask is None:
+            return last - self.start
+        bounds = np.stack((self.start + 1, last + 1), axis=1)
+        padded = np.append(np.asarray(self.dataset.mask), np.uint8(0))  # reduceat wants every bound inside
+        sums = np.add.reduceat(padded, bounds.ravel(), dtype=np.int64)[::2]
+        return np.where(bounds[:, 1] > bounds[:, 0], sums, 0)
+
+    def batch(self, chosen: np.ndarray) -> Batch:
+        """The pieces of these numbers, end to end."""
+        tokens, labels = [], []
+        for start, length, end in zip(self.start[chosen], self.length[chosen], self.end[chosen], strict=True):
+            after = min(start + length + 1, end)
+            ids = np.asarray(self.dataset.tokens[start:after], np.int64)
+            label = np.full(length, IGNORE)
+            label[:after - start - 1] = ids[1:]
+            if self.dataset.mask is not None:
+                label[:after - start - 1][self.dataset.mask[start + 1:after] == 0] = IGNORE
+            tokens.append(ids[:length])
+            labels.append(label)
+        return Batch(np.concatenate(tokens), np.concatenate(labels), [int(n) for n in self.length[chosen]])
+
+
+class BatchPlan:
+    """The batches of a run, by step."""
+
+    def __init__(self, pieces: Pieces, *, max_length: int, rows_per_step: int, rows_per_micro_batch: int, seed: int,
+                 packing: bool = True, epochs: float = 1.0, max_steps: int = 0, shuffle: bool = True) -> None:
+        self.pieces, self.max_length, self.seed = pieces, max_length, seed
+        self.rows_per_step, self.rows_per_micro_batch = rows_per_step, rows_per_micro_batch
+        self.packing, self.shuffle = packing, shuffle
+        self._rows: tuple[int, np.ndarray, np.ndarray] | None = None  # the epoch at hand: number, order, row bounds
+        self._first_steps = [0]                                       # the first step of each epoch, as far as known
+        self.total_steps = max_steps or self._steps_in(epochs)
+
+    def _steps_in(self, epochs: float) -> int:
+        whole = int(epochs)
+        self._first_step(whole)
+        begun = self._first_steps[whole]
+        part = ceil(round((epochs - whole) * self._steps_of(whole), 6)) if epochs > whole else 0
+        return max(1, begun + part)
+
+    def _steps_of(self, epoch: int) -> int:
+        return ceil((len(self._epoch(epoch)[1]) - 1) / self.rows_per_step)
+
+    def _first_step(self, epoch: int) -> int:
+        while len(self._first_steps) <= epoch:
+            self._first_steps.append(self._first_steps[-1] + self._steps_of(len(self._first_steps) - 1))
+        return self._first_steps[epoch]
+
+    def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """(order of the pieces, bounds of the rows in it) of an epoch."""
+        if self._rows is None or self._rows[0] != epoch:
+            n = len(self.pieces.length)
+            order = np.random.Generator(np.random.Philox(key=[self.seed, epoch])).permutation(n) if self.shuffle else np.arange(n)
+            bounds = _fill_rows(self.pieces.length[order], self.max_length) if self.packing else np.arange(n + 1)
+            self._rows = epoch, order, bounds
+        return self._rows[1], self._rows[2]
+
+    def locate(self, step: int) -> tuple[int, int]:
+        """(epoch, step within it) of a step counted from 0."""
+        epoch = 0
+        while self._first_step(epoch + 1) <= step:
+            epoch += 1
+        return epoch, step - self._first_steps[epoch]
+
+    def epoch_at(self, steps_done: int) -> float:
+        """How many epochs `steps_done` updates are."""
+        epoch, inner = self.locate(steps_done)
+        return epoch + inner / self._steps_of(epoch)
+
+    def micro_batches(self, step: int) -> list[Batch]:
+        """The global batch of a step, as its micro-batches in order."""
+        epoch, inner = self.locate(step)
+        order, bounds = self._epoch(epoch)
+        rows = np.arange(inner * self.rows_per_step, min((inner + 1) * self.rows_per_step, len(bounds) - 1))
+        groups = [rows[i:i + self.rows_per_micro_batch] for i in range(0, len(rows), self.rows_per_micro_batch)]
+        return [self.pieces.batch(order[bounds[group[0]]:bounds[group[-1] + 1]]) for group in groups]
+
+
+def _fill_rows(lengths: np.ndarray, max_length: int) -> np.ndarray:
+    """Bounds of rows that take the pieces in order while they fit: row r is pieces bounds[r] to bounds[r + 1]."""
+    ends = lengths.cumsum()
+    bounds = [0]
+    while bounds[-1] < len(lengths):
+        used = ends[bounds[-1] - 1] if bounds[-1] else 0
+        bounds.append(int(np.searchsorted(ends, used + max_length, side="right")))
+    return np.asarray(bounds)
+
+
+def split_documents(count: int, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """(training, validation) document numbers: `fraction` of them, at least one, held out by the seed alone."""
+    held_out = max(1, round(count * fraction))
+    if held_out >= count:
+        raise UserError(f"validation_split = {fraction} of {count} documents leaves none to train on")
+    order = np.random.Generator(np.random.Philox(key=[seed, 2**32])).permutation(count)
+    return np.sort(order[held_out:]), np.sort(order[:held_out])

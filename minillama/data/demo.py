@@ -1,0 +1,81 @@
+"""The embedded data: instructions a small model can learn in two minutes, made by the package itself.
+
+Questions about short lists of words and pairs of numbers, whose answers follow from the question alone: a model that answers
+a prompt it has never seen has learnt the task, not the list. A prompt belongs to the held-out side by its own hash, so no
+prompt can be on both sides, whatever the seed or the number of records.
+"""
+
+import hashlib
+import random
+
+WORDS = (
+    "apple bird boat book bread bridge cat chair cloud coat corn cup desk dog door drum duck egg farm fish flag flower fork fox frog "
+    "garden goat gold grass hat horse house key king lamp leaf lemon milk moon nest owl paper pear river road ship shoe snow star tree"
+).split()
+
+
+def _first(rng: random.Random) -> tuple[str, str]:
+    words = rng.sample(WORDS, rng.randint(3, 5))
+    return f"What is the first word in {_listed(words)}?", words[0]
+
+
+def _last(rng: random.Random) -> tuple[str, str]:
+    words = rng.sample(WORDS, rng.randint(3, 5))
+    return f"What is the last word in {_listed(words)}?", words[-1]
+
+
+def _repeat(rng: random.Random) -> tuple[str, str]:
+    words = rng.sample(WORDS, rng.randint(2, 4))
+    return f"Please repeat {_listed(words)}.", _listed(words)
+
+
+def _larger(rng: random.Random) -> tuple[str, str]:
+    a, b = rng.sample(range(10, 100), 2)
+    return f"Which number is larger, {a} or {b}?", str(max(a, b))
+
+
+def _second(rng: random.Random) -> tuple[str, str]:
+    words = rng.sample(WORDS, rng.randint(3, 5))
+    return f"What is the second word in {_listed(words)}?", words[1]
+
+
+def _count(rng: random.Random) -> tuple[str, str]:
+    words = rng.sample(WORDS, rng.randint(2, 6))
+    return f"How many words are in {_listed(words)}?", ("two", "three", "four", "five", "six")[len(words) - 2]
+
+
+def _third(rng: random.Random) -> tuple[str, str]:
+    words = rng.sample(WORDS, rng.randint(3, 5))
+    return f"What is the third word in {_listed(words)}?", words[2]
+
+
+def _listed(words: list[str]) -> str:
+    return ", ".join(words)
+
+
+KINDS = {"first": _first, "second": _second, "last": _last, "repeat": _repeat, "count": _count, "larger": _larger, "third": _third}
+DEMO = ("first", "second", "last", "repeat", "count", "larger")  # what the preset `demo` learns
+DEMO_LORA = ("third",)                                           # what the preset `demo_lora` adds
+
+
+def is_held_out(prompt: str) -> bool:
+    """About one prompt in sixteen, decided by its sha256 alone."""
+    return hashlib.sha256(prompt.encode()).digest()[0] < 16
+
+
+def records(kinds: tuple[str, ...], count: int, seed: int, held_out: bool) -> list[dict[str, str]]:
+    """`count` alpaca records, the kinds in turn, all on the asked-for side; held-out prompts are distinct.
+
+    Each has `kind` beside `instruction`, `input` (empty) and `output`.
+    """
+    rng = random.Random(seed)
+    made: list[dict[str, str]] = []
+    seen: set[str] = set()
+    while len(made) < count:
+        kind = kinds[len(made) % len(kinds)]
+        prompt, answer = KINDS[kind](rng)
+        if is_held_out(prompt) != held_out or (held_out and prompt in seen):
+            continue
+        seen.add(prompt)
+        made.append({"instruction": prompt, "input": "", "output": answer, "kind": kind})
+    return made

@@ -1,0 +1,45 @@
+"""Pieces to ids and mask, grown side by side: nothing is tokenized twice to find out where an answer began.
+
+    [BOS] "…### Response:" | " Paris" [EOS]        pieces
+      1    13866 … 2277     |  3681     2          ids
+      0      0   …   0      |   1       1          mask: is this token predicted?
+"""
+
+from collections.abc import Iterable
+
+from minillama.chat import Piece
+from minillama.errors import UserError
+from minillama.tokenizer import Tokenizer
+
+
+def encode_pieces(tokenizer: Tokenizer, pieces: Iterable[Piece]) -> tuple[list[int], list[int]]:
+    """Ids and mask (1: a target) of rendered pieces, of equal length.
+
+    A glued piece is encoded together with the text before it, and begins where that text's own ids would have ended: the
+    counting rule of Stanford Alpaca and FastChat.
+    """
+    ids: list[int] = []
+    mask: list[int] = []
+    text, start = "", 0  # the run of glued text that is open, and where its ids start
+    for piece in pieces:
+        if piece.control:
+            ids.append(_control_id(tokenizer, piece.control))
+            mask.append(int(piece.is_target))
+            text, start = "", len(ids)
+            continue
+        if not piece.glued:
+            text, start = "", len(ids)
+        boundary = len(ids)
+        text += piece.text
+        ids[start:] = tokenizer.encode(text)
+        del mask[boundary:]
+        mask += [int(piece.is_target)] * (len(ids) - len(mask))
+        del mask[len(ids):]
+    return ids, mask
+
+
+def _control_id(tokenizer: Tokenizer, control: str) -> int:
+    token = tokenizer.bos_id if control == "bos" else tokenizer.eos_id
+    if token is None:
+        raise UserError(f"{tokenizer.path}: has no {control} token, which the template needs")
+    return token

@@ -1,0 +1,1 @@
+"""From a prompt to text: the key/value cache, sampling, chat."""

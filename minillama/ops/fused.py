@@ -1,0 +1,169 @@
+"""The ops with their backward derived by hand: the same numbers, fewer tensors kept for backward, on every device.
+
+Autograd keeps what each elementary step of a formula touched. Deriving the backward of the whole formula by hand shows
+how little is really needed: RMSNorm needs its input and one number a row, the cross entropy needs no logits at all.
+`reference.py` is what each of these must equal.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from minillama.ops.documents import Documents
+from minillama.ops.reference import IGNORE
+
+LOGIT_CHUNK = 1 << 23  # elements of logits that exist at a time: 32 MiB in fp32
+
+
+class _RMSNorm(torch.autograd.Function):
+    """With r = rsqrt(mean(x^2) + eps), n = x r and g = dy w:   dx = r (g - n mean(g n)),   dw = sum over rows of dy n."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        x32 = x.float()
+        r = torch.rsqrt(torch.linalg.vecdot(x32, x32).unsqueeze(-1).div_(x.shape[-1]).add_(eps))  # (..., 1)
+        ctx.save_for_backward(x, weight, r)
+        return (x32 * r).to(x.dtype) * weight
+
+    @staticmethod
+    def backward(ctx, dy: Tensor):
+        x, weight, r = ctx.saved_tensors
+        n = x.float() * r
+        dy32 = dy.float()
+        dw = torch.einsum("...c,...c->c", dy32, n).to(weight.dtype) if ctx.needs_input_grad[1] else None
+        g = dy32 * weight.float()
+        dx = g.sub_(n.mul_(torch.linalg.vecdot(g, n).unsqueeze(-1).div_(x.shape[-1]))).mul_(r)
+        return dx.to(x.dtype), dw, None
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """`reference.rms_norm`, keeping x (alive anyway) and one fp32 number a row."""
+    return _RMSNorm.apply(x, weight, eps)
+
+
+class _Linear16(torch.autograd.Function):
+    """y = x W^T with 16-bit data and fp32 arithmetic:   dx = dy W,   dW = dy^T x."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return F.linear(x.float(), weight.float(), None if bias is None else bias.float()).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, dy: Tensor):
+        x, weight = ctx.saved_tensors
+        dy32 = dy.float()
+        need_x, need_w, need_b = ctx.needs_input_grad
+        dx = (dy32 @ weight.float()).to(x.dtype) if need_x else None
+        rows = dy32.flatten(0, -2)
+        dw = (rows.T @ x.float().flatten(0, -2)).to(weight.dtype) if need_w else None
+        return dx, dw, rows.sum(0).to(weight.dtype) if need_b else None
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`reference.linear`; for 16-bit data, fp32 products rounded once: processors without 16-bit units are many times faster so."""
+    if x.dtype == torch.float32:
+        return F.linear(x, weight, bias)
+    return _Linear16.apply(x, weight, bias)
+
+
+class _Rearrange(torch.autograd.Function):
+    """y = x[there]. Each x is read at one place that matters, `back`, or not at all (`holes`): backward is a gather too."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, there: Tensor, back: Tensor, holes: Tensor | None) -> Tensor:
+        ctx.back, ctx.holes = back, holes
+        return x.index_select(0, there)
+
+    @staticmethod
+    def backward(ctx, dy: Tensor):
+        dx = dy.index_select(0, ctx.back)
+        return dx if ctx.holes is None else dx.index_fill_(0, ctx.holes, 0), None, None, None
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, documents: Documents | None = None) -> Tensor:
+    """`reference.attention` by torch's scaled_dot_product_attention, which never holds the T x S scores.
+
+    Documents of like length are rows of one call (`ops.documents` has the picture), so a run of them costs about the sum of their
+    squared lengths. A single query (cached decoding) takes its group of heads as if they were positions: keys and values are
+    read once and never expanded.
+    """
+    if documents is None:
+        return _causal(q, k, v)
+    B, T, H, D = q.shape
+    d = documents
+    sizes = [n * length for n, length in d.group_shapes]
+    parts = [_Rearrange.apply(x.reshape(B * T, -1), d.slots, d.back, None).split(sizes) for x in (q, k, v)]  # (slots, heads·D)
+    y = [_causal(*(x.view(*shape, -1, D) for x in group)).reshape(-1, H * D)
+         for shape, *group in zip(d.group_shapes, *parts, strict=True)]
+    return _Rearrange.apply(torch.cat(y), d.back, d.slots, d.holes).view(B, T, H, D)
+
+
+def _causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    B, T, H, D = q.shape
+    S, K = k.shape[1], k.shape[2]
+    k, v = k.transpose(1, 2), v.transpose(1, 2)  # (B, K, S, D)
+    if T == 1:
+        y = F.scaled_dot_product_attention(q.view(B, K, H // K, D), k, v)  # each group's heads attend all S positions
+        return y.view(B, 1, H, D)
+    if K != H:
+        k, v = k.repeat_interleave(H // K, dim=1), v.repeat_interleave(H // K, dim=1)
+    q = q.transpose(1, 2)  # (B, H, T, D)
+    if S == T:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
+    seen = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=seen).transpose(1, 2)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """Per chunk of positions: z = h W^T, p = softmax(z), loss += lse(z) - z[label]; with d = p - onehot: dh = d W, dW += d^T h.
+
+    The gradients are formed in forward, while the chunk's logits exist, and only scaled in backward.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+        need_h, need_w = ctx.needs_input_grad[:2]
+        chunk = max(1, LOGIT_CHUNK // weight.shape[0])
+        weight32 = weight.float()
+        loss = hidden.new_zeros((), dtype=torch.float32)
+        dh = torch.empty_like(hidden) if need_h else None
+        dw = torch.zeros_like(weight32) if need_w else None
+        for start in range(0, len(labels), chunk):
+            h, label = hidden[start:start + chunk].float(), labels[start:start + chunk].unsqueeze(1)
+            z = h @ weight32.T  # (chunk, V), the only logits there are
+            log_sum = z.logsumexp(1, keepdim=True)
+            loss += (log_sum - z.gather(1, label)).sum()
+            if not (need_h or need_w):
+                continue
+            d = z.sub_(log_sum).exp_()
+            d.scatter_add_(1, label, torch.full_like(log_sum, -1.0))
+            if need_h:
+                dh[start:start + chunk] = d @ weight32
+            if need_w:
+                dw.addmm_(d.T, h)
+        ctx.save_for_backward(dh, dw)
+        ctx.dtype = weight.dtype
+        return loss
+
+    @staticmethod
+    def backward(ctx, dloss: Tensor):
+        dh, dw = ctx.saved_tensors
+        dh = None if dh is None else dh.mul_(dloss)
+        return dh, None if dw is None else dw.mul_(dloss).to(ctx.dtype), None
+
+
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """`reference.linear_cross_entropy` without ever holding the logits: labelled positions only, a chunk of them at a time."""
+    hidden, labels = hidden.flatten(0, -2), labels.flatten()
+    kept = (labels != IGNORE).nonzero().squeeze(1)
+    return _LinearCrossEntropy.apply(hidden.index_select(0, kept), weight, labels.index_select(0, kept))
+
+
+def adamw(weight: Tensor, grad: Tensor, m: Tensor, v: Tensor, step: int, *, learning_rate: float, beta1: float, beta2: float,
+          epsilon: float, weight_decay: float) -> None:
+    """`reference.adamw` as torch's one-pass kernel."""
+    torch._fused_adamw_(
+        [weight], [grad], [m], [v], [], [torch.tensor(float(step), device=weight.device)],
+        lr=learning_rate, beta1=beta1, beta2=beta2, weight_decay=weight_decay, eps=epsilon, amsgrad=False, maximize=False,
+    )

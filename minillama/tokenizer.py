@@ -1,0 +1,206 @@
+"""Text to ids and back: SentencePiece, and `tokenizer.json` through the optional `tokenizers` package.
+
+Two rules keep a conversation safe. Control tokens (begin, end) are ids that callers add by number; no text, not even the
+letters "</s>", ever encodes to one. And ids come from the model file itself, whatever a tokenizer_config.json beside it claims.
+
+A SentencePiece LLaMA vocabulary is <unk> <s> </s>, 256 byte pieces for what no other piece covers, then the learnt pieces, in
+which "▁" stands for a space. Encoding puts a ▁ before the text; decoding takes it off again.
+"""
+
+import base64
+import binascii
+import codecs
+import hashlib
+import io
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Protocol
+
+import sentencepiece
+
+from minillama.errors import UserError
+
+
+class Tokenizer(Protocol):
+    """What the package needs of a tokenizer; `open_tokenizer` returns one of the two classes below."""
+
+    path: Path
+    size: int
+    bos_id: int | None
+    eos_id: int | None
+    sha256: str
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of plain text, without begin or end."""
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        """`encode` of each text."""
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of ids; control tokens leave no trace."""
+
+    def stream(self) -> "StreamDecoder":
+        """A decoder that takes one id at a time."""
+
+
+class StreamDecoder(Protocol):
+    def push(self, token: int) -> str:
+        """The text that `token` completes; empty while a character is still missing bytes."""
+
+    def flush(self) -> str:
+        """What is left at the end; bytes that never became a character as U+FFFD."""
+
+
+def open_tokenizer(path: Path | str) -> Tokenizer:
+    """Open a tokenizer.model or tokenizer.json, given as the file or the checkpoint directory that holds one."""
+    path = Path(path)
+    if path.is_dir():
+        found = [path / name for name in ("tokenizer.model", "tokenizer.json") if (path / name).is_file()]
+        if not found:
+            raise UserError(f"{path}: holds no tokenizer.model or tokenizer.json; name one with --tokenizer FILE")
+        path = found[0]
+    if not path.is_file():
+        raise UserError(f"{path}: no such tokenizer file")
+    return JsonTokenizer(path) if path.suffix == ".json" else SentencePieceTokenizer(path)
+
+
+class SentencePieceTokenizer:
+    """A LLaMA `tokenizer.model`. Equals transformers' slow LlamaTokenizer on plain text."""
+
+    def __init__(self, path: Path) -> None:
+        raw = path.read_bytes()
+        _refuse_what_is_not_sentencepiece(path, raw)
+        try:
+            self.model = sentencepiece.SentencePieceProcessor(model_proto=raw)
+        except RuntimeError as error:
+            raise UserError(f"{path}: not a SentencePiece model ({str(error).splitlines()[0]})") from None
+        self.path, self.sha256, self.size = path, hashlib.sha256(raw).hexdigest(), self.model.get_piece_size()
+        self.bos_id = self.model.bos_id() if self.model.bos_id() >= 0 else None
+        self.eos_id = self.model.eos_id() if self.model.eos_id() >= 0 else None
+
+    def encode(self, text: str) -> list[int]:
+        return self.model.encode(text)
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        return self.model.encode(texts, num_threads=1)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return self.model.decode([token for token in ids if token < self.size])
+
+    def stream(self) -> "PieceStream":
+        return PieceStream(self.model)
+
+
+class PieceStream:
+    """Turns pieces into bytes and bytes into characters, so half a character is held back and never printed.
+
+    "天" may be the three byte pieces <0xE5> <0xA4> <0xA9>: the first two pushes return "", the third "天".
+    """
+
+    def __init__(self, model: sentencepiece.SentencePieceProcessor) -> None:
+        self.model = model
+        self.utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        self.at_start = True
+
+    def push(self, token: int) -> str:
+        if token >= self.model.get_piece_size() or self.model.is_control(token):
+            return ""
+        piece = self.model.id_to_piece(token)
+        if self.model.is_byte(token):
+            raw = bytes([int(piece[3:5], 16)])
+        else:
+            raw = (" ⁇ " if self.model.is_unknown(token) else piece.replace("▁", " ")).encode()
+            if self.at_start and piece.startswith("▁"):
+                raw = raw[1:]
+        self.at_start = False
+        return self.utf8.decode(raw)
+
+    def flush(self) -> str:
+        return self.utf8.decode(b"", final=True)
+
+
+class JsonTokenizer:
+    """A Hugging Face `tokenizer.json` (LLaMA 3 and others), read by the `tokenizers` package."""
+
+    def __init__(self, path: Path) -> None:
+        try:
+            import tokenizers
+        except ImportError:
+            raise UserError(f"{path}: needs the package `tokenizers`; pip install 'minillama[tokenizers]'") from None
+        try:
+            self.model = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # the package raises bare Exception
+            raise UserError(f"{path}: not a tokenizer.json ({error})") from None
+        self.model.encode_special_tokens = True  # the letters of a control token are text
+        self.model.no_truncation(), self.model.no_padding()
+        self.path, self.sha256 = path, hashlib.sha256(path.read_bytes()).hexdigest()
+        self.size = self.model.get_vocab_size(with_added_tokens=True)
+        claims = path.with_name("tokenizer_config.json")
+        claimed = json.loads(claims.read_text(encoding="utf-8")) if claims.is_file() else {}
+        self.bos_id, self.eos_id = (self._id_of(claimed.get(name)) for name in ("bos_token", "eos_token"))
+
+    def _id_of(self, token: str | dict | None) -> int | None:
+        content = token.get("content") if isinstance(token, dict) else token
+        return None if content is None else self.model.token_to_id(content)
+
+    def encode(self, text: str) -> list[int]:
+        return self.model.encode(text, add_special_tokens=False).ids
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        return [encoding.ids for encoding in self.model.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return self.model.decode(list(ids), skip_special_tokens=True)
+
+    def stream(self) -> "WholeStream":
+        return WholeStream(self)
+
+
+class WholeStream:
+    """Streams by decoding everything since the last printed character and holding back what ends in U+FFFD."""
+
+    def __init__(self, tokenizer: JsonTokenizer) -> None:
+        self.tokenizer = tokenizer
+        self.ids: list[int] = []
+        self.printed = 0
+
+    def push(self, token: int) -> str:
+        self.ids.append(token)
+        text = self.tokenizer.decode(self.ids)
+        if text.endswith("\ufffd"):
+            return ""
+        return self._print(text)
+
+    def flush(self) -> str:
+        return self._print(self.tokenizer.decode(self.ids))
+
+    def _print(self, text: str) -> str:
+        new, self.printed = text[self.printed:], len(text)
+        return new
+
+
+def _refuse_what_is_not_sentencepiece(path: Path, raw: bytes) -> None:
+    first = raw.split(b"\n", 1)[0]
+    if raw.startswith(b"version https://git-lfs"):
+        raise UserError(f"{path}: a git-lfs pointer, not the file; run `git lfs pull` or download it again")
+    if raw.lstrip()[:1] in (b"<", b"{"):
+        raise UserError(f"{path}: a web page or JSON, not a SentencePiece model; download the file itself")
+    try:
+        base64.b64decode(first.split(b" ")[0], validate=True)
+        looks_like_tiktoken = first.split(b" ")[1:] == [b"0"]
+    except (binascii.Error, ValueError):
+        looks_like_tiktoken = False
+    if looks_like_tiktoken:
+        raise UserError(f"{path}: Meta's tiktoken format (LLaMA 3), not SentencePiece; use the Hugging Face tokenizer.json instead")
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> bytes:
+    """A LLaMA-style tokenizer.model learnt from `texts`: BPE, byte fallback, digits apart, no normalisation."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(texts), model_writer=model, vocab_size=vocab_size, model_type="bpe", byte_fallback=True,
+        split_digits=True, allow_whitespace_only_pieces=True, normalization_rule_name="identity", remove_extra_whitespaces=False,
+        hard_vocab_limit=False, num_threads=1, minloglevel=2,
+    )
+    return model.getvalue()
