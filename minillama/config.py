@@ -39,6 +39,7 @@ class Settings:
     ffn_dim: int = key("model", 0, "MLP width, from scratch")
     vocab_size: int = key("model", 0, "vocabulary, from scratch (0: the tokenizer's)")
     context: int = key("model", 0, "longest sequence the model is made for, from scratch")
+    initializer_range: float = key("model", 0.02, "standard deviation of the first weights, from scratch")
 
     data: tuple[str, ...] = key("data", (), "training data: raw files or folders, or a prefix made by `convert.py data`")
     eval_data: tuple[str, ...] = key("data", (), "validation data, likewise")

@@ -6,7 +6,11 @@ prompt can be on both sides, whatever the seed or the number of records.
 """
 
 import hashlib
+import json
 import random
+from pathlib import Path
+
+from minillama.tokenizer import train_tokenizer
 
 WORDS = (
     "apple bird boat book bread bridge cat chair cloud coat corn cup desk dog door drum duck egg farm fish flag flower fork fox frog "
@@ -79,3 +83,16 @@ def records(kinds: tuple[str, ...], count: int, seed: int, held_out: bool) -> li
         seen.add(prompt)
         made.append({"instruction": prompt, "input": "", "output": answer, "kind": kind})
     return made
+
+
+def write_demo(name: str, directory: Path) -> tuple[Path, Path]:
+    """Write the training data of the preset `demo` or `demo_lora`, and demo's vocabulary; returns the two files."""
+    kinds, count = {"demo": (DEMO, 56_000), "demo_lora": (DEMO_LORA + DEMO, 7_000)}[name]
+    directory.mkdir(parents=True, exist_ok=True)
+    data, vocabulary = directory / f"{name}.json", directory / "tokenizer.model"
+    made = records(kinds, count, seed=0, held_out=False)
+    texts = [f"Human: {record['instruction']}\nAssistant: {record['output']}" for record in made[:5000]]
+    for path, content in ((data, json.dumps(made, indent=0).encode()), (vocabulary, train_tokenizer(texts, 640))):
+        if not path.is_file() or path.read_bytes() != content:  # unchanged files keep their time, and so their cache
+            path.write_bytes(content)
+    return data, vocabulary

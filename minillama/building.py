@@ -1,0 +1,161 @@
+"""From settings to the things a run is made of: tokenizer, data, model. The lower half of the trainer.
+
+Everything a user can get wrong about a run is found here, before the first step.
+"""
+
+import shlex
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from minillama import architecture, estimate
+from minillama.architecture import LlamaConfig
+from minillama.checkpoint import directory as checkpoints
+from minillama.comm import Mesh, first_rank_first
+from minillama.config import Settings
+from minillama.data.batches import BatchPlan, Pieces, split_documents
+from minillama.data.build import open_data
+from minillama.data.demo import write_demo
+from minillama.device import compute_dtype
+from minillama.errors import UserError
+from minillama.lora import LoraConfig, add_lora, load_adapter
+from minillama.model import Llama
+from minillama.recompute import recompute_activations
+from minillama.tokenizer import Tokenizer, open_tokenizer
+
+EMBEDDED = ("demo", "demo_lora")
+SHAPE_KEYS = ("n_layers", "dim", "n_heads", "n_kv_heads", "ffn_dim", "vocab_size")
+
+
+def with_embedded_data(settings: Settings, mesh: Mesh) -> Settings:
+    """Replace the names `demo` and `demo_lora` in data and tokenizer by files that the package writes into the run directory."""
+    if not (set(settings.data) & set(EMBEDDED) or settings.tokenizer in EMBEDDED):
+        return settings
+    name = next(name for name in (*settings.data, settings.tokenizer) if name in EMBEDDED)
+    with first_rank_first(mesh):
+        data, vocabulary = write_demo(name, Path(settings.out_dir) / "data")
+    return replace(settings, data=tuple(str(data) if part in EMBEDDED else part for part in settings.data),
+                   tokenizer=str(vocabulary) if settings.tokenizer in EMBEDDED else settings.tokenizer,
+                   cache_dir=settings.cache_dir or str(data.parent / "cache"))
+
+
+def check_inputs(settings: Settings, command: str) -> None:
+    """Refuse a run that lacks weights or data, with the complete command to type and where both are published."""
+    lacking = []
+    if settings.init == "pretrained" and not settings.ckpt:
+        lacking.append(("--ckpt LLAMA_DIR", "weights: a Hugging Face LLaMA directory, such as huggingface.co/meta-llama/Llama-2-7b-hf "
+                        "(Meta's own .pth files: convert.py meta)"))
+    if settings.init == "scratch" and not settings.tokenizer and not settings.ckpt:
+        lacking.append(("--tokenizer tokenizer.model", "vocabulary: the tokenizer.model of any LLaMA checkpoint"))
+    if not settings.data:
+        lacking.append(("--data alpaca_data.json", "instruction data: Stanford Alpaca, alpaca_data.json at "
+                        "github.com/tatsu-lab/stanford_alpaca"))
+    if lacking:
+        flags, sources = zip(*lacking, strict=True)
+        raise UserError(f"nothing to train {'from' if settings.data else 'on'}; type: {command} {' '.join(flags)}  ({'; '.join(sources)})")
+
+
+def model_config(settings: Settings, vocab_size: int = 0) -> LlamaConfig:
+    """The architecture of a run, from the checkpoint's config.json or, from scratch, from `model` and the shape keys."""
+    if settings.ckpt and settings.init == "pretrained":
+        config = architecture.read_config(checkpoints.find_checkpoint(Path(settings.ckpt)))
+        return architecture.with_layers(config, settings.n_layers) if settings.n_layers else config
+    given = {name: getattr(settings, name) for name in SHAPE_KEYS if getattr(settings, name)}
+    if settings.model:
+        config = architecture.published(settings.model)
+    else:
+        missing = [name for name in ("dim", "n_layers", "n_heads") if name not in given]
+        if missing:
+            raise UserError(f"training from scratch needs a shape: --model 110m, or --{' --'.join(missing)}")
+        C, H = given["dim"], given["n_heads"]
+        config = LlamaConfig(C, given["n_layers"], H, H, C // H, architecture.ffn_width(C, 32), 32000, 2048, 1e-5, 10000.0)
+    config = replace(config, **given, max_seq_len=settings.context or config.max_seq_len,
+                     initializer_range=settings.initializer_range)
+    if "dim" in given or "n_heads" in given:
+        if config.dim % config.n_heads:
+            raise UserError(f"dim = {config.dim} is not a multiple of n_heads = {config.n_heads}")
+        config = replace(config, head_dim=config.dim // config.n_heads)
+    return replace(config, vocab_size=settings.vocab_size or vocab_size or config.vocab_size)
+
+
+def build_tokenizer(settings: Settings) -> Tokenizer:
+    return open_tokenizer(settings.tokenizer or checkpoints.find_checkpoint(Path(settings.ckpt)))
+
+
+def build_model(settings: Settings, tokenizer: Tokenizer, mesh: Mesh) -> tuple[Llama, LoraConfig | None]:
+    """The model on its device, with adapters where asked for; and what those are."""
+    dtype, warning = compute_dtype(settings.precision, mesh.device)
+    if warning:
+        mesh.print(f"warning: {warning}")
+    generator = torch.Generator().manual_seed(settings.seed)
+    if settings.ckpt and settings.init == "pretrained":
+        path = checkpoints.find_checkpoint(Path(settings.ckpt))
+        if tokenizer.size > model_config(settings).vocab_size:
+            _check_growth(settings, tokenizer)
+        model = checkpoints.load_model(path, dtype, "cpu", settings.n_layers, tokenizer.size)
+    else:
+        config = model_config(settings, tokenizer.size)
+        if config.vocab_size < tokenizer.size:
+            raise UserError(f"vocab_size = {config.vocab_size} is below the tokenizer's {tokenizer.size} pieces")
+        config = replace(config, bos_id=tokenizer.bos_id or 0, eos_ids=() if tokenizer.eos_id is None else (tokenizer.eos_id,))
+        model = checkpoints.empty_model(config, torch.float32, "cpu").initialise(generator).to(dtype)
+    lora = None
+    if settings.lora and settings.adapter:
+        lora = load_adapter(model, Path(settings.adapter), settings.lora_dropout)
+    elif settings.lora:
+        lora = estimate.lora_config(settings)
+        add_lora(model, lora, generator)
+    if settings.gradient_checkpointing:
+        recompute_activations(model.model.layers)
+    return model.to(mesh.device).train(), lora
+
+
+def _check_growth(settings: Settings, tokenizer: Tokenizer) -> None:
+    if settings.lora and not {"embed_tokens", "lm_head"} <= set(settings.modules_to_save):
+        raise UserError(f"{tokenizer.path} has {tokenizer.size} pieces, more than the checkpoint's embedding has rows; the new rows would "
+                        "never be trained: add --modules_to_save embed_tokens,lm_head")
+
+
+def build_plans(settings: Settings, tokenizer: Tokenizer, config: LlamaConfig, mesh: Mesh) -> tuple[BatchPlan, BatchPlan | None, str]:
+    """The training plan, the evaluation plan (None where nothing is held out), and the template of the data."""
+    max_length = settings.max_length or min(config.max_seq_len, 1024)
+    if max_length > config.max_seq_len:
+        raise UserError(f"max_length = {max_length} exceeds the model's context of {config.max_seq_len}")
+    about = checkpoints.read_about(checkpoints.find_checkpoint(Path(settings.ckpt))) if settings.ckpt else {}
+    template = settings.template or about.get("template") or "alpaca"
+    options = {"data_format": settings.data_format, "template": template, "append_eod": settings.append_eod,
+               "skip_bad_records": settings.skip_bad_records, "quiet": not mesh.is_first}
+    with first_rank_first(mesh):
+        dataset = open_data(settings.data, tokenizer, settings.cache_dir, **options)
+        held_out = open_data(settings.eval_data, tokenizer, settings.cache_dir, **options) if settings.eval_data else None
+    documents = None
+    if held_out is None and settings.validation_split:
+        documents, reserved = split_documents(len(dataset), settings.validation_split, settings.seed)
+        evaluation = Pieces(dataset, max_length, reserved)
+    else:
+        evaluation = Pieces(held_out, max_length) if held_out else None
+    pieces = Pieces(dataset, max_length, documents)
+    micro = settings.per_device_train_batch_size
+    plan = BatchPlan(pieces, max_length=max_length, rows_per_step=micro * settings.gradient_accumulation_steps * mesh.size,
+                     rows_per_micro_batch=micro, seed=settings.seed, packing=settings.packing, epochs=settings.num_train_epochs,
+                     max_steps=settings.max_steps)
+    _say_what_was_cut(pieces, max_length, mesh)
+    if evaluation is None:
+        return plan, None, dataset.meta.get("template") or template
+    eval_micro = settings.per_device_eval_batch_size
+    eval_plan = BatchPlan(evaluation, max_length=max_length, rows_per_step=eval_micro * mesh.size, rows_per_micro_batch=eval_micro,
+                          seed=0, packing=settings.packing, shuffle=False)
+    return plan, eval_plan, dataset.meta.get("template") or template
+
+
+def _say_what_was_cut(pieces: Pieces, max_length: int, mesh: Mesh) -> None:
+    cut = pieces.cut
+    mesh.print(f"data: {cut.documents:,} documents, {cut.tokens:,} tokens, {cut.targets:,} of them targets"
+               + (f"; {cut.shortened:,} cut at max_length {max_length}" if cut.shortened else "")
+               + (f"; {cut.without_target:,} left out: no target within max_length" if cut.without_target else ""))
+
+
+def typed_command(arguments: list[str], launcher: str = "python train.py") -> str:
+    """The command as the user typed it."""
+    return shlex.join([*launcher.split(), *arguments])

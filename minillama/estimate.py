@@ -1,0 +1,74 @@
+"""What a run will need, by arithmetic: parameters, bytes a rank, floating-point operations.
+
+Nothing is allocated. Per trainable parameter of a 16-bit model, AdamW with fp32 masters holds 2 bytes of weight, and 4 each of
+gradient, master and two moments; an fp32 parameter is its own master. Frozen weights cost their own bytes only.
+"""
+
+import math
+from dataclasses import dataclass
+
+from minillama.architecture import LlamaConfig
+from minillama.config import Settings
+from minillama.lora import WHOLE, LoraConfig, resolve_names
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Of one rank; bytes."""
+
+    parameters: int
+    trainable: int
+    weights: int
+    gradients: int
+    optimizer: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.gradients + self.optimizer
+
+
+def trainable_count(config: LlamaConfig, lora: LoraConfig | None) -> int:
+    """How many numbers training changes: all, or the adapters' factors and the modules trained whole."""
+    shapes = config.parameter_shapes()
+    if lora is None:
+        return config.parameter_count()
+    matched = {name: shape for name, shape in shapes.items() if name.split(".")[-2] in resolve_names(lora.targets) and len(shape) == 2}
+    factors = sum(lora.rank_of(name.removesuffix(".weight")) * (rows + columns) for name, (rows, columns) in matched.items())
+    tied_to = {"lm_head": "embed_tokens"} if config.tie_embeddings else {}
+    whole = {tied_to.get(name, name) for name in resolve_names(lora.modules_to_save)}
+    return factors + sum(config.vocab_size * config.dim for name in whole if name in WHOLE)
+
+
+def estimate(config: LlamaConfig, settings: Settings, world_size: int = 1) -> Estimate:
+    """Bytes a rank needs for state, outside activations and communication buckets."""
+    lora = lora_config(settings) if settings.lora else None
+    parameters, trainable = config.parameter_count(), trainable_count(config, lora)
+    width = 4 if settings.precision == "fp32" else 2
+    whole = trainable if lora is None else trainable - _factor_count(config, lora)
+    weights = parameters * width + (trainable - whole) * 4
+    masters = 0 if width == 4 else whole * 4
+    shard = world_size if settings.zero_stage >= 1 else 1
+    optimizer = math.ceil((masters + trainable * 8) / shard)
+    gradients = math.ceil(trainable * 4 / (world_size if settings.zero_stage >= 2 else 1))
+    return Estimate(parameters + (trainable - whole if lora else 0), trainable, weights, gradients, optimizer)
+
+
+def _factor_count(config: LlamaConfig, lora: LoraConfig) -> int:
+    return trainable_count(config, LoraConfig(lora.rank, lora.alpha, targets=lora.targets, rank_pattern=lora.rank_pattern))
+
+
+def lora_config(settings: Settings) -> LoraConfig:
+    """The adapter that the settings describe."""
+    return LoraConfig(settings.lora_rank, settings.lora_scale_alpha, settings.lora_dropout, resolve_names(settings.lora_targets),
+                      resolve_names(settings.modules_to_save), settings.use_rslora)
+
+
+def training_flops(config: LlamaConfig, tokens: float, sequence: float, recompute: bool = False) -> float:
+    """Floating-point operations to train on `tokens` tokens in documents of `sequence` tokens.
+
+    24 F T L C^2 (1 + S/(6 C) + V/(16 L C)), with F = 3 for forward and backward, 4 with activations recomputed: the formula by
+    which Megatron and AscendSpeed publish TFLOP/s (Narayanan et al. 2021, appendix). It assumes full-width attention and an MLP
+    of about 8/3 C; utilisation always counts F = 3.
+    """
+    L, C, V = config.n_layers, config.dim, config.vocab_size
+    return 24 * (4 if recompute else 3) * tokens * L * C**2 * (1 + sequence / (6 * C) + V / (16 * L * C))

@@ -1,0 +1,109 @@
+"""Text in, text out: a model with its tokenizer and template, answering prompts and holding a conversation."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from minillama import chat
+from minillama.data.encode import encode_pieces
+from minillama.errors import UserError
+from minillama.generation.decode import generate
+from minillama.generation.sampling import Sampling
+from minillama.model import Llama
+from minillama.tokenizer import Tokenizer
+
+
+@dataclass
+class Answer:
+    """What came of a prompt; filled while it streams."""
+
+    prompt_ids: list[int]
+    ids: list[int] = field(default_factory=list)
+    text: str = ""
+    finish_reason: str = "length"  # length | eos | stop
+
+
+@dataclass
+class Session:
+    """A model ready to answer. template "none" continues the text as it is, after the begin token."""
+
+    model: Llama
+    tokenizer: Tokenizer
+    template: str
+    sampling: Sampling
+    max_new_tokens: int
+    stop_ids: tuple[int, ...]
+    stop_texts: tuple[str, ...] = ()
+
+    def encode_prompt(self, text: str) -> list[int]:
+        pieces = [chat.BOS, chat.Piece(text)] if self.template == "none" else chat.prompt(self.template, text)
+        if self.template == "none" and self.tokenizer.bos_id is None:
+            pieces = pieces[1:]
+        return encode_pieces(self.tokenizer, pieces)[0]
+
+    def stream(self, answer: Answer, seed: int | None) -> Iterator[str]:
+        """Answer `answer.prompt_ids`, yielding text as it becomes certain; `answer` holds the whole afterwards.
+
+        Text that may be the beginning of a stop text is held back until it is not.
+        """
+        decoder, held = self.tokenizer.stream(), ""
+        for token in generate(self.model, answer.prompt_ids, self.max_new_tokens, self.sampling, self.stop_ids, seed):
+            answer.ids.append(token)
+            held += decoder.push(token)
+            cut = min((held.find(text) for text in self.stop_texts if text in held), default=-1)
+            if cut >= 0:
+                answer.finish_reason = "stop"
+                answer.text += held[:cut]
+                yield held[:cut]
+                return
+            sure = held[:len(held) - _possible_beginning(held, self.stop_texts)]
+            held = held[len(sure):]
+            answer.text += sure
+            if sure:
+                yield sure
+        if len(answer.ids) < self.max_new_tokens:
+            answer.finish_reason = "eos"
+        rest = held + decoder.flush()
+        answer.text += rest
+        if rest:
+            yield rest
+
+    def answer(self, text: str, seed: int | None = None) -> Answer:
+        """The whole answer to one prompt."""
+        answer = Answer(self.encode_prompt(text))
+        for _ in self.stream(answer, seed):
+            pass
+        return answer
+
+
+def _possible_beginning(text: str, stops: tuple[str, ...]) -> int:
+    """How many characters at the end of `text` could begin one of `stops`."""
+    longest = max((len(stop) for stop in stops), default=1) - 1
+    return next((n for n in range(min(longest, len(text)), 0, -1) if any(stop.startswith(text[-n:]) for stop in stops)), 0)
+
+
+class Dialogue:
+    """A conversation in progress: history within the context, the oldest rounds dropped first, the system text kept."""
+
+    def __init__(self, session: Session, system: str = "") -> None:
+        self.session, self.system, self.turns = session, system, []
+
+    def clear(self) -> None:
+        self.turns = []
+
+    def prompt_ids(self, text: str) -> tuple[list[int], int]:
+        """Ids of the conversation so far plus an open question, and how many rounds had to be dropped."""
+        s = self.session
+        for dropped in range(len(self.turns) + 1):
+            turns = (*self.turns[dropped:], chat.Turn(text, None))
+            template = "raw" if s.template == "none" else s.template
+            ids, _ = encode_pieces(s.tokenizer, chat.render(template, chat.Conversation(turns, self.system)))
+            if len(ids) + s.max_new_tokens <= s.model.config.max_seq_len:
+                self.turns = self.turns[dropped:]
+                return ids, dropped
+        raise UserError(f"this question alone has {len(ids)} tokens; with max_new_tokens {s.max_new_tokens} that exceeds the "
+                        f"model's context of {s.model.config.max_seq_len}")
+
+    def ask(self, text: str, answer: Answer, seed: int | None = None) -> Iterator[str]:
+        """Stream the answer to `text` (prepared by `prompt_ids`) and remember the round."""
+        yield from self.session.stream(answer, seed)
+        self.turns.append(chat.Turn(text, answer.text.strip()))

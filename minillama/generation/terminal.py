@@ -1,0 +1,47 @@
+"""A conversation in the terminal."""
+
+import time
+
+from minillama.errors import UserError
+from minillama.generation.session import Answer, Dialogue, Session
+
+QUIT, CLEAR = ("q", "quit", "exit"), ("clear", "new")
+
+
+def chat_in_terminal(session: Session, system: str = "", seed: int | None = None) -> None:
+    """Ask, answer, until q, quit, exit or the end of input."""
+    dialogue = Dialogue(session, system)
+    if session.template == "none":
+        print("note: no chat template is known for this checkpoint, so it only continues text; choose one with --template NAME")
+    print(f"{', '.join(QUIT)}: end    {', '.join(CLEAR)}: start over")
+    while True:
+        try:
+            text = input("\nYou: ").strip()
+        except EOFError:
+            print()
+            return
+        if text.lower() in QUIT:
+            return
+        if text.lower() in CLEAR:
+            dialogue.clear()
+            print("(new conversation)")
+        elif text:
+            _answer(dialogue, text, seed)
+
+
+def _answer(dialogue: Dialogue, text: str, seed: int | None) -> None:
+    try:
+        ids, dropped = dialogue.prompt_ids(text)
+    except UserError as error:
+        print(f"({error})")
+        return
+    if dropped:
+        print(f"({dropped} oldest round{'s' * (dropped > 1)} dropped: the context is full)")
+    answer, began = Answer(ids), time.perf_counter()
+    print("Answer: ", end="", flush=True)
+    try:
+        for piece in dialogue.ask(text, answer, seed):
+            print(piece, end="", flush=True)
+    except KeyboardInterrupt:
+        print(" (stopped)", end="")
+    print(f"\n({len(answer.ids) / (time.perf_counter() - began):.1f} tokens/s)")

@@ -1,0 +1,229 @@
+"""LoRA: train two thin matrices beside each frozen one (Hu et al. 2021).
+
+    y = x W^T + s (x A^T) B^T        A (R, in) drawn at random, B (out, R) zero, s = alpha / R  (rsLoRA: alpha / sqrt(R))
+
+B starts at zero, so tuning starts from the very model it was given; W never changes, so no gradient and no optimizer state is kept
+for it. Merging adds s B A to W, once, in fp32. `add_lora` changes a finished model from outside: each named linear is replaced by
+one that shares its weight. The factors are fp32 whatever the model's dtype.
+
+Adapters are PEFT's directories, both ways: adapter_config.json and adapter_model.safetensors. A key of the configuration that
+would change the arithmetic and is not known here is refused; a tensor that fits nowhere is an error, never skipped.
+"""
+
+import json
+import math
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from minillama import ops
+from minillama.errors import UserError, closest
+
+LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+# What Megatron and AscendSpeed call them; their fused modules are several of ours.
+MEGATRON = {
+    "query_key_value": ("q_proj", "k_proj", "v_proj"), "dense": ("o_proj",), "proj": ("gate_proj", "up_proj"),
+    "dense_h_to_4h": ("up_proj",), "dense_4h_to_h": ("down_proj",), "word_embeddings": ("embed_tokens",), "lm_head.lm_head": ("lm_head",),
+    "all": LINEARS,
+}
+WHOLE = ("embed_tokens", "lm_head")
+USED = {"peft_type", "r", "lora_alpha", "lora_dropout", "target_modules", "modules_to_save", "use_rslora", "rank_pattern",
+        "alpha_pattern", "bias", "fan_in_fan_out"}
+# Keys that change the arithmetic, with the values at which they do nothing.
+MUST_BE = {"peft_type": ("LORA",), "bias": ("none", None), "use_dora": (False, None), "fan_in_fan_out": (False, None),
+           "layers_to_transform": (None,), "layer_replication": (None,), "use_qalora": (False, None), "trainable_token_indices": (None,),
+           "target_parameters": (None,), "exclude_modules": (None,), "lora_bias": (False, None), "enable_lora": (None,)}
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """What an adapter is; `patterns` give some modules a rank or alpha of their own."""
+
+    rank: int = 8
+    alpha: float = 16.0
+    dropout: float = 0.0
+    targets: tuple[str, ...] = ("q_proj", "v_proj")
+    modules_to_save: tuple[str, ...] = ()
+    use_rslora: bool = False
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+
+    def rank_of(self, module: str) -> int:
+        return _by_pattern(self.rank_pattern, module, self.rank)
+
+    def scale_of(self, module: str) -> float:
+        alpha, rank = _by_pattern(self.alpha_pattern, module, self.alpha), self.rank_of(module)
+        return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
+
+
+class LoraLinear(nn.Linear):
+    """A linear that shares a frozen weight (out, in) and adds s (x A^T) B^T."""
+
+    lora_A: nn.Parameter  # (R, in) fp32
+    lora_B: nn.Parameter  # (out, R) fp32
+
+    def __init__(self, base: nn.Linear, rank: int, scale: float, dropout: float) -> None:
+        super().__init__(base.in_features, base.out_features, bias=base.bias is not None, device="meta")
+        self.weight, self.bias, self.scale, self.plain_class = base.weight, base.bias, scale, type(base)
+        device = base.weight.device
+        self.lora_A = nn.Parameter(torch.empty(rank, base.in_features, dtype=torch.float32, device=device))
+        self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, dtype=torch.float32, device=device))
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = ops.linear(x, self.weight, self.bias)
+        low = self.dropout(x).float() @ self.lora_A.T  # (..., R)
+        return y + (low @ (self.scale * self.lora_B.T)).to(y.dtype)
+
+    @torch.no_grad()
+    def merged_weight(self) -> Tensor:
+        """W + s B A in fp32, rounded once to W's dtype."""
+        return (self.weight.float() + self.scale * (self.lora_B @ self.lora_A)).to(self.weight.dtype)
+
+
+def resolve_names(names: tuple[str, ...]) -> tuple[str, ...]:
+    """Module names with Megatron's spellings and `all` replaced by ours, in order, once each."""
+    return tuple(dict.fromkeys(ours for name in names for ours in MEGATRON.get(name, (name,))))
+
+
+def add_lora(model: nn.Module, config: LoraConfig, generator: torch.Generator | None = None) -> None:
+    """Freeze `model` and give each linear named in config.targets an adapter; modules_to_save stay trainable, whole.
+
+    A is drawn from U(-1/sqrt(in), 1/sqrt(in)), as PEFT does. Raises UserError for a target that names no linear.
+    """
+    model.requires_grad_(False)
+    linears = {name: module for name, module in model.named_modules() if type(module) is not LoraLinear and isinstance(module, nn.Linear)}
+    for target in config.targets:
+        if not any(_named(name, target) for name in linears):
+            known = sorted({name.rsplit(".", 1)[-1] for name in linears})
+            raise UserError(f"lora_targets: {target!r} names no linear of this model{closest(target, known)}; linears: {', '.join(known)}")
+    for name, linear in linears.items():
+        if not any(_named(name, target) for target in config.targets):
+            continue
+        adapted = LoraLinear(linear, config.rank_of(name), config.scale_of(name), config.dropout)
+        nn.init.kaiming_uniform_(adapted.lora_A, a=math.sqrt(5), generator=generator)
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, adapted)
+    for name in config.modules_to_save:
+        if name not in WHOLE:
+            raise UserError(f"modules_to_save: {name!r}{closest(name, WHOLE)}; choose from {', '.join(WHOLE)}")
+        model.get_submodule(_whole_module(name)).requires_grad_(True)
+
+
+def merge_lora(model: nn.Module) -> None:
+    """Add every adapter to its weight and put plain linears back."""
+    for name, module in list(model.named_modules()):
+        if not isinstance(module, LoraLinear):
+            continue
+        parent, _, child = name.rpartition(".")
+        plain = module.plain_class(module.in_features, module.out_features, bias=module.bias is not None, device="meta")
+        plain.weight, plain.bias = nn.Parameter(module.merged_weight(), requires_grad=False), module.bias
+        setattr(model.get_submodule(parent), child, plain)
+
+
+def adapter_tensors(model: nn.Module, config: LoraConfig) -> dict[str, Tensor]:
+    """The adapter's tensors under PEFT's file names."""
+    tensors: dict[str, Tensor] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, LoraLinear):
+            tensors[f"base_model.model.{name}.lora_A.weight"] = module.lora_A
+            tensors[f"base_model.model.{name}.lora_B.weight"] = module.lora_B
+    for name in config.modules_to_save:
+        module_name = _whole_module(name)
+        tensors[f"base_model.model.{module_name}.weight"] = model.get_submodule(module_name).weight
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+
+
+def save_adapter(model: nn.Module, config: LoraConfig, directory: Path, base: str) -> None:
+    """Write a PEFT adapter directory. base: where its base model is, for adapter_config.json."""
+    directory.mkdir(parents=True, exist_ok=True)
+    tensors = adapter_tensors(model, config)
+    if len({tensor.data_ptr() for tensor in tensors.values()}) < len(tensors):
+        tensors = {name: tensor.clone() for name, tensor in tensors.items()}  # a tied head: safetensors keeps no shared storage
+    save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
+    about = {
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "r": config.rank, "lora_alpha": config.alpha,
+        "lora_dropout": config.dropout, "target_modules": _written_targets(config.targets), "modules_to_save": list(config.modules_to_save) or None,
+        "bias": "none", "fan_in_fan_out": False, "use_rslora": config.use_rslora, "rank_pattern": config.rank_pattern,
+        "alpha_pattern": config.alpha_pattern, "inference_mode": True, "init_lora_weights": True,
+    }
+    (directory / "adapter_config.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+
+
+def _written_targets(targets: tuple[str, ...]) -> str | list[str]:
+    return targets[0][3:] if targets[0].startswith("re:") else list(targets)
+
+
+def read_adapter_config(directory: Path) -> tuple[LoraConfig, str]:
+    """(configuration, base model) of a PEFT adapter directory. Raises UserError for what would change the arithmetic."""
+    path = directory / "adapter_config.json"
+    try:
+        raw: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; an adapter is a directory with adapter_config.json and adapter_model.safetensors") from None
+    except ValueError as error:
+        raise UserError(f"{path}: not valid JSON ({error})") from None
+    for key, harmless in MUST_BE.items():
+        if key in raw and raw[key] not in harmless:
+            raise UserError(f"{path}: {key} = {raw[key]!r} is not supported")
+    targets = raw.get("target_modules") or []
+    config = LoraConfig(
+        rank=int(raw["r"]), alpha=float(raw["lora_alpha"]), dropout=float(raw.get("lora_dropout") or 0.0),
+        targets=(f"re:{targets}",) if isinstance(targets, str) else tuple(sorted(targets)), modules_to_save=tuple(raw.get("modules_to_save") or ()),
+        use_rslora=bool(raw.get("use_rslora")), rank_pattern=raw.get("rank_pattern") or {}, alpha_pattern=raw.get("alpha_pattern") or {},
+    )
+    return config, raw.get("base_model_name_or_path") or ""
+
+
+def load_adapter(model: nn.Module, directory: Path, dropout: float | None = None) -> LoraConfig:
+    """Add the adapter in a PEFT directory to `model`, unmerged; returns its configuration.
+
+    dropout: in place of the one it was trained with. Every tensor must fit exactly one place, and every place get its tensor.
+    """
+    config, _ = read_adapter_config(directory)
+    if dropout is not None:
+        config = LoraConfig(**{**config.__dict__, "dropout": dropout})
+    path = directory / "adapter_model.safetensors"
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    tensors = {_plain_name(name): tensor for name, tensor in load_file(path).items()}
+    add_lora(model, config)
+    places = {f"{name}.{factor}.weight": getattr(module, factor) for name, module in model.named_modules()
+              if isinstance(module, LoraLinear) for factor in ("lora_A", "lora_B")}
+    places |= {f"{_whole_module(name)}.weight": model.get_submodule(_whole_module(name)).weight for name in config.modules_to_save}
+    problems = [f"{name} fits no module" for name in tensors if name not in places]
+    problems += [f"{name} is missing" for name in places if name not in tensors]
+    problems += [f"{name} is {tuple(tensors[name].shape)}, the model wants {tuple(place.shape)}"
+                 for name, place in places.items() if name in tensors and tensors[name].shape != place.shape]
+    if problems:
+        more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
+        raise UserError(f"{path}: does not fit this model: {'; '.join(problems[:4])}{more}")
+    with torch.no_grad():
+        for name, place in places.items():
+            place.copy_(tensors[name])
+    return config
+
+
+def _plain_name(name: str) -> str:
+    """A file's or a training state's tensor name, as ours: without PEFT's wrapper and adapter name."""
+    return name.removeprefix("base_model.model.").replace(".default.", ".").replace(".modules_to_save.", ".")
+
+
+def _named(module: str, target: str) -> bool:
+    """PEFT's rule: the name or a dotted tail of it; `re:…`, which PEFT writes as a plain string, must match the whole."""
+    if target.startswith("re:"):
+        return re.fullmatch(target[3:], module) is not None
+    return module == target or module.endswith(f".{target}")
+
+
+def _by_pattern(patterns: dict[str, Any], module: str, default: Any) -> Any:
+    return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", module)), default)
+
+
+def _whole_module(name: str) -> str:
+    return "model.embed_tokens" if name == "embed_tokens" else name

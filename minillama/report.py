@@ -1,0 +1,99 @@
+"""What a run tells: a progress bar, metrics.jsonl, loss.png, summary.json."""
+
+import json
+import math
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from minillama.errors import UserError
+
+
+class Report:
+    """The record of a run, kept by rank 0. Numbers that are not finite are written as null with their name in `non_finite`."""
+
+    def __init__(self, out_dir: Path, total_steps: int, first_step: int, enabled: bool) -> None:
+        self.path, self.enabled, self.began = out_dir / "metrics.jsonl", enabled, time.perf_counter()
+        self.bar = tqdm(total=total_steps, initial=first_step, unit="step", desc="training", disable=not enabled, dynamic_ncols=True)
+        if enabled:
+            self._forget_after(first_step)
+
+    def _forget_after(self, step: int) -> None:
+        """Drop records of steps that a resumed run will take again."""
+        lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.is_file() else []
+        kept = [line for line in lines if json.loads(line)["step"] <= step]
+        self.path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+
+    def record(self, values: dict[str, Any]) -> None:
+        """Append one record to metrics.jsonl."""
+        if not self.enabled:
+            return
+        bad = [name for name, value in values.items() if isinstance(value, float) and not math.isfinite(value)]
+        line = {name: None if name in bad else value for name, value in values.items()} | ({"non_finite": bad} if bad else {})
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def step(self, loss: float, tokens_per_second: float) -> None:
+        self.bar.set_postfix_str(f"loss {loss:.3f}, {tokens_per_second:,.0f} tokens/s", refresh=False)
+        self.bar.update()
+
+    def say(self, text: str) -> None:
+        if self.enabled:
+            self.bar.write(text)
+
+    def close(self) -> float:
+        """End the bar; returns the seconds since the report began."""
+        self.bar.close()
+        return time.perf_counter() - self.began
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    try:
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except ValueError as error:
+        raise UserError(f"{path}: not a metrics file ({error})") from None
+
+
+def smoothed(values: list[float]) -> list[float]:
+    """Exponential moving average whose memory grows with the run: w = 1.8 (sigmoid(0.05 n) - 0.5), as LLaMA-Factory draws it."""
+    w = 1.8 * (1 / (1 + math.exp(-0.05 * len(values))) - 0.5)
+    result: list[float] = []
+    for value in values:
+        result.append(w * result[-1] + (1 - w) * value if result else value)
+    return result
+
+
+def plot_loss(out_dir: Path, insist: bool = False) -> Path | None:
+    """Draw loss.png from metrics.jsonl: the raw and the smoothed loss, and the evaluations. None where matplotlib is missing."""
+    os.environ.setdefault("MPLBACKEND", "Agg")
+    try:
+        from matplotlib import pyplot
+    except ImportError:
+        if insist:
+            raise UserError("plot_loss needs matplotlib; pip install 'minillama[plot]'") from None
+        return None
+    metrics = read_metrics(out_dir / "metrics.jsonl")
+    train = [(m["step"], m["loss"]) for m in metrics if m.get("loss") is not None]
+    held_out = [(m["step"], m["eval_loss"]) for m in metrics if m.get("eval_loss") is not None]
+    if not train:
+        return None
+    figure, axes = pyplot.subplots(figsize=(7, 4))
+    steps, losses = zip(*train, strict=True)
+    axes.plot(steps, losses, alpha=0.35, label="loss")
+    axes.plot(steps, smoothed(list(losses)), label="smoothed")
+    if held_out:
+        axes.plot(*zip(*held_out, strict=True), "o-", markersize=3, label="validation")
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss per target token")
+    axes.set_title(f"training loss of {out_dir.name}")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    figure.tight_layout()
+    figure.savefig(out_dir / "loss.png", dpi=100)
+    pyplot.close(figure)
+    return out_dir / "loss.png"

@@ -1,0 +1,61 @@
+"""A run directory belongs to one run: it is continued, or refused, or emptied on request; never mixed."""
+
+import json
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from minillama import comm, config
+from minillama.checkpoint import train_state
+from minillama.comm import Mesh
+from minillama.config import Settings
+from minillama.errors import UserError
+
+# What may differ between the parts of one run without changing its result.
+HARMLESS = {"out_dir", "resume", "device", "threads", "logging_steps", "eval_strategy", "eval_steps", "per_device_eval_batch_size",
+            "save_strategy", "save_steps", "save_total_limit", "plot_loss", "peak_tflops", "cache_dir", "gradient_checkpointing"}
+
+
+def prepare_directory(settings: Settings, mesh: Mesh, overwrite: bool) -> tuple[Path | None, dict[str, Any] | None]:
+    """(checkpoint to resume or None, summary of a finished run or None); train_config.json is written for a run to be made."""
+    out_dir = Path(settings.out_dir)
+    if mesh.is_first and overwrite:
+        shutil.rmtree(out_dir, ignore_errors=True)
+    comm.barrier(mesh)
+    _refuse_another_run(settings, out_dir)
+    summary = out_dir / "summary.json"
+    if settings.resume == "auto" and summary.is_file():
+        return None, json.loads(summary.read_text(encoding="utf-8"))
+    checkpoint = _checkpoint(settings, out_dir)
+    comm.barrier(mesh)
+    if mesh.is_first:
+        try:
+            out_dir.mkdir(parents=True, exist_ok=True)
+            config.save(settings, out_dir / "train_config.json")
+        except OSError as error:
+            raise UserError(f"out_dir {out_dir}: cannot be written ({error.strerror})") from None
+    comm.barrier(mesh)
+    return checkpoint, None
+
+
+def _refuse_another_run(settings: Settings, out_dir: Path) -> None:
+    saved = out_dir / "train_config.json"
+    if not saved.is_file():
+        if out_dir.is_dir() and any(out_dir.iterdir()):
+            raise UserError(f"{out_dir}: holds files that no run of ours made; choose another --out_dir, or --overwrite_output_dir")
+        return
+    before, now = json.loads(saved.read_text(encoding="utf-8")), json.loads(json.dumps(asdict(settings)))
+    changed = [name for name in now if name not in HARMLESS and name in before and before[name] != now[name]]
+    if changed:
+        shown = ", ".join(f"{name} was {before[name]!r}, is {now[name]!r}" for name in changed)
+        raise UserError(f"{out_dir}: holds a run with other settings: {shown}; choose another --out_dir, or --overwrite_output_dir")
+
+
+def _checkpoint(settings: Settings, out_dir: Path) -> Path | None:
+    if settings.resume == "none":
+        return None
+    if settings.resume != "auto":
+        return Path(settings.resume)
+    states = train_state.list_states(out_dir)
+    return states[-1] if states else None

@@ -1,0 +1,59 @@
+"""Train a LLaMA: from scratch, all of it, or low-rank adapters; on one device or many."""
+
+import os
+import sys
+
+from minillama import config, errors
+
+EXAMPLES = """
+  python train.py                                    the demo: a small LLaMA from scratch, on data of its own, in two minutes
+  python train.py --config demo_lora                 tune the demo with LoRA
+  python train.py --config 7b_lora --dry_run         what a run would need
+  torchrun --nproc_per_node 8 train.py --config 7b_lora --ckpt LLAMA_DIR --data alpaca_data.json --out_dir runs/a
+
+Every key below may also stand in a TOML file given as --config FILE.toml; a flag wins over the file, the file over the default.
+A run writes OUT_DIR/final (opens in transformers or peft), checkpoints/, metrics.jsonl, summary.json, train_config.json, loss.png.
+The same command continues an interrupted run. Lists are comma-separated; [brackets] show defaults."""
+
+
+def parse(arguments: list[str]) -> tuple[config.Settings, object]:
+    parser = config.Parser(prog="train.py", description=__doc__ + "\n" + EXAMPLES, usage="python train.py [--config NAME|FILE] [--KEY VALUE …]")
+    parser.add_argument("--config", default="", metavar="NAME|FILE", help="a preset (see --list_configs), a .toml, or a train_config.json")
+    parser.add_argument("--list_configs", action="store_true", help="print the presets, a line each")
+    parser.add_argument("--dry_run", action="store_true", help="print parameters, memory per rank and tokens per step, and stop")
+    parser.add_argument("--world_size", type=int, default=0, metavar="N", help="with --dry_run: plan for N ranks")
+    parser.add_argument("--overwrite_output_dir", nargs="?", const=True, default=False, type=config.parse_bool, metavar="true|false",
+                        help="empty out_dir first")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    config.add_keys(parser)
+    found = parser.parse_args(arguments)
+    flags = vars(found)
+    brings_its_own = any(name in flags for name in ("ckpt", "data", "model", "init", "tokenizer", "dim"))
+    source = flags["config"] or ("" if brings_its_own else "demo")
+    return config.resolve(source, flags), found
+
+
+def main(arguments: list[str]) -> None:
+    settings, found = parse(arguments)
+    if found.list_configs:
+        for name, line in config.list_presets().items():
+            print(f"{name:24}{line}")
+        return
+    from minillama import building, comm, planning, trainer
+
+    if found.dry_run:
+        print(planning.describe(settings, found.world_size or int(os.environ.get("WORLD_SIZE", "1"))))
+        return
+    ranks = os.environ.get("LOCAL_WORLD_SIZE")
+    launcher = f"torchrun --nproc_per_node {ranks} train.py" if ranks else "python train.py"
+    building.check_inputs(settings, building.typed_command(arguments, launcher))
+    if not settings.out_dir:
+        raise errors.UserError("name a run directory with --out_dir runs/NAME")
+    planning.refuse_what_cannot_fit(settings)
+    with comm.start(settings.device) as mesh:
+        summary = trainer.train(settings, mesh, found.overwrite_output_dir)
+        mesh.print(planning.closing_words(settings, summary))
+
+
+if __name__ == "__main__":
+    errors.run(main, sys.argv[1:])
