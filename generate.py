@@ -30,7 +30,7 @@ def parse(arguments: list[str]):
     add("--chat", action="store_true", help="hold a conversation in the terminal")
     add("--system", default="", metavar="TEXT", help="system text of the conversation, where the template has a place for it")
     add("--template", default="", metavar="NAME|none", help="prompt template (empty: the checkpoint's own, else none)")
-    add("--max_new_tokens", type=int, default=256, metavar="N", help="most tokens to write [256]")
+    add("--max_new_tokens", type=int, default=0, metavar="N", help="most tokens to write [256, or what the context leaves]")
     add("--temperature", type=float, default=0.8, metavar="T", help="0 is greedy [0.8]")
     add("--top_k", type=int, default=0, metavar="K", help="draw from the K most likely tokens (0: all) [0]")
     add("--top_p", type=float, default=0.95, metavar="P", help="draw from the most likely tokens of total probability P [0.95]")

@@ -243,9 +243,9 @@ def _typed(name: str, value: Any, source: str) -> Any:
 
 
 def list_presets() -> dict[str, str]:
-    """Name -> first comment line of every preset, in order of name."""
+    """Name -> what the first comment says (before its launch command) of every preset, in order of name."""
     paths = sorted(PRESETS.glob("*.toml"), key=lambda path: (not path.stem.startswith("demo"), path.stem))
-    return {path.stem: path.read_text(encoding="utf-8").split("\n", 1)[0].lstrip("# ") for path in paths}
+    return {path.stem: path.read_text(encoding="utf-8").split("\n", 1)[0].lstrip("# ").split(": ")[0] for path in paths}
 
 
 def save(settings: Settings, path: Path) -> None:

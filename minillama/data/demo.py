@@ -85,14 +85,25 @@ def records(kinds: tuple[str, ...], count: int, seed: int, held_out: bool) -> li
     return made
 
 
+def conversations(questions: list[dict[str, str]], seed: int) -> list[dict]:
+    """The same questions as alpaca records of one to four rounds, most of one, so that the model also learns to go on after an answer."""
+    rng = random.Random(seed)
+    shuffled, made = rng.sample(questions, len(questions)), []
+    while shuffled:
+        rounds = [shuffled.pop() for _ in range(min(rng.choice((1, 1, 1, 1, 1, 2, 3, 4)), len(shuffled)))]
+        history = [[question["instruction"], question["output"]] for question in rounds[:-1]]
+        made.append({name: rounds[-1][name] for name in ("instruction", "input", "output")} | {"history": history})
+    return made
+
+
 def write_demo(name: str, directory: Path) -> tuple[Path, Path]:
     """Write the training data of the preset `demo` or `demo_lora`, and demo's vocabulary; returns the two files."""
-    kinds, count = {"demo": (DEMO, 56_000), "demo_lora": (DEMO_LORA + DEMO, 7_000)}[name]
+    kinds, count = {"demo": (DEMO, 56_000), "demo_lora": (DEMO_LORA * len(DEMO) + DEMO, 16_000)}[name]  # half new, half old
     directory.mkdir(parents=True, exist_ok=True)
     data, vocabulary = directory / f"{name}.json", directory / "tokenizer.model"
     made = records(kinds, count, seed=0, held_out=False)
     texts = [f"Human: {record['instruction']}\nAssistant: {record['output']}" for record in made[:5000]]
-    for path, content in ((data, json.dumps(made, indent=0).encode()), (vocabulary, train_tokenizer(texts, 640))):
+    for path, content in ((data, json.dumps(conversations(made, seed=0), indent=0).encode()), (vocabulary, train_tokenizer(texts, 640))):
         if not path.is_file() or path.read_bytes() != content:  # unchanged files keep their time, and so their cache
             path.write_bytes(content)
     return data, vocabulary

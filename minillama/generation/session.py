@@ -30,7 +30,7 @@ class Session:
     tokenizer: Tokenizer
     template: str
     sampling: Sampling
-    max_new_tokens: int
+    max_new_tokens: int  # 0: 256, or as many as the context leaves
     stop_ids: tuple[int, ...]
     stop_texts: tuple[str, ...] = ()
 
@@ -40,13 +40,17 @@ class Session:
             pieces = pieces[1:]
         return encode_pieces(self.tokenizer, pieces)[0]
 
+    def new_tokens(self, prompt_tokens: int) -> int:
+        """How many tokens may follow a prompt."""
+        return self.max_new_tokens or max(1, min(256, self.model.config.max_seq_len - prompt_tokens))
+
     def stream(self, answer: Answer, seed: int | None) -> Iterator[str]:
         """Answer `answer.prompt_ids`, yielding text as it becomes certain; `answer` holds the whole afterwards.
 
         Text that may be the beginning of a stop text is held back until it is not.
         """
-        decoder, held = self.tokenizer.stream(), ""
-        for token in generate(self.model, answer.prompt_ids, self.max_new_tokens, self.sampling, self.stop_ids, seed):
+        decoder, held, most = self.tokenizer.stream(), "", self.new_tokens(len(answer.prompt_ids))
+        for token in generate(self.model, answer.prompt_ids, most, self.sampling, self.stop_ids, seed):
             answer.ids.append(token)
             held += decoder.push(token)
             cut = min((held.find(text) for text in self.stop_texts if text in held), default=-1)
@@ -60,7 +64,7 @@ class Session:
             answer.text += sure
             if sure:
                 yield sure
-        if len(answer.ids) < self.max_new_tokens:
+        if len(answer.ids) < most:
             answer.finish_reason = "eos"
         rest = held + decoder.flush()
         answer.text += rest
@@ -84,6 +88,8 @@ def _possible_beginning(text: str, stops: tuple[str, ...]) -> int:
 class Dialogue:
     """A conversation in progress: history within the context, the oldest rounds dropped first, the system text kept."""
 
+    ROOM = 32  # tokens kept free for an answer where max_new_tokens is not given
+
     def __init__(self, session: Session, system: str = "") -> None:
         self.session, self.system, self.turns = session, system, []
 
@@ -97,10 +103,10 @@ class Dialogue:
             turns = (*self.turns[dropped:], chat.Turn(text, None))
             template = "raw" if s.template == "none" else s.template
             ids, _ = encode_pieces(s.tokenizer, chat.render(template, chat.Conversation(turns, self.system)))
-            if len(ids) + s.max_new_tokens <= s.model.config.max_seq_len:
+            if len(ids) + (s.max_new_tokens or self.ROOM) <= s.model.config.max_seq_len:
                 self.turns = self.turns[dropped:]
                 return ids, dropped
-        raise UserError(f"this question alone has {len(ids)} tokens; with max_new_tokens {s.max_new_tokens} that exceeds the "
+        raise UserError(f"this question alone has {len(ids)} tokens; with {s.max_new_tokens or self.ROOM} new ones that exceeds the "
                         f"model's context of {s.model.config.max_seq_len}")
 
     def ask(self, text: str, answer: Answer, seed: int | None = None) -> Iterator[str]:
