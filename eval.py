@@ -43,7 +43,7 @@ def main(arguments: list[str]) -> None:
         asked = f"no task {options.task!r}{errors.closest(options.task, TASKS)}" if options.task else "--task NAME is missing"
         raise errors.UserError(f"{asked}; tasks: {', '.join(TASKS)}")
     if not options.ckpt:
-        raise errors.UserError(f"--ckpt DIR is missing; type: python train.py   and then   python eval.py --task {options.task} --ckpt runs/demo")
+        raise errors.UserError(f"--ckpt DIR is missing; type: python train.py && python eval.py --task {options.task} --ckpt runs/demo")
     evaluate_demo(options)
 
 

@@ -17,7 +17,8 @@ The same command continues an interrupted run. Lists are comma-separated; [brack
 
 
 def parse(arguments: list[str]) -> tuple[config.Settings, object]:
-    parser = config.Parser(prog="train.py", description=__doc__ + "\n" + EXAMPLES, usage="python train.py [--config NAME|FILE] [--KEY VALUE …]")
+    parser = config.Parser(prog="train.py", description=__doc__ + "\n" + EXAMPLES,
+                           usage="python train.py [--config NAME|FILE] [--KEY VALUE …]")
     parser.add_argument("--config", default="", metavar="NAME|FILE", help="a preset (see --list_configs), a .toml, or a train_config.json")
     parser.add_argument("--list_configs", action="store_true", help="print the presets, a line each")
     parser.add_argument("--dry_run", action="store_true", help="print parameters, memory per rank and tokens per step, and stop")

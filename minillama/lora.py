@@ -148,7 +148,8 @@ def save_adapter(model: nn.Module, config: LoraConfig, directory: Path, base: st
     save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
     about = {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "r": config.rank, "lora_alpha": config.alpha,
-        "lora_dropout": config.dropout, "target_modules": _written_targets(config.targets), "modules_to_save": list(config.modules_to_save) or None,
+        "lora_dropout": config.dropout, "target_modules": _written_targets(config.targets),
+        "modules_to_save": list(config.modules_to_save) or None,
         "bias": "none", "fan_in_fan_out": False, "use_rslora": config.use_rslora, "rank_pattern": config.rank_pattern,
         "alpha_pattern": config.alpha_pattern, "inference_mode": True, "init_lora_weights": True,
     }
@@ -174,7 +175,8 @@ def read_adapter_config(directory: Path) -> tuple[LoraConfig, str]:
     targets = raw.get("target_modules") or []
     config = LoraConfig(
         rank=int(raw["r"]), alpha=float(raw["lora_alpha"]), dropout=float(raw.get("lora_dropout") or 0.0),
-        targets=(f"re:{targets}",) if isinstance(targets, str) else tuple(sorted(targets)), modules_to_save=tuple(raw.get("modules_to_save") or ()),
+        targets=(f"re:{targets}",) if isinstance(targets, str) else tuple(sorted(targets)),
+        modules_to_save=tuple(raw.get("modules_to_save") or ()),
         use_rslora=bool(raw.get("use_rslora")), rank_pattern=raw.get("rank_pattern") or {}, alpha_pattern=raw.get("alpha_pattern") or {},
     )
     return config, raw.get("base_model_name_or_path") or ""

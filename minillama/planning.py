@@ -49,7 +49,7 @@ def refuse_what_cannot_fit(settings: Settings) -> None:
     e = estimate(config, settings)
     if e.weights > LARGEST_REPLICATED:
         raise UserError(f"the model's weights alone are {e.weights:,} bytes ({_gb(e.weights)}) on every rank: data parallelism replicates "
-                        f"them, and tensor parallelism does not exist here yet; the largest trainable weights are {_gb(LARGEST_REPLICATED)}")
+                        f"them, and tensor parallelism does not exist here yet; {_gb(LARGEST_REPLICATED)} is the most")
 
 
 def closing_words(settings: Settings, summary: dict[str, Any]) -> str:

@@ -11,23 +11,21 @@ is carried from step to step, and a resumed run needs only the step.
 
 import math
 import time
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from minillama import building, comm, config, device, report
-from minillama.architecture import LlamaConfig
+from minillama import building, comm, device, report
 from minillama.checkpoint import directory as checkpoints
 from minillama.checkpoint import train_state
 from minillama.comm import Mesh
 from minillama.config import Settings
-from minillama.data.batches import Batch, BatchPlan
+from minillama.data.batches import Batch
 from minillama.errors import UserError
 from minillama.estimate import training_flops
-from minillama.lora import LoraConfig, save_adapter
-from minillama.model import Llama
+from minillama.lora import save_adapter
 from minillama.ops import Documents
 from minillama.parallel.zero import FlatAdamW
 from minillama.rundir import prepare_directory
@@ -73,7 +71,7 @@ class Trainer:
         """Go on from a checkpoint: weights, moments, step."""
         state, tensors = train_state.load_state(checkpoint)
         if tensors["flat"].shape != self.optimizer.flat.shape:
-            raise UserError(f"{checkpoint}: holds {tensors['flat'].numel():,} trained numbers, this run has {self.optimizer.flat.numel():,}")
+            raise UserError(f"{checkpoint}: holds {tensors['flat'].numel():,} trained numbers, this run {self.optimizer.flat.numel():,}")
         self.optimizer.load_state(tensors)
         self.step, self.tokens, self.skipped = state["step"], state["tokens"], state["skipped"]
 
@@ -217,7 +215,8 @@ def train(settings: Settings, mesh: Mesh, overwrite: bool = False) -> dict[str, 
         return finished
     trainer = Trainer(settings, mesh)
     trainable, whole = trainer.optimizer.flat.numel(), sum(p.numel() for p in trainer.model.parameters())
-    mesh.print(f"model: {whole:,} parameters, {trainable:,} trained; {trainer.plan.total_steps:,} steps on {mesh.size} × {mesh.device.type}")
+    mesh.print(f"model: {whole:,} parameters, {trainable:,} trained; {trainer.plan.total_steps:,} steps "
+               f"on {mesh.size} × {mesh.device.type}")
     if checkpoint:
         trainer.resume(checkpoint)
         mesh.print(f"resuming {checkpoint} at step {trainer.step}, {trainer.tokens:,} tokens")

@@ -41,4 +41,4 @@ def check_fits(model: Llama, prompt_tokens: int, max_new_tokens: int) -> None:
     if prompt_tokens + max_new_tokens > context:
         room = context - prompt_tokens
         remedy = f"use --max_new_tokens {room} or fewer" if room > 0 else "shorten the prompt"
-        raise UserError(f"prompt of {prompt_tokens} tokens + max_new_tokens {max_new_tokens} exceed the model's context of {context}; {remedy}")
+        raise UserError(f"a prompt of {prompt_tokens} tokens and {max_new_tokens} new ones exceed the context of {context}; {remedy}")
