@@ -79,6 +79,7 @@ class Settings:
     max_grad_norm: float = key("train", 1.0, "clip the global gradient norm to this (0: do not)")
     gradient_checkpointing: bool = key("train", False, "recompute activations in backward: less memory, about a third more time")
     precision: str = key("train", "fp32", "dtype of the computation; trained weights keep fp32 masters", ("fp32", "bf16", "fp16"))
+    tf32: bool = key("train", False, "let cuda round the inputs of fp32 products to TF32")
     seed: int = key("train", 42, "seed of the initial weights, the order of the data and dropout")
     out_dir: str = key("train", "", "run directory (empty: runs/PRESET)")
     logging_steps: int = key("train", 10, "updates between records of metrics.jsonl")
@@ -182,8 +183,8 @@ def add_keys(parser: argparse.ArgumentParser) -> None:
             group.add_argument(*flags, type=parse_list, metavar="A,B", **common)
         else:
             group.add_argument(*flags, type=field.type, metavar=field.type.__name__, **common)
-    for flag, text in (("fp16", "precision fp16"), ("bf16", "precision bf16"), ("tf32", "let cuda use TF32 in fp32 products")):
-        groups["train"].add_argument(f"--{flag}", nargs="?", const=True, type=parse_bool, metavar="true|false", help=text)
+    for flag in ("fp16", "bf16"):
+        groups["train"].add_argument(f"--{flag}", nargs="?", const=True, type=parse_bool, metavar="true|false", help=f"precision {flag}")
 
 
 def resolve(source: str, flags: dict[str, Any]) -> Settings:

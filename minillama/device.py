@@ -45,6 +45,11 @@ def synchronize(device: torch.device) -> None:
         torch.accelerator.synchronize()
 
 
+def allow_tf32(allowed: bool) -> None:
+    """Whether cuda may round the inputs of fp32 products to TF32; other devices have no such mode."""
+    torch.backends.cuda.matmul.allow_tf32 = allowed
+
+
 def peak_memory_bytes(device: torch.device) -> int:
     """The most memory used so far: the device's own count, or the process's resident set on the processor."""
     if device.type == "cpu":

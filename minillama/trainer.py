@@ -57,6 +57,7 @@ class Trainer:
     def __init__(self, settings: Settings, mesh: Mesh) -> None:
         self.settings, self.mesh, self.out_dir = settings, mesh, Path(settings.out_dir)
         settings = building.with_embedded_data(settings, mesh)
+        device.allow_tf32(settings.tf32)
         if settings.threads:
             torch.set_num_threads(settings.threads)
         self.tokenizer: Tokenizer = building.build_tokenizer(settings)

@@ -1,0 +1,63 @@
+"""README's commands: each is parsed by the script it names, and what would need a large model is dry-run."""
+
+import re
+import runpy
+import shlex
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def commands() -> list[str]:
+    """Every command of README: lines of bash blocks and code spans, `&&` taken apart."""
+    blocks = [line for block in re.findall(r"```bash\n(.*?)```", TEXT, re.S) for line in block.splitlines()]
+    spans = [span for span in re.findall(r"`((?:python|torchrun) [^`]+)`", TEXT) if "\n" not in span]
+    return sorted({part.strip() for line in blocks + spans for part in line.split("&&")})
+
+
+def script_and_arguments(command: str) -> tuple[str, list[str]]:
+    words = shlex.split(command)
+    place = next((i for i, word in enumerate(words) if word.endswith(".py")), None)
+    return ("", words) if place is None else (words[place], words[place + 1:])
+
+
+def test_readme_has_the_commands_this_test_is_about():
+    found = commands()
+    assert any("pytest" in command for command in found) and any(command == "python train.py" for command in found)
+    assert len(found) >= 10
+
+
+@pytest.mark.parametrize("command", [c for c in commands() if script_and_arguments(c)[0] == "train.py"])
+def test_every_training_command_resolves_and_can_be_planned(command):
+    from minillama import planning
+
+    script = runpy.run_path(str(ROOT / "train.py"))
+    settings, _ = script["parse"](script_and_arguments(command)[1])
+    if not settings.ckpt:  # a named checkpoint is the reader's own
+        assert "parameters" in planning.describe(settings, world_size=8)
+
+
+@pytest.mark.parametrize("command", [c for c in commands() if script_and_arguments(c)[0] in ("generate.py", "eval.py")])
+def test_every_other_command_is_understood_by_its_script(command):
+    name, arguments = script_and_arguments(command)
+    assert runpy.run_path(str(ROOT / name))["parse"](arguments).ckpt
+
+
+@pytest.mark.parametrize("command", [c for c in commands() if " pip install" in c])
+def test_every_installation_names_what_exists(command):
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    pins = (ROOT / "constraints.txt").read_text().splitlines()
+    for word in shlex.split(command):
+        if word.startswith(".["):
+            assert set(word[2:-1].split(",")) <= set(extras)
+        if "==" in word:
+            assert word in pins
+
+
+def test_files_that_readme_links_to_are_there():
+    links = re.findall(r"\]\(([^)#:]+)\)", TEXT)
+    assert links and all((ROOT / link).exists() for link in links)
