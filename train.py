@@ -53,7 +53,8 @@ def main(arguments: list[str]) -> None:
     planning.refuse_what_cannot_fit(settings)
     with comm.start(settings.device) as mesh:
         summary = trainer.train(settings, mesh, found.overwrite_output_dir)
-        mesh.print(planning.closing_words(settings, summary))
+        if summary is not None:
+            mesh.print(planning.closing_words(settings, summary))
 
 
 if __name__ == "__main__":

@@ -117,6 +117,17 @@ def _check_growth(settings: Settings, tokenizer: Tokenizer) -> None:
                         "never be trained: add --modules_to_save embed_tokens,lm_head")
 
 
+def with_global_batch(settings: Settings, mesh: Mesh, rows_per_step: int) -> Settings:
+    """The settings with the accumulation that keeps a run's global batch on this number of ranks, or a refusal by name."""
+    accumulation, rest = divmod(rows_per_step, settings.per_device_train_batch_size * mesh.size)
+    if rest:
+        raise UserError(f"the run's global batch is {rows_per_step} rows, which {mesh.size} ranks with "
+                        f"{settings.per_device_train_batch_size} rows at a time cannot make; use another number of ranks")
+    if accumulation != settings.gradient_accumulation_steps:
+        mesh.print(f"global batch kept at {rows_per_step} rows: gradient_accumulation_steps is {accumulation} on {mesh.size} ranks")
+    return replace(settings, gradient_accumulation_steps=accumulation)
+
+
 def build_plans(settings: Settings, tokenizer: Tokenizer, config: LlamaConfig, mesh: Mesh) -> tuple[BatchPlan, BatchPlan | None, str]:
     """The training plan, the evaluation plan (None where nothing is held out), and the template of the data."""
     max_length = settings.max_length or min(config.max_seq_len, 1024)

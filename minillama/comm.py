@@ -2,19 +2,35 @@
 
 A `Mesh` is made once and passed down; nothing else reads RANK or WORLD_SIZE. At world size 1 every function here is the identity
 and torch.distributed is never touched, so one process runs the same code as eight.
+
+A collective that fails or times out becomes one line that names the rank. `MINILLAMA_DEBUG_COLLECTIVES=1` makes ranks compare what
+they are about to call, and from where, before each call: ranks that disagree stop with both places instead of hanging.
 """
 
 import os
-from collections.abc import Iterator
+import traceback
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from minillama import device as devices
+from minillama.errors import UserError
+
+# torch renamed it after 2.13
+_ALL_GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
+@dataclass
+class Traffic:
+    """Elements this rank has sent to its peers, counted as the theory counts: each element once for each rank it must reach."""
+
+    elements: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -24,6 +40,8 @@ class Mesh:
     rank: int = 0
     size: int = 1
     device: torch.device = torch.device("cpu")
+    traffic: Traffic = field(default_factory=Traffic)
+    compares_calls: bool = False
 
     @property
     def is_first(self) -> bool:
@@ -45,28 +63,105 @@ def start(device_name: str = "auto", timeout_minutes: float = 30.0) -> Iterator[
         return
     dist.init_process_group(devices.process_group_backend(device), timeout=timedelta(minutes=timeout_minutes))
     try:
-        yield Mesh(dist.get_rank(), size, device)
+        yield Mesh(dist.get_rank(), size, device, compares_calls=os.environ.get("MINILLAMA_DEBUG_COLLECTIVES") == "1")
     finally:
         dist.destroy_process_group()
+
+
+def _call(mesh: Mesh, name: str, shape: Any, collective: Callable[[], Any]) -> Any:
+    """Run a collective; its failure is a line that names this rank."""
+    if mesh.compares_calls:
+        _compare_calls(mesh, f"{name} of {shape}")
+    try:
+        return collective()
+    except RuntimeError as error:
+        raise UserError(f"rank {mesh.rank} of {mesh.size}: {name} failed: a peer has ended or did not answer in time; "
+                        f"look for the first error of another rank ({str(error).splitlines()[0]})") from error
+
+
+def _compare_calls(mesh: Mesh, call: str) -> None:
+    here = next(f"{frame.filename}:{frame.lineno}" for frame in reversed(traceback.extract_stack()) if frame.filename != __file__)
+    calls: list[str] = [""] * mesh.size
+    dist.all_gather_object(calls, f"{call} at {here}")
+    if len(set(calls)) > 1:
+        raise UserError("ranks disagree about the next collective: " + "; ".join(f"rank {r}: {c}" for r, c in enumerate(calls)))
 
 
 def all_reduce_sum(mesh: Mesh, tensor: Tensor) -> Tensor:
     """Replace `tensor`, in place, by its sum over the ranks."""
     if mesh.size > 1:
-        dist.all_reduce(tensor)
+        mesh.traffic.elements += 2 * tensor.numel() * (mesh.size - 1) / mesh.size
+        _call(mesh, "all_reduce", tuple(tensor.shape), lambda: dist.all_reduce(tensor))
     return tensor
 
 
-def broadcast(mesh: Mesh, tensor: Tensor) -> Tensor:
-    """Replace `tensor`, in place, by rank 0's."""
+def any_rank(mesh: Mesh, mine: bool) -> bool:
+    """Whether it is so on any rank; every rank gets the same answer."""
+    return bool(all_reduce_sum(mesh, torch.tensor(float(mine), device=mesh.device))) if mesh.size > 1 else mine
+
+
+@dataclass
+class Pending:
+    """A collective under way; wait() returns its result."""
+
+    mesh: Mesh
+    work: dist.Work | None
+    result: Tensor
+
+    def wait(self) -> Tensor:
+        if self.work is not None:
+            _call(self.mesh, "reduce", tuple(self.result.shape), self.work.wait)
+        return self.result
+
+
+def reduce_to(mesh: Mesh, tensor: Tensor, owner: int, pairwise_of: int | None = None) -> Pending:
+    """Sum `tensor` over the ranks for `owner`; elsewhere the result means nothing, and `tensor` may be overwritten.
+
+    pairwise_of: add those of the first so many ranks in a fixed pairwise tree, ((0+1)+(2+3))+…, rather than as they come.
+    """
+    if mesh.size == 1:
+        return Pending(mesh, None, tensor)
+    mesh.traffic.elements += tensor.numel() if mesh.rank != owner else 0
+    shape = tuple(tensor.shape)
+    if pairwise_of is None:
+        return Pending(mesh, _call(mesh, "reduce", shape, lambda: dist.reduce(tensor, owner, async_op=True)), tensor)
+    parts = [torch.empty_like(tensor) for _ in range(mesh.size)] if mesh.rank == owner else None
+    _call(mesh, "gather", shape, lambda: dist.gather(tensor, parts, owner))
+    return Pending(mesh, None, pairwise_sum(parts[:pairwise_of]) if parts else tensor)
+
+
+def pairwise_sum(parts: list[Tensor]) -> Tensor:
+    """((0+1)+(2+3))+…: neighbours are added until one is left; an odd one out moves up as it is. Overwrites `parts`."""
+    while len(parts) > 1:
+        parts = [parts[i].add_(parts[i + 1]) if i + 1 < len(parts) else parts[i] for i in range(0, len(parts), 2)]
+    return parts[0]
+
+
+def all_gather(mesh: Mesh, tensor: Tensor) -> Tensor:
+    """Every rank's 1-D `tensor`, all of one size, end to end in rank order."""
+    return all_gather_into(mesh, tensor.new_empty(mesh.size * tensor.numel()), tensor) if mesh.size > 1 else tensor
+
+
+def all_gather_into(mesh: Mesh, whole: Tensor, part: Tensor) -> Tensor:
+    """Fill `whole` with every rank's `part`, in rank order; `part` may be this rank's own stretch of it."""
     if mesh.size > 1:
-        dist.broadcast(tensor, 0)
-    return tensor
+        mesh.traffic.elements += part.numel() * (mesh.size - 1)
+        source = part.clone() if part.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr() else part
+        _call(mesh, "all_gather", tuple(part.shape), lambda: _ALL_GATHER(whole, source))
+    return whole
+
+
+def gather_objects(mesh: Mesh, mine: Any) -> list[Any]:
+    """Every rank's small Python object, in rank order."""
+    found: list[Any] = [mine] * mesh.size
+    if mesh.size > 1:
+        _call(mesh, "all_gather_object", type(mine).__name__, lambda: dist.all_gather_object(found, mine))
+    return found
 
 
 def barrier(mesh: Mesh) -> None:
     if mesh.size > 1:
-        dist.barrier()
+        _call(mesh, "barrier", (), dist.barrier)
 
 
 @contextmanager

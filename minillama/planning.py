@@ -36,13 +36,7 @@ def _schedule(settings: Settings) -> str:
 
 
 def refuse_what_cannot_fit(settings: Settings) -> None:
-    """Refuse models whose frozen weights every rank would have to hold whole, and settings that are not built yet."""
-    if settings.zero_stage:
-        raise UserError(f"zero_stage = {settings.zero_stage} is not available yet; use --zero_stage 0")
-    if settings.reduction == "exact":
-        raise UserError("reduction = 'exact' is not available yet; use --reduction fast")
-    if settings.precision == "fp16" and settings.device not in ("auto", "cpu"):
-        raise UserError("precision = 'fp16' needs loss scaling, which is not available yet; use --precision bf16")
+    """Refuse models whose frozen weights every rank would have to hold whole."""
     if not settings.model and not settings.ckpt:
         return
     config = building.model_config(settings)

@@ -14,7 +14,8 @@ from minillama.errors import UserError
 
 # What may differ between the parts of one run without changing its result.
 HARMLESS = {"out_dir", "resume", "device", "threads", "logging_steps", "eval_strategy", "eval_steps", "per_device_eval_batch_size",
-            "save_strategy", "save_steps", "save_total_limit", "plot_loss", "peak_tflops", "cache_dir", "gradient_checkpointing"}
+            "save_strategy", "save_steps", "save_total_limit", "plot_loss", "peak_tflops", "cache_dir", "gradient_checkpointing",
+            "gradient_accumulation_steps", "zero_stage", "bucket_elements"}  # the global batch is kept, on any number of ranks
 
 
 def prepare_directory(settings: Settings, mesh: Mesh, overwrite: bool) -> tuple[Path | None, dict[str, Any] | None]:
@@ -27,7 +28,7 @@ def prepare_directory(settings: Settings, mesh: Mesh, overwrite: bool) -> tuple[
     summary = out_dir / "summary.json"
     if settings.resume == "auto" and summary.is_file():
         return None, json.loads(summary.read_text(encoding="utf-8"))
-    checkpoint = _checkpoint(settings, out_dir)
+    checkpoint = _checkpoint(settings, out_dir, mesh)
     comm.barrier(mesh)
     if mesh.is_first:
         try:
@@ -52,10 +53,10 @@ def _refuse_another_run(settings: Settings, out_dir: Path) -> None:
         raise UserError(f"{out_dir}: holds a run with other settings: {shown}; choose another --out_dir, or --overwrite_output_dir")
 
 
-def _checkpoint(settings: Settings, out_dir: Path) -> Path | None:
+def _checkpoint(settings: Settings, out_dir: Path, mesh: Mesh) -> Path | None:
     if settings.resume == "none":
         return None
     if settings.resume != "auto":
         return Path(settings.resume)
-    states = train_state.list_states(out_dir)
-    return states[-1] if states else None
+    found = train_state.newest_intact(out_dir, mesh.print) if mesh.is_first else None
+    return comm.gather_objects(mesh, found)[0]

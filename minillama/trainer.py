@@ -27,8 +27,9 @@ from minillama.errors import UserError
 from minillama.estimate import training_flops
 from minillama.lora import save_adapter
 from minillama.ops import Documents
-from minillama.parallel.zero import FlatAdamW
+from minillama.parallel.optimizer import LossScale, Optimizer
 from minillama.rundir import prepare_directory
+from minillama.signals import StopRequest, listening
 from minillama.tokenizer import Tokenizer
 
 MAX_SKIPPED_IN_A_ROW = 5
@@ -54,8 +55,8 @@ def learning_rate(step: int, total: int, settings: Settings) -> float:
 class Trainer:
     """A run in progress: model, optimizer, plan, and where they stand."""
 
-    def __init__(self, settings: Settings, mesh: Mesh) -> None:
-        self.settings, self.mesh, self.out_dir = settings, mesh, Path(settings.out_dir)
+    def __init__(self, settings: Settings, mesh: Mesh, stop: StopRequest | None = None) -> None:
+        self.settings, self.mesh, self.out_dir, self.stop = settings, mesh, Path(settings.out_dir), stop or StopRequest()
         settings = building.with_embedded_data(settings, mesh)
         device.allow_tf32(settings.tf32)
         if settings.threads:
@@ -63,21 +64,27 @@ class Trainer:
         self.tokenizer: Tokenizer = building.build_tokenizer(settings)
         self.model, self.lora = building.build_model(settings, self.tokenizer, mesh)
         self.plan, self.eval_plan, self.template = building.build_plans(settings, self.tokenizer, self.model.config, mesh)
-        self.optimizer = FlatAdamW(self.model.named_parameters(), mesh, beta1=settings.adam_beta1, beta2=settings.adam_beta2,
-                                   epsilon=settings.adam_epsilon, weight_decay=settings.weight_decay)
-        self.step = self.tokens = self.skipped = 0
+        half = self.model.lm_head.weight.dtype == torch.float16
+        self.optimizer = Optimizer(
+            self.model.named_parameters(), mesh, LossScale() if half else None, stage=settings.zero_stage,
+            exact=settings.reduction == "exact", bucket_elements=settings.bucket_elements,
+            accumulates=settings.gradient_accumulation_steps > 1, beta1=settings.adam_beta1, beta2=settings.adam_beta2,
+            epsilon=settings.adam_epsilon, weight_decay=settings.weight_decay)
+        self.step = self.tokens = self.skipped = self.saved_step = 0
         self.base = str(checkpoints.find_checkpoint(Path(settings.ckpt)).resolve()) if settings.ckpt else ""
 
     def resume(self, checkpoint: Path) -> None:
-        """Go on from a checkpoint: weights, moments, step."""
-        state, tensors = train_state.load_state(checkpoint)
-        if tensors["flat"].shape != self.optimizer.flat.shape:
-            raise UserError(f"{checkpoint}: holds {tensors['flat'].numel():,} trained numbers, this run {self.optimizer.flat.numel():,}")
-        self.optimizer.load_state(tensors)
-        self.step, self.tokens, self.skipped = state["step"], state["tokens"], state["skipped"]
+        """Go on from a checkpoint: weights, moments, step, loss scale."""
+        state = train_state.read_state(checkpoint)
+        for number, part in enumerate(self.optimizer.parts):
+            part.load_state(train_state.slice_reader(checkpoint, number, part.total), state["updates"])
+        if self.optimizer.loss_scale and state["loss_scale"]:
+            self.optimizer.loss_scale = LossScale(**state["loss_scale"])
+        self.step = self.saved_step = state["step"]
+        self.tokens, self.skipped = state["tokens"], state["skipped"]
 
-    def run(self, log: report.Report) -> dict[str, Any]:
-        """Train to the last step, save final/, and return the summary."""
+    def run(self, log: report.Report) -> dict[str, Any] | None:
+        """Train to the last step, save final/, and return the summary; None where a signal stopped the run, its state saved."""
         settings, total, losses, durations = self.settings, self.plan.total_steps, [], []
         started_tokens, eval_loss, skipped_in_a_row = self.tokens, None, 0
         epoch = self.plan.locate(self.step)[0]
@@ -85,7 +92,12 @@ class Trainer:
             began = time.perf_counter()
             batches = self.plan.micro_batches(self.step)
             rate = learning_rate(self.step, total, settings)
-            loss, norm = self.update(batches, rate)
+            result = self.update(batches, rate)
+            if result is None:
+                self.save_checkpoint(log)
+                log.close()
+                return None
+            loss, norm = result
             seconds = time.perf_counter() - began
             skipped_in_a_row = 0 if math.isfinite(loss) and math.isfinite(norm) else skipped_in_a_row + 1
             self._stop_if_lost(skipped_in_a_row, loss)
@@ -103,34 +115,33 @@ class Trainer:
                 log.record({"step": self.step, "epoch": self.plan.epoch_at(self.step), "eval_loss": eval_loss})
                 log.say(f"step {self.step}: validation loss {eval_loss:.4f}")
             if self._is_due(settings.save_strategy, settings.save_steps, new_epoch) and self.step < total:
-                self.save_checkpoint()
+                self.save_checkpoint(log)
         eval_loss = self.evaluate() if self.eval_plan else eval_loss
         self.save_model(self.out_dir / "final")
         return self._summary(losses, durations, self.tokens - started_tokens, eval_loss, log.close())
 
-    def update(self, batches: list[Batch], rate: float) -> tuple[float, float]:
+    def update(self, batches: list[Batch], rate: float) -> tuple[float, float] | None:
         """One optimizer step on a global batch; returns (mean loss per target, gradient norm before clipping).
 
-        A loss or norm that is not finite leaves the weights as they were, and is returned as it is.
+        A loss or norm that is not finite leaves the weights as they were, and is returned as it is. None: a signal reached some
+        rank, so all ranks gave the step up between two micro-batches.
         """
-        targets = max(1, sum(batch.targets for batch in batches))
+        targets, size = max(1, sum(batch.targets for batch in batches)), self.mesh.size
         self.optimizer.zero_grad()
-        total = torch.zeros((), dtype=torch.float32, device=self.mesh.device)
-        for number, batch in enumerate(batches):
-            if number % self.mesh.size != self.mesh.rank:
-                continue
-            if self.lora and self.lora.dropout:
-                torch.manual_seed(hash((self.settings.seed, self.step, number)) & 0x7FFFFFFF)
-            loss = self._loss_sum(batch) / targets
-            loss.backward()
-            total += loss.detach()
-        self.optimizer.reduce_gradients()
-        loss = float(comm.all_reduce_sum(self.mesh, total))
-        norm = self.optimizer.clip(self.settings.max_grad_norm)
-        if math.isfinite(loss) and math.isfinite(norm):
-            self.optimizer.step(rate)
-        else:
-            self.skipped += 1
+        losses = torch.zeros(len(batches), dtype=torch.float64, device=self.mesh.device)
+        for first in range(0, len(batches), size):  # micro-batch a·N + r is rank r's
+            if comm.any_rank(self.mesh, bool(self.stop.by)):
+                return None
+            number, loss = first + self.mesh.rank, None
+            if number < len(batches):
+                if self.lora and self.lora.dropout:
+                    torch.manual_seed(hash((self.settings.seed, self.step, number)) & 0x7FFFFFFF)
+                loss = self._loss_sum(batches[number]) / targets
+                losses[number] = loss.detach()
+            self.optimizer.backward(loss, min(size, len(batches) - first))
+        loss = sum(comm.all_reduce_sum(self.mesh, losses).tolist())
+        norm, updated = self.optimizer.step(rate, self.settings.max_grad_norm, math.isfinite(loss))
+        self.skipped += not updated
         return loss, norm
 
     def _loss_sum(self, batch: Batch) -> torch.Tensor:
@@ -154,7 +165,7 @@ class Trainer:
     def _stop_if_lost(self, skipped_in_a_row: int, loss: float) -> None:
         if skipped_in_a_row < MAX_SKIPPED_IN_A_ROW:
             return
-        where = self.optimizer.non_finite() or "the loss"
+        where = self.optimizer.first_non_finite() or "the loss"
         raise UserError(f"step {self.step}: loss {loss} or its gradient (first: {where}) was not finite {skipped_in_a_row} steps in a row; "
                         f"lower --learning_rate, or look at the data with --show_batch; checkpoints are in {self.out_dir}")
 
@@ -176,11 +187,18 @@ class Trainer:
         peak = self.settings.peak_tflops * 1e12
         return speed * self._flops_per_token([n for batch in batches for n in batch.lengths]) / peak if peak else None
 
-    def save_checkpoint(self) -> None:
-        if self.mesh.is_first:
-            state = {"step": self.step, "tokens": self.tokens, "skipped": self.skipped, "settings": asdict(self.settings)}
-            train_state.save_state(self.out_dir, self.step, self.save_model, self.optimizer.state(), state, self.settings.save_total_limit)
-        comm.barrier(self.mesh)
+    def save_checkpoint(self, log: report.Report) -> None:
+        """Write checkpoints/step-N; where that fails, say so loudly and go on: the checkpoints before it are still there."""
+        if self.saved_step == self.step:
+            return
+        scale, self.saved_step = self.optimizer.loss_scale, self.step
+        state = {"step": self.step, "tokens": self.tokens, "skipped": self.skipped, "updates": self.optimizer.parts[0].steps,
+                 "rows_per_step": self.plan.rows_per_step, "loss_scale": asdict(scale) if scale else None,
+                 "settings": asdict(self.settings)}
+        slices = [(part.owned.start, part.state()) for part in self.optimizer.parts]
+        problem = train_state.save_state(self.out_dir, self.step, self.mesh, slices, state, self.save_model, self.settings.save_total_limit)
+        if problem:
+            log.say(f"WARNING: step {self.step}: no checkpoint was written: {problem}; training goes on")
 
     def save_model(self, path: Path) -> None:
         """Write the model, or the adapter alone, as a directory that transformers or peft opens."""
@@ -204,25 +222,37 @@ class Trainer:
             "eval_loss": eval_loss, "steps": self.step, "tokens": self.tokens, "tokens_per_second": round(speed, 2),
             "step_seconds": round(sum(durations) / max(1, len(durations)), 4), "tflops": round(flops / 1e12, 4),
             "mfu": flops / 1e12 / peak if peak else None, "peak_memory_bytes": device.peak_memory_bytes(self.mesh.device),
-            "skipped_steps": self.skipped, "seconds": round(seconds, 2), "trainable_parameters": self.optimizer.flat.numel(),
+            "skipped_steps": self.skipped, "seconds": round(seconds, 2), "trainable_parameters": self.optimizer.trained,
         }
 
 
-def train(settings: Settings, mesh: Mesh, overwrite: bool = False) -> dict[str, Any]:
-    """Run, or go on with, the training that `settings` describe; returns the summary, which is also in out_dir/summary.json."""
+def train(settings: Settings, mesh: Mesh, overwrite: bool = False) -> dict[str, Any] | None:
+    """Run, or go on with, the training that `settings` describe; returns the summary, which is also in out_dir/summary.json.
+
+    None: a signal stopped the run, and its state is saved.
+    """
     checkpoint, finished = prepare_directory(settings, mesh, overwrite)
     if finished is not None:
         mesh.print(f"{settings.out_dir}: this run is finished; --overwrite_output_dir starts it over")
         return finished
-    trainer = Trainer(settings, mesh)
-    trainable, whole = trainer.optimizer.flat.numel(), sum(p.numel() for p in trainer.model.parameters())
+    if checkpoint:
+        settings = building.with_global_batch(settings, mesh, train_state.read_state(checkpoint)["rows_per_step"])
+    with listening() as stop:
+        return _run(settings, mesh, checkpoint, stop)
+
+
+def _run(settings: Settings, mesh: Mesh, checkpoint: Path | None, stop: StopRequest) -> dict[str, Any] | None:
+    trainer = Trainer(settings, mesh, stop)
+    trainable, whole = trainer.optimizer.trained, sum(p.numel() for p in trainer.model.parameters())
     mesh.print(f"model: {whole:,} parameters, {trainable:,} trained; {trainer.plan.total_steps:,} steps "
                f"on {mesh.size} × {mesh.device.type}")
     if checkpoint:
         trainer.resume(checkpoint)
         mesh.print(f"resuming {checkpoint} at step {trainer.step}, {trainer.tokens:,} tokens")
     summary = trainer.run(report.Report(trainer.out_dir, trainer.plan.total_steps, trainer.step, mesh.is_first))
-    if mesh.is_first:
+    if summary is None:
+        mesh.print(f"stopped by {stop.by or 'a signal to another rank'} after step {trainer.step}; the same command goes on from there")
+    elif mesh.is_first:
         checkpoints.write_json(trainer.out_dir / "summary.json", summary)
         report.plot_loss(trainer.out_dir, settings.plot_loss)
     comm.barrier(mesh)

@@ -1,41 +1,96 @@
 """The state of a run: what a resume needs, complete or absent.
 
-    checkpoints/step-000100/    the model (or adapter) as a directory that opens by itself
-        optimizer.safetensors   masters, Adam's moments, step count
-        state.json              steps done, tokens seen, skipped steps, settings
+    checkpoints/step-000100/                   the model (or adapter), as a directory that opens by itself, and
+        state-0-000000000000.safetensors       master, m, v from position 0 of flat vector 0 on; one file a rank
+        state-0-000000016384.safetensors       …
+        state.json                             step, tokens, skipped steps, loss scale, rows of a global batch, settings
+        manifest.json                          sha256 of every file; written last
 
-A checkpoint is written beside its place and renamed there, so a directory without `.partial` in its name is whole. The order of the
-data and the seeds of dropout follow from the step, so the step is all there is to know about them.
+State is stored by its position in the flat vector and never by rank, so any number of ranks reads it back. Every rank writes its own
+slice; nothing is gathered. All of it goes to `step-000100.partial`, is flushed to the disk, and becomes visible by one rename of
+rank 0 after every rank has said that it is done. A disk that fills up, or a process that dies, leaves the checkpoints before it.
+The order of the data and the seeds of dropout follow from the step, so the step is all there is to know about them.
 """
 
+import hashlib
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+import torch
 from torch import Tensor
 
+from minillama import comm
 from minillama.checkpoint.directory import write_json
+from minillama.checkpoint.tensor_files import Entry, read_safetensors, write_safetensors
+from minillama.comm import Mesh
 from minillama.errors import UserError
 
 
-def save_state(out_dir: Path, step: int, write_model: Callable[[Path], None], optimizer: dict[str, Tensor], state: dict[str, Any],
-               keep: int) -> Path:
-    """Write checkpoints/step-N and delete all but the newest `keep` (0: none is deleted)."""
+def save_state(out_dir: Path, step: int, mesh: Mesh, slices: list[tuple[int, dict[str, Tensor]]], state: dict[str, Any],
+               write_model: Callable[[Path], None], keep: int) -> str:
+    """Write checkpoints/step-N and delete all but the newest `keep` (0: none). Returns "", or why nothing was written.
+
+    slices: for each flat vector, the position this rank's slice begins at, and its tensors. write_model is called on rank 0.
+    """
     final = out_dir / "checkpoints" / f"step-{step:06d}"
     partial = final.with_name(final.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    write_model(partial)
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in optimizer.items()}, partial / "optimizer.safetensors")
-    write_json(partial / "state.json", state)
+    needed = sum(tensor.nbytes for _, tensors in slices for tensor in tensors.values())
+    problem, hashes = "", {}
+    if mesh.is_first:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    comm.barrier(mesh)
+    try:
+        _check_space(partial, needed * mesh.size)
+        for number, (start, tensors) in enumerate(slices):
+            path = partial / f"state-{number}-{start:012d}.safetensors"
+            write_safetensors(path, iter(tensors.items()), {n: (torch.float32, tuple(t.shape)) for n, t in tensors.items()})
+            hashes[path.name] = flush_and_hash(path)
+        if mesh.is_first:
+            write_model(partial)
+            write_json(partial / "state.json", state)
+            hashes |= {p.name: flush_and_hash(p) for p in sorted(partial.iterdir()) if not p.name.startswith("state-")}
+    except OSError as error:
+        problem = f"rank {mesh.rank}: {error.strerror or error} ({error.filename or partial})"
+    said = comm.gather_objects(mesh, (problem, hashes))
+    problems = [rank_problem for rank_problem, _ in said if rank_problem]
+    if mesh.is_first and problems:
+        shutil.rmtree(partial, ignore_errors=True)
+    elif mesh.is_first:
+        write_json(partial / "manifest.json", {"sha256": {name: sha for _, part in said for name, sha in part.items()}})
+        publish(partial, final)
+        for old in list_states(out_dir)[:-keep] if keep else []:
+            shutil.rmtree(old)
+    comm.barrier(mesh)
+    return "; ".join(problems)
+
+
+def _check_space(directory: Path, needed: int) -> None:
+    free = shutil.disk_usage(directory).free
+    if free < needed:
+        raise OSError(28, f"{needed:,} bytes are needed for the optimizer's state alone, {free:,} are free", str(directory))
+
+
+def flush_and_hash(path: Path) -> str:
+    """Flush a file to the disk; returns the sha256 of what it holds."""
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def publish(partial: Path, final: Path) -> None:
+    """Make `partial`, complete and flushed, visible as `final`, by one rename."""
+    flush_and_hash(partial / "manifest.json")
     shutil.rmtree(final, ignore_errors=True)
-    partial.rename(final)
-    for old in list_states(out_dir)[:-keep] if keep else []:
-        shutil.rmtree(old)
-    return final
+    os.replace(partial, final)
+    for directory in (final, final.parent):
+        handle = os.open(directory, os.O_RDONLY)
+        os.fsync(handle)
+        os.close(handle)
 
 
 def list_states(out_dir: Path) -> list[Path]:
@@ -44,9 +99,52 @@ def list_states(out_dir: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
 
 
-def load_state(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """(state.json, the optimizer's tensors) of a checkpoint."""
+def damage(directory: Path) -> str:
+    """What is wrong with a checkpoint, by its manifest; an empty string where nothing is."""
     try:
-        return json.loads((directory / "state.json").read_text(encoding="utf-8")), load_file(directory / "optimizer.safetensors")
-    except (OSError, ValueError) as error:
-        raise UserError(f"{directory}: not a complete checkpoint ({error}); name another with --resume DIR") from None
+        expected = json.loads((directory / "manifest.json").read_text(encoding="utf-8"))["sha256"]
+        for name, sha in expected.items():
+            if flush_and_hash(directory / name) != sha:
+                return f"{directory / name}: its content is not what was written"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"{directory}: {error}"
+    return ""
+
+
+def newest_intact(out_dir: Path, warn: Callable[[str], None]) -> Path | None:
+    """The newest checkpoint that holds what was written; a damaged one is named and passed over."""
+    for path in reversed(list_states(out_dir)):
+        problem = damage(path)
+        if not problem:
+            return path
+        warn(f"warning: damaged checkpoint passed over: {problem}")
+    return None
+
+
+def read_state(directory: Path) -> dict[str, Any]:
+    """state.json of a checkpoint. Raises UserError where the checkpoint is not whole."""
+    problem = damage(directory)
+    if problem:
+        raise UserError(f"{problem}; name another checkpoint with --resume DIR")
+    return json.loads((directory / "state.json").read_text(encoding="utf-8"))
+
+
+def slice_reader(directory: Path, number: int, total: int) -> Callable[[str, int, int], Tensor]:
+    """read(name, start, stop): a stretch of flat vector `number` of a checkpoint, whoever wrote it. `total`: its length."""
+    pieces: list[tuple[int, dict[str, Entry]]] = []
+    for path in sorted(directory.glob(f"state-{number}-*.safetensors")):
+        pieces.append((int(path.stem.rsplit("-", 1)[1]), read_safetensors(path)))
+    held = sum(entries["m"].shape[0] for _, entries in pieces)
+    if held != total:
+        raise UserError(f"{directory}: holds {held:,} trained numbers, this run has {total:,}; it belongs to another run")
+
+    def read(name: str, start: int, stop: int) -> Tensor:
+        result = torch.empty(max(0, stop - start), dtype=torch.float32)
+        for begin, entries in pieces:
+            entry = entries[name]
+            first, last = max(start, begin), min(stop, begin + entry.shape[0])
+            if first < last:
+                stretch = Entry(entry.file, entry.dtype, (last - first,), entry.offset + 4 * (first - begin), 4 * (last - first))
+                result[first - start:last - start] = stretch.read()
+        return result
+    return read

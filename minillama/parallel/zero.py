@@ -1,100 +1,118 @@
-"""The optimizer over one flat vector.
+"""ZeRO: AdamW over one flat vector, of which every rank owns a slice (Rajbhandari et al. 2020).
 
-The trainable parameters, matrices first and then the vectors that never decay, lie end to end in one flat fp32 vector; so do the
-gradients and Adam's two moments. Clipping is then one norm, AdamW two calls, averaging over ranks one collective.
+The trainable parameters, matrices first and then the vectors that never decay, lie end to end in one flat vector; gradients and
+Adam's two moments lie the same way. Rank r of N owns the r-th of N equal slices:
 
-    flat     | q_proj ......... | k_proj ... | …matrices… | norm | norm | bias |
-    grad     |                                            |                    |     fp32, accumulated over micro-batches
-    m, v     |<------------- weight decay --------------->|<---- no decay ---->|
+    weights   | q_proj …… | k_proj …… | …matrices… | norm | bias | pad |      every rank, in the compute dtype
+    owner     |<-------- rank 0 -------->|<--------- rank 1 ---------->|
+    master, m, v                         | fp32, this slice only       |      stage 1 and 2; stage 0: all of it
 
-An fp32 parameter is a view into `flat`; a 16-bit one is a rounded copy, written anew after each step, so that updates smaller
-than its last bit are not lost. Every rank holds all of it (stage 0).
+    1. backward    gradients appear, last layers first; a bucket is a stretch of the vector whose gradients are all there
+    2. reduce      buckets are summed over ranks: stage 0 for everyone, 1 for their owner at the step, 2 for their owner at once
+    3. clip        squared norms of fixed chunks, gathered, summed in order: the same number on every rank
+    4. step        each owner updates its slice
+    5. gather      the updated slices become everyone's weights
+
+`reduction="exact"` sums the gradients of the micro-batches 0, 1, 2, … in one pairwise tree, ((0+1)+(2+3))+…, whoever computed them:
+micro-batch a·N + r is rank r's, so ranks are the lowest levels of the tree. Then stages and (power-of-two) numbers of ranks give the
+same bytes, at the price of reducing every micro-batch and of a partial sum per level. `"fast"` adds as it comes.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
 
-from minillama import ops
-from minillama.comm import Mesh, all_reduce_sum
+from minillama import comm, ops
+from minillama.comm import Mesh
+from minillama.errors import UserError
+from minillama.parallel.gradients import Gradients, gradient_dtype
+
+CHUNK = 16384       # elements; slices are whole chunks, so that a chunk's norm never depends on the number of ranks
+AT_ONCE = 1 << 22   # elements updated at a time, which bounds the temporary copies of a step
 
 
-class FlatAdamW:
-    """AdamW over the trainable parameters of a model, as one vector."""
+class ZeroAdamW:
+    """AdamW over trainable parameters of one dtype, sharded by stage. `accumulates`: a rank has several micro-batches a step."""
 
-    def __init__(self, named: Iterable[tuple[str, nn.Parameter]], mesh: Mesh, *, beta1: float, beta2: float, epsilon: float,
-                 weight_decay: float) -> None:
-        trainable = [(name, p) for name, p in named if p.requires_grad]
-        self.named = [x for x in trainable if x[1].ndim > 1] + [x for x in trainable if x[1].ndim <= 1]
-        self.mesh, self.settings = mesh, {"beta1": beta1, "beta2": beta2, "epsilon": epsilon}
+    def __init__(self, named: Iterable[tuple[str, nn.Parameter]], mesh: Mesh, *, stage: int = 0, exact: bool = False,
+                 bucket_elements: int = 10**8, accumulates: bool = True, beta1: float = 0.9, beta2: float = 0.999,
+                 epsilon: float = 1e-8, weight_decay: float = 0.0) -> None:
+        if exact and mesh.size & (mesh.size - 1):
+            raise UserError(f"reduction = 'exact' needs 1, 2, 4, 8, … ranks, not {mesh.size}; use --reduction fast")
+        self.named = sorted(named, key=lambda item: item[1].ndim <= 1)  # stable: matrices first
+        self.mesh, self.stage, self.exact, self.steps, self.weight_decay = mesh, stage, exact, 0, weight_decay
+        self.adam = {"beta1": beta1, "beta2": beta2, "epsilon": epsilon}
+        self.update = ops.exact_adamw if exact else ops.adamw
+        self.total = sum(p.numel() for _, p in self.named)
         self.decayed = sum(p.numel() for _, p in self.named if p.ndim > 1)
-        self.weight_decay, self.steps = weight_decay, 0
-        size, device = sum(p.numel() for _, p in self.named), self.named[0][1].device
-        self.flat, self.grad, self.m, self.v = (torch.zeros(size, dtype=torch.float32, device=device) for _ in range(4))
-        self._adopt()
+        size = -(-self.total // (CHUNK * mesh.size)) * CHUNK  # of a slice
+        self.owned = slice(mesh.rank * size, (mesh.rank + 1) * size)
+        self.kept = self.owned if stage else slice(0, size * mesh.size)  # what this rank updates
+        dtype, device = self.named[0][1].dtype, self.named[0][1].device
+        self.weights = torch.zeros(size * mesh.size, dtype=dtype, device=device)
+        for (_, parameter), view in zip(self.named, self.views(self.weights), strict=True):
+            view.copy_(parameter.detach())
+            parameter.data = view
+        mine = self.weights[self.kept]
+        self.master = mine if dtype == torch.float32 else mine.float()
+        self.m, self.v = torch.zeros_like(self.master), torch.zeros_like(self.master)
+        self.gradients = Gradients(self.named, mesh, size, stage, exact, bucket_elements, gradient_dtype(dtype, accumulates, exact))
 
-    def _adopt(self) -> None:
-        """Copy the parameters into the flat vector, make fp32 ones views of it, and route gradients to the flat gradient."""
-        for (_, parameter), weight, grad in zip(self.named, self._views(self.flat), self._views(self.grad), strict=True):
-            weight.copy_(parameter.detach())
-            if parameter.dtype == torch.float32:
-                parameter.data, parameter.grad = weight, grad
-            else:
-                parameter.register_post_accumulate_grad_hook(_move_gradient_into(grad))
-
-    def _views(self, vector: Tensor) -> list[Tensor]:
-        """`vector` cut into the parameters' shapes."""
-        parts = vector.split([p.numel() for _, p in self.named])
+    def views(self, vector: Tensor) -> list[Tensor]:
+        """A flat vector cut into the parameters' shapes."""
+        parts = vector[:self.total].split([p.numel() for _, p in self.named])
         return [part.view(p.shape) for part, (_, p) in zip(parts, self.named, strict=True)]
 
-    def zero_grad(self) -> None:
-        self.grad.zero_()
+    def squared_norm(self) -> Tensor:
+        """The squared norm of the step's whole gradient, () fp64, the same number on every rank."""
+        chunks = torch.stack([row.float().square().sum() for row in self.gradients.reduced().view(-1, CHUNK)]).double()
+        if self.stage:
+            chunks = comm.all_gather(self.mesh, chunks)
+        return chunks[:-(-self.total // CHUNK)].sum()
 
-    def reduce_gradients(self) -> None:
-        """Sum the gradients over the ranks; losses are already divided by the targets of the whole global batch."""
-        all_reduce_sum(self.mesh, self.grad)
-
-    def clip(self, max_norm: float) -> float:
-        """Scale the gradient down to `max_norm` (0: do not); returns its norm before that."""
-        norm = float(torch.linalg.vector_norm(self.grad))
-        if max_norm and norm > max_norm:
-            self.grad.mul_(max_norm / (norm + 1e-6))
-        return norm
-
-    def step(self, learning_rate: float) -> None:
-        """One AdamW update of every parameter."""
+    def step(self, learning_rate: float, scale: float = 1.0) -> None:
+        """One AdamW update with the gradient times `scale`; afterwards every rank has the new weights."""
         self.steps += 1
-        for span, decay in ((slice(0, self.decayed), self.weight_decay), (slice(self.decayed, None), 0.0)):
-            if len(self.flat[span]):
-                ops.adamw(self.flat[span], self.grad[span], self.m[span], self.v[span], self.steps,
-                          learning_rate=learning_rate, weight_decay=decay, **self.settings)
-        self._publish()
+        grad = self.gradients.reduced()
+        border, end = (min(max(place - self.kept.start, 0), len(grad)) for place in (self.decayed, self.total))
+        for start, stop, decay in ((0, border, self.weight_decay), (border, end, 0.0)):
+            for at in range(start, stop, AT_ONCE):
+                part = slice(at, min(at + AT_ONCE, stop))
+                scaled = grad[part].float() if scale == 1.0 else grad[part].float() * scale
+                self.update(self.master[part], scaled, self.m[part], self.v[part], self.steps,
+                            learning_rate=learning_rate, weight_decay=decay, **self.adam)
+        self.publish()
 
-    @torch.no_grad()
-    def _publish(self) -> None:
-        """Write the masters' values into the 16-bit parameters."""
-        for (_, parameter), weight in zip(self.named, self._views(self.flat), strict=True):
-            if parameter.dtype != torch.float32:
-                parameter.copy_(weight)
+    def publish(self) -> None:
+        """Make the masters everyone's weights."""
+        if self.master.dtype != self.weights.dtype:
+            self.weights[self.kept].copy_(self.master)
+        if self.stage:
+            comm.all_gather_into(self.mesh, self.weights, self.weights[self.owned])
 
-    def non_finite(self) -> str:
-        """The name of the first parameter with a gradient that is not a number, or an empty string."""
-        return next((name for (name, _), grad in zip(self.named, self._views(self.grad), strict=True) if not grad.isfinite().all()), "")
+    def zero_grad(self) -> None:
+        self.gradients.clear()
+
+    def first_non_finite(self) -> str:
+        """The first parameter whose gradient, as far as this rank keeps it, is not finite; or an empty string."""
+        bad = (~self.gradients.reduced().isfinite()).nonzero()
+        place = int(bad[0]) + self.kept.start if len(bad) else -1
+        for name, parameter in self.named if len(bad) else ():
+            place -= parameter.numel()
+            if place < 0:
+                return name
+        return ""
 
     def state(self) -> dict[str, Tensor]:
-        """Masters, moments and step count: with the data position, all that an exact continuation needs."""
-        return {"flat": self.flat, "m": self.m, "v": self.v, "steps": torch.tensor(self.steps)}
+        """What this rank owns: master, m and v from position `owned.start` on, cut after the last parameter."""
+        first, last = (min(place, self.total) - self.kept.start for place in (self.owned.start, self.owned.stop))
+        return {name: getattr(self, name)[max(first, 0):max(last, 0)] for name in ("master", "m", "v")}
 
-    def load_state(self, state: dict[str, Tensor]) -> None:
-        for name in ("flat", "m", "v"):
-            getattr(self, name).copy_(state[name])
-        self.steps = int(state["steps"])
-        self._publish()
-
-
-def _move_gradient_into(grad: Tensor):
-    def hook(parameter: nn.Parameter) -> None:
-        grad.add_(parameter.grad)
-        parameter.grad = None
-    return hook
+    def load_state(self, read: Callable[[str, int, int], Tensor], steps: int) -> None:
+        """Take the state over: read(name, start, stop) returns a stretch of a saved vector by position, whoever saved it."""
+        start, stop = min(self.kept.start, self.total), min(self.kept.stop, self.total)
+        for name in ("master", "m", "v"):
+            getattr(self, name)[:stop - start] = read(name, start, stop)
+        self.steps = steps
+        self.publish()
