@@ -2,8 +2,9 @@
 
 import os
 import sys
+from pathlib import Path
 
-from minillama import config, errors
+from minillama import config, deepspeed, errors
 
 EXAMPLES = """
   python train.py                                    the demo: a small LLaMA from scratch, on data of its own, in two minutes
@@ -25,12 +26,16 @@ def parse(arguments: list[str]) -> tuple[config.Settings, object]:
     parser.add_argument("--world_size", type=int, default=0, metavar="N", help="with --dry_run: plan for N ranks")
     parser.add_argument("--overwrite_output_dir", nargs="?", const=True, default=False, type=config.parse_bool, metavar="true|false",
                         help="empty out_dir first")
+    parser.add_argument("--deepspeed", default="", metavar="FILE", help="take settings from a DeepSpeed JSON file")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     config.add_keys(parser)
     found = parser.parse_args(arguments)
     flags = vars(found)
     brings_its_own = any(name in flags for name in ("ckpt", "data", "model", "init", "tokenizer", "dim"))
     source = flags["config"] or ("" if brings_its_own else "demo")
+    if found.deepspeed:
+        ranks = found.world_size or int(os.environ.get("WORLD_SIZE", "1"))
+        flags = deepspeed.read(Path(found.deepspeed), ranks) | flags
     return config.resolve(source, flags), found
 
 

@@ -21,6 +21,7 @@ from minillama.device import compute_dtype
 from minillama.errors import UserError
 from minillama.lora import LoraConfig, add_lora, load_adapter
 from minillama.model import Llama
+from minillama.parallel.optimizer import LossScale
 from minillama.recompute import recompute_activations
 from minillama.tokenizer import Tokenizer, open_tokenizer
 
@@ -115,6 +116,12 @@ def _check_growth(settings: Settings, tokenizer: Tokenizer) -> None:
     if settings.lora and not {"embed_tokens", "lm_head"} <= set(settings.modules_to_save):
         raise UserError(f"{tokenizer.path} has {tokenizer.size} pieces, more than the checkpoint's embedding has rows; the new rows would "
                         "never be trained: add --modules_to_save embed_tokens,lm_head")
+
+
+def loss_scale(settings: Settings) -> LossScale:
+    """The dynamic loss scale of an fp16 run."""
+    patience = settings.loss_scale_hysteresis
+    return LossScale(2.0**settings.initial_scale_power, settings.loss_scale_window, patience, settings.min_loss_scale, patience)
 
 
 def with_global_batch(settings: Settings, mesh: Mesh, rows_per_step: int) -> Settings:

@@ -66,7 +66,7 @@ class Trainer:
         self.plan, self.eval_plan, self.template = building.build_plans(settings, self.tokenizer, self.model.config, mesh)
         half = self.model.lm_head.weight.dtype == torch.float16
         self.optimizer = Optimizer(
-            self.model.named_parameters(), mesh, LossScale() if half else None, stage=settings.zero_stage,
+            self.model.named_parameters(), mesh, building.loss_scale(settings) if half else None, stage=settings.zero_stage,
             exact=settings.reduction == "exact", bucket_elements=settings.bucket_elements,
             accumulates=settings.gradient_accumulation_steps > 1, beta1=settings.adam_beta1, beta2=settings.adam_beta2,
             epsilon=settings.adam_epsilon, weight_decay=settings.weight_decay)

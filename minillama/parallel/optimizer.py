@@ -9,7 +9,6 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 from minillama.comm import Mesh
@@ -93,7 +92,3 @@ class Optimizer:
     def first_non_finite(self) -> str:
         """The name of the first parameter with a gradient that is not finite, or an empty string."""
         return next(filter(None, (part.first_non_finite() for part in self.parts)), "")
-
-
-def needs_loss_scale(dtype: torch.dtype) -> bool:
-    return dtype == torch.float16

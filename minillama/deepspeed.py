@@ -1,0 +1,72 @@
+"""A DeepSpeed JSON file (`--deepspeed FILE`) as settings of ours: what it asks for is mapped, or refused by name.
+
+"auto" leaves a value to the command line, as transformers does. Keys that only tune DeepSpeed's own machinery change no result and
+are passed over; everything else that is not in the table is an error.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from minillama.errors import UserError, closest
+
+# a key of the file, dotted -> the setting it becomes
+MAPPED = {
+    "train_micro_batch_size_per_gpu": "per_device_train_batch_size", "gradient_accumulation_steps": "gradient_accumulation_steps",
+    "gradient_clipping": "max_grad_norm", "zero_optimization.stage": "zero_stage",
+    "zero_optimization.reduce_bucket_size": "bucket_elements", "optimizer.params.lr": "learning_rate",
+    "optimizer.params.eps": "adam_epsilon", "optimizer.params.weight_decay": "weight_decay",
+    "fp16.initial_scale_power": "initial_scale_power", "fp16.loss_scale_window": "loss_scale_window",
+    "fp16.hysteresis": "loss_scale_hysteresis", "fp16.min_loss_scale": "min_loss_scale",
+}
+# keys whose values must be among these
+FIXED = {
+    "optimizer.type": ("Adam", "AdamW"), "optimizer.params.torch_adam": (True, False), "optimizer.params.adam_w_mode": (True,),
+    "fp16.loss_scale": (0,), "zero_optimization.offload_optimizer.device": ("none",), "zero_optimization.offload_param.device": ("none",),
+}
+HARMLESS = ("steps_per_print", "wall_clock_breakdown", "zero_optimization.overlap_comm", "zero_optimization.contiguous_gradients",
+            "zero_optimization.allgather_partitions", "zero_optimization.allgather_bucket_size", "zero_optimization.reduce_scatter",
+            "zero_optimization.round_robin_gradients", "zero_allow_untested_optimizer", "train_batch_size", "fp16.auto_cast")
+
+
+def read(path: Path, world_size: int) -> dict[str, Any]:
+    """The settings that the file fixes. Raises UserError for what cannot be honoured, and for batch sizes that disagree."""
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"--deepspeed {path}: {error}") from None
+    settings: dict[str, Any] = {}
+    for key, value in _flattened(raw).items():
+        if value == "auto" or key in HARMLESS:
+            continue
+        if key in MAPPED:
+            settings[MAPPED[key]] = int(value) if key.endswith("size") or key.endswith("stage") else value
+        elif key == "optimizer.params.betas":
+            settings["adam_beta1"], settings["adam_beta2"] = value
+        elif key in ("fp16.enabled", "bf16.enabled"):
+            settings |= {"precision": key[:4]} if value else {}
+        elif key not in FIXED:
+            known = (*MAPPED, *FIXED, *HARMLESS)
+            raise UserError(f"{path}: {key} = {value!r} is not supported{closest(key, known)}")
+        elif value not in FIXED[key]:
+            raise UserError(f"{path}: {key} = {value!r} is not supported; supported: {', '.join(map(repr, FIXED[key]))}")
+    if settings.get("zero_stage", 0) > 2:
+        raise UserError(f"{path}: zero_optimization.stage = {settings['zero_stage']}: weights are not sharded here; use stage 1 or 2")
+    _check_batch(raw, settings, world_size, path)
+    return settings
+
+
+def _check_batch(raw: dict[str, Any], settings: dict[str, Any], world_size: int, path: Path) -> None:
+    total, micro = raw.get("train_batch_size", "auto"), settings.get("per_device_train_batch_size")
+    accumulation = settings.get("gradient_accumulation_steps")
+    if "auto" in (total, micro or "auto", accumulation or "auto") or total == micro * accumulation * world_size:
+        return
+    raise UserError(f"{path}: train_batch_size = {total} is not train_micro_batch_size_per_gpu {micro} × gradient_accumulation_steps "
+                    f"{accumulation} × {world_size} ranks = {micro * accumulation * world_size}")
+
+
+def _flattened(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= _flattened(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
