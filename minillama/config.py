@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+from minillama.commandlines import RENAMED, add_flags, settings_from
 from minillama.errors import UserError, closest
 
 PRESETS = Path(__file__).parent / "configs"
@@ -50,6 +51,7 @@ class Settings:
     max_length: int = key("data", 0, "longest row in tokens; longer samples are cut there (0: the model's context, at most 1024)")
     append_eod: bool = key("data", True, "end each training document with the end-of-text token")
     skip_bad_records: bool = key("data", False, "leave malformed records out, count and list them, instead of stopping")
+    workers: int = key("data", 1, "processes that tokenize")
     cache_dir: str = key("data", "", "where tokenized raw files are kept (empty: ~/.cache/minillama)")
 
     lora: bool = key("lora", False, "train low-rank adapters instead of the weights")
@@ -123,12 +125,6 @@ class Settings:
 
 KEYS = {field.name: field for field in dataclasses.fields(Settings)}
 
-# Names that users of transformers, FastChat and LLaMA-Factory have in their fingers.
-ALIASES = {
-    "model_name_or_path": "ckpt", "data_path": "data", "output_dir": "out_dir", "model_max_length": "max_length",
-    "cutoff_len": "max_length", "lora_r": "lora_rank", "lora_target": "lora_targets", "evaluation_strategy": "eval_strategy",
-    "dtype": "precision",
-}
 PRECISIONS = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 
 
@@ -173,7 +169,7 @@ def parse_list(text: str) -> tuple[str, ...]:
 
 def add_keys(parser: argparse.ArgumentParser) -> None:
     """A flag for each key of `Settings`, in a group for each section, and the aliases."""
-    also = {name: [f"--{alias}" for alias, target in ALIASES.items() if target == name] for name in KEYS}
+    also = {name: [f"--{alias}" for alias, target in RENAMED.items() if target == name] for name in KEYS}
     groups = {}
     for name, field in KEYS.items():
         section, default, choices = field.metadata["section"], field.default, field.metadata["choices"]
@@ -187,6 +183,7 @@ def add_keys(parser: argparse.ArgumentParser) -> None:
             group.add_argument(*flags, type=parse_list, metavar="A,B", **common)
         else:
             group.add_argument(*flags, type=field.type, metavar=field.type.__name__, **common)
+    add_flags(parser, parse_bool)
     for flag in ("fp16", "bf16"):
         groups["train"].add_argument(f"--{flag}", nargs="?", const=True, type=parse_bool, metavar="true|false", help=f"precision {flag}")
 
@@ -197,6 +194,7 @@ def resolve(source: str, flags: dict[str, Any]) -> Settings:
     precisions = {name for name in ("fp16", "bf16") if flags.get(name)}
     if len(precisions) == 2:
         raise UserError("--fp16 and --bf16 exclude each other; give one")
+    values |= settings_from(flags)
     values |= {name: value for name, value in flags.items() if name in KEYS}
     if precisions:
         values["precision"] = precisions.pop()
@@ -224,7 +222,7 @@ def read_source(source: str) -> dict[str, Any]:
         inner = value if isinstance(value, dict) else {name: value}
         for inner_name, inner_value in inner.items():
             place = f"{path}: [{name}] {inner_name}" if isinstance(value, dict) else f"{path}: {name}"
-            target = ALIASES.get(inner_name, inner_name)
+            target = RENAMED.get(inner_name, inner_name)
             if target not in KEYS:
                 raise UserError(f"{place}: unknown key{closest(inner_name, KEYS)}; `train.py --help` lists every key")
             if isinstance(value, dict) and KEYS[target].metadata["section"] != name:

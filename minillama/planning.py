@@ -6,7 +6,7 @@ from typing import Any
 from minillama import building
 from minillama.config import Settings
 from minillama.errors import UserError
-from minillama.estimate import estimate
+from minillama.estimate import activation_bytes, estimate
 
 LARGEST_REPLICATED = 40 * 10**9  # bytes of frozen weights that one card can be asked to hold beside its activations
 
@@ -15,14 +15,18 @@ def describe(settings: Settings, world_size: int) -> str:
     """Parameters, bytes per rank and tokens per step; nothing is allocated."""
     config = building.model_config(settings)
     e = estimate(config, settings, world_size)
+    width, recompute = 4 if settings.precision == "fp32" else 2, settings.gradient_checkpointing
     length = settings.max_length or min(config.max_seq_len, 1024)
     rows = settings.per_device_train_batch_size * settings.gradient_accumulation_steps * world_size
+    micro = settings.per_device_train_batch_size * length
     lines = [
         f"model       {config.n_layers} layers, width {config.dim}, {config.n_heads} heads ({config.n_kv_heads} key/value), "
         f"MLP {config.ffn_dim}, vocabulary {config.vocab_size:,}",
         f"parameters  {config.parameter_count():,}; trained: {e.trainable:,} ({e.trainable / config.parameter_count():.2%})",
         f"per rank    weights {_gb(e.weights)} + gradients {_gb(e.gradients)} + optimizer {_gb(e.optimizer)} = {_gb(e.total)}, "
         f"before activations ({settings.precision}, ZeRO stage {settings.zero_stage}, {world_size} rank{'s' * (world_size > 1)})",
+        f"activations {_gb(activation_bytes(config, micro, width, recompute))} a micro-batch ({'recomputed' if recompute else 'kept'})",
+        f"disk        {_gb(config.parameter_count() * width * (not settings.lora) + e.trainable * 12)} a checkpoint",
         f"a step      {rows} rows of up to {length:,} tokens = up to {rows * length:,} tokens on all ranks",
         f"schedule    {_schedule(settings)}",
     ]

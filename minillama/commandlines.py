@@ -1,0 +1,74 @@
+"""Command lines of other systems, so that they can be pasted: FastChat, LLaMA-Factory, Chinese-LLaMA-Alpaca, AscendSpeed.
+
+Each of their flags is one of three things here: another name for a key of ours; a flag that must have certain values, because
+only those are what this program does; or one that changes no result. Any other flag is unknown, and said to be.
+"""
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+from minillama.errors import UserError
+
+# their name -> our key
+RENAMED = {
+    "model_name_or_path": "ckpt", "load": "ckpt", "data_path": "data", "output_dir": "out_dir", "save": "out_dir",
+    "tokenizer_name_or_path": "tokenizer", "model_max_length": "max_length", "cutoff_len": "max_length",
+    "max_seq_length": "max_length", "block_size": "max_length", "seq_length": "max_length",
+    "val_size": "validation_split", "validation_split_percentage": "validation_split",
+    "validation_file": "eval_data", "lora_r": "lora_rank", "lora_target": "lora_targets", "trainable": "lora_targets",
+    "lora_target_modules": "lora_targets", "lora_modules_to_save": "modules_to_save", "adapter_name_or_path": "adapter",
+    "peft_path": "adapter", "lora_load": "adapter", "evaluation_strategy": "eval_strategy", "dtype": "precision",
+    "train_iters": "max_steps",
+    "micro_batch_size": "per_device_train_batch_size", "lr": "learning_rate", "min_lr": "min_learning_rate", "clip_grad": "max_grad_norm",
+    "lr_decay_style": "lr_scheduler_type", "lr_warmup_fraction": "warmup_ratio", "lr_warmup_iters": "warmup_steps",
+    "adam_eps": "adam_epsilon", "log_interval": "logging_steps", "save_interval": "save_steps", "eval_interval": "eval_steps",
+    "num_layers": "n_layers", "hidden_size": "dim", "num_attention_heads": "n_heads", "num_query_groups": "n_kv_heads",
+    "ffn_hidden_size": "ffn_dim", "init_method_std": "initializer_range", "preprocessing_num_workers": "workers",
+}
+# flag -> the values that mean what this program does, and why others are refused
+ONLY = {
+    "stage": (("sft", "pt"), "only supervised fine-tuning and pre-training exist here"),
+    "do_train": (("true",), "train.py trains; eval.py evaluates"),
+    "finetuning_type": (("lora", "full"), "tune with lora or in full"),
+    "tensor_model_parallel_size": (("1",), "tensor parallelism does not exist here yet"),
+    "pipeline_model_parallel_size": (("1",), "pipeline parallelism does not exist here yet"),
+    "quantization_bit": (("none",), "quantized weights are not trained here"),
+    "load_in_kbits": (("16",), "quantized weights are not trained here"),
+    "train_on_prompt": (("false",), "prompts are not targets here"),
+    "zero3_enabled": (("false",), "weights are not sharded here; use --zero_stage 2"),
+    "fsdp": (("",), "weights are not sharded here; use --zero_stage 2"),
+    "lora_adapter_name": (("default",), "an adapter is named by its directory"),
+    "optim": (("adamw_torch", "adamw_torch_fused", "adamw_hf"), "the optimizer is AdamW"),
+}
+# flags that change no result
+HARMLESS = ("lazy_preprocess", "do_eval", "logging_first_step", "logging_strategy", "report_to", "torch_dtype", "ddp_timeout",
+            "ddp_find_unused_parameters", "data_cache_dir", "flash_attn", "use_flash_attn", "lora_register_forward_hook", "split",
+            "distributed_backend", "local_rank", "tokenizer_type", "tokenizer_not_use_fast", "use_fast_tokenizer")
+
+
+def add_flags(parser: argparse.ArgumentParser, parse_bool: Callable[[str], bool]) -> None:
+    """Accept the flags of the other systems that are not just other names; they are left out of `--help`."""
+    for flag in (*ONLY, *HARMLESS):
+        parser.add_argument(f"--{flag}", nargs="*", default=None, help=argparse.SUPPRESS)
+    for flag in ("disable_gradient_checkpointing", "overwrite_cache"):
+        parser.add_argument(f"--{flag}", nargs="?", const=True, default=False, type=parse_bool, help=argparse.SUPPRESS)
+    parser.add_argument("--dataset", default="", metavar="A,B", help="data sets by their names in dataset_dir's dataset_info.json")
+    parser.add_argument("--dataset_dir", default="", metavar="DIR", help="folder of dataset_info.json, or of the training files [data]")
+
+
+def settings_from(flags: dict[str, Any]) -> dict[str, Any]:
+    """What the other systems' flags say in keys of ours. Raises UserError for a value that cannot be honoured, by name."""
+    for flag, (allowed, why) in ONLY.items():
+        given = flags.get(flag)
+        value = None if given is None else " ".join(given).lower() or "true"
+        if value is not None and value not in allowed:
+            raise UserError(f"--{flag} {value} is not supported: {why}")
+    found: dict[str, Any] = {}
+    if flags.get("finetuning_type") is not None:
+        found["lora"] = flags["finetuning_type"] == ["lora"]
+    if flags.get("disable_gradient_checkpointing"):
+        found["gradient_checkpointing"] = False
+    if flags.get("dataset_dir") and not flags.get("dataset"):
+        found["data"] = (flags["dataset_dir"],)
+    return found
