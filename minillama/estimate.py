@@ -1,7 +1,7 @@
 """What a run will need, by arithmetic: parameters, bytes a rank, floating-point operations.
 
-Nothing is allocated. Per trainable parameter of a 16-bit model, AdamW with fp32 masters holds 2 bytes of weight, and 4 each of
-gradient, master and two moments; an fp32 parameter is its own master. Frozen weights cost their own bytes only.
+Nothing is allocated. Per trainable parameter of a 16-bit model, AdamW with fp32 masters holds 2 bytes of weight, 2 of gradient (4
+where it accumulates), and 4 each of master and two moments; an fp32 parameter is its own master. Frozen weights cost their own bytes.
 """
 
 import math
@@ -49,7 +49,9 @@ def estimate(config: LlamaConfig, settings: Settings, world_size: int = 1) -> Es
     masters = 0 if width == 4 else whole * 4
     shard = world_size if settings.zero_stage >= 1 else 1
     optimizer = math.ceil((masters + trainable * 8) / shard)
-    gradients = math.ceil(trainable * 4 / (world_size if settings.zero_stage >= 2 else 1))
+    accumulates = settings.gradient_accumulation_steps > 1 or settings.reduction == "exact"
+    shard = world_size if settings.zero_stage >= 2 or settings.reduction == "exact" and settings.zero_stage else 1
+    gradients = math.ceil((whole * (4 if accumulates else width) + (trainable - whole) * 4) / shard)
     return Estimate(parameters + (trainable - whole if lora else 0), trainable, weights, gradients, optimizer)
 
 

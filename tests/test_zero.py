@@ -1,0 +1,247 @@
+"""ZeRO: one flat vector, any stage, any number of ranks."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from minillama import comm
+from minillama.comm import Mesh
+from minillama.errors import UserError
+from minillama.parallel.optimizer import LossScale, Optimizer
+from minillama.parallel.zero import CHUNK
+from tests.conftest import random_model, random_tokens
+from tests.ranks import run_on_ranks
+
+MICRO_BATCHES = 6
+SETTINGS = {"beta1": 0.9, "beta2": 0.95, "epsilon": 1e-8, "weight_decay": 0.1}
+
+
+def micro_batches(step: int, count: int) -> list[torch.Tensor]:
+    return [random_tokens(1, 8 + i, seed=100 * step + i) for i in range(count)]
+
+
+def train(stage: int, exact: bool, dtype: torch.dtype = torch.float32, steps: int = 3, bucket_elements: int = 3000, **model):
+    """Three updates on this rank's share of fixed global batches, the last one short; returns what rank 0 sees in the end."""
+    torch.set_num_threads(1)
+    with comm.start("cpu", timeout_minutes=1) as mesh:
+        net = random_model(**model).to(dtype)
+        optimizer = Optimizer(net.named_parameters(), mesh, stage=stage, exact=exact, bucket_elements=bucket_elements, **SETTINGS)
+        norms = []
+        for step in range(steps):
+            batches = micro_batches(step, MICRO_BATCHES if step < steps - 1 else MICRO_BATCHES - 1)
+            optimizer.zero_grad()
+            for first in range(0, len(batches), mesh.size):
+                mine = batches[first + mesh.rank] if first + mesh.rank < len(batches) else None
+                loss = None if mine is None else net.loss_sum(mine, mine.roll(-1, 1)) / 60
+                optimizer.backward(loss, min(mesh.size, len(batches) - first))
+            norms.append(optimizer.step(1e-2, max_norm=0.5)[0])
+        part = optimizer.parts[0]
+        state = {name: comm.gather_objects(mesh, tensor.numpy().copy()) for name, tensor in part.state().items()}
+        return ({name: p.detach().clone().float().numpy() for name, p in net.named_parameters()}, norms,
+                {name: [x for piece in pieces for x in piece.tolist()] for name, pieces in state.items()}, mesh.traffic.elements / steps)
+
+
+def everyones(size: int, *arguments):
+    return run_on_ranks(size, train, *arguments) if size > 1 else [train(*arguments)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_exact_reduction_gives_the_same_bytes_on_any_stage_and_number_of_ranks(dtype):
+    weights, norms, state, _ = train(0, True, dtype)
+    for size, stage in [(1, 1), (1, 2), (2, 0), (2, 1), (2, 2), (4, 0), (4, 1), (4, 2)]:
+        for found_weights, found_norms, found_state, _ in everyones(size, stage, True, dtype):
+            assert found_norms == norms, (size, stage)
+            assert found_state == state, (size, stage)
+            assert all((found_weights[name] == weights[name]).all() for name in weights), (size, stage)
+
+
+@pytest.mark.parametrize("size, stage", [(1, 2), (2, 0), (2, 1), (2, 2), (3, 1), (3, 2)])
+def test_the_fast_reduction_differs_by_rounding_only(size, stage):
+    weights, norms, _, _ = train(0, True)
+    found_weights, found_norms, _, _ = everyones(size, stage, False)[0]
+    assert found_norms == pytest.approx(norms, rel=1e-5)
+    assert max(abs(found_weights[name] - weights[name]).max() for name in weights) < 2e-3  # a tenth of an update, where v is near 0
+
+
+def test_it_is_adamw_with_the_norm_of_the_whole_gradient():
+    net = random_model()
+    groups = [{"params": [p for p in net.parameters() if (p.ndim > 1) == matrix], "weight_decay": 0.1 * matrix} for matrix in (True, False)]
+    adamw = torch.optim.AdamW(groups, lr=1e-2, betas=(0.9, 0.95))
+    norms = []
+    for step in range(3):
+        adamw.zero_grad()
+        for batch in micro_batches(step, MICRO_BATCHES if step < 2 else MICRO_BATCHES - 1):
+            (net.loss_sum(batch, batch.roll(-1, 1)) / 60).backward()
+        norms.append(float(nn.utils.clip_grad_norm_(net.parameters(), 0.5)))
+        adamw.step()
+    weights, found_norms, _, _ = train(0, False)
+    assert found_norms == pytest.approx(norms, rel=1e-5)
+    for name, parameter in net.named_parameters():
+        torch.testing.assert_close(torch.from_numpy(weights[name]), parameter.detach(), rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_frozen_tied_and_unused_parameters_need_nothing_special(stage):
+    def run():
+        with comm.start("cpu", timeout_minutes=1) as mesh:
+            net = random_model(tie_embeddings=True)
+            net.model.layers[0].mlp.requires_grad_(False)
+            net.unused = nn.Parameter(torch.ones(7, 3))
+            before = net.model.layers[0].mlp.up_proj.weight.clone()
+            optimizer = Optimizer(net.named_parameters(), mesh, stage=stage, bucket_elements=500, **SETTINGS | {"weight_decay": 0.0})
+            for step in range(2):
+                optimizer.zero_grad()
+                batch = random_tokens(1, 9, seed=step)
+                optimizer.backward(net.loss_sum(batch, batch.roll(-1, 1)), mesh.size)
+                optimizer.step(1e-2, 1.0)
+            assert torch.equal(net.model.layers[0].mlp.up_proj.weight, before)
+            assert torch.equal(net.unused, torch.ones(7, 3))
+            assert net.lm_head.weight is net.model.embed_tokens.weight
+            return [p.detach().numpy().copy() for p in net.parameters()]
+
+    alone, shared = run_on_ranks(1, run)[0], run_on_ranks(2, run)
+    assert all((a == b).all() for a, b in zip(*shared, strict=True))
+    assert max(abs(a - b).max() for a, b in zip(alone, shared[0], strict=True)) < 1e-3  # both ranks saw the same batch: the same direction
+
+
+@pytest.mark.parametrize("size, stage, expected", [(2, 0, 2 / 2), (2, 1, 2 / 2), (2, 2, 4 / 2), (4, 1, 2 * 3 / 4), (4, 2, 3 * 3 / 4)])
+def test_what_is_sent_is_what_the_theory_says(size, stage, expected):
+    """2Ψ(N-1)/N elements a step; at stage 2, with A micro-batches a rank, (A+1)Ψ(N-1)/N."""
+    sent = [traffic for _, _, _, traffic in run_on_ranks(size, train, stage, False)]
+    total = sum(p.numel() for p in random_model().parameters())
+    padded = -(-total // (CHUNK * size)) * CHUNK * size
+    norms = 0 if stage == 0 else padded / CHUNK * (size - 1) / size
+    gathered = 0 if stage == 0 else padded * (size - 1) / size
+    reduced = expected * total - (0 if stage == 0 else total * (size - 1) / size)
+    whole = padded * (size - 1) / size if stage == 1 else reduced   # stage 1 reduces whole slices
+    assert sum(sent) / size == pytest.approx((2 * padded * (size - 1) / size if stage == 0 else whole + gathered + norms), rel=1e-6)
+
+
+@pytest.mark.parametrize("dtype, width", [(torch.float32, 4), (torch.bfloat16, 2)], ids=str)
+@pytest.mark.parametrize("accumulates", [False, True])
+@pytest.mark.parametrize("stage", [0, 1, 2])
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_state_is_as_large_as_the_table_says(size, stage, dtype, width, accumulates):
+    """Of a 16-bit model, bytes a parameter: 16 (stage 0), 4 + 12/N (1), 2 + 14/N (2; 2 + 16/N where it accumulates in fp32)."""
+    net = nn.Linear(4 * CHUNK, 8, bias=False, dtype=dtype)
+    optimizer = Optimizer(net.named_parameters(), Mesh(rank=0, size=size), stage=stage, accumulates=accumulates, **SETTINGS)
+    part = optimizer.parts[0]
+    held = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
+            for t in (part.weights, part.master, part.m, part.v, part.gradients.sum)}
+    master, gradient = (4 if width == 2 else 0), (4 if accumulates else width)
+    optimizer_share, gradient_share = (1 if stage == 0 else size), (size if stage == 2 else 1)
+    expected = width + (master + 8) / optimizer_share + gradient / gradient_share
+    assert sum(held.values()) / net.weight.numel() == expected
+
+
+def test_an_overflow_on_one_rank_is_skipped_by_all():
+    def run():
+        with comm.start("cpu", timeout_minutes=1) as mesh:
+            net = nn.Linear(3, 2, bias=False)
+            nn.init.ones_(net.weight)
+            optimizer = Optimizer(net.named_parameters(), mesh, LossScale(scale=8.0, patience=1), stage=1, **SETTINGS)
+            x = torch.full((1, 3), math.inf if mesh.rank == 1 else 1.0)
+            optimizer.zero_grad()
+            optimizer.backward(net(x).sum(), mesh.size)
+            _, updated = optimizer.step(1e-2, 1.0)
+            return updated, optimizer.loss_scale.scale, float(net.weight.sum())
+
+    assert run_on_ranks(2, run) == [(False, 4.0, 6.0), (False, 4.0, 6.0)]
+
+
+def test_the_loss_scale_halves_after_its_hysteresis_and_doubles_after_its_window():
+    scale = LossScale(scale=8.0, window=3, hysteresis=2, minimum=2.0, patience=2)
+    scale.overflowed()
+    assert scale.scale == 8.0
+    scale.overflowed()
+    assert scale.scale == 4.0
+    for _ in range(3):
+        scale.succeeded()
+    assert (scale.scale, scale.patience) == (8.0, 2)
+    for _ in range(3):
+        scale.overflowed()
+    assert scale.scale == 2.0
+    with pytest.raises(UserError, match="smallest loss scale"):
+        scale.overflowed()
+
+
+def test_a_scaled_loss_makes_the_same_update():
+    def update(loss_scale):
+        net = random_model()
+        optimizer = Optimizer(net.named_parameters(), Mesh(), loss_scale, stage=0, **SETTINGS)
+        batch = random_tokens(1, 9)
+        optimizer.backward(net.loss_sum(batch, batch.roll(-1, 1)), 1)
+        norm, _ = optimizer.step(1e-2, 1.0)
+        return norm, net.lm_head.weight.detach()
+
+    (norm, weight), (scaled_norm, scaled_weight) = update(None), update(LossScale(scale=1024.0))
+    assert scaled_norm == pytest.approx(norm, rel=1e-6)
+    torch.testing.assert_close(scaled_weight, weight, rtol=1e-5, atol=1e-6)
+
+
+@given(st.integers(1, 40), st.sampled_from([1, 2, 4, 8]))
+def test_the_tree_of_sums_does_not_depend_on_the_ranks(count, ranks):
+    """Strings as numbers whose sum shows the order: ranks first, then a binary counter, is the tree that one rank builds alone."""
+
+    class Sum:
+        def __init__(self, text):
+            self.text = text
+
+        def add_(self, other):
+            return Sum(f"({self.text}+{other.text})")
+
+    def tree(leaves: list[Sum]) -> str:
+        from minillama.parallel.gradients import Gradients
+        counter = Gradients.__new__(Gradients)
+        counter.levels = []
+        for leaf in leaves:
+            counter._carry(1, leaf)
+        total = counter.levels.pop()[1]
+        while counter.levels:
+            total = counter.levels.pop()[1].add_(total)
+        return total.text
+
+    leaves = [Sum(str(i)) for i in range(count)]
+    groups = [comm.pairwise_sum(list(leaves[i:i + ranks])) for i in range(0, count, ranks)]
+    assert tree(groups) == tree(leaves)
+
+
+def test_three_ranks_cannot_be_exact():
+    with pytest.raises(UserError, match="1, 2, 4, 8"):
+        Optimizer(random_model().named_parameters(), Mesh(rank=0, size=3), exact=True, **SETTINGS)
+
+
+def test_nothing_to_train_is_said():
+    with pytest.raises(UserError, match="every parameter is frozen"):
+        Optimizer(random_model().requires_grad_(False).named_parameters(), Mesh(), **SETTINGS)
+
+
+def test_ranks_that_disagree_about_a_collective_stop_with_both_places(monkeypatch):
+    monkeypatch.setenv("MINILLAMA_DEBUG_COLLECTIVES", "1")
+
+    def run():
+        with comm.start("cpu", timeout_minutes=1) as mesh:
+            try:
+                comm.barrier(mesh) if mesh.rank else comm.all_reduce_sum(mesh, torch.ones(3))
+            except UserError as error:
+                return str(error)
+
+    for message in run_on_ranks(2, run):
+        assert "rank 0: all_reduce of (3,) at" in message and "rank 1: barrier" in message and message.count("test_zero.py") == 2
+
+
+def test_a_lost_peer_is_one_line_that_names_the_rank():
+    def run():
+        with comm.start("cpu", timeout_minutes=0.05) as mesh:
+            if mesh.rank == 1:
+                return "gone"
+            try:
+                comm.all_reduce_sum(mesh, torch.ones(3))
+            except UserError as error:
+                return str(error)
+
+    assert run_on_ranks(2, run)[0].startswith("rank 0 of 2: all_reduce failed: a peer has ended")
