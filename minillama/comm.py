@@ -61,9 +61,13 @@ def start(device_name: str = "auto", timeout_minutes: float = 30.0) -> Iterator[
     if size == 1:
         yield Mesh(device=device)
         return
-    dist.init_process_group(devices.process_group_backend(device), timeout=timedelta(minutes=timeout_minutes))
+    store, rank, _ = next(dist.rendezvous("env://"))
+    # A restart by torchrun meets the addresses of the ranks that died in the same store: each attempt gets names of its own.
+    store = dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    dist.init_process_group(devices.process_group_backend(device), store=store, rank=rank, world_size=size,
+                            timeout=timedelta(minutes=timeout_minutes))
     try:
-        yield Mesh(dist.get_rank(), size, device, compares_calls=os.environ.get("MINILLAMA_DEBUG_COLLECTIVES") == "1")
+        yield Mesh(rank, size, device, compares_calls=os.environ.get("MINILLAMA_DEBUG_COLLECTIVES") == "1")
     finally:
         dist.destroy_process_group()
 
