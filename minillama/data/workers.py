@@ -13,6 +13,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from typing import Any, TypeVar
 
 from minillama.errors import UserError
@@ -28,9 +29,11 @@ def in_order(work: Callable[[In], Out], chunks: Iterable[In], workers: int) -> I
         return
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     pipes: list[Connection] = []
+    processes: list[BaseProcess] = []
     for _ in range(workers):
         ours, theirs = context.Pipe()
-        context.Process(target=_serve, args=(work, theirs), daemon=True).start()
+        processes.append(context.Process(target=_serve, args=(work, theirs), daemon=True))
+        processes[-1].start()
         theirs.close()
         pipes.append(ours)
     try:
@@ -46,6 +49,8 @@ def in_order(work: Callable[[In], Out], chunks: Iterable[In], workers: int) -> I
     finally:
         for pipe in pipes:
             pipe.close()
+        for process in processes:
+            process.join()
 
 
 def _take(pipe: Connection) -> Any:
