@@ -9,6 +9,7 @@ This path imports no torch, and holds a few chunks of records at a time, whateve
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -45,6 +46,8 @@ def build_dataset(files: Sequence[Path | str], tokenizer: Tokenizer, prefix: Pat
         "tokenizer_sha256": tokenizer.sha256, "template": "" if work.is_plain_text else template, "append_eod": append_eod,
         "sources": {str(source.path.resolve()): {"format": source.data_format, **_stamp(source.path)} for source in work.sources},
     }
+    for source in work.sources if not quiet else ():
+        print(f"{source.path}: read as {source.data_format}", file=sys.stderr)
     with Writer(prefix, tokenizer.size, about) as writer:
         bar = tqdm(desc=f"tokenizing {prefix.name}", unit=" documents", disable=quiet, initial=writer.state["documents"])
         with bar:
@@ -53,7 +56,11 @@ def build_dataset(files: Sequence[Path | str], tokenizer: Tokenizer, prefix: Pat
                     raise UserError(f"{chunk.bad[0]}; --skip_bad_records leaves such records out")
                 writer.add(chunk)
                 bar.update(len(chunk.lengths))
-        return writer.finish()
+        meta = writer.finish()
+    if meta["skipped_records"] and not quiet:
+        print(f"{len(meta['skipped_records'])} bad records left out, listed in {prefix}.json; the first: {meta['skipped_records'][0]}",
+              file=sys.stderr)
+    return meta
 
 
 @dataclass(frozen=True)

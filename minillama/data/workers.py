@@ -32,7 +32,7 @@ def in_order(work: Callable[[In], Out], chunks: Iterable[In], workers: int) -> I
     processes: list[BaseProcess] = []
     for _ in range(workers):
         ours, theirs = context.Pipe()
-        processes.append(context.Process(target=_serve, args=(work, theirs), daemon=True))
+        processes.append(context.Process(target=_serve, args=(work, theirs, ours), daemon=True))
         processes[-1].start()
         theirs.close()
         pipes.append(ours)
@@ -63,8 +63,9 @@ def _take(pipe: Connection) -> Any:
     return result
 
 
-def _serve(work: Callable[[Any], Any], pipe: Connection) -> None:
-    """A process's life: until the other end is closed."""
+def _serve(work: Callable[[Any], Any], pipe: Connection, other_end: Connection) -> None:
+    """A process's life: until the other end is closed, by the first process or by its death."""
+    other_end.close()  # inherited; while it is open here, the end of the first process would go unnoticed
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to every process; the first one decides
     while True:
         try:
