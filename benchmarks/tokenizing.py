@@ -93,7 +93,8 @@ def measure(side: str, data: Path, tokenizer: Path) -> dict[str, float]:
     """Run one side in a process of its own."""
     command = [sys.executable, __file__, "--side", side, "--input", str(data), "--tokenizer", str(tokenizer)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment).stdout.splitlines()[-1])
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def run_side(side: str, data: Path, tokenizer: Path) -> None:

@@ -6,8 +6,9 @@ import pytest
 from minillama.tokenizer import SentencePieceTokenizer, open_tokenizer, train_tokenizer
 
 TEXTS = ["Below is an instruction that describes a task. Write a response that appropriately completes the request.",
-         "### Instruction:", "Say hello to the world 123", "### Response:", "Hello, world!", "USER: Hi ASSISTANT: Hello [INST] <<SYS>>",
-         "A chat between a curious user and an artificial intelligence assistant.", "玄德曰：备今日得见天日。", "the cat sat on the mat  twice"]
+         "### Instruction:", "Say hello to the world 123", "### Response:", "Hello, world!", "USER: Hi ASSISTANT: Hello [INST]",
+         "A chat between a curious user and an artificial intelligence assistant.",
+         "玄德曰：备今日得见天日。", "the cat sat on the mat  twice"]
 
 
 @pytest.fixture(scope="session")

@@ -14,8 +14,8 @@ from minillama.errors import UserError
 from minillama.tokenizer import open_tokenizer
 
 SENTENCEPIECE = [name for name in TEMPLATES if name != "llama3"]
-words = st.lists(st.sampled_from(["Hello", "天日", "12", "it's", "(a)", ":)", "x\ny", "é", "###", "the", "end."]), min_size=1, max_size=5)
-sentences = words.map(" ".join)
+words = st.sampled_from(["Hello", "天日", "12", "it's", "(a)", ":)", "x\ny", "é", "###", "the", "end."])
+sentences = st.lists(words, min_size=1, max_size=5).map(" ".join)
 turns = st.builds(Turn, sentences, sentences)
 conversations = st.builds(Conversation, st.lists(turns, min_size=1, max_size=3).map(tuple), st.just("") | sentences)
 
@@ -41,9 +41,11 @@ def llama(shared):
 def test_vicuna_golden_vector(llama):
     conversation = Conversation((Turn("Who are you?", "I am Vicuna."), Turn("Bye", "Bye!")))
     ids, mask = encode(llama, "vicuna_v1.1", conversation)
-    assert ids == [int(token) for token in """1 319 13563 1546 263 12758 1404 322 385 23116 21082 20255 29889 450 20255 4076 8444 29892
-        13173 29892 322 1248 568 6089 304 278 1404 29915 29879 5155 29889 3148 1001 29901 11644 526 366 29973 319 1799 9047 13566 29901
-        306 626 13423 4347 29889 2 3148 1001 29901 2648 29872 319 1799 9047 13566 29901 2648 29872 29991 2""".split()]
+    assert ids == [
+        1, 319, 13563, 1546, 263, 12758, 1404, 322, 385, 23116, 21082, 20255, 29889, 450, 20255, 4076, 8444, 29892,
+        13173, 29892, 322, 1248, 568, 6089, 304, 278, 1404, 29915, 29879, 5155, 29889, 3148, 1001, 29901, 11644, 526,
+        366, 29973, 319, 1799, 9047, 13566, 29901, 306, 626, 13423, 4347, 29889, 2, 3148, 1001, 29901, 2648, 29872, 319,
+        1799, 9047, 13566, 29901, 2648, 29872, 29991, 2]
     assert [i for i, trained in enumerate(mask) if trained] == [*range(43, 49), *range(59, 63)]
 
 
@@ -80,7 +82,8 @@ def test_renderings_are_those_of_the_reference_systems():
     assert text_of("chinese_alpaca_2", with_input) == (
         "<s>[INST] <<SYS>>\nYou are a helpful assistant. 你是一个乐于助人的助手。\n<</SYS>>\n\nQ\nI [/INST]A</s>")
     assert text_of("chinese_alpaca_2", two).endswith("Q [/INST]A</s><s>[INST] R [/INST]B</s>")
-    assert text_of("ascend_instruction", two) == "<s>\nS\n### Instruction:\nQ\n### Response:\nA\n### Instruction:\nR\n### Response:\nB\n</s>"
+    assert text_of("ascend_instruction", two) == (
+        "<s>\nS\n### Instruction:\nQ\n### Response:\nA\n### Instruction:\nR\n### Response:\nB\n</s>")
     assert text_of("llama_factory_default", with_input) == "Human: Q\nI\nAssistant: A</s>"
     assert text_of("raw", with_input) == "<s>Q\nIA</s>"
     head = "<|start_header_id|>{}<|end_header_id|>\n\n"
@@ -127,7 +130,8 @@ def chinese_alpaca(slow, conversation):
 
 def chinese_alpaca_2(slow, conversation):
     (turn,) = conversation.turns
-    source = slow(f"[INST] <<SYS>>\nYou are a helpful assistant. 你是一个乐于助人的助手。\n<</SYS>>\n\n{turn.user} [/INST]").input_ids
+    system = "You are a helpful assistant. 你是一个乐于助人的助手。"
+    source = slow(f"[INST] <<SYS>>\n{system}\n<</SYS>>\n\n{turn.user} [/INST]").input_ids
     target = slow(turn.answer + "</s>", add_special_tokens=False).input_ids
     return source + target, [0] * len(source) + [1] * len(target)
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +26,8 @@ ROOT = Path(__file__).parents[1]
 
 
 def alpaca(count):
-    return [{"instruction": f"Say {i}", "input": "twice" if i % 3 == 0 else "", "output": f"{i} the world " * (i % 7 + 1)} for i in range(count)]
+    return [{"instruction": f"Say {i}", "input": "twice" if i % 3 == 0 else "", "output": f"{i} the world " * (i % 7 + 1)}
+            for i in range(count)]
 
 
 def write(path, records):
@@ -73,10 +75,18 @@ def test_processes_do_not_change_a_byte(tmp_path, small_tokenizer, monkeypatch):
     assert contents(tmp_path / "set1") == contents(tmp_path / "set2") == contents(tmp_path / "set3")
 
 
+BUILD = """
+import sys
+from pathlib import Path
+from minillama.data.build import build_dataset
+from minillama.tokenizer import open_tokenizer
+source, model, prefix = map(Path, sys.argv[1:])
+build_dataset([source], open_tokenizer(model), prefix, quiet=True, workers=2)
+"""
+
+
 def test_this_path_imports_no_torch(tmp_path, built, small_tokenizer):
-    code = ("import sys; from pathlib import Path; from minillama.tokenizer import open_tokenizer; from minillama.data.build import *\n"
-            "source, model, prefix = map(Path, sys.argv[1:])\n"
-            "build_dataset([source], open_tokenizer(model), prefix, quiet=True, workers=2); assert 'torch' not in sys.modules")
+    code = BUILD + "assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code, built[0], small_tokenizer.path, tmp_path / "again"], check=True, cwd=ROOT)
     assert contents(tmp_path / "again")["bin"] == contents(built[1])["bin"]
 
@@ -121,10 +131,8 @@ def test_work_on_another_input_is_not_taken_up(tmp_path, small_tokenizer):
 
 def test_a_killed_run_leaves_no_data_set_and_no_process(tmp_path, small_tokenizer):
     source = write(tmp_path / "a.jsonl", alpaca(60_000))
-    code = ("import sys; from pathlib import Path; from minillama.tokenizer import open_tokenizer; from minillama.data.build import *\n"
-            "source, model, prefix = map(Path, sys.argv[1:])\n"
-            "build_dataset([source], open_tokenizer(model), prefix, quiet=True, workers=2)")
-    run = subprocess.Popen([sys.executable, "-c", code, source, small_tokenizer.path, tmp_path / "set"], cwd=ROOT, start_new_session=True)
+    command = [sys.executable, "-c", BUILD, source, small_tokenizer.path, tmp_path / "set"]
+    run = subprocess.Popen(command, cwd=ROOT, start_new_session=True)
     while not (tmp_path / "set.state.partial").exists() and run.poll() is None:
         time.sleep(0.005)
     run.kill()
@@ -172,9 +180,9 @@ def test_documents_without_a_target_are_counted_and_too_many_stop_the_run(tmp_pa
 def test_the_end_token_is_the_last_alone_where_it_is_an_option(small_tokenizer):
     from minillama.chat import Conversation, Turn
 
-    talk, end = Conversation((Turn("Q", "A"), Turn("R", "B"))), small_tokenizer.eos_id
-    assert [encode_document(small_tokenizer, talk, "vicuna_v1.1", eod)[0].count(end) for eod in (True, False)] == [2, 1]
-    assert encode_document(small_tokenizer, "text", "", True)[0][-1] == end != encode_document(small_tokenizer, "text", "", False)[0][-1]
+    for document, counts in ((Conversation((Turn("Q", "A"), Turn("R", "B"))), [2, 1]), ("text", [1, 0])):
+        ids = [encode_document(small_tokenizer, document, "vicuna_v1.1", append_eod)[0] for append_eod in (True, False)]
+        assert [found.count(small_tokenizer.eos_id) for found in ids] == counts and ids[0][:-1] == ids[1]
 
 
 # --- refusals
@@ -224,14 +232,19 @@ def test_a_cache_follows_its_file_its_tokenizer_and_its_options(tmp_path, small_
     first = open_data((str(source),), small_tokenizer, cache, quiet=True)
     assert open_data((str(source),), small_tokenizer, cache, quiet=True).prefix == first.prefix
     assert open_data((str(source),), small_tokenizer, cache, quiet=True, template="raw").prefix != first.prefix
+    info = tmp_path / "dataset_info.json"
+    info.write_text(json.dumps({"a": {"file_name": "a.jsonl", "columns": {"query": "output"}}}))
+    assert open_data((str(source),), small_tokenizer, cache, quiet=True).prefix != first.prefix
+    info.unlink()
     write(source, alpaca(11))
     assert len(open_data((str(source),), small_tokenizer, cache, quiet=True)) == 11
 
 
 # --- AscendSpeed's .bin/.idx
 
-GOLDEN = bytes.fromhex("4d4d494449445800000100000000000000040300000000000000030000000000000003000000020000000400000000000000000000000c00"
-                       "0000000000001400000000000000000000000000000001000000000000000300000000000000")
+GOLDEN = bytes.fromhex(
+    "4d4d494449445800000100000000000000040300000000000000030000000000000003000000020000000400000000"
+    "000000000000000c000000000000001400000000000000000000000000000001000000000000000300000000000000")
 
 
 def indexed(path, sequences, doc_idx=None):
@@ -256,7 +269,8 @@ def test_the_golden_index_is_read_and_equals_ours(tmp_path):
 
 def test_an_instruction_triple_is_trained_where_its_labels_are(tmp_path):
     ids, labels = [[1, 5, 6, 2], [1, 7, 2]], [[-100, -100, 6, 2], [-100, 7, 2]]
-    for name, sequences in (("input_ids", ids), ("attention_mask", [[1] * 4, [1] * 3]), ("labels", labels)):
+    parts = {"input_ids": ids, "attention_mask": [[1] * 4, [1] * 3], "labels": labels}
+    for name, sequences in parts.items():
         indexed(tmp_path / f"x_packed_{name}_document", sequences)
     dataset = megatron.MegatronDataset(tmp_path / "x", 10)
     assert [dataset.document(i)[1].tolist() for i in range(2)] == [[0, 0, 1, 1], [0, 1, 1]]
@@ -273,8 +287,10 @@ def test_an_instruction_triple_is_trained_where_its_labels_are(tmp_path):
 
 
 @pytest.mark.parametrize(("change", "message"), [
-    (lambda raw: b"TNTIDX\x00\x00" + raw[8:], "older lazy/cached format"), (lambda raw: raw[:-8], "the file is damaged"),
-    (lambda raw: raw[:17] + b"\x06" + raw[18:], "dtype code 6"), (lambda raw: raw[:34] + b"\x04" + raw[35:], "do not follow from its sizes"),
+    (lambda raw: b"TNTIDX\x00\x00" + raw[8:], "older lazy/cached format"),
+    (lambda raw: raw[:-8], "the file is damaged"),
+    (lambda raw: raw[:17] + b"\x06" + raw[18:], "dtype code 6"),
+    (lambda raw: raw[:34] + b"\x04" + raw[35:], "do not follow from its sizes"),
 ])
 def test_a_damaged_megatron_index_is_refused(tmp_path, change, message):
     part = tmp_path / "x_text_document"
@@ -308,7 +324,7 @@ def test_every_label_is_the_next_token_of_its_own_document(built):
     trained = {tuple(ids.tolist()): mask for ids, mask in map(dataset.document, range(len(dataset)))}
     for batch in plan_of(built[1]).micro_batches(0):
         bounds = np.cumsum([0, *batch.lengths])
-        for start, end in zip(bounds[:-1], bounds[1:], strict=True):
+        for start, end in pairwise(bounds):
             ids, labels = batch.tokens[start:end], batch.labels[start:end]
             mask = trained[tuple(ids.tolist())]
             assert labels[-1] == -100 and (labels[:-1] == np.where(mask[1:], ids[1:], -100)).all()

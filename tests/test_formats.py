@@ -130,7 +130,7 @@ def test_an_array_is_never_in_memory_whole(tmp_path, monkeypatch):
     ("a.json", '[{"instruction": "Q", "output": "A"}', "expected , or ], found the end of the file at line 1 column 37"),
     ("a.json", '[{"instruction": "Q", "output": "A"}] []', "more text after the array at line 1 column 39"),
     ("a.json", '[{"instruction": "Q", "output": "A"}, {"instruction": "Q"}]', "record 2: 'output' is missing"),
-    ("a.json", '[{"instruction": "Q", "output": "A"}, {"instruction": "Q", "output": 3}]', "record 2: 'output' is int, expected text"),
+    ("a.json", '[{"instruction": "Q", "output": 3}]', "record 1: 'output' is int, expected text"),
     ("a.json", '[{"instruction": "Q", "output": "A"}, 7]', "record 2: expected an object with instruction and output, found int"),
     ("a.json", '[{"instruction": "Q", "output": "A", "history": ["x"]}]', "record 1: 'history' is not a list"),
     ("a.jsonl", '{"instruction": "Q", "output": "A"}\n\n{"instr', r"record 2 \(line 3\): not valid JSON: .* at column 2"),

@@ -12,8 +12,8 @@ from minillama.tokenizer import WordIds, open_tokenizer, train_tokenizer
 
 CONTROL = re.compile(r"</?s>|<unk>")
 # Text with what the word cache has to get right: runs of spaces, line breaks, the letter ▁ itself, other scripts.
-texts = st.lists(st.sampled_from(["the", " ", "  ", "\n", "▁", "\t", "天", "龘", "é", "1999", ":(", "</", "https://", "###", "\r\n", "\u3000"])
-                 | st.text(max_size=6), max_size=12).map("".join)
+parts = ["the", " ", "  ", "\n", "▁", "\t", "天", "龘", "é", "1999", ":(", "</", "https://", "###", "\r\n", "\u3000"]
+texts = st.lists(st.sampled_from(parts) | st.text(max_size=6), max_size=12).map("".join)
 
 
 def slow_tokenizer(path):

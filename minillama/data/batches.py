@@ -69,8 +69,8 @@ class Pieces:
         self.start, self.end, self.length, self.targets = self.start[kept], self.end[kept], self.length[kept], targets[kept]
         self.cut = Cut(len(numbers), shortened, int((~kept).sum()), int(self.length.sum()), int(self.targets.sum()))
         if dataset.mask is not None and (~kept).sum() > MOST_WITHOUT_TARGET * max(100, len(numbers)):
-            raise UserError(f"{dataset.prefix}: {self.cut.without_target} of {len(numbers)} documents have nothing to train on within "
-                            f"max_length = {max_length} tokens; raise max_length, or shorten the prompts")
+            raise UserError(f"{dataset.prefix}: {self.cut.without_target} of {len(numbers)} documents have nothing to train on "
+                            f"within max_length = {max_length} tokens; raise max_length, or shorten the prompts")
         if not kept.any():
             raise UserError(f"{dataset.prefix}: no document has anything to train on within max_length = {max_length} tokens")
 

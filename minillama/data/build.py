@@ -44,7 +44,8 @@ def build_dataset(files: Sequence[Path | str], tokenizer: Tokenizer, prefix: Pat
     work = Encoder(tokenizer, _resolve(find_sources(files, data_format, dataset_dir)), template, append_eod)
     about = {
         "tokenizer_sha256": tokenizer.sha256, "template": "" if work.is_plain_text else template, "append_eod": append_eod,
-        "sources": {str(source.path.resolve()): {"format": source.data_format, **_stamp(source.path)} for source in work.sources},
+        "sources": {str(s.path.resolve()): {"format": s.data_format, "columns": s.columns, "tags": s.tags, **_stamp(s.path)}
+                    for s in work.sources},
     }
     for source in work.sources if not quiet else ():
         print(f"{source.path}: read as {source.data_format}", file=sys.stderr)
@@ -57,9 +58,8 @@ def build_dataset(files: Sequence[Path | str], tokenizer: Tokenizer, prefix: Pat
                 writer.add(chunk)
                 bar.update(len(chunk.lengths))
         meta = writer.finish()
-    if meta["skipped_records"] and not quiet:
-        print(f"{len(meta['skipped_records'])} bad records left out, listed in {prefix}.json; the first: {meta['skipped_records'][0]}",
-              file=sys.stderr)
+    if (skipped := meta["skipped_records"]) and not quiet:
+        print(f"{len(skipped)} bad records left out, listed in {prefix}.json; the first: {skipped[0]}", file=sys.stderr)
     return meta
 
 
@@ -146,9 +146,10 @@ def open_data(paths: Sequence[str], tokenizer: Tokenizer, cache_dir: str, *, dat
         dataset = Dataset(paths[0], verify=True)
         _check_origin(dataset, tokenizer)
         return dataset
-    files = [source.path for source in find_sources(paths, data_format, dataset_dir)]
+    sources = find_sources(paths, data_format, dataset_dir)
     options = {"data_format": data_format, "template": template, "append_eod": append_eod, "skip_bad_records": skip_bad_records}
-    prefix = cache_prefix(files, tokenizer, cache_dir, options)
+    described = options | {"columns": [[source.columns, source.tags] for source in sources]}
+    prefix = cache_prefix([source.path for source in sources], tokenizer, cache_dir, described)
     if not is_dataset(prefix):
         build_dataset(paths, tokenizer, prefix, **options, quiet=quiet, workers=workers, dataset_dir=dataset_dir)
     return Dataset(prefix)

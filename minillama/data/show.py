@@ -5,6 +5,8 @@
 A token is marked where it is the label of the one before it. Control tokens, which text can never hold, are shown by name.
 """
 
+from itertools import islice, pairwise
+
 import numpy as np
 
 from minillama.data.batches import Batch
@@ -17,13 +19,12 @@ GREEN = ("\033[32m", "\033[0m")
 def show_batch(tokenizer: Tokenizer, batch: Batch, color: bool = False, most_documents: int = 8) -> str:
     """The batch's documents, a paragraph each, and its totals. color: mark by colour, for a terminal, else by ⟦ ⟧."""
     before, after = GREEN if color else BRACKETS
-    starts = np.cumsum([0, *batch.lengths])
     paragraphs = []
-    for number, (start, end) in enumerate(zip(starts[:-1][:most_documents], starts[1:], strict=False), 1):
+    for number, (start, end) in enumerate(islice(pairwise(np.cumsum([0, *batch.lengths])), most_documents), 1):
         ids, trained = batch.tokens[start:end], np.append(False, batch.labels[start:end - 1] >= 0)
         edges = [0, *(np.flatnonzero(np.diff(trained)) + 1).tolist(), len(ids)]
         stream, text = tokenizer.stream(), ""
-        for left, right in zip(edges[:-1], edges[1:], strict=True):
+        for left, right in pairwise(edges):
             part = "".join(_shown(tokenizer, int(token)) or stream.push(int(token)) for token in ids[left:right])
             text += f"{before}{part}{after}" if trained[left] else part
         paragraphs.append(f"--- document {number}: {end - start} tokens, {int(trained.sum())} trained on\n{text}{stream.flush()}")
