@@ -37,9 +37,13 @@ class Tokenizer(Protocol):
     bos_id: int | None
     eos_id: int | None
     sha256: str
+    splits_at_lines: bool  # is a text's encoding its lines' encodings, with `encode_next` for all but the first?
 
     def encode(self, text: str) -> list[int]:
         """The ids of plain text, without begin or end."""
+
+    def encode_next(self, text: str) -> list[int]:
+        """The ids of text that goes on after a line break."""
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         """`encode` of each text."""
@@ -89,11 +93,15 @@ class SentencePieceTokenizer:
         self.bos_id = self.model.bos_id() if self.model.bos_id() >= 0 else None
         self.eos_id = self.model.eos_id() if self.model.eos_id() >= 0 else None
         self.words = WordIds(self.model) if _splits_at_words(self.model) else None
+        self.splits_at_lines = self.words is not None
 
     def encode(self, text: str) -> list[int]:
-        if self.words is None or not text:
-            return self.model.encode(text)
-        return list(chain.from_iterable(map(self.words.__getitem__, WORD.findall(" " + text))))
+        return self.encode_next(" " + text) if text and self.words is not None else self.model.encode(text)
+
+    def encode_next(self, text: str) -> list[int]:
+        if self.words is None:
+            raise ValueError("only for a vocabulary that splits at lines")
+        return list(chain.from_iterable(map(self.words.__getitem__, WORD.findall(text))))
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         return [self.encode(text) for text in texts]
@@ -171,6 +179,8 @@ class PieceStream:
 class JsonTokenizer:
     """A Hugging Face `tokenizer.json` (LLaMA 3 and others), read by the `tokenizers` package."""
 
+    splits_at_lines = False  # its rules may join line breaks with what follows
+
     def __init__(self, path: Path) -> None:
         try:
             import tokenizers
@@ -194,6 +204,9 @@ class JsonTokenizer:
 
     def encode(self, text: str) -> list[int]:
         return self.model.encode(text, add_special_tokens=False).ids
+
+    def encode_next(self, text: str) -> list[int]:
+        raise ValueError("only for a vocabulary that splits at lines")
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         return [encoding.ids for encoding in self.model.encode_batch_fast(texts, add_special_tokens=False)]

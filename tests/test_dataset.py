@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from minillama.data import build, megatron
+from minillama.data import build, containers, megatron
 from minillama.data.batches import BatchPlan, Pieces
 from minillama.data.build import build_dataset, encode_document, open_data
 from minillama.data.formats import read_documents
@@ -85,6 +85,19 @@ build_dataset([source], open_tokenizer(model), prefix, quiet=True, workers=2)
 """
 
 
+@pytest.mark.parametrize("block", [1, 50, 300, 10_000])
+def test_a_long_text_read_in_parts_is_the_same_document(tmp_path, small_tokenizer, monkeypatch, block):
+    monkeypatch.setattr(containers, "BLOCK", block)
+    monkeypatch.setattr(build, "CHUNK_CHARACTERS", 2 * block)
+    text = "the cat  sat\n\n on the mat 12\n▁\n" * 20 + "without an end"
+    (tmp_path / "a.txt").write_text(text)
+    (tmp_path / "b.txt").write_text("another\n")
+    build_dataset([tmp_path / "a.txt", tmp_path / "b.txt"], small_tokenizer, tmp_path / "set", quiet=True, workers=2)
+    dataset = Dataset(tmp_path / "set", verify=True)
+    expected = [encode_document(small_tokenizer, document, "", True)[0] for document in (text, "another\n")]
+    assert [dataset.document(i)[0].tolist() for i in range(len(dataset))] == expected
+
+
 def test_this_path_imports_no_torch(tmp_path, built, small_tokenizer):
     code = BUILD + "assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code, built[0], small_tokenizer.path, tmp_path / "again"], check=True, cwd=ROOT)
@@ -130,7 +143,7 @@ def test_work_on_another_input_is_not_taken_up(tmp_path, small_tokenizer):
 
 
 def test_a_killed_run_leaves_no_data_set_and_no_process(tmp_path, small_tokenizer):
-    source = write(tmp_path / "a.jsonl", alpaca(60_000))
+    source = write(tmp_path / "a.jsonl", alpaca(20_000))
     command = [sys.executable, "-c", BUILD, source, small_tokenizer.path, tmp_path / "set"]
     run = subprocess.Popen(command, cwd=ROOT, start_new_session=True)
     while not (tmp_path / "set.state.partial").exists() and run.poll() is None:
@@ -146,7 +159,7 @@ def test_a_killed_run_leaves_no_data_set_and_no_process(tmp_path, small_tokenize
     else:
         pytest.fail("a worker outlived the run")
     meta = build_dataset([source], small_tokenizer, tmp_path / "set", quiet=True)
-    assert meta["documents"] == 60_000 and len(Dataset(tmp_path / "set", verify=True)) == 60_000
+    assert meta["documents"] == 20_000 and len(Dataset(tmp_path / "set", verify=True)) == 20_000
 
 
 def test_two_runs_do_not_write_the_same_data_set(tmp_path, small_tokenizer):

@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from minillama import chat
 from minillama.data import formats
+from minillama.data.containers import Part
 from minillama.data.encode import encode_pieces
 from minillama.data.megatron import MegatronDataset, is_megatron
 from minillama.data.memmap import Chunk, Dataset, Writer, is_dataset
@@ -52,7 +53,7 @@ def build_dataset(files: Sequence[Path | str], tokenizer: Tokenizer, prefix: Pat
     with Writer(prefix, tokenizer.size, about) as writer:
         bar = tqdm(desc=f"tokenizing {prefix.name}", unit=" documents", disable=quiet, initial=writer.state["documents"])
         with bar:
-            for chunk in in_order(work, _chunks(work.sources, writer.state["records"]), workers):
+            for chunk in in_order(work, _chunks(work, writer.state["records"]), workers):
                 if chunk.bad and not skip_bad_records:
                     raise UserError(f"{chunk.bad[0]}; --skip_bad_records leaves such records out")
                 writer.add(chunk)
@@ -75,13 +76,19 @@ class Encoder:
     def __call__(self, records: list[Placed]) -> Chunk:
         encoded: list[Encoded] = []
         bad: list[str] = []
+        is_open = False
         for number, place, record in records:
             try:
                 for document in formats.parse(self.sources[number], place, record):
-                    encoded.append(encode_document(self.tokenizer, document, self.template, self.append_eod))
+                    ids, mask = encode_document(self.tokenizer, document, self.template, self.append_eod)
+                    if is_open:
+                        encoded[-1][0].extend(ids)
+                    else:
+                        encoded.append((ids, mask))
+                    is_open = isinstance(document, Part) and not document.is_last
             except formats.BadRecord as error:
                 bad.append(str(error))
-        return Chunk.of(encoded, len(records), bad)
+        return Chunk.of(encoded, len(records), bad, is_open)
 
     @property
     def is_plain_text(self) -> bool:
@@ -93,10 +100,12 @@ def encode_document(tokenizer: Tokenizer, document: formats.Document, template: 
 
     append_eod: is the last answer, or the text, followed by the end token? Those between rounds belong to the template.
     """
-    if isinstance(document, str):
-        begin = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-        end = [tokenizer.eos_id] if append_eod and tokenizer.eos_id is not None else []
-        return begin + tokenizer.encode(document) + end, None
+    if isinstance(document, (str, Part)):
+        part = document if isinstance(document, Part) else Part(document, is_first=True, is_last=True)
+        ids = tokenizer.encode(part.text) if part.is_first else tokenizer.encode_next(part.text)
+        begin = [tokenizer.bos_id] if part.is_first and tokenizer.bos_id is not None else []
+        end = [tokenizer.eos_id] if part.is_last and append_eod and tokenizer.eos_id is not None else []
+        return begin + ids + end, None
     pieces = chat.render(template, document)
     if not append_eod and pieces[-1].control == "eos":
         pieces.pop()
@@ -111,9 +120,10 @@ def _resolve(sources: list[Source]) -> list[Source]:
     return [replace(s, data_format=formats.detect(s.path)) if s.data_format == "auto" else s for s in sources]
 
 
-def _chunks(sources: list[Source], skip: int) -> Iterator[list[Placed]]:
+def _chunks(work: Encoder, skip: int) -> Iterator[list[Placed]]:
     """The records of all sources but the first `skip`, in lists of about as much text, so processes take about as long."""
-    placed = ((number, *record) for number, source in enumerate(sources) for record in formats.read_records(source))
+    placed = ((number, *record) for number, source in enumerate(work.sources)
+              for record in formats.read_records(source, work.tokenizer.splits_at_lines))
     chunk: list[Placed] = []
     characters = 0
     for item in islice(placed, skip, None):
@@ -127,6 +137,8 @@ def _chunks(sources: list[Source], skip: int) -> Iterator[list[Placed]]:
 
 
 def _count_characters(value: Any) -> int:
+    if isinstance(value, Part):
+        return len(value.text)
     if isinstance(value, dict):
         return sum(map(_count_characters, value.values()))
     return sum(map(_count_characters, value)) if isinstance(value, list) else len(value) if isinstance(value, str) else 1

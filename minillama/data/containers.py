@@ -12,6 +12,7 @@ error in the record's stead. An array that breaks off cannot be trusted further,
 
 import json
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -98,6 +99,29 @@ def _parquet(path: Path) -> Iterator[tuple[str, Any]]:
                     yield f"record {number}", row
     except pyarrow.ArrowException as error:
         raise UserError(f"{path}: not a readable Parquet file ({str(error).splitlines()[0]})") from None
+
+
+@dataclass(frozen=True)
+class Part:
+    """A stretch of a long text, cut after a line break."""
+
+    text: str
+    is_first: bool
+    is_last: bool
+
+
+def text_parts(path: Path) -> Iterator[tuple[str, Any]]:
+    """A text file as its parts, for a tokenizer that splits at lines: no more than a block is in memory."""
+    return _checked(path, _parts(path))
+
+
+def _parts(path: Path) -> Iterator[tuple[str, Part]]:
+    with _open(path) as file:
+        text, is_first = file.read(BLOCK) + file.readline(), True
+        while text.strip() or (text and not is_first):
+            following = file.read(BLOCK) + file.readline()
+            yield "", Part(text, is_first, not following)
+            text, is_first = following, False
 
 
 class _Window:

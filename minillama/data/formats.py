@@ -19,7 +19,7 @@ from minillama.data import containers
 from minillama.data.sources import Source
 from minillama.errors import UserError
 
-Document = Conversation | str
+Document = Conversation | str | containers.Part
 
 
 # What tells the formats apart: the keys of a record.
@@ -49,10 +49,16 @@ def detect(path: Path) -> str:
                     f"conversations (sharegpt), chat (moss) or text")
 
 
-def read_records(source: Source) -> Iterator[tuple[str, Any]]:
-    """(place, record) of a file; a record that could not even be read is a UserError in the record's stead."""
-    if source.data_format == "lines" and containers.kind_of(source.path) == "text":
-        return containers.lines(source.path)
+def read_records(source: Source, in_parts: bool = False) -> Iterator[tuple[str, Any]]:
+    """(place, record) of a file; a record that could not even be read is a UserError in the record's stead.
+
+    in_parts: a text file comes as `containers.Part`s, not whole.
+    """
+    if containers.kind_of(source.path) == "text":
+        if source.data_format == "lines":
+            return containers.lines(source.path)
+        if in_parts:
+            return containers.text_parts(source.path)
     return containers.records(source.path)
 
 
@@ -158,7 +164,9 @@ def _ascend(record: Any, source: Source) -> list[Document]:
 
 def _text(record: Any, source: Source) -> list[Document]:
     """Plain text, or a row with the column `text`."""
-    return [record if isinstance(record, str) else _text_of(_object(record, "text"), source.columns.get("prompt", "text"))]
+    if isinstance(record, (str, containers.Part)):
+        return [record]
+    return [_text_of(_object(record, "text"), source.columns.get("prompt", "text"))]
 
 
 FORMATS: dict[str, Callable[[Any, Source], list[Document]]] = {

@@ -39,12 +39,15 @@ class Chunk:
     ids: np.ndarray      # (tokens,) integer
     mask: np.ndarray     # (tokens,) uint8
     lengths: np.ndarray  # (documents,) int64
-    records: int = 0     # of the input, malformed ones included
+    without_target: int = 0  # documents with nothing to train on
+    records: int = 0         # of the input, malformed ones included
     bad: tuple[str, ...] = ()
+    is_open: bool = False    # the last document goes on in the next chunk
 
     @classmethod
-    def of(cls, documents: Sequence[tuple[list[int], list[int] | None]], records: int = 0, bad: Sequence[str] = ()) -> "Chunk":
-        """From (ids, mask) pairs; mask None: all of the document is trained on."""
+    def of(cls, documents: Sequence[tuple[list[int], list[int] | None]], records: int = 0, bad: Sequence[str] = (),
+           is_open: bool = False) -> "Chunk":
+        """From (ids, mask) pairs; mask None: all of the document is trained on. A first token never is: nothing is before it."""
         lengths = np.fromiter((len(ids) for ids, _ in documents), np.int64, len(documents))
         ids, mask = np.empty(lengths.sum(), np.uint32), np.ones(lengths.sum(), np.uint8)
         at = 0
@@ -53,15 +56,8 @@ class Chunk:
             if trained is not None:
                 mask[at:at + len(tokens)] = trained
             at += len(tokens)
-        return cls(ids, mask, lengths, records, tuple(bad))
-
-    @property
-    def without_target(self) -> int:
-        """Documents of which no token is predicted; the first one never is, nothing comes before it."""
-        ends = self.lengths.cumsum()
-        counted = np.append(0, self.mask.cumsum(dtype=np.int64))
-        starts = np.minimum(ends - self.lengths + 1, ends)
-        return int((counted[ends] == counted[starts]).sum())
+        without_target = sum(trained is not None and not any(trained[1:]) for _, trained in documents)
+        return cls(ids, mask, lengths, without_target, records, tuple(bad), is_open)
 
 
 class Writer:
@@ -93,13 +89,13 @@ class Writer:
         for part, size in self._sizes(self.state).items():
             self.files[part] = self.opened.enter_context(open(self._partial(part), "ab", buffering=0))
             self.files[part].truncate(size)
-        if not self.state["documents"]:
+        if not self.state["records"]:
             self.files["idx"].write(bytes(8))
         return self
 
     def _sizes(self, state: dict[str, Any]) -> dict[str, int]:
         """Bytes of each part that `state` vouches for."""
-        idx = 8 * (state["documents"] + 1) if state["documents"] else 0
+        idx = 8 * (state["documents"] + 1) if state["records"] else 0
         return {"bin": self.dtype.itemsize * state["tokens"], "mask": state["tokens"], "idx": idx}
 
     def _take_up(self) -> None:
@@ -120,8 +116,9 @@ class Writer:
         state = self.state
         self.files["bin"].write(chunk.ids.astype(self.dtype).data)
         self.files["mask"].write(chunk.mask.data)
-        self.files["idx"].write((state["tokens"] + chunk.lengths.cumsum()).astype("<u8").data)
-        for key, more in {"records": chunk.records, "documents": len(chunk.lengths), "tokens": len(chunk.ids),
+        ended = len(chunk.lengths) - chunk.is_open
+        self.files["idx"].write((state["tokens"] + chunk.lengths.cumsum()[:ended]).astype("<u8").data)
+        for key, more in {"records": chunk.records, "documents": ended, "tokens": len(chunk.ids),
                           "targets": int(chunk.mask.sum()), "documents_without_target": chunk.without_target}.items():
             state[key] += more
         state["skipped_records"] += chunk.bad
