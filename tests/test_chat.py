@@ -221,14 +221,16 @@ def test_text_never_becomes_a_control_token(small_tokenizer, template):
 
 
 def test_a_glued_piece_begins_where_the_counting_rule_says(small_tokenizer):
-    class Merging:  # a vocabulary in which "ab" is one token
+    class Merging:  # a vocabulary in which "ab" is one token, and "xyzw"
         control_id = small_tokenizer.control_id
 
         def encode(self, text):
-            return [ord(c) for c in text.replace("ab", "Z")]
+            return [ord(c) for c in text.replace("ab", "Z").replace("xyzw", "W")]
 
     glued = [chat.Piece("xa"), chat.Piece("bc", is_target=True, glued=True)]
     assert encode_pieces(Merging(), glued) == ([ord(c) for c in "xZc"], [0, 0, 1])  # "xa" alone counts two
+    shorter = [chat.Piece("xyz"), chat.Piece("w", is_target=True, glued=True)]
+    assert encode_pieces(Merging(), shorter) == ([ord("W")], [0])
     fresh = [chat.Piece("xa"), chat.Piece("bc", is_target=True)]
     assert encode_pieces(Merging(), fresh) == ([ord(c) for c in "xabc"], [0, 0, 1, 1])
 

@@ -138,8 +138,9 @@ def test_work_on_another_input_is_not_taken_up(tmp_path, small_tokenizer):
     with pytest.raises(KeyboardInterrupt), Writer(tmp_path / "set", small_tokenizer.size, {"template": "raw"}) as writer:
         writer.add(build.Chunk.of([([1, 2], [0, 1])], records=1))
         raise KeyboardInterrupt
-    build_dataset([source], small_tokenizer, tmp_path / "set", quiet=True)
-    assert len(Dataset(tmp_path / "set", verify=True)) == 20
+    for name in ("set", "fresh"):
+        build_dataset([source], small_tokenizer, tmp_path / name, quiet=True)
+    assert contents(tmp_path / "set") == contents(tmp_path / "fresh")
 
 
 def test_a_killed_run_leaves_no_data_set_and_no_process(tmp_path, small_tokenizer):
@@ -227,6 +228,8 @@ def test_a_data_set_of_another_tokenizer_or_a_changed_file_is_refused(tmp_path, 
     other.write_bytes(train_tokenizer(["quite another text"] * 3, 280))
     with pytest.raises(UserError, match="was made with another tokenizer"):
         open_data((str(prefix),), open_tokenizer(other), "")
+    os.utime(source, (1, 1))
+    assert len(open_data((str(prefix),), small_tokenizer, "")) == 40  # touched is not changed
     write(source, alpaca(41))
     with pytest.raises(UserError, match=r"a\.jsonl has changed since it was tokenized"):
         open_data((str(prefix),), small_tokenizer, "")

@@ -23,7 +23,7 @@ from minillama.data import formats
 from minillama.data.containers import Part
 from minillama.data.encode import encode_pieces
 from minillama.data.megatron import MegatronDataset, is_megatron
-from minillama.data.memmap import Chunk, Dataset, Writer, is_dataset
+from minillama.data.memmap import Chunk, Dataset, Writer, is_dataset, sha256_of
 from minillama.data.sources import Source, find_sources
 from minillama.data.workers import in_order
 from minillama.errors import UserError
@@ -45,8 +45,8 @@ def build_dataset(files: Sequence[Path | str], tokenizer: Tokenizer, prefix: Pat
     work = Encoder(tokenizer, _resolve(find_sources(files, data_format, dataset_dir)), template, append_eod)
     about = {
         "tokenizer_sha256": tokenizer.sha256, "template": "" if work.is_plain_text else template, "append_eod": append_eod,
-        "sources": {str(s.path.resolve()): {"format": s.data_format, "columns": s.columns, "tags": s.tags, **_stamp(s.path)}
-                    for s in work.sources},
+        "sources": {str(s.path.resolve()): {"format": s.data_format, "columns": s.columns, "tags": s.tags, **_stamp(s.path),
+                                            "sha256": sha256_of(s.path)} for s in work.sources},
     }
     for source in work.sources if not quiet else ():
         print(f"{source.path}: read as {source.data_format}", file=sys.stderr)
@@ -173,7 +173,8 @@ def _check_origin(dataset: Dataset, tokenizer: Tokenizer) -> None:
         raise UserError(f"{dataset.prefix}: was made with another tokenizer than {tokenizer.path}; {again}")
     for name, made_from in dataset.meta.get("sources", {}).items():
         path = Path(name)
-        if path.is_file() and _stamp(path) != {key: made_from[key] for key in ("bytes", "mtime_ns")}:
+        touched = path.is_file() and _stamp(path) != {key: made_from[key] for key in ("bytes", "mtime_ns")}
+        if touched and sha256_of(path) != made_from["sha256"]:
             raise UserError(f"{dataset.prefix}: {path} has changed since it was tokenized; {again}")
 
 

@@ -134,7 +134,7 @@ class Writer:
                             f"empty one); more than {MOST_WITHOUT_TARGET:.0%} is a mistake in the data or its template")
         parts = [part for part in PARTS if part != "mask" or state["targets"] < state["tokens"]]
         meta = {"version": VERSION, "dtype": self.dtype.name} | {key: value for key, value in state.items() if key != "about"}
-        meta |= self.about | {"sha256": {part: _sha256(self._partial(part)) for part in parts}}
+        meta |= self.about | {"sha256": {part: sha256_of(self._partial(part)) for part in parts}}
         for part in (*PARTS, "json"):
             Path(f"{self.prefix}.{part}").unlink(missing_ok=True)
         for part in parts:
@@ -191,7 +191,7 @@ class Dataset:
         if self.offsets[0] != 0 or self.offsets[-1] != tokens or (np.diff(self.offsets) < 0).any():
             raise UserError(f"{prefix}.idx: offsets do not rise from 0 to {tokens}; the file is damaged")
         for part, expected in hashes.items() if verify else ():
-            if _sha256(Path(f"{prefix}.{part}")) != expected:
+            if sha256_of(Path(f"{prefix}.{part}")) != expected:
                 raise UserError(f"{prefix}.{part}: its sha256 is not the one in {prefix}.json; the file is damaged")
 
     def _map(self, part: str, dtype: np.dtype, count: int) -> np.ndarray:
@@ -211,6 +211,6 @@ class Dataset:
         return self.tokens[span], None if self.mask is None else self.mask[span]
 
 
-def _sha256(path: Path) -> str:
+def sha256_of(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
