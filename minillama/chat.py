@@ -4,19 +4,24 @@ A model tuned on one layout of a conversation answers worse in any other, and a 
 "ASSISTANT:" goes wrong in silence. So a template here is a function that returns pieces in order; ids and labels are made from
 them side by side (`data.encode`), and generation uses the same function with the last answer left open.
 
+    vicuna_v1.1    BOS | A chat … USER: Hi ASSISTANT: | Hello | EOS | USER: Bye ASSISTANT: | Goodbye | EOS
+    trained on                                          ^^^^^   ^^^                          ^^^^^^^   ^^^
+
 A piece is *fresh* (encoded by itself, with its own leading ▁) or *glued* to the one before (the reference system encodes the
-joint text, so we do too and cut where the first part's ids end). Control tokens are pieces of their own, added by id.
+joint text, so we do too and cut where the first part's ids end). A space between prompt and answer belongs to whichever side the
+reference counts it on: that decides whether a prompt, left open, is the beginning of what was trained. Control tokens are pieces
+of their own, added by id: no text can produce one.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from minillama.errors import UserError, closest
 
 
 class Piece(NamedTuple):
-    """A stretch of a rendered conversation. `control` is "bos" or "eos", and then there is no text."""
+    """A stretch of a rendered conversation. `control` names a control token ("bos", "eos", …), and then there is no text."""
 
     text: str
     is_target: bool = False
@@ -34,13 +39,14 @@ class Turn:
 
     user: str
     answer: str | None
-    input: str = ""  # alpaca's second field: what the instruction is about
+    input: str | None = ""  # alpaca's second field: what the instruction is about; None in formats that have no such field
+    is_target: bool = True  # False: the answer is there to be read, not learnt
 
 
 @dataclass(frozen=True)
 class Conversation:
     turns: tuple[Turn, ...]
-    system: str = ""
+    system: str = ""  # empty: the template's own
 
 
 def prompt(template: str, text: str) -> list[Piece]:
@@ -55,46 +61,130 @@ def render(template: str, conversation: Conversation) -> list[Piece]:
     return TEMPLATES[template](conversation)
 
 
-def _answer(text: str | None, glued: bool) -> list[Piece]:
-    return [] if text is None else [Piece(text, is_target=True, glued=glued), EOS]
-
-
-def _raw(conversation: Conversation) -> list[Piece]:
-    """The text itself, then the answer: what a base model continues."""
-    pieces = [BOS]
-    for turn in conversation.turns:
-        pieces += [Piece(_joined(turn), glued=len(pieces) > 1), *_answer(turn.answer, glued=True)]
-    return pieces
-
-
-def _alpaca(conversation: Conversation) -> list[Piece]:
-    """Stanford Alpaca: the two prompts, encoded together with the answer."""
-    pieces: list[Piece] = []
-    for turn in conversation.turns:
-        with_input = "an instruction that describes a task, paired with an input that provides further context."
-        head = f"Below is {with_input if turn.input else 'an instruction that describes a task.'} "
-        head += "Write a response that appropriately completes the request.\n\n"
-        middle = f"### Input:\n{turn.input}\n\n" if turn.input else ""
-        text = f"{head}### Instruction:\n{turn.user}\n\n{middle}### Response:"
-        pieces += [BOS, Piece(text), *_answer(turn.answer, glued=True)]
-    return pieces
-
-
-def _llama_factory_default(conversation: Conversation) -> list[Piece]:
-    """LLaMA-Factory's `default` of early 2024: no system text, no begin token, every slot encoded by itself."""
-    pieces: list[Piece] = []
-    for number, turn in enumerate(conversation.turns):
-        pieces += [Piece("\n")] if number else []
-        pieces += [Piece(f"Human: {_joined(turn)}\nAssistant: "), *_answer(turn.answer, glued=False)]
-    return pieces
+def _answer(turn: Turn, glued: bool, form: str = "{}") -> list[Piece]:
+    """The answer, set into `form`, and the end token after it; nothing where the turn is open."""
+    if turn.answer is None:
+        return []
+    return [Piece(form.format(turn.answer), turn.is_target, glued), EOS._replace(is_target=turn.is_target)]
 
 
 def _joined(turn: Turn) -> str:
     return f"{turn.user}\n{turn.input}" if turn.input else turn.user
 
 
+def _raw(conversation: Conversation) -> list[Piece]:
+    """The text itself, then the answer: what a base model continues."""
+    pieces = [BOS]
+    for number, turn in enumerate(conversation.turns):
+        system = conversation.system if number == 0 else ""
+        pieces += [Piece(system + _joined(turn)), *_answer(turn, glued=True)]
+    return pieces
+
+
+ALPACA_TASK = "Below is an instruction that describes a task"
+ALPACA_REQUEST = "Write a response that appropriately completes the request."
+ALPACA_INPUT = f"{ALPACA_TASK}, paired with an input that provides further context. {ALPACA_REQUEST}"
+
+
+def _alpaca(conversation: Conversation) -> list[Piece]:
+    """Stanford Alpaca's two prompts, encoded together with the answer; every round is complete, as it knows only one."""
+    pieces: list[Piece] = []
+    for turn in conversation.turns:
+        head = conversation.system or (ALPACA_INPUT if turn.input else f"{ALPACA_TASK}. {ALPACA_REQUEST}")
+        middle = f"### Input:\n{turn.input}\n\n" if turn.input else ""
+        text = f"{head}\n\n### Instruction:\n{turn.user}\n\n{middle}### Response:"
+        pieces += [BOS, Piece(text), *_answer(turn, glued=True)]
+    return pieces
+
+
+VICUNA_SYSTEM = ("A chat between a curious user and an artificial intelligence assistant. "
+                 "The assistant gives helpful, detailed, and polite answers to the user's questions.")
+
+
+def _vicuna(conversation: Conversation) -> list[Piece]:
+    """FastChat's vicuna_v1.1: nothing between the end token and the next USER, which has its own ▁."""
+    pieces, head = [BOS], (conversation.system or VICUNA_SYSTEM) + " "
+    for turn in conversation.turns:
+        pieces += [Piece(f"{head}USER: {_joined(turn)} ASSISTANT:"), *_answer(turn, glued=True, form=" {}")]
+        head = ""
+    return pieces
+
+
+def _llama2(conversation: Conversation) -> list[Piece]:
+    """Meta's Llama-2 chat: begin and end tokens around every round, questions and answers stripped, a space after the answer."""
+    pieces: list[Piece] = []
+    head = f"<<SYS>>\n{conversation.system}\n<</SYS>>\n\n" if conversation.system else ""
+    for turn in conversation.turns:
+        text = f"[INST] {(head + _joined(turn)).strip()} [/INST]"
+        answered = replace(turn, answer=turn.answer and turn.answer.strip())
+        pieces += [BOS, Piece(text), *_answer(answered, glued=True, form=" {} ")]
+        head = ""
+    return pieces
+
+
+def _chinese_alpaca(conversation: Conversation) -> list[Piece]:
+    """Chinese-LLaMA-Alpaca's training prompt, a space at its end, and the answer encoded by itself."""
+    pieces: list[Piece] = []
+    for turn in conversation.turns:
+        text = f"{conversation.system or f'{ALPACA_TASK}. {ALPACA_REQUEST}'}\n\n### Instruction:\n{_joined(turn)}\n\n### Response: "
+        pieces += [BOS, Piece(text), *_answer(turn, glued=False)]
+    return pieces
+
+
+CHINESE_ALPACA_2_SYSTEM = "You are a helpful assistant. 你是一个乐于助人的助手。"
+
+
+def _chinese_alpaca_2(conversation: Conversation) -> list[Piece]:
+    """Chinese-LLaMA-Alpaca-2: Llama-2's brackets around every round, the answer encoded by itself."""
+    pieces: list[Piece] = []
+    head = f"<<SYS>>\n{conversation.system or CHINESE_ALPACA_2_SYSTEM}\n<</SYS>>\n\n"
+    for turn in conversation.turns:
+        pieces += [BOS, Piece(f"[INST] {head}{_joined(turn)} [/INST]"), *_answer(turn, glued=False)]
+        head = ""
+    return pieces
+
+
+ASCEND_SYSTEM = f"{ALPACA_INPUT} Please note that you need to think through your response logically and step by step."
+
+
+def _ascend_instruction(conversation: Conversation) -> list[Piece]:
+    """AscendSpeed's instruction prompt: encoded whole, an empty input leaves its line, only the last answer is trained on."""
+    turns, text = conversation.turns, f"\n{conversation.system or ASCEND_SYSTEM}\n"
+    for number, turn in enumerate(turns):
+        question = f"{turn.user}\n{turn.input}" if len(turns) == 1 and turn.input is not None else _joined(turn)
+        text += f"### Instruction:\n{question}\n### Response:\n" + (f"{turn.answer}\n" if number + 1 < len(turns) else "")
+    return [BOS, Piece(text), *_answer(turns[-1], glued=True, form="{}\n")]
+
+
+def _llama_factory_default(conversation: Conversation) -> list[Piece]:
+    """LLaMA-Factory's `default` of early 2024: no begin token, every slot encoded by itself."""
+    pieces = [Piece(conversation.system + "\n")] if conversation.system else []
+    for number, turn in enumerate(conversation.turns):
+        pieces += [Piece("\n")] if number else []
+        pieces += [Piece(f"Human: {_joined(turn)}\nAssistant: "), *_answer(turn, glued=False)]
+    return pieces
+
+
+def _llama3(conversation: Conversation) -> list[Piece]:
+    """Meta's Llama-3 chat: a header before every message, <|eot_id|> after it, both by id; messages stripped."""
+    def message(role: str, text: str | None, is_target: bool = False) -> list[Piece]:
+        header = [Piece("", control="<|start_header_id|>"), Piece(role), Piece("", control="<|end_header_id|>"), Piece("\n\n")]
+        return header + ([] if text is None else [Piece(text.strip(), is_target), Piece("", is_target, control="<|eot_id|>")])
+
+    pieces = [BOS, *(message("system", conversation.system) if conversation.system else [])]
+    for turn in conversation.turns:
+        pieces += message("user", _joined(turn)) + message("assistant", turn.answer, turn.is_target)
+    return pieces
+
+
 TEMPLATES: dict[str, Callable[[Conversation], list[Piece]]] = {
     "raw": _raw,
     "alpaca": _alpaca,
+    "vicuna_v1.1": _vicuna,
+    "llama2": _llama2,
+    "chinese_alpaca": _chinese_alpaca,
+    "chinese_alpaca_2": _chinese_alpaca_2,
+    "ascend_instruction": _ascend_instruction,
     "llama_factory_default": _llama_factory_default,
+    "llama3": _llama3,
 }

@@ -5,6 +5,11 @@ letters "</s>", ever encodes to one. And ids come from the model file itself, wh
 
 A SentencePiece LLaMA vocabulary is <unk> <s> </s>, 256 byte pieces for what no other piece covers, then the learnt pieces, in
 which "▁" stands for a space. Encoding puts a ▁ before the text; decoding takes it off again.
+
+Encoding is fast because no piece reaches over the start of a word: ▁ stands only in front, a line break in no piece at all. So
+a text's ids are its words' ids laid end to end, and a word seen before is looked up instead of merged again.
+
+    "the cat\nsat"  =  ▁the | ▁cat | \n | sat
 """
 
 import base64
@@ -13,7 +18,9 @@ import codecs
 import hashlib
 import io
 import json
+import re
 from collections.abc import Iterable
+from itertools import chain
 from pathlib import Path
 from typing import Protocol
 
@@ -30,9 +37,13 @@ class Tokenizer(Protocol):
     bos_id: int | None
     eos_id: int | None
     sha256: str
+    splits_at_lines: bool  # is a text's encoding its lines' encodings, with `encode_next` for all but the first?
 
     def encode(self, text: str) -> list[int]:
         """The ids of plain text, without begin or end."""
+
+    def encode_next(self, text: str) -> list[int]:
+        """The ids of text that goes on after a line break."""
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         """`encode` of each text."""
@@ -42,6 +53,9 @@ class Tokenizer(Protocol):
 
     def stream(self) -> "StreamDecoder":
         """A decoder that takes one id at a time."""
+
+    def control_id(self, name: str) -> int | None:
+        """The id of "bos", "eos" or a control token by its own name, such as "<|eot_id|>"; None where there is none."""
 
 
 class StreamDecoder(Protocol):
@@ -78,18 +92,60 @@ class SentencePieceTokenizer:
         self.path, self.sha256, self.size = path, hashlib.sha256(raw).hexdigest(), self.model.get_piece_size()
         self.bos_id = self.model.bos_id() if self.model.bos_id() >= 0 else None
         self.eos_id = self.model.eos_id() if self.model.eos_id() >= 0 else None
+        self.words = WordIds(self.model) if _splits_at_words(self.model) else None
+        self.splits_at_lines = self.words is not None
 
     def encode(self, text: str) -> list[int]:
-        return self.model.encode(text)
+        return self.encode_next(" " + text) if text and self.words is not None else self.model.encode(text)
+
+    def encode_next(self, text: str) -> list[int]:
+        if self.words is None:
+            raise ValueError("only for a vocabulary that splits at lines")
+        return list(chain.from_iterable(map(self.words.__getitem__, WORD.findall(text))))
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        return self.model.encode(texts, num_threads=1)
+        return [self.encode(text) for text in texts]
+
+    def control_id(self, name: str) -> int | None:
+        if name in ("bos", "eos"):
+            return self.bos_id if name == "bos" else self.eos_id
+        token = self.model.piece_to_id(name)
+        return token if self.model.is_control(token) else None
 
     def decode(self, ids: Iterable[int]) -> str:
         return self.model.decode([token for token in ids if token < self.size])
 
     def stream(self) -> "PieceStream":
         return PieceStream(self.model)
+
+
+WORD = re.compile("\n|[ ▁]+[^ ▁\n]*|[^ ▁\n]+")
+
+
+class WordIds(dict[str, tuple[int, ...]]):
+    """The ids of words, found when first asked for. Forgets everything when full: memory stays bounded on any text."""
+
+    LIMIT, LONGEST = 1 << 16, 48  # words kept, and the longest of them in characters: some 25 MB
+
+    def __init__(self, model: sentencepiece.SentencePieceProcessor) -> None:
+        self.model = model
+
+    def __missing__(self, word: str) -> tuple[int, ...]:
+        ids = tuple(self.model.encode("\n" + word)[2:])  # behind ▁ and the line break, the word gets no ▁ of its own
+        if len(word) <= self.LONGEST:
+            if len(self) >= self.LIMIT:
+                self.clear()
+            self[word] = ids
+        return ids
+
+
+def _splits_at_words(model: sentencepiece.SentencePieceProcessor) -> bool:
+    """Is a text's encoding its words' encodings? Asks for text taken as it is, bytes for what has no piece, no piece over a gap."""
+    probe, line_break = "A  b\n \tﬁ Ａ½ ", model.encode("\n")
+    if model.normalize(probe) != "▁" + probe.replace(" ", "▁") or len(line_break) != 2 or not model.is_byte(line_break[1]):
+        return False
+    pieces = model.id_to_piece(list(range(model.get_piece_size())))
+    return not any("\n" in piece or "▁" in piece.lstrip("▁") for piece in pieces)
 
 
 class PieceStream:
@@ -123,6 +179,8 @@ class PieceStream:
 class JsonTokenizer:
     """A Hugging Face `tokenizer.json` (LLaMA 3 and others), read by the `tokenizers` package."""
 
+    splits_at_lines = False  # its rules may join line breaks with what follows
+
     def __init__(self, path: Path) -> None:
         try:
             import tokenizers
@@ -147,8 +205,16 @@ class JsonTokenizer:
     def encode(self, text: str) -> list[int]:
         return self.model.encode(text, add_special_tokens=False).ids
 
+    def encode_next(self, text: str) -> list[int]:
+        raise ValueError("only for a vocabulary that splits at lines")
+
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         return [encoding.ids for encoding in self.model.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def control_id(self, name: str) -> int | None:
+        if name in ("bos", "eos"):
+            return self.bos_id if name == "bos" else self.eos_id
+        return self._id_of(name)
 
     def decode(self, ids: Iterable[int]) -> str:
         return self.model.decode(list(ids), skip_special_tokens=True)

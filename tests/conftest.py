@@ -11,12 +11,18 @@ import torch
 from minillama.architecture import LlamaConfig
 from minillama.checkpoint.directory import save_model
 from minillama.model import Llama
+from minillama.tokenizer import SentencePieceTokenizer, open_tokenizer, train_tokenizer
 
 torch.set_num_threads(1)  # one thread adds in one order, and forked ranks do not fight over the processor
 
 # 6 query and 3 key/value heads: n_heads != n_kv_heads², so a confusion of the two counts cannot come out right by chance.
 TINY = LlamaConfig(dim=24, n_layers=2, n_heads=6, n_kv_heads=3, head_dim=4, ffn_dim=40, vocab_size=50, max_seq_len=64,
                    norm_eps=1e-5, rope_theta=10000.0)
+
+TEXTS = ["Below is an instruction that describes a task. Write a response that appropriately completes the request.",
+         "### Instruction:", "Say hello to the world 123", "### Response:", "Hello, world!", "USER: Hi ASSISTANT: Hello [INST]",
+         "A chat between a curious user and an artificial intelligence assistant.",
+         "玄德曰：备今日得见天日。", "the cat sat on the mat  twice"]
 
 
 def random_model(seed: int = 0, **changes) -> Llama:
@@ -51,3 +57,11 @@ def tiny_checkpoint(tmp_path: Path) -> Callable[..., Path]:
         return tmp_path / name
 
     return write
+
+
+@pytest.fixture(scope="session")
+def small_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> SentencePieceTokenizer:
+    """A LLaMA-style vocabulary of 400 pieces, learnt from a handful of sentences."""
+    path = tmp_path_factory.mktemp("small") / "tokenizer.model"
+    path.write_bytes(train_tokenizer(TEXTS * 3, 400))
+    return open_tokenizer(path)

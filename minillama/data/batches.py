@@ -15,7 +15,7 @@ from math import ceil
 
 import numpy as np
 
-from minillama.data.memmap import Dataset
+from minillama.data.memmap import MOST_WITHOUT_TARGET, Dataset
 from minillama.errors import UserError
 from minillama.ops.reference import IGNORE
 
@@ -45,7 +45,10 @@ class Cut:
 
 
 class Pieces:
-    """The stretches of a data set that are trained on: start (in all tokens), length and targets of each."""
+    """The stretches of a data set that are trained on: start (in all tokens), length and targets of each.
+
+    Documents whose targets all lie beyond max_length are left out and counted; more than one in a hundred stops the run.
+    """
 
     def __init__(self, dataset: Dataset, max_length: int, documents: np.ndarray | None = None) -> None:
         """documents: the numbers of those to use; None: all. Raises UserError where none has a target."""
@@ -65,6 +68,9 @@ class Pieces:
         shortened = int((ends - starts > max_length).sum()) if dataset.mask is not None else 0
         self.start, self.end, self.length, self.targets = self.start[kept], self.end[kept], self.length[kept], targets[kept]
         self.cut = Cut(len(numbers), shortened, int((~kept).sum()), int(self.length.sum()), int(self.targets.sum()))
+        if dataset.mask is not None and (~kept).sum() > MOST_WITHOUT_TARGET * max(100, len(numbers)):
+            raise UserError(f"{dataset.prefix}: {self.cut.without_target} of {len(numbers)} documents have nothing to train on "
+                            f"within max_length = {max_length} tokens; raise max_length, or shorten the prompts")
         if not kept.any():
             raise UserError(f"{dataset.prefix}: no document has anything to train on within max_length = {max_length} tokens")
 

@@ -1,12 +1,18 @@
 """Raw files to a tokenized data set: what `convert.py data` does, and train.py for a raw file, once.
 
-    file ─ formats ─▶ conversation ─ chat.render ─▶ pieces ─ encode ─▶ ids, mask ─ memmap ─▶ PREFIX.bin .mask .idx .json
+    file ─ containers ─▶ records ─┬▶ formats.parse ─▶ chat.render ─▶ encode ─┬▶ memmap ─▶ PREFIX.bin .mask .idx .json
+                                  └──────────── N worker processes ──────────┘
+
+This path imports no torch, and holds a few chunks of records at a time, whatever the size of the file.
 """
 
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -14,69 +20,172 @@ from tqdm import tqdm
 
 from minillama import chat
 from minillama.data import formats
+from minillama.data.containers import Part
 from minillama.data.encode import encode_pieces
-from minillama.data.memmap import Dataset, is_dataset, write_dataset
+from minillama.data.megatron import MegatronDataset, is_megatron
+from minillama.data.memmap import Chunk, Dataset, Writer, is_dataset, sha256_of
+from minillama.data.sources import Source, find_sources
+from minillama.data.workers import in_order
 from minillama.errors import UserError
 from minillama.tokenizer import Tokenizer
 
 Encoded = tuple[list[int], list[int] | None]
+Placed = tuple[int, str, Any]  # number of the source, place in it, record
+CHUNK_RECORDS, CHUNK_CHARACTERS = 512, 1 << 19
 
 
-def build_dataset(files: list[Path], tokenizer: Tokenizer, prefix: Path, *, data_format: str = "auto", template: str = "alpaca",
-                  append_eod: bool = True, skip_bad_records: bool = False, quiet: bool = False) -> dict[str, Any]:
-    """Tokenize files into the data set PREFIX; returns what PREFIX.json says, which includes what was skipped and why."""
-    read = {path: formats.detect(path) if data_format == "auto" else data_format for path in files}
-    bad: list[str] = []
+def build_dataset(files: Sequence[Path | str], tokenizer: Tokenizer, prefix: Path, *, data_format: str = "auto",
+                  template: str = "alpaca", append_eod: bool = True, skip_bad_records: bool = False, quiet: bool = False,
+                  workers: int = 1, dataset_dir: str = "") -> dict[str, Any]:
+    """Tokenize files, folders and named data sets into the data set PREFIX; returns what PREFIX.json says.
+
+    That includes `documents_without_target` and `skipped_records`, what was left out and why. The same call takes up an
+    interrupted one where it stopped. Raises UserError for a malformed record unless skip_bad_records.
+    """
+    work = Encoder(tokenizer, _resolve(find_sources(files, data_format, dataset_dir)), template, append_eod)
     about = {
-        "tokenizer_sha256": tokenizer.sha256, "template": "" if set(read.values()) == {"text"} else template,
-        "sources": {str(path): kind for path, kind in read.items()}, "skipped_records": bad,
+        "tokenizer_sha256": tokenizer.sha256, "template": "" if work.is_plain_text else template, "append_eod": append_eod,
+        "sources": {str(s.path.resolve()): {"format": s.data_format, "columns": s.columns, "tags": s.tags, **_stamp(s.path),
+                                            "sha256": sha256_of(s.path)} for s in work.sources},
     }
+    for source in work.sources if not quiet else ():
+        print(f"{source.path}: read as {source.data_format}", file=sys.stderr)
+    with Writer(prefix, tokenizer.size, about) as writer:
+        bar = tqdm(desc=f"tokenizing {prefix.name}", unit=" documents", disable=quiet, initial=writer.state["documents"])
+        with bar:
+            for chunk in in_order(work, _chunks(work, writer.state["records"]), workers):
+                if chunk.bad and not skip_bad_records:
+                    raise UserError(f"{chunk.bad[0]}; --skip_bad_records leaves such records out")
+                writer.add(chunk)
+                bar.update(len(chunk.lengths))
+        meta = writer.finish()
+    if (skipped := meta["skipped_records"]) and not quiet:
+        print(f"{len(skipped)} bad records left out, listed in {prefix}.json; the first: {skipped[0]}", file=sys.stderr)
+    return meta
 
-    def on_bad(error: formats.BadRecord) -> None:
-        if not skip_bad_records:
-            raise UserError(f"{error}; --skip_bad_records leaves such records out")
-        bad.append(str(error))
 
-    def encoded() -> Iterator[Encoded]:
-        with tqdm(desc=f"tokenizing {prefix.name}", unit=" documents", disable=quiet) as bar:
-            for path, kind in read.items():
-                for document in formats.read_documents(path, kind, on_bad):
-                    bar.update()
-                    yield encode_document(tokenizer, document, template, append_eod)
+@dataclass(frozen=True)
+class Encoder:
+    """Records to ids and masks: the work of one process."""
 
-    return write_dataset(prefix, encoded(), tokenizer.size, about)
+    tokenizer: Tokenizer
+    sources: list[Source]
+    template: str
+    append_eod: bool
+
+    def __call__(self, records: list[Placed]) -> Chunk:
+        encoded: list[Encoded] = []
+        bad: list[str] = []
+        is_open = False
+        for number, place, record in records:
+            try:
+                for document in formats.parse(self.sources[number], place, record):
+                    ids, mask = encode_document(self.tokenizer, document, self.template, self.append_eod)
+                    if is_open:
+                        encoded[-1][0].extend(ids)
+                    else:
+                        encoded.append((ids, mask))
+                    is_open = isinstance(document, Part) and not document.is_last
+            except formats.BadRecord as error:
+                bad.append(str(error))
+        return Chunk.of(encoded, len(records), bad, is_open)
+
+    @property
+    def is_plain_text(self) -> bool:
+        return all(source.data_format in ("text", "lines") for source in self.sources)
 
 
 def encode_document(tokenizer: Tokenizer, document: formats.Document, template: str, append_eod: bool) -> Encoded:
-    """(ids, mask) of a conversation by its template; (ids, None) of plain text, between begin and end tokens."""
-    if isinstance(document, str):
-        begin = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-        end = [tokenizer.eos_id] if append_eod and tokenizer.eos_id is not None else []
-        return begin + tokenizer.encode(document) + end, None
+    """(ids, mask) of a conversation by its template; (ids, None) of plain text, between begin and end tokens.
+
+    append_eod: is the last answer, or the text, followed by the end token? Those between rounds belong to the template.
+    """
+    if isinstance(document, (str, Part)):
+        part = document if isinstance(document, Part) else Part(document, is_first=True, is_last=True)
+        ids = tokenizer.encode(part.text) if part.is_first else tokenizer.encode_next(part.text)
+        begin = [tokenizer.bos_id] if part.is_first and tokenizer.bos_id is not None else []
+        end = [tokenizer.eos_id] if part.is_last and append_eod and tokenizer.eos_id is not None else []
+        return begin + ids + end, None
     pieces = chat.render(template, document)
-    if not append_eod:
-        pieces = [piece for piece in pieces if piece != chat.EOS]
+    if not append_eod and pieces[-1].control == "eos":
+        pieces.pop()
     return encode_pieces(tokenizer, pieces)
 
 
-def open_data(paths: tuple[str, ...], tokenizer: Tokenizer, cache_dir: str, **options: Any) -> Dataset:
-    """Open a prefix made by `convert.py data`, or tokenize raw files into the cache, keyed by files, tokenizer and options."""
+def _resolve(sources: list[Source]) -> list[Source]:
+    """The sources with their formats found out."""
+    for source in sources:
+        if source.data_format not in ("auto", *formats.FORMATS):
+            raise UserError(f"no data format {source.data_format!r}; formats: auto, {', '.join(formats.FORMATS)}")
+    return [replace(s, data_format=formats.detect(s.path)) if s.data_format == "auto" else s for s in sources]
+
+
+def _chunks(work: Encoder, skip: int) -> Iterator[list[Placed]]:
+    """The records of all sources but the first `skip`, in lists of about as much text, so processes take about as long."""
+    placed = ((number, *record) for number, source in enumerate(work.sources)
+              for record in formats.read_records(source, work.tokenizer.splits_at_lines))
+    chunk: list[Placed] = []
+    characters = 0
+    for item in islice(placed, skip, None):
+        chunk.append(item)
+        characters += _count_characters(item[2])
+        if len(chunk) == CHUNK_RECORDS or characters >= CHUNK_CHARACTERS:
+            yield chunk
+            chunk, characters = [], 0
+    if chunk:
+        yield chunk
+
+
+def _count_characters(value: Any) -> int:
+    if isinstance(value, Part):
+        return len(value.text)
+    if isinstance(value, dict):
+        return sum(map(_count_characters, value.values()))
+    return sum(map(_count_characters, value)) if isinstance(value, list) else len(value) if isinstance(value, str) else 1
+
+
+def open_data(paths: Sequence[str], tokenizer: Tokenizer, cache_dir: str, *, data_format: str = "auto", template: str = "alpaca",
+              append_eod: bool = True, skip_bad_records: bool = False, quiet: bool = False, workers: int = 1,
+              dataset_dir: str = "") -> Dataset:
+    """Open a data set made by `convert.py data` or AscendSpeed, or tokenize raw files into the cache, once.
+
+    The cache is keyed by the files, the tokenizer and the options. Raises UserError for a set that is damaged, was made with
+    another tokenizer, or from a file that has changed since.
+    """
+    if len(paths) == 1 and is_megatron(paths[0]):
+        return MegatronDataset(paths[0], tokenizer.size)
     if len(paths) == 1 and is_dataset(paths[0]):
-        dataset = Dataset(paths[0])
-        if dataset.meta.get("tokenizer_sha256") != tokenizer.sha256:
-            raise UserError(f"{paths[0]}: was made with another tokenizer than {tokenizer.path}; make it again with "
-                            f"`convert.py data --input FILE --tokenizer {tokenizer.path} --output {paths[0]}`")
+        dataset = Dataset(paths[0], verify=True)
+        _check_origin(dataset, tokenizer)
         return dataset
-    files = formats.expand(paths)
-    prefix = cache_prefix(files, tokenizer, cache_dir, options)
+    sources = find_sources(paths, data_format, dataset_dir)
+    options = {"data_format": data_format, "template": template, "append_eod": append_eod, "skip_bad_records": skip_bad_records}
+    described = options | {"columns": [[source.columns, source.tags] for source in sources]}
+    prefix = cache_prefix([source.path for source in sources], tokenizer, cache_dir, described)
     if not is_dataset(prefix):
-        build_dataset(files, tokenizer, prefix, **options)
+        build_dataset(paths, tokenizer, prefix, **options, quiet=quiet, workers=workers, dataset_dir=dataset_dir)
     return Dataset(prefix)
+
+
+def _check_origin(dataset: Dataset, tokenizer: Tokenizer) -> None:
+    again = f"make it again with `convert.py data --input FILE --tokenizer {tokenizer.path} --output {dataset.prefix}`"
+    if dataset.meta.get("tokenizer_sha256") != tokenizer.sha256:
+        raise UserError(f"{dataset.prefix}: was made with another tokenizer than {tokenizer.path}; {again}")
+    for name, made_from in dataset.meta.get("sources", {}).items():
+        path = Path(name)
+        touched = path.is_file() and _stamp(path) != {key: made_from[key] for key in ("bytes", "mtime_ns")}
+        if touched and sha256_of(path) != made_from["sha256"]:
+            raise UserError(f"{dataset.prefix}: {path} has changed since it was tokenized; {again}")
+
+
+def _stamp(path: Path) -> dict[str, int]:
+    status = path.stat()
+    return {"bytes": status.st_size, "mtime_ns": status.st_mtime_ns}
 
 
 def cache_prefix(files: list[Path], tokenizer: Tokenizer, cache_dir: str, options: dict[str, Any]) -> Path:
     """Where the cache of these files stands: a changed file, tokenizer or option is another place."""
     folder = Path(cache_dir or os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / ("" if cache_dir else "minillama")
-    state = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    state = [(str(path.resolve()), *_stamp(path).values()) for path in files]
     key = json.dumps([state, tokenizer.sha256, {k: v for k, v in options.items() if k != "quiet"}], sort_keys=True)
     return folder / f"{files[0].stem}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"

@@ -1,4 +1,4 @@
-"""Pieces to ids and mask, grown side by side: nothing is tokenized twice to find out where an answer began.
+"""Pieces to ids and mask, grown side by side: nothing is searched for afterwards to find out where an answer began.
 
     [BOS] "…### Response:" | " Paris" [EOS]        pieces
       1    13866 … 2277     |  3681     2          ids
@@ -16,7 +16,7 @@ def encode_pieces(tokenizer: Tokenizer, pieces: Iterable[Piece]) -> tuple[list[i
     """Ids and mask (1: a target) of rendered pieces, of equal length.
 
     A glued piece is encoded together with the text before it, and begins where that text's own ids would have ended: the
-    counting rule of Stanford Alpaca and FastChat.
+    counting rule of Stanford Alpaca, FastChat and AscendSpeed, kept even where the joint text merges across the boundary.
     """
     ids: list[int] = []
     mask: list[int] = []
@@ -29,17 +29,15 @@ def encode_pieces(tokenizer: Tokenizer, pieces: Iterable[Piece]) -> tuple[list[i
             continue
         if not piece.glued:
             text, start = "", len(ids)
-        boundary = len(ids)
         text += piece.text
         ids[start:] = tokenizer.encode(text)
-        del mask[boundary:]
-        mask += [int(piece.is_target)] * (len(ids) - len(mask))
         del mask[len(ids):]
+        mask += [int(piece.is_target)] * (len(ids) - len(mask))
     return ids, mask
 
 
-def _control_id(tokenizer: Tokenizer, control: str) -> int:
-    token = tokenizer.bos_id if control == "bos" else tokenizer.eos_id
+def _control_id(tokenizer: Tokenizer, name: str) -> int:
+    token = tokenizer.control_id(name)
     if token is None:
-        raise UserError(f"{tokenizer.path}: has no {control} token, which the template needs")
+        raise UserError(f"{tokenizer.path}: has no {name} token, which the template needs")
     return token
