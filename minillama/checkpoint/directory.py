@@ -23,7 +23,7 @@ from minillama.errors import UserError
 from minillama.model import Llama
 from minillama.tokenizer import Tokenizer, open_tokenizer
 
-TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 IGNORED = re.compile(r"rotary_emb\.inv_freq$|^rope\.freqs$")  # positions are computed, whatever an old file carries
 GB = 10**9
 
@@ -144,9 +144,7 @@ def save_model(model: Llama, directory: Path, tokenizer: Tokenizer | None = None
     dtype = str(next(iter(named.values())).dtype).removeprefix("torch.")
     write_weights(directory, iter(named.items()), {n: (p.dtype, tuple(p.shape)) for n, p in named.items()}, max_shard_bytes)
     write_json(directory / "config.json", to_hf(model.config, dtype))
-    config = model.config
-    write_json(directory / "generation_config.json",
-               {"bos_token_id": config.bos_id, "eos_token_id": list(config.eos_ids) if len(config.eos_ids) != 1 else config.eos_ids[0]})
+    write_generation_config(directory, model.config)
     if tokenizer is not None:
         copy_tokenizer(tokenizer, directory)
     if about is not None:
@@ -180,11 +178,15 @@ def write_weights(directory: Path, tensors: Iterator[tuple[str, Tensor | nn.Para
 def copy_tokenizer(tokenizer: Tokenizer, directory: Path) -> None:
     """Copy the tokenizer's file and those beside it that describe it."""
     shutil.copyfile(tokenizer.path, directory / tokenizer.path.name)
+    copy_tokenizer_files(tokenizer.path.parent, directory)
+
+
+def copy_tokenizer_files(source: Path, directory: Path) -> None:
+    """Copy the tokenizer files of one directory into another, and describe a bare tokenizer.model as LLaMA's."""
     for name in TOKENIZER_FILES:
-        beside = tokenizer.path.with_name(name)
-        if beside.is_file() and not (directory / name).exists():
-            shutil.copyfile(beside, directory / name)
-    if tokenizer.path.name == "tokenizer.model" and not (directory / "tokenizer_config.json").exists():
+        if (source / name).is_file() and not (directory / name).exists():
+            shutil.copyfile(source / name, directory / name)
+    if (directory / "tokenizer.model").exists() and not (directory / "tokenizer_config.json").exists():
         write_json(directory / "tokenizer_config.json", {
             "tokenizer_class": "LlamaTokenizer", "legacy": True, "add_bos_token": True, "add_eos_token": False,
             "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "clean_up_tokenization_spaces": False})
@@ -215,6 +217,11 @@ def stop_ids(directory: Path, config: LlamaConfig) -> tuple[int, ...]:
 def tokenizer_for(directory: Path, named: str = "") -> Tokenizer:
     """The tokenizer named by the user, else the checkpoint's own."""
     return open_tokenizer(named or directory)
+
+
+def write_generation_config(directory: Path, config: LlamaConfig) -> None:
+    eos = config.eos_ids[0] if len(config.eos_ids) == 1 else list(config.eos_ids)
+    write_json(directory / "generation_config.json", {"bos_token_id": config.bos_id, "eos_token_id": eos})
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
