@@ -109,12 +109,17 @@ class TensorWriter:
     def _finish(self) -> None:
         assert next(self.waiting, None) is None, "tensors of the plan are missing"
 
+    def _abandon(self) -> None:
+        """Let go of a file that will not be finished."""
+
     def __enter__(self) -> "TensorWriter":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         with self.file:
-            if kind is None:
+            if kind is not None:
+                self._abandon()
+            else:
                 self._finish()
                 self.file.flush()
                 os.fsync(self.file.fileno())

@@ -177,6 +177,9 @@ class TorchWriter(TensorWriter):
         self._entry("version", memoryview(b"3\n"))
         self.archive.close()
 
+    def _abandon(self) -> None:
+        self.archive.fp = None  # or its destructor would write the table of contents into the closed file
+
     def _entry(self, name: str, data: memoryview) -> None:
         info = zipfile.ZipInfo(f"{self.prefix}/{name}")  # its date is constant: equal tensors make equal files
         info.file_size = data.nbytes
