@@ -12,8 +12,7 @@ from minillama.architecture import LlamaConfig
 from minillama.checkpoint.directory import save_model
 from minillama.model import Llama
 
-# 6 query and 3 key/value heads: n_heads != n_kv_heads², so a key permuted as if it had all heads cannot come out right by chance.
-TINY = LlamaConfig(dim=24, n_layers=2, n_heads=6, n_kv_heads=3, head_dim=4, ffn_dim=40, vocab_size=50, max_seq_len=64, norm_eps=1e-5,
+TINY = LlamaConfig(dim=24, n_layers=2, n_heads=6, n_kv_heads=3, head_dim=4, ffn_dim=42, vocab_size=50, max_seq_len=64, norm_eps=1e-5,
                    rope_theta=10000.0)
 
 
