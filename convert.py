@@ -115,7 +115,8 @@ def merge_lora(argv: list[str]) -> None:
     parser.add_argument("--lora", type=Path, action="append", required=True, metavar="DIR", help="adapter directory; repeat for several")
     parser.add_argument("--format", choices=("hf", "meta"), default="hf", help="layout of the output: hf, meta [hf]")
     parser.add_argument("--shards", type=_positive, default=0, metavar="N", help="with --format meta: files to write [as Meta does]")
-    parser.add_argument("--device", default="cpu", choices=("auto", "cpu", "cuda", "npu", "mlu", "tpu"), help="where B·A is computed [cpu]")
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "npu", "mlu", "tpu"),
+                        help="where B·A is computed: auto, cpu, cuda, npu, mlu, tpu [auto]")
     parser.add_argument("--seed", type=int, default=0, help="of the random hidden states of the check [0]")
     flags = parser.parse_args(argv)
     from minillama import device
