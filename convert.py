@@ -22,12 +22,16 @@ import argparse
 import re
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from minillama import errors
 from minillama.config import Parser
 from minillama.errors import UserError, closest
+
+if TYPE_CHECKING:  # imported where it is used, so that --help need not load torch
+    from minillama.conversion.output import Output
 
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -53,13 +57,13 @@ def meta(argv: list[str]) -> None:
         python convert.py meta --reverse --input llama-2-13b-hf --output llama-2-13b-meta --shards 2
     """
     parser = _parser(meta, output=True)
-    parser.add_argument("--input", type=Path, required=True, metavar="DIR", help="Meta's directory (with --reverse: a Hugging Face one)")
+    parser.add_argument("--input", type=Path, required=True, metavar="DIR", help="Meta's, or with --reverse Hugging Face's")
     parser.add_argument("--reverse", action="store_true", help="Hugging Face to Meta")
     parser.add_argument("--shards", type=_positive, default=0, metavar="N",
                         help="with --reverse: files to write [as Meta: 1; 13B 2, 33B 4, 65B and 70B 8]")
     parser.add_argument("--tokenizer", default="", metavar="FILE", help="tokenizer.model [in the input directory or its parent]")
     parser.add_argument("--max_seq_len", type=_positive, default=0, metavar="N",
-                        help="context length, which Meta's files do not hold [2048 for LLaMA-1, 4096 for LLaMA-2, 16384 for CodeLlama]")
+                        help="context length, which Meta's files do not hold [LLaMA-1 2048, LLaMA-2 4096, CodeLlama 16384]")
     flags = parser.parse_args(argv)
     from minillama.conversion.meta import hf_to_meta, meta_to_hf
     if flags.reverse:
@@ -108,20 +112,21 @@ def merge_lora(argv: list[str]) -> None:
 
     Examples
         python convert.py merge-lora --base llama-7b-hf --lora runs/a/final --output merged
-        python convert.py merge-lora --base llama-7b-hf --lora chinese-llama-plus --lora chinese-alpaca-plus --output m --format meta
+        python convert.py merge-lora --base llama-7b-hf --lora chinese-llama-plus --lora chinese-alpaca-plus --output m
     """
     parser = _parser(merge_lora, output=True)
     parser.add_argument("--base", type=Path, required=True, metavar="DIR", help="the model the first adapter was trained on")
-    parser.add_argument("--lora", type=Path, action="append", required=True, metavar="DIR", help="adapter directory; repeat for several")
+    parser.add_argument("--lora", type=Path, action="append", required=True, metavar="DIR", help="adapter; repeat for several")
     parser.add_argument("--format", choices=("hf", "meta"), default="hf", help="layout of the output: hf, meta [hf]")
-    parser.add_argument("--shards", type=_positive, default=0, metavar="N", help="with --format meta: files to write [as Meta does]")
+    parser.add_argument("--shards", type=_positive, default=0, metavar="N", help="with --format meta: files [as Meta does]")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "npu", "mlu", "tpu"),
                         help="where B·A is computed: auto, cpu, cuda, npu, mlu, tpu [auto]")
     parser.add_argument("--seed", type=int, default=0, help="of the random hidden states of the check [0]")
     flags = parser.parse_args(argv)
     from minillama import device
     from minillama.conversion import merge
-    merge.merge_lora(flags.base, flags.lora, _output(flags), flags.format == "meta", flags.shards, device.pick(flags.device), flags.seed)
+    merge.merge_lora(flags.base, flags.lora, _output(flags), meta=flags.format == "meta", shards=flags.shards,
+                     device=device.pick(flags.device), seed=flags.seed)
 
 
 def tokenizer(argv: list[str]) -> None:
@@ -157,7 +162,7 @@ def sha256(argv: list[str]) -> None:
     """
     parser = _parser(sha256)
     parser.add_argument("directory", type=Path, metavar="DIR", help="a checkpoint: Hugging Face's layout, Meta's, or an adapter")
-    parser.add_argument("--check", type=Path, metavar="FILE|DIR", help="compare with this manifest, or this checkpoint; writes nothing")
+    parser.add_argument("--check", type=Path, metavar="FILE|DIR", help="compare with a manifest or checkpoint; writes nothing")
     flags = parser.parse_args(argv)
     from minillama.conversion.fingerprint import check, write_manifest
     if flags.check:
@@ -170,7 +175,7 @@ SUBCOMMANDS = {"meta": meta, "apply-delta": apply_delta, "make-delta": make_delt
                "tokenizer": tokenizer, "sha256": sha256}
 
 
-def _parser(subcommand: Any, output: bool = False) -> Parser:
+def _parser(subcommand: Callable[[list[str]], None], output: bool = False) -> Parser:
     """A parser whose help is the subcommand's docstring. output: with the flags of everything that writes weights."""
     lines = subcommand.__doc__.strip().splitlines()
     text = "\n".join([lines[0], *(line.removeprefix("    ") for line in lines[1:])])
@@ -186,7 +191,7 @@ def _parser(subcommand: Any, output: bool = False) -> Parser:
     return parser
 
 
-def _output(flags: argparse.Namespace) -> Any:
+def _output(flags: argparse.Namespace) -> "Output":
     from minillama.conversion.output import Output
     from minillama.device import DTYPES
     dtype = DTYPES[flags.dtype] if flags.dtype else None

@@ -49,7 +49,8 @@ def transformers_meta(source: Path, _: Path, out: Path) -> None:
 
     from minillama.conversion.meta import _names
 
-    params, loaded, staging = json.loads((source / "params.json").read_text()), torch.load(source / "consolidated.00.pth"), out / "tmp"
+    params, staging = json.loads((source / "params.json").read_text()), out / "tmp"
+    loaded = torch.load(source / "consolidated.00.pth")
     staging.mkdir(parents=True)
     dim, heads, weight_map = params["dim"], params["n_heads"], {}
     groups: dict[str, dict] = {}
@@ -72,7 +73,25 @@ def transformers_meta(source: Path, _: Path, out: Path) -> None:
     shutil.rmtree(staging)
 
 
-def bare_write(out: Path, tensors: Iterator[tuple[str, "torch.Tensor"]], shapes: dict[str, tuple[int, ...]]) -> None:  # noqa: F821
+def bare_read(path: Path) -> tuple[dict[str, tuple[int, ...]], Callable]:
+    """Shapes by name, and a function that reads one tensor by its offset (mapping the file would count all of it as memory)."""
+    import torch
+
+    file = open(path, "rb")  # noqa: SIM115, until the process ends
+    length = struct.unpack("<Q", file.read(8))[0]
+    header = json.loads(file.read(length))
+    header.pop("__metadata__", None)
+    dtypes = {"F16": torch.float16, "F32": torch.float32}
+
+    def read(name: str) -> torch.Tensor:
+        start, end = header[name]["data_offsets"]
+        file.seek(8 + length + start)
+        return torch.frombuffer(bytearray(file.read(end - start)), dtype=dtypes[header[name]["dtype"]]).view(header[name]["shape"])
+
+    return {name: tuple(spec["shape"]) for name, spec in header.items()}, read
+
+
+def bare_write(out: Path, tensors: Iterator, shapes: dict[str, tuple[int, ...]]) -> None:
     import torch
 
     header, offset = {}, 0
@@ -84,33 +103,25 @@ def bare_write(out: Path, tensors: Iterator[tuple[str, "torch.Tensor"]], shapes:
     out.mkdir()
     with open(out / "model.safetensors", "wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
-        for _, tensor in tensors:
+        for tensor in tensors:
             file.write(tensor.contiguous().view(torch.uint8).numpy().data)
 
 
 def bare_delta(base: Path, delta: Path, out: Path) -> None:
-    from safetensors import safe_open
-
-    with safe_open(base / "model.safetensors", "pt") as one, safe_open(delta / "model.safetensors", "pt") as two:
-        shapes = {name: tuple(one.get_slice(name).get_shape()) for name in one.keys()}  # noqa: SIM118
-        bare_write(out, ((name, one.get_tensor(name) + two.get_tensor(name)) for name in shapes), shapes)
+    (shapes, one), (_, two) = bare_read(base / "model.safetensors"), bare_read(delta / "model.safetensors")
+    bare_write(out, (one(name) + two(name) for name in shapes), shapes)
 
 
 def bare_merge(base: Path, adapter: Path, out: Path) -> None:
-    from safetensors import safe_open
+    (shapes, one), (factors, two) = bare_read(base / "model.safetensors"), bare_read(adapter / "adapter_model.safetensors")
 
-    with safe_open(base / "model.safetensors", "pt") as one, safe_open(adapter / "adapter_model.safetensors", "pt") as two:
-        shapes, factors = {name: tuple(one.get_slice(name).get_shape()) for name in one.keys()}, set(two.keys())  # noqa: SIM118
+    def merged(name: str) -> "torch.Tensor":  # noqa: F821
+        weight, key = one(name), f"base_model.model.{name.removesuffix('.weight')}"
+        if f"{key}.lora_A.weight" not in factors:
+            return weight
+        return (weight.float() + 2.0 * (two(f"{key}.lora_B.weight") @ two(f"{key}.lora_A.weight"))).half()
 
-        def merged() -> Iterator:
-            for name in shapes:
-                weight, key = one.get_tensor(name), f"base_model.model.{name.removesuffix('.weight')}"
-                if f"{key}.lora_A.weight" in factors:
-                    a, b = two.get_tensor(f"{key}.lora_A.weight"), two.get_tensor(f"{key}.lora_B.weight")
-                    weight = (weight.float() + 2.0 * (b @ a)).half()
-                yield name, weight
-
-        bare_write(out, merged(), shapes)
+    bare_write(out, map(merged, shapes), shapes)
 
 
 def bare_meta(source: Path, _: Path, out: Path) -> None:
@@ -119,18 +130,17 @@ def bare_meta(source: Path, _: Path, out: Path) -> None:
     from minillama.conversion.meta import _names
 
     params = json.loads((source / "params.json").read_text())
-    loaded = torch.load(source / "consolidated.00.pth", mmap=True)
+    loaded = torch.load(source / "consolidated.00.pth", mmap=True)  # maps the file, which spares a copy
     table = {name: meta for name, (meta, _) in _names(params["n_layers"]).items()}
 
-    def permuted() -> Iterator:
-        for name, meta in table.items():
-            tensor = loaded[meta]
-            if "q_proj" in name or "k_proj" in name:
-                n = params["n_heads"] if "q_proj" in name else params["n_kv_heads"]
-                tensor = tensor.view(n, tensor.shape[0] // n // 2, 2, -1).transpose(1, 2).reshape(tensor.shape)
-            yield name, tensor
+    def permuted(name: str) -> torch.Tensor:
+        tensor = loaded[table[name]]
+        if "q_proj" not in name and "k_proj" not in name:
+            return tensor
+        n = params["n_heads"] if "q_proj" in name else params["n_kv_heads"]
+        return tensor.view(n, tensor.shape[0] // n // 2, 2, -1).transpose(1, 2).reshape(tensor.shape)
 
-    bare_write(out, permuted(), {name: tuple(loaded[meta].shape) for name, meta in table.items()})
+    bare_write(out, map(permuted, table), {name: tuple(loaded[meta].shape) for name, meta in table.items()})
 
 
 # conversion: the peer, the bare loop, and our command line

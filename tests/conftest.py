@@ -12,8 +12,8 @@ from minillama.architecture import LlamaConfig
 from minillama.checkpoint.directory import save_model
 from minillama.model import Llama
 
-TINY = LlamaConfig(dim=24, n_layers=2, n_heads=6, n_kv_heads=3, head_dim=4, ffn_dim=42, vocab_size=50, max_seq_len=64, norm_eps=1e-5,
-                   rope_theta=10000.0)
+TINY = LlamaConfig(dim=24, n_layers=2, n_heads=6, n_kv_heads=3, head_dim=4, ffn_dim=42, vocab_size=50, max_seq_len=64,
+                   norm_eps=1e-5, rope_theta=10000.0)
 
 
 @pytest.fixture

@@ -28,7 +28,8 @@ def test_the_chinese_vocabulary_is_the_published_file_to_the_byte(tmp_path, shar
 
 
 def test_merging_keeps_old_ids_and_appends_what_is_new(tmp_path):
-    texts = {"a": ["the cat sat on the mat and the dog sat on the log"] * 20, "b": ["dear llama, dear bear, hear the llama here"] * 20}
+    texts = {"a": ["the cat sat on the mat and the dog sat on the log"] * 20,
+             "b": ["dear llama, dear bear, hear the llama here"] * 20}
     for name, text in texts.items():
         (tmp_path / name).write_bytes(train_tokenizer(text, 290))
     a, b = (open_tokenizer(tmp_path / name).model for name in "ab")

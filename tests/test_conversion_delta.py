@@ -89,7 +89,8 @@ def test_positions_are_never_taken_from_a_delta(tmp_path, tiny_checkpoint):
 
 
 def test_both_sides_are_shown_and_the_files_beside_come_along(tmp_path, tiny_checkpoint, shared, capsys):
-    base, delta = tiny_checkpoint("base", torch.float16, vocab_size=512), tiny_checkpoint("delta", torch.float32, vocab_size=512, seed=7)
+    base = tiny_checkpoint("base", torch.float16, vocab_size=512)
+    delta = tiny_checkpoint("delta", torch.float32, vocab_size=512, seed=7)
     tokenizer = shared / "models/stories260K/tokenizer.model"
     (delta / "tokenizer.model").write_bytes(tokenizer.read_bytes())
     (base / "generation_config.json").write_text('{"eos_token_id": [2, 7]}')

@@ -118,8 +118,8 @@ def test_raw_training_names_are_the_same_adapter(tmp_path, tiny_checkpoint):
                                         f"{Q}.base_layer.weight": weights(base)["model.layers.0.self_attn.q_proj.weight"]}
     named = {f"module.{key}": value for key, value in raw.items()}
     contents = set()
-    for name, tensors, file in (("clean", clean, "adapter_model.bin"), ("raw", raw, "pytorch_model.bin"), ("zero", named, "pytorch_model.bin")):
-        merge_lora(base, [plain_adapter(tmp_path / name, tensors, file)], Output(tmp_path / f"{name}-out"))
+    for name, tensors, file in (("clean", clean, "adapter"), ("raw", raw, "pytorch"), ("named", named, "pytorch")):
+        merge_lora(base, [plain_adapter(tmp_path / name, tensors, f"{file}_model.bin")], Output(tmp_path / f"{name}-out"))
         contents.add(manifest(tmp_path / f"{name}-out")["content"])
     assert len(contents) == 1
 
@@ -195,7 +195,7 @@ def test_an_adapter_that_does_not_fit_is_refused_by_name(tmp_path, tiny_checkpoi
 
 def test_an_adapter_directory_needs_its_files(tmp_path, tiny_checkpoint):
     (tmp_path / "a").mkdir()
-    with pytest.raises(UserError, match="no adapter_config.json"):
+    with pytest.raises(UserError, match=r"no adapter_config\.json"):
         read_adapter(tmp_path / "a")
     for content in ("{", "[]", '{"r": 8}'):
         (tmp_path / "a" / "adapter_config.json").write_text(content)

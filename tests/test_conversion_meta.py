@@ -1,4 +1,4 @@
-"""Chapter: Meta's layout. The same network in another order: its own formula must give transformers' logits, and back to the bit."""
+"""Chapter: Meta's layout. The same network in another order: Meta's formula gives transformers' logits, and back to the bit."""
 
 import json
 import tempfile
@@ -20,8 +20,8 @@ from minillama.errors import UserError
 from minillama.model import Llama
 
 # 6 query and 3 key/value heads: n_heads != n_kv_heads², so a key permuted as if it had all heads cannot come out right by chance.
-TINY = LlamaConfig(dim=24, n_layers=2, n_heads=6, n_kv_heads=3, head_dim=4, ffn_dim=42, vocab_size=50, max_seq_len=64, norm_eps=1e-5,
-                   rope_theta=10000.0)
+TINY = LlamaConfig(dim=24, n_layers=2, n_heads=6, n_kv_heads=3, head_dim=4, ffn_dim=42, vocab_size=50, max_seq_len=64,
+                   norm_eps=1e-5, rope_theta=10000.0)
 
 
 def weights(directory: Path) -> dict[str, torch.Tensor]:
@@ -43,8 +43,9 @@ def random_meta(config=TINY) -> dict[str, torch.Tensor]:
     shapes = {"tok_embeddings.weight": (V, C), "norm.weight": (C,), "output.weight": (V, C), "rope.freqs": (config.head_dim // 2,)}
     for i in range(config.n_layers):
         shapes |= {f"layers.{i}.{name}.weight": shape for name, shape in {
-            "attention.wq": (C, C), "attention.wk": (kv, C), "attention.wv": (kv, C), "attention.wo": (C, C), "feed_forward.w1": (F, C),
-            "feed_forward.w2": (C, F), "feed_forward.w3": (F, C), "attention_norm": (C,), "ffn_norm": (C,)}.items()}
+            "attention.wq": (C, C), "attention.wk": (kv, C), "attention.wv": (kv, C), "attention.wo": (C, C),
+            "feed_forward.w1": (F, C), "feed_forward.w2": (C, F), "feed_forward.w3": (F, C),
+            "attention_norm": (C,), "ffn_norm": (C,)}.items()}
     generator = torch.Generator().manual_seed(0)
     return {name: 0.3 * torch.randn(shape, generator=generator) for name, shape in shapes.items()}
 
@@ -54,6 +55,7 @@ def test_permutation_by_hand():
     rows = torch.arange(6.0).view(6, 1)
     assert to_halves(rows, heads=1).flatten().tolist() == [0, 2, 4, 1, 3, 5]
     assert to_halves(rows.repeat(2, 1), heads=2).flatten().tolist() == [0, 2, 4, 1, 3, 5] * 2
+    assert torch.equal(to_pairs(to_halves(rows, heads=1), heads=1), rows)
 
 
 def meta_logits(w: dict[str, torch.Tensor], tokens: torch.Tensor, config=TINY) -> torch.Tensor:
@@ -214,7 +216,8 @@ def test_a_tokenizer_of_another_model_is_refused(tmp_path, shared):
 
 
 @pytest.mark.parametrize(("changes", "shards", "message"), [
-    ({}, 2, "n_kv_heads = 3 cannot be cut into 2 shards"), ({"attention_bias": True}, 1, "no biases"), ({"head_dim": 6}, 1, "head_dim = 6")])
+    ({}, 2, "n_kv_heads = 3 cannot be cut into 2 shards"), ({"attention_bias": True}, 1, "no biases"),
+    ({"head_dim": 6}, 1, "head_dim = 6")])
 def test_what_metas_layout_cannot_say_is_refused(tmp_path, tiny_checkpoint, changes, shards, message):
     with pytest.raises(UserError, match=message):
         hf_to_meta(tiny_checkpoint(**changes), Output(tmp_path / "out"), shards)

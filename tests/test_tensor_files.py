@@ -70,8 +70,8 @@ def test_safetensors_opens_what_we_write_and_we_what_it_writes(tmp_path, specs):
 def test_views_of_a_shared_storage_read_as_torch_reads_them(tmp_path, dtype, rows, columns, data):
     whole = (100 * torch.rand(rows, columns)).to(dtype)
     top, left = data.draw(st.integers(0, rows - 1)), data.draw(st.integers(0, columns - 1))
-    views = {"whole": whole, "transposed": whole.T, "part": whole[top:, left:], "column": whole[:, left], "scalar": whole[top, left],
-             "parameter": torch.nn.Parameter(whole, requires_grad=False)}
+    views = {"whole": whole, "transposed": whole.T, "part": whole[top:, left:], "column": whole[:, left],
+             "scalar": whole[top, left], "parameter": torch.nn.Parameter(whole, requires_grad=False)}
     torch.save(OrderedDict(views), tmp_path / "w.bin")
     assert_same(read(read_torch, tmp_path / "w.bin"), views)
 
@@ -119,8 +119,9 @@ def test_nothing_in_a_pickle_is_executed(tmp_path):
     assert not (tmp_path / "created").exists()
 
 
-@pytest.mark.parametrize("opcode", [b"c__builtin__\neval\n(Vprint(1)\ntR.", b"cposix\nsystem\n(Vtrue\ntR.", b"ctorch\nload\n.",
-                                    b"ctorch._utils\n_rebuild_tensor_v2\n(tR.", b"(lp0\n0g0\ng0\na.", b"\x80\x04\x8c\x02os\x8c\x04exit\x93."])
+@pytest.mark.parametrize("opcode", [
+    b"c__builtin__\neval\n(Vprint(1)\ntR.", b"cposix\nsystem\n(Vtrue\ntR.", b"ctorch\nload\n.",
+    b"ctorch._utils\n_rebuild_tensor_v2\n(tR.", b"(lp0\n0g0\ng0\na.", b"\x80\x04\x8c\x02os\x8c\x04exit\x93."])
 def test_hostile_pickles_end_in_one_line(tmp_path, opcode):
     with pytest.raises(UserError, match=r"w\.bin"):
         read_torch(forged(tmp_path / "w.bin", opcode))
@@ -159,20 +160,20 @@ def claiming(path: Path, **claim) -> Path:
     {"count": 5, "start": 0, "shape": (4,), "stride": (1,)},          # the storage itself is shorter than it says
 ])
 def test_a_tensor_must_lie_inside_its_storage(tmp_path, claim):
-    assert claiming(tmp_path / "fine.bin", count=4, start=1, shape=(3,), stride=(1,)) and len(read_torch(tmp_path / "fine.bin")) == 1
+    assert read_torch(claiming(tmp_path / "fine.bin", count=4, start=1, shape=(3,), stride=(1,)))["w"].nbytes == 12
     with pytest.raises(UserError, match="damaged"):
         read_torch(claiming(tmp_path / "w.bin", **claim))
 
 
 def test_what_is_not_weights_is_told_by_its_first_bytes(tmp_path):
     path = tmp_path / "f"
-    for content, message in [(b"<!DOCTYPE html><html>", "a web page"), (b"version https://git-lfs.github.com/spec/v1", "git-lfs pointer"),
+    for content, message in [(b"<!DOCTYPE html>", "a web page"), (b"version https://git-lfs.github.com/spec/v1", "git-lfs pointer"),
                              (b"", "empty")]:
         path.write_bytes(content)
         for reader in (read_torch, read_safetensors):
             with pytest.raises(UserError, match=message):
                 reader(path)
-    for content, message in [(b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.", "before torch 1.6"), (b"GGUF....", "not a file written by torch")]:
+    for content, message in [(b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.", "before torch 1.6"), (b"GGUF", "not a file written")]:
         path.write_bytes(content)
         with pytest.raises(UserError, match=message):
             read_torch(path)
@@ -193,11 +194,11 @@ def test_archives_that_torch_did_not_write_are_refused(tmp_path):
         read_torch(tmp_path / "z.bin")
     with pytest.raises(UserError, match="big-endian"):
         read_torch(forged(tmp_path / "b.bin", pickle.dumps({}), byteorder=b"big"))
-    with pytest.raises(UserError, match="no NAME/data.pkl"):
+    with pytest.raises(UserError, match=r"no NAME/data\.pkl"):
         with zipfile.ZipFile(tmp_path / "other.bin", "w") as other:
             other.writestr("readme", "hello")
         read_torch(tmp_path / "other.bin")
-    for content, message in [([torch.zeros(1)], "holds a list"), ({"step": 3}, "'step' is a int"), ({1: torch.zeros(1)}, "1 is a Entry")]:
+    for content, message in [([torch.zeros(1)], "holds a list"), ({"step": 3}, "'step' is a int"), ({1: torch.zeros(1)}, "1 is a")]:
         torch.save(content, tmp_path / "w.bin")
         with pytest.raises(UserError, match=message):
             read_torch(tmp_path / "w.bin")
@@ -239,7 +240,7 @@ def test_all_bad_shards_are_listed_at_once(tmp_path, bin):
     write(TorchWriter if bin else SafetensorsWriter, shards[3], {"another": torch.zeros(1)})
     with pytest.raises(UserError) as caught:
         open_weights(tmp_path / "c")
-    for part in (f"{shards[0].name}: a web page", shards[1].name, f"{shards[2].name}: the index names this file, but it is not there",
+    for part in (f"{shards[0].name}: a web page", shards[1].name, f"{shards[2].name}: the index names this file, but it is not",
                  f"{shards[3].name}: lacks layer.3.weight, which the index promises"):
         assert part in str(caught.value)
 

@@ -7,7 +7,7 @@ model that talks plausibly, so both sides' headers are compared, and shown, befo
 an old file's `inv_freq` is a difference too, all zeros.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from minillama.errors import UserError
 from minillama.tokenizer import open_tokenizer
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+Operation = Callable[[Tensor, Tensor], Tensor]  # in place on the first
 
 
 def apply_delta(base: Path, delta: Path, output: Output) -> None:
@@ -34,7 +35,7 @@ def make_delta(base: Path, target: Path, output: Output) -> None:
     _convert(base, target, "target", torch.Tensor.sub_, output, model=target)
 
 
-def _convert(base: Path, other: Path, role: str, operation, output: Output, model: Path) -> None:
+def _convert(base: Path, other: Path, role: str, operation: Operation, output: Output, model: Path) -> None:
     base_entries, other_entries = open_weights(base), open_weights(other)
     _show((("base", base, base_entries), (role, other, other_entries)))
     _refuse_mismatch(base_entries, other_entries, role, (read_config(base), read_config(other)))
@@ -46,10 +47,10 @@ def _convert(base: Path, other: Path, role: str, operation, output: Output, mode
     write_checkpoint(output, recipes, lambda directory: write_companions(directory, model, rows, dtype, (other, base)))
 
 
-def _combine(base: Entry, other: Entry, operation, dtype: torch.dtype) -> Tensor:
+def _combine(base: Entry, other: Entry, operation: Operation, dtype: torch.dtype) -> Tensor:
     """other ± base in `dtype`, in place: two tensors in memory. Rows that the base lacks count as zeros."""
-    result, subtrahend = other.read().to(dtype), base.read().to(dtype)
-    operation(result[:len(subtrahend)], subtrahend)
+    result, start = other.read().to(dtype), base.read().to(dtype)
+    operation(result[:len(start)], start)
     return result
 
 
@@ -77,8 +78,8 @@ def _refuse_mismatch(base: dict[str, Entry], other: dict[str, Entry], role: str,
         ours, theirs = base[name].shape, other[name].shape
         if name in (EMBEDDING, HEAD) and ours[1:] == theirs[1:] and ours[0] != theirs[0]:
             if ours[0] > theirs[0]:
-                problems.append(f"{name} has {ours[0]} rows in the base and {theirs[0]} in the {role}: are the two swapped, or is the "
-                                "base already fine-tuned? The base must be the original LLaMA")
+                problems.append(f"{name} has {ours[0]} rows in the base and {theirs[0]} in the {role}: are the two swapped, "
+                                "or is the base already fine-tuned? It must be the original LLaMA")
         elif ours != theirs:
             problems.append(f"{name} is {ours} in the base, {theirs} in the {role}")
     if problems:

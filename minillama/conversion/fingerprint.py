@@ -20,7 +20,6 @@ from minillama.conversion.output import Recipe, copies
 from minillama.errors import UserError
 
 MANIFEST = "manifest.json"
-CHUNK = 2**20  # bytes
 
 
 def recipes_of(directory: Path) -> Mapping[str, Recipe]:
@@ -42,7 +41,8 @@ def manifest(directory: Path) -> dict:
         tensor = recipes[name].make().contiguous()
         digest = hashlib.sha256(tensor.view(-1).view(torch.uint8).numpy().data).hexdigest()
         norm = torch.linalg.vector_norm(tensor, dtype=torch.float64).item() if tensor.is_floating_point() else 0.0
-        tensors[name] = {"dtype": str(tensor.dtype).removeprefix("torch."), "shape": list(tensor.shape), "sha256": digest, "norm": norm}
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        tensors[name] = {"dtype": dtype, "shape": list(tensor.shape), "sha256": digest, "norm": norm}
     lines = (f"{name} {line['dtype']} {line['shape']} {line['sha256']}\n" for name, line in tensors.items())
     files = {path.name: {"bytes": path.stat().st_size, "sha256": _file_sha256(path)}
              for path in sorted(directory.iterdir()) if path.is_file() and path.name != MANIFEST}
@@ -104,4 +104,5 @@ def _difference(directory: Path, against: Path, name: str, ours: dict, theirs: d
     a, b = (recipes_of(side)[name].make().float().view(-1) for side in (directory, against))
     gap = (a - b).abs().nan_to_num(nan=torch.inf)
     worst = int(gap.argmax())
-    return f"by up to {gap[worst]:.3g} (element {worst}: {a[worst]:.6g} here, {b[worst]:.6g} there), in {int((a != b).sum())} elements"
+    return (f"by up to {gap[worst]:.3g} (element {worst}: {a[worst]:.6g} here, {b[worst]:.6g} there), "
+            f"in {int((a != b).sum())} elements")

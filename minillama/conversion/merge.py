@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from minillama.architecture import LlamaConfig, read_config
+from minillama.architecture import read_config
 from minillama.checkpoint.directory import IGNORED, check_names, open_weights
 from minillama.checkpoint.tensor_files import Entry, read_safetensors
 from minillama.checkpoint.torch_files import read_torch
@@ -33,7 +33,7 @@ from minillama.conversion.output import Output, Recipe, copies, write_checkpoint
 from minillama.errors import UserError, closest
 from minillama.tokenizer import SentencePieceTokenizer, open_tokenizer
 
-BLOCK = 2**20  # elements of W merged at a time: 4 MB in fp32
+BLOCK = 2**18  # elements of W merged at a time: 1 MB in fp32
 PROBES = 4     # random hidden states in the check
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _WRAPPERS = re.compile(r"^(?:base_model\.model\.|module\.)+")
@@ -49,9 +49,9 @@ class Product:
     scale: float
     transposed: bool
 
-    def factors(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """left (rows, R) and right (R, columns) in fp32, whose product is B·A or its transpose."""
-        a, b = (entry.read().float().to(device) for entry in (self.a, self.b))
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """left (rows, R) and right (R, columns) in fp32, whose product is s·B·A or its transpose."""
+        a, b = self.a.read().float(), self.b.read().float() * self.scale
         return (a.T, b.T) if self.transposed else (b, a)
 
     @property
@@ -147,7 +147,7 @@ def _read_adapter_config(path: Path) -> dict:
         config = json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))
         alpha, r = config["lora_alpha"], config["r"]
     except FileNotFoundError:
-        raise UserError(f"{path}: no adapter_config.json; --lora takes a PEFT adapter directory, with rank and alpha in it") from None
+        raise UserError(f"{path}: no adapter_config.json; --lora takes a PEFT adapter directory") from None
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}/adapter_config.json: not a LoRA configuration ({type(error).__name__}: {error})") from None
     if config.get("peft_type", "LORA") != "LORA" or config.get("use_dora"):
@@ -188,7 +188,7 @@ def _stack(adapter: Adapter, final: dict[str, Entry], products: dict[str, list[P
         old = final[name].shape
         grows = name in (EMBEDDING, HEAD) and entry.shape[1:] == old[1:] and entry.shape[0] >= old[0]
         if entry.shape != old and not grows:
-            raise UserError(f"{adapter.path}: {name} is {entry.shape}, in the base {old}; the adapters belong to another base or order")
+            raise UserError(f"{adapter.path}: {name} is {entry.shape}, in the base {old}; it was trained on another base")
         final[name], products[name] = entry, []
     for name, product in adapter.products.items():
         if name not in final:
@@ -218,8 +218,9 @@ def vocabulary_size(directory: Path) -> int:
     for name in ("added_tokens.json", "special_tokens_map.json"):
         if (directory / name).is_file():
             content = json.loads((directory / name).read_text(encoding="utf-8"))
-            values = content if name == "added_tokens.json" else [v["content"] if isinstance(v, dict) else v for v in content.values()]
-            added |= {token for token in values if isinstance(token, str)}
+            tokens = content if name == "added_tokens.json" else content.values()
+            tokens = (token["content"] if isinstance(token, dict) else token for token in tokens)
+            added |= {token for token in tokens if isinstance(token, str)}
     known = {tokenizer.model.id_to_piece(i) for i in range(tokenizer.size)}
     return tokenizer.size + len(added - known)
 
@@ -228,21 +229,21 @@ def _merge(name: str, entry: Entry, products: list[Product], dtype: torch.dtype,
            seed: int) -> Tensor:
     """W' for one tensor, and its line of the report."""
     weight, merged = entry.read(), torch.empty(entry.shape, dtype=dtype)
-    factors = [(*product.factors(device), product.scale) for product in products]
+    lefts, rights = zip(*(product.factors() for product in products), strict=True)
+    left, right = torch.cat(lefts, 1).to(device), torch.cat(rights, 0).to(device)  # several adapters are one of their summed rank
     x = torch.randn(entry.shape[1], PROBES, generator=torch.Generator().manual_seed(seed)).to(device)  # (in, P)
-    inner = [right @ x for _, right, _ in factors]                                                     # (R, P) each
+    inner = right @ x                                                                                  # (R, P)
     changed = norm = deviation = largest = 0.0
     step = max(1, BLOCK // entry.shape[1])
     for start in range(0, len(weight), step):
         rows = slice(start, start + step)
-        before = weight[rows].to(device).float()
-        delta = sum((left[rows] @ right) * scale for left, right, scale in factors)
-        merged[rows] = (before + delta).to(dtype).cpu()
-        unmerged = before @ x + sum((left[rows] @ y) * scale for (left, _, scale), y in zip(factors, inner, strict=True))
+        block, delta = weight[rows].to(device).float(), left[rows] @ right
+        unmerged = block @ x + left[rows] @ inner
+        norm, changed = math.hypot(norm, torch.linalg.vector_norm(block)), math.hypot(changed, torch.linalg.vector_norm(delta))
+        merged[rows] = block.add_(delta)
         seen = merged[rows].to(device).float() @ x
-        changed, norm = changed + delta.square().sum().item(), norm + before.square().sum().item()
         deviation, largest = max(deviation, (seen - unmerged).abs().max().item()), max(largest, seen.abs().max().item())
-    report.append(Merged(name, math.sqrt(changed / norm) if norm else math.inf, deviation / largest if largest else 0.0))
+    report.append(Merged(name, changed / norm if norm else math.inf, deviation / largest if largest else 0.0))
     return merged
 
 
