@@ -30,6 +30,9 @@ def test_layout_shards_and_format_do_not_matter(tmp_path, tiny_checkpoint):
     for output in (Output(tmp_path / "bin", bin=True), Output(tmp_path / "shards", max_shard_bytes=4000)):
         write_checkpoint(output, copies(open_weights(base)), lambda directory: None)
         assert manifest(output.path)["content"] == expected
+    backwards = dict(reversed(copies(open_weights(base)).items()))
+    write_checkpoint(Output(tmp_path / "backwards"), backwards, lambda directory: None)
+    assert manifest(tmp_path / "backwards")["content"] == expected
     hf_to_meta(base, Output(tmp_path / "meta"), shards=3)
     assert manifest(tmp_path / "meta")["content"] == expected
 

@@ -109,6 +109,18 @@ def test_a_grown_vocabulary_of_the_last_adapter_wins(tmp_path, tiny_checkpoint, 
         merge_lora(base, adapters, Output(tmp_path / "again"))
 
 
+def test_a_whole_tensor_replaces_what_earlier_adapters_added(tmp_path, tiny_checkpoint):
+    table, key = torch.randn(50, 24), "base_model.model.lm_head"
+    first = plain_adapter(tmp_path / "a", factors(key, 50))
+    second = plain_adapter(tmp_path / "b", {f"{key}.weight": table})
+    base = tiny_checkpoint()
+    merge_lora(base, [first, second], Output(tmp_path / "replaced"))
+    assert torch.equal(weights(tmp_path / "replaced")[HEAD], table)
+    merge_lora(base, [second, first], Output(tmp_path / "added"))
+    product = factors(key, 50)[f"{key}.lora_B.weight"] @ factors(key, 50)[f"{key}.lora_A.weight"]
+    torch.testing.assert_close(weights(tmp_path / "added")[HEAD], table + 2 * product)
+
+
 def test_raw_training_names_are_the_same_adapter(tmp_path, tiny_checkpoint):
     base = tiny_checkpoint()
     table = torch.randn(50, 24)

@@ -5,6 +5,7 @@ import os
 import resource
 import shutil
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -50,13 +51,13 @@ def test_a_killed_conversion_leaves_the_old_state(tmp_path, tiny_checkpoint, kil
     output = Output(target, overwrite=existing, max_shard_bytes=2000)
 
     def convert_and_die() -> None:
-        write_checkpoint(output, dying_at(recipes, killed_at), lambda directory: None)
+        write_checkpoint(replace(output, bin=True), dying_at(recipes, killed_at), lambda directory: None)
 
     assert os.WTERMSIG(in_child(convert_and_die)) == signal.SIGKILL
     assert contents(target) == before
     write_checkpoint(output, recipes, lambda directory: shutil.copy(tmp_path / "source" / "config.json", directory))
     assert torch.equal(load_model(target).lm_head.weight, load_model(tmp_path / "source").lm_head.weight)
-    assert not list(tmp_path.glob(".*")), "the remains of the killed conversion are cleared"
+    assert not [*tmp_path.glob(".*"), *target.glob("*.bin")], "the remains of the killed conversion are cleared"
 
 
 def test_killed_between_writing_and_renaming_the_old_output_is_there(tmp_path, tiny_checkpoint, monkeypatch):

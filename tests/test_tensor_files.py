@@ -1,10 +1,12 @@
 """Chapter: files of tensors. What we write others open, what others write we open, and nothing in a file is ever executed."""
 
+import gc
 import io
 import json
 import pickle
 import shutil
 import struct
+import sys
 import zipfile
 from collections import OrderedDict
 from pathlib import Path
@@ -87,6 +89,15 @@ def test_equal_tensors_make_equal_files(tmp_path):
         (tmp_path / folder).mkdir()
         write(TorchWriter, tmp_path / folder / "w.bin", tensors)
     assert (tmp_path / "a" / "w.bin").read_bytes() == (tmp_path / "b" / "w.bin").read_bytes()
+
+
+def test_a_file_given_up_half_way_is_let_go_of_silently(tmp_path, monkeypatch):
+    complaints = []
+    monkeypatch.setattr(sys, "unraisablehook", complaints.append)
+    with pytest.raises(RuntimeError), TorchWriter(tmp_path / "w.bin", {"w": (torch.float32, (2,))}):
+        raise RuntimeError
+    gc.collect()
+    assert not complaints
 
 
 def test_a_training_state_gives_the_weights_inside(tmp_path):
