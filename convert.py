@@ -104,7 +104,7 @@ def make_delta(argv: list[str]) -> None:
 
 
 def merge_lora(argv: list[str]) -> None:
-    """W + (alpha / r)·B·A for every adapted W, in fp32, rounded once to the base's dtype.
+    """W + (alpha / r)·B·A for every adapted W, in fp32, rounded once to the output's dtype.
 
     Takes PEFT adapters of any age (adapter_model.safetensors or .bin, or a raw training state beside adapter_config.json),
     several in order, with grown vocabularies. Every key of an adapter is used exactly once, or it is an error. Prints, per

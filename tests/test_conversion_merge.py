@@ -77,11 +77,13 @@ def test_logits_of_the_merged_model_equal_pefts_unmerged(tmp_path, tiny_checkpoi
     torch.testing.assert_close(ours.logits(ours(tokens)), model(tokens).logits, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("wanted", [None, torch.float16])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_two_adapters_are_summed_in_fp32_and_rounded_once(tmp_path, tiny_checkpoint, dtype):
+def test_two_adapters_are_summed_in_fp32_and_rounded_once(tmp_path, tiny_checkpoint, dtype, wanted):
     base = tiny_checkpoint(dtype=dtype)
     adapters = [plain_adapter(tmp_path / name, factors() | factors("model.layers.1.mlp.up_proj", 42)) for name in "ab"]
-    merge_lora(base, adapters, Output(tmp_path / "out"))
+    merge_lora(base, adapters, Output(tmp_path / "out", dtype=wanted))
+    dtype = wanted or dtype
     name = "model.layers.0.self_attn.q_proj.weight"
     parts = torch.load(tmp_path / "a" / "adapter_model.bin", weights_only=True)
     exact = weights(base)[name].double() + 4 * parts[f"{Q}.lora_B.weight"].double() @ parts[f"{Q}.lora_A.weight"].double()

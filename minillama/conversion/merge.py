@@ -1,6 +1,6 @@
 """Merging LoRA adapters into their base (Hu et al. 2021): W' = W + s·B·A, with s = alpha / R, or alpha / sqrt(R) for rsLoRA.
 
-The product and the sum are fp32 and are rounded once, to the base's dtype, however many adapters there are. Each tensor is merged
+The product and the sum are fp32 and are rounded once, to the output's dtype, however many adapters there are. Each tensor is merged
 by blocks of rows, so the fp32 copies stay small enough for the processor's cache. An adapter may also hold whole tensors
 (`modules_to_save`: a grown vocabulary lives there); the last adapter's replaces the base's and all that went before it.
 
@@ -95,7 +95,7 @@ def merge_lora(base: Path, adapters: list[Path], output: Output, meta: bool = Fa
     report: list[Merged] = []
     recipes = copies(final)
     for name in final:
-        dtype = entries[name].dtype
+        dtype = output.dtype or entries[name].dtype
         made = partial(_merge, name, final[name], products[name], dtype, report, torch.device(device), seed)
         recipes[name] = Recipe(dtype, final[name].shape, made if products[name] else final[name].read)
     check_names(config, recipes, base)

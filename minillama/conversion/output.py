@@ -16,7 +16,7 @@ import resource
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
@@ -86,11 +86,11 @@ def write_checkpoint(output: Output, recipes: Mapping[str, Recipe], finish: Call
             write(directory, tensors(), plan)
         finish(directory)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    print(f"{output.path}: {len(plan)} tensors, {total / GB:.2f} GB in {time.monotonic() - started:.1f} s, "
+    print(f"{output.path}: {len(plan)} tensors, {total / GB:.3g} GB in {time.monotonic() - started:.1f} s, "
           f"peak memory {peak / GB:.2f} GB")
 
 
-def write_companions(directory: Path, model: Path, rows: int, dtype: torch.dtype, tokenizers: Iterable[Path],
+def write_companions(directory: Path, model: Path, rows: int, dtype: torch.dtype, tokenizers: Sequence[Path],
                      tie: bool | None = None) -> None:
     """The files beside the weights: `model`'s config.json with the new vocabulary and dtype, its generation_config.json, and the
     tokenizer and minillama.json of the first of `tokenizers` that has them.
@@ -104,7 +104,6 @@ def write_companions(directory: Path, model: Path, rows: int, dtype: torch.dtype
         shutil.copyfile(model / "generation_config.json", directory / "generation_config.json")
     else:
         write_generation_config(directory, read_config(model))
-    tokenizers = [path for path in tokenizers if path is not None]
     source = next((path for path in tokenizers if has_tokenizer(path)), None)
     if source is None:
         print("note: none of the inputs has a tokenizer, so the output has none")
