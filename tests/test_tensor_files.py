@@ -4,7 +4,6 @@ import gc
 import io
 import json
 import pickle
-import shutil
 import struct
 import sys
 import zipfile
@@ -84,11 +83,9 @@ def test_storages_we_write_are_aligned_as_torch_aligns_them(tmp_path):
 
 
 def test_equal_tensors_make_equal_files(tmp_path):
-    tensors = random_tensors([(torch.float16, (3, 4))])
-    for folder in ("a", "b"):
-        (tmp_path / folder).mkdir()
-        write(TorchWriter, tmp_path / folder / "w.bin", tensors)
-    assert (tmp_path / "a" / "w.bin").read_bytes() == (tmp_path / "b" / "w.bin").read_bytes()
+    write(TorchWriter, tmp_path / "w.bin", tensors := random_tensors([(torch.float16, (3, 4))]))
+    write(TorchWriter, tmp_path / "w.pth", tensors)
+    assert (tmp_path / "w.bin").read_bytes() == (tmp_path / "w.pth").read_bytes()
 
 
 def test_a_file_given_up_half_way_is_let_go_of_silently(tmp_path, monkeypatch):
@@ -164,9 +161,8 @@ def claiming(path: Path, **claim) -> Path:
 @pytest.mark.parametrize("claim", [
     {"count": 4, "start": 0, "shape": (5,), "stride": (1,)},          # longer than the storage
     {"count": 4, "start": 3, "shape": (2,), "stride": (1,)},          # begins too late
-    {"count": 4, "start": -1, "shape": (2,), "stride": (1,)},
+    {"count": 4, "start": -1, "shape": (2,), "stride": (1,)}, {"count": 4, "start": 0, "shape": (2, 2), "stride": (-1, 1)},
     {"count": 4, "start": 0, "shape": (2, 2), "stride": (4, 1)},      # strides lead outside
-    {"count": 4, "start": 0, "shape": (2, 2), "stride": (-1, 1)},
     {"count": 4, "start": 0, "shape": (1000, 1000), "stride": (0, 0)},  # four bytes that unfold into a million elements
     {"count": 5, "start": 0, "shape": (4,), "stride": (1,)},          # the storage itself is shorter than it says
 ])
@@ -205,9 +201,9 @@ def test_archives_that_torch_did_not_write_are_refused(tmp_path):
         read_torch(tmp_path / "z.bin")
     with pytest.raises(UserError, match="big-endian"):
         read_torch(forged(tmp_path / "b.bin", pickle.dumps({}), byteorder=b"big"))
+    with zipfile.ZipFile(tmp_path / "other.bin", "w") as other:
+        other.writestr("readme", "hello")
     with pytest.raises(UserError, match=r"no NAME/data\.pkl"):
-        with zipfile.ZipFile(tmp_path / "other.bin", "w") as other:
-            other.writestr("readme", "hello")
         read_torch(tmp_path / "other.bin")
     for content, message in [([torch.zeros(1)], "holds a list"), ({"step": 3}, "'step' is a int"), ({1: torch.zeros(1)}, "1 is a")]:
         torch.save(content, tmp_path / "w.bin")
@@ -283,8 +279,7 @@ def test_stray_rotary_buffers_of_old_files_are_ignored(tmp_path, tiny_checkpoint
     torch.save(tensors | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(2)}, base / "pytorch_model.bin")
     assert open_weights(base).keys() == tensors.keys()
     raw = json.loads((base / "config.json").read_text())
-    del raw["rope_theta"], raw["rope_scaling"], raw["head_dim"]
-    (base / "config.json").write_text(json.dumps(raw))
+    (base / "config.json").write_text(json.dumps({key: raw[key] for key in raw if key not in ("rope_theta", "head_dim")}))
     assert torch.equal(load_model(base).lm_head.weight, tensors["lm_head.weight"])
 
 
@@ -300,7 +295,6 @@ def test_real_bin_checkpoints_load_like_their_safetensors(shared):
 def test_a_truncated_tensor_is_noticed_even_after_the_header_was_read(tmp_path):
     write(TorchWriter, tmp_path / "w.bin", {"w": torch.zeros(100)})
     entry = read_torch(tmp_path / "w.bin")["w"]
-    shutil.copy(tmp_path / "w.bin", tmp_path / "copy")
-    (tmp_path / "w.bin").write_bytes((tmp_path / "copy").read_bytes()[:500])
+    (tmp_path / "w.bin").write_bytes((tmp_path / "w.bin").read_bytes()[:500])
     with pytest.raises(UserError, match="truncated"):
         entry.read()
