@@ -126,10 +126,10 @@ def test_a_full_disk_leaves_the_old_checkpoint_and_training_goes_on(run_settings
     def with_full_disk():
         write = train_state.write_safetensors
 
-        def full(path, tensors, plan):
+        def full(path, tensors):
             if "step-000004" in str(path) and int(os.environ.get("RANK", "0")) == failing:
                 raise OSError(28, "No space left on device", str(path))
-            write(path, tensors, plan)
+            write(path, tensors)
 
         train_state.write_safetensors = full
         return train_here(run)
@@ -222,7 +222,7 @@ def test_any_number_of_ranks_reads_back_what_any_number_wrote(tmp_path_factory, 
     size = -(-total // writers)
     for start in range(0, total, size):
         part = vector[start:start + size]
-        train_state.write_safetensors(folder / f"state-0-{start:012d}.safetensors", iter([("m", part)]), {"m": (torch.float32, part.shape)})
+        train_state.write_safetensors(folder / f"state-0-{start:012d}.safetensors", {"m": part})
     read, share = train_state.slice_reader(folder, 0, total), -(-total // readers)
     assert torch.equal(torch.cat([read("m", start, min(start + share, total)) for start in range(0, total, share)]), vector)
     with pytest.raises(UserError, match="belongs to another run"):

@@ -1,7 +1,8 @@
 """A checkpoint is a Hugging Face LLaMA directory: config.json, model*.safetensors (and index), tokenizer files.
 
-Parameters carry Hugging Face's names, so reading is a loop over tensors: check the name and shape, copy, forget. Names that the
-model needs and the files lack, or that the files hold and nobody wants, are errors, all listed; nothing is filled in silently.
+Older ones hold pytorch_model*.bin in place of the safetensors, and load alike. Parameters carry Hugging Face's names, so reading
+is a loop over tensors: check the name and shape, copy, forget. Names that the model needs and the files lack, or that the files
+hold and nobody wants, are errors, all listed; nothing is filled in silently.
 """
 
 import json
@@ -16,12 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from minillama.architecture import LlamaConfig, read_config, to_hf, with_layers
-from minillama.checkpoint.tensor_files import Entry, read_safetensors, write_safetensors
+from minillama.checkpoint.tensor_files import Entry, Plan, SafetensorsWriter, read_safetensors
+from minillama.checkpoint.torch_files import TorchWriter, read_torch
 from minillama.errors import UserError
 from minillama.model import Llama
 from minillama.tokenizer import Tokenizer, open_tokenizer
 
-TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 IGNORED = re.compile(r"rotary_emb\.inv_freq$|^rope\.freqs$")  # positions are computed, whatever an old file carries
 GB = 10**9
 
@@ -29,48 +31,59 @@ GB = 10**9
 def open_weights(directory: Path) -> dict[str, Entry]:
     """Every tensor of a checkpoint directory, by name: nothing but headers is read.
 
-    Raises UserError for missing or unreadable files, all of them in one message.
+    model*.safetensors is preferred to pytorch_model*.bin where both are there. Raises UserError for missing or unreadable files,
+    all of them in one message.
     """
     if not directory.is_dir():
         raise UserError(f"{directory}: no such directory; a checkpoint is a directory with config.json and model*.safetensors")
-    _refuse_other_layouts(directory)
     entries: dict[str, Entry] = {}
     problems: list[str] = []
-    for path in _weight_files(directory):
+    for path, expected in _weight_files(directory).items():
         try:
-            entries |= read_safetensors(path)
+            found = read_torch(path) if path.suffix == ".bin" else read_safetensors(path)
         except UserError as error:
             problems.append(str(error))
+            continue
         except FileNotFoundError:
-            problems.append(f"{path}: the index names this file, but it is not there")
+            problems.append(f"{path}: the index names this file, but it is not there; download it")
+            continue
+        problems += [f"{path}: lacks {name}, which the index promises; download it again" for name in expected if name not in found]
+        problems += [f"{path}: {name} is in {entries[name].file.name} too" for name in found if name in entries]
+        entries |= found
     if problems:
-        raise UserError("; ".join(problems))
+        more = f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
+        raise UserError("; ".join(problems[:8]) + more)
     return {name: entry for name, entry in entries.items() if not IGNORED.search(name)}
 
 
-def _weight_files(directory: Path) -> list[Path]:
-    index = directory / "model.safetensors.index.json"
-    if not index.is_file():
-        return [directory / "model.safetensors"]
-    try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise UserError(f"{index}: not a weight index ({error})") from None
-    for name in names:
-        if Path(name).name != name:
-            raise UserError(f"{index}: names the file {name!r}; only plain file names inside the directory are read")
-    return [directory / name for name in names]
-
-
-def _refuse_other_layouts(directory: Path) -> None:
-    if list(directory.glob("model*.safetensors")) or (directory / "model.safetensors.index.json").is_file():
-        return
+def _weight_files(directory: Path) -> dict[Path, list[str]]:
+    """The files that hold the weights, and the tensors an index promises in each."""
+    for single in ("model.safetensors", "pytorch_model.bin"):
+        index = directory / f"{single}.index.json"
+        if index.is_file():
+            return _read_index(index)
+        if (directory / single).is_file():
+            return {directory / single: []}
+    if shards := [*directory.glob("model-*-of-*.safetensors"), *directory.glob("pytorch_model-*-of-*.bin")]:
+        raise UserError(f"{directory}: holds shards ({shards[0].name}, …) without their index; download the *.index.json too")
     if list(directory.glob("consolidated.*.pth")):
         raise UserError(f"{directory}: a Meta checkpoint; convert it first: "
                         f"python convert.py meta --input {directory} --output {directory.name}-hf")
     if (directory / "adapter_config.json").is_file():
         raise UserError(f"{directory}: a LoRA adapter, not a whole model; name its base with --base DIR")
-    raise UserError(f"{directory}: holds no model*.safetensors")
+    raise UserError(f"{directory}: holds no model*.safetensors and no pytorch_model*.bin")
+
+
+def _read_index(index: Path) -> dict[Path, list[str]]:
+    files: dict[Path, list[str]] = {}
+    try:
+        for tensor, name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].items():
+            if Path(name).name != name:
+                raise UserError(f"{index}: names the file {name!r}; only plain file names inside the directory are read")
+            files.setdefault(index.with_name(name), []).append(tensor)
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise UserError(f"{index}: not a weight index ({error})") from None
+    return dict(sorted(files.items()))
 
 
 def load_model(directory: Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", n_layers: int = 0,
@@ -131,18 +144,16 @@ def save_model(model: Llama, directory: Path, tokenizer: Tokenizer | None = None
     dtype = str(next(iter(named.values())).dtype).removeprefix("torch.")
     write_weights(directory, iter(named.items()), {n: (p.dtype, tuple(p.shape)) for n, p in named.items()}, max_shard_bytes)
     write_json(directory / "config.json", to_hf(model.config, dtype))
-    config = model.config
-    write_json(directory / "generation_config.json",
-               {"bos_token_id": config.bos_id, "eos_token_id": list(config.eos_ids) if len(config.eos_ids) != 1 else config.eos_ids[0]})
+    write_generation_config(directory, model.config)
     if tokenizer is not None:
         copy_tokenizer(tokenizer, directory)
     if about is not None:
         write_json(directory / "minillama.json", about)
 
 
-def write_weights(directory: Path, tensors: Iterator[tuple[str, Tensor | nn.Parameter]],
-                  plan: dict[str, tuple[torch.dtype, tuple[int, ...]]], max_shard_bytes: int = 5 * GB) -> None:
-    """Write tensors, in the order of `plan`, as one model.safetensors, or as shards with their index."""
+def write_weights(directory: Path, tensors: Iterator[tuple[str, Tensor | nn.Parameter]], plan: Plan,
+                  max_shard_bytes: int = 5 * GB, bin: bool = False) -> None:
+    """Write tensors, in the order of `plan`, as one model.safetensors, or as shards with their index. bin: as pytorch_model.bin."""
     shards: list[dict] = [{}]
     size = total = 0
     for name, (dtype, shape) in plan.items():
@@ -152,25 +163,30 @@ def write_weights(directory: Path, tensors: Iterator[tuple[str, Tensor | nn.Para
             size = 0
         shards[-1][name] = (dtype, shape)
         size, total = size + nbytes, total + nbytes
-    if len(shards) == 1:
-        write_safetensors(directory / "model.safetensors", tensors, plan)
-        return
+    writer, stem, suffix = (TorchWriter, "pytorch_model", "bin") if bin else (SafetensorsWriter, "model", "safetensors")
     weight_map = {}
     for number, shard in enumerate(shards, 1):
-        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        write_safetensors(directory / file, (next(tensors) for _ in shard), shard)
+        file = f"{stem}-{number:05d}-of-{len(shards):05d}.{suffix}" if len(shards) > 1 else f"{stem}.{suffix}"
+        with writer(directory / file, shard) as output:
+            for _ in shard:
+                output.append(*next(tensors))
         weight_map |= dict.fromkeys(shard, file)
-    write_json(directory / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
+    if len(shards) > 1:
+        write_json(directory / f"{stem}.{suffix}.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
 def copy_tokenizer(tokenizer: Tokenizer, directory: Path) -> None:
     """Copy the tokenizer's file and those beside it that describe it."""
     shutil.copyfile(tokenizer.path, directory / tokenizer.path.name)
+    copy_tokenizer_files(tokenizer.path.parent, directory)
+
+
+def copy_tokenizer_files(source: Path, directory: Path) -> None:
+    """Copy the tokenizer files of one directory into another, and describe a bare tokenizer.model as LLaMA's."""
     for name in TOKENIZER_FILES:
-        beside = tokenizer.path.with_name(name)
-        if beside.is_file() and not (directory / name).exists():
-            shutil.copyfile(beside, directory / name)
-    if tokenizer.path.name == "tokenizer.model" and not (directory / "tokenizer_config.json").exists():
+        if (source / name).is_file() and not (directory / name).exists():
+            shutil.copyfile(source / name, directory / name)
+    if (directory / "tokenizer.model").exists() and not (directory / "tokenizer_config.json").exists():
         write_json(directory / "tokenizer_config.json", {
             "tokenizer_class": "LlamaTokenizer", "legacy": True, "add_bos_token": True, "add_eos_token": False,
             "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "clean_up_tokenization_spaces": False})
@@ -201,6 +217,11 @@ def stop_ids(directory: Path, config: LlamaConfig) -> tuple[int, ...]:
 def tokenizer_for(directory: Path, named: str = "") -> Tokenizer:
     """The tokenizer named by the user, else the checkpoint's own."""
     return open_tokenizer(named or directory)
+
+
+def write_generation_config(directory: Path, config: LlamaConfig) -> None:
+    eos = config.eos_ids[0] if len(config.eos_ids) == 1 else list(config.eos_ids)
+    write_json(directory / "generation_config.json", {"bos_token_id": config.bos_id, "eos_token_id": eos})
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

@@ -2,14 +2,20 @@
 
 A safetensors file is a length, a JSON header {name: dtype, shape, offsets} and the bytes. Reading the header and then each tensor
 by its offset keeps the peak at one tensor, whatever the size of the file; memory-mapping would count every page it touches.
+`Entry` is where a tensor lies, in any kind of file; a `Plan` is what a file will hold, so that its header can be written first.
+
+A download that went wrong is usually a file of another kind under the right name, so the first bytes are looked at.
 """
 
 import json
+import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO
 
 import torch
 from torch import Tensor
@@ -19,26 +25,43 @@ from minillama.errors import UserError
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
           "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
+Plan = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]  # name -> dtype, shape
 
 
 @dataclass(frozen=True)
 class Entry:
-    """Where a tensor lies: `nbytes` from `offset` of `file`."""
+    """Where a tensor lies: in the `nbytes` from `offset` of `file`, elements `stride` apart (empty: row after row)."""
 
     file: Path
     dtype: torch.dtype
     shape: tuple[int, ...]
     offset: int
     nbytes: int
+    stride: tuple[int, ...] = ()
 
     def read(self) -> Tensor:
         """The tensor, on the host, in memory of its own."""
-        buffer = bytearray(self.nbytes)
-        with open(self.file, "rb") as file:
-            file.seek(self.offset)
-            if file.readinto(buffer) != self.nbytes:
-                raise UserError(f"{self.file}: ends before byte {self.offset + self.nbytes}; the file is truncated")
-        return torch.frombuffer(buffer, dtype=self.dtype).view(self.shape) if self.nbytes else torch.empty(self.shape, dtype=self.dtype)
+        flat = torch.empty(self.nbytes // self.dtype.itemsize, dtype=self.dtype)
+        if self.nbytes:
+            with open(self.file, "rb") as file:
+                file.seek(self.offset)
+                if file.readinto(_bytes(flat)) != self.nbytes:
+                    raise UserError(f"{self.file}: ends before byte {self.offset + self.nbytes}; the file is truncated")
+        return flat.as_strided(self.shape, self.stride).contiguous() if self.stride else flat.view(self.shape)
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    return tensor.view(-1).view(torch.uint8).numpy().data
+
+
+def refuse_foreign_bytes(path: Path, first: bytes) -> None:
+    """UserError where `first`, a file's first bytes, show that it holds no weights at all."""
+    if not first:
+        raise UserError(f"{path}: the file is empty; download it again")
+    if first.startswith(b"version "):
+        raise UserError(f"{path}: a git-lfs pointer, not the weights; run `git lfs pull` or download the file itself")
+    if first.lstrip()[:1] == b"<":
+        raise UserError(f"{path}: a web page, not the weights; download the file itself (…/resolve/…, not …/blob/…)")
 
 
 def read_safetensors(path: Path) -> dict[str, Entry]:
@@ -46,10 +69,7 @@ def read_safetensors(path: Path) -> dict[str, Entry]:
     size = path.stat().st_size
     with open(path, "rb") as file:
         first = file.read(8)
-        if first.startswith(b"version "):
-            raise UserError(f"{path}: a git-lfs pointer, not the weights; run `git lfs pull` or download the file itself")
-        if first.lstrip()[:1] == b"<":
-            raise UserError(f"{path}: a web page, not the weights; download the file itself (…/resolve/…, not …/blob/…)")
+        refuse_foreign_bytes(path, first)
         length = struct.unpack("<Q", first)[0] if len(first) == 8 else size
         if 8 + length > size:
             raise UserError(f"{path}: not a safetensors file, or cut short ({size} bytes)")
@@ -62,26 +82,67 @@ def read_safetensors(path: Path) -> dict[str, Entry]:
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{path}: damaged safetensors header ({type(error).__name__}: {error})") from None
     for name, entry in entries.items():
-        if entry.nbytes != prod(entry.shape) * entry.dtype.itemsize:
+        if entry.nbytes != prod(entry.shape) * entry.dtype.itemsize or min(entry.shape, default=0) < 0 or entry.offset < start:
             raise UserError(f"{path}: {name}: {entry.nbytes} bytes for shape {entry.shape} of {entry.dtype}; the header is damaged")
         if entry.offset + entry.nbytes > size:
             raise UserError(f"{path}: {name} ends at byte {entry.offset + entry.nbytes}, the file at {size}: download it again")
     return entries
 
 
-def write_safetensors(path: Path, tensors: Iterator[tuple[str, Tensor]], plan: dict[str, tuple[torch.dtype, tuple[int, ...]]]) -> None:
-    """Write tensors in the order of `plan` (name -> dtype, shape), one at a time; `tensors` must yield them in that order."""
-    header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for name, (dtype, shape) in plan.items():
-        end = offset + prod(shape) * dtype.itemsize
-        header[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
-        offset = end
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    with open(path, "wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        for (name, tensor), planned in zip(tensors, plan, strict=True):
-            assert name == planned and tuple(tensor.shape) == plan[name][1], name
-            data = tensor.detach().to("cpu", plan[name][0]).contiguous()
-            file.write(data.view(-1).view(torch.uint8).numpy().data)
+class TensorWriter:
+    """A file that takes the tensors of its plan one after another, and is on the disk when the `with` block ends."""
+
+    def __init__(self, path: Path, plan: Plan) -> None:
+        self.file: BinaryIO = open(path, "wb")  # noqa: SIM115, closed by __exit__
+        self.plan = plan
+        self.waiting = iter(plan.items())
+
+    def append(self, name: str, tensor: Tensor) -> None:
+        """Write the next tensor of the plan; `name` and shape must be the planned ones, the dtype is converted."""
+        planned, (dtype, shape) = next(self.waiting)
+        assert name == planned and tuple(tensor.shape) == shape, (name, tuple(tensor.shape), planned, shape)
+        self._write(_bytes(tensor.detach().to("cpu", dtype).contiguous()))
+
+    def _write(self, data: memoryview) -> None:
+        self.file.write(data)
+
+    def _finish(self) -> None:
+        assert next(self.waiting, None) is None, "tensors of the plan are missing"
+
+    def _abandon(self) -> None:
+        """Let go of a file that will not be finished."""
+
+    def __enter__(self) -> "TensorWriter":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        with self.file:
+            if kind is not None:
+                self._abandon()
+            else:
+                self._finish()
+                self.file.flush()
+                os.fsync(self.file.fileno())
+
+
+class SafetensorsWriter(TensorWriter):
+    """Writes safetensors: the header from the plan, then the bytes as they come."""
+
+    def __init__(self, path: Path, plan: Plan) -> None:
+        super().__init__(path, plan)
+        header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
+        offset = 0
+        for name, (dtype, shape) in plan.items():
+            end = offset + prod(shape) * dtype.itemsize
+            header[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
+            offset = end
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        self.file.write(struct.pack("<Q", len(text)) + text)
+
+
+def write_safetensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write tensors that are all at hand, and wait until they are on the disk."""
+    with SafetensorsWriter(path, {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}) as file:
+        for name, tensor in tensors.items():
+            file.append(name, tensor)

@@ -48,7 +48,7 @@ def save_state(out_dir: Path, step: int, mesh: Mesh, slices: list[tuple[int, dic
         _check_space(partial, needed * mesh.size)
         for number, (start, tensors) in enumerate(slices):
             path = partial / f"state-{number}-{start:012d}.safetensors"
-            write_safetensors(path, iter(tensors.items()), {n: (torch.float32, tuple(t.shape)) for n, t in tensors.items()})
+            write_safetensors(path, tensors)
             hashes[path.name] = flush_and_hash(path)
         if mesh.is_first:
             write_model(partial)

@@ -1,0 +1,190 @@
+"""torch.save's files (.bin, .pth, .pt), read and written one tensor at a time, with nothing in them ever executed.
+
+Since torch 1.6 such a file is a zip archive, stored without compression: NAME/data.pkl is a pickle of the dictionary in which
+each tensor is a call, _rebuild_tensor_v2(storage key, offset, shape, stride, …), and NAME/data/KEY holds a storage's bytes.
+
+A pickle is a program: it may name any function and call it. So torch.load is not used. The unpickler below knows the few names
+that a dictionary of tensors needs and refuses every other; a tensor's "call" only notes where its bytes lie, after checking
+that they lie inside their storage. What comes out is the same table of `Entry` that a safetensors header gives.
+
+Left out on purpose: the format before torch 1.6, other containers than dictionaries, tensor subclasses.
+"""
+
+import io
+import pickle
+import struct
+import zipfile
+from collections import OrderedDict
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from minillama.checkpoint.tensor_files import Entry, Plan, TensorWriter, refuse_foreign_bytes
+from minillama.errors import UserError
+
+STORAGES = {"DoubleStorage": torch.float64, "FloatStorage": torch.float32, "HalfStorage": torch.float16,
+            "BFloat16Storage": torch.bfloat16, "LongStorage": torch.int64, "IntStorage": torch.int32, "ShortStorage": torch.int16,
+            "CharStorage": torch.int8, "ByteStorage": torch.uint8, "BoolStorage": torch.bool}
+STORAGE_NAMES = {dtype: name for name, dtype in STORAGES.items()}
+LARGEST_PICKLE = 64 * 2**20  # bytes; a 70B model's is 0.1 MB
+ALIGNMENT = 64               # bytes; where torch puts the beginning of a storage
+
+
+@dataclass(frozen=True)
+class _Storage:
+    dtype: torch.dtype
+    offset: int  # in the file
+    nbytes: int
+
+
+class _Unpickler(pickle.Unpickler):
+    """Builds dictionaries of `Entry`. Everything a pickle may name is in `find_class`."""
+
+    def __init__(self, path: Path, data: bytes, storages: dict[str, tuple[int, int]]) -> None:
+        super().__init__(io.BytesIO(data))
+        self.path, self.storages = path, storages
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module == "torch" and name in STORAGES:
+            return STORAGES[name]
+        allowed = {("torch._utils", "_rebuild_tensor_v2"): self._tensor, ("torch._utils", "_rebuild_parameter"): self._parameter,
+                   ("collections", "OrderedDict"): OrderedDict}
+        if (module, name) not in allowed:
+            raise UserError(f"{self.path}: its pickle asks for {module}.{name}, which a file of weights does not need; "
+                            "nothing was executed. Do not trust this file; look for a safetensors version")
+        return allowed[module, name]
+
+    def persistent_load(self, pid: Any) -> _Storage:
+        _, dtype, key, _, count = pid
+        offset, nbytes = self.storages[key]
+        if not isinstance(dtype, torch.dtype) or count * dtype.itemsize > nbytes:
+            raise ValueError(f"storage {key} claims {count} elements of {dtype} in {nbytes} bytes")
+        return _Storage(dtype, offset, nbytes)
+
+    def _tensor(self, storage: _Storage, start: int, shape: tuple[int, ...], stride: tuple[int, ...], *_: Any) -> Entry:
+        size, numbers = storage.dtype.itemsize, (start, *shape, *stride)
+        if len(shape) != len(stride) or not all(type(number) is int and 0 <= number < 2**48 for number in numbers):
+            raise ValueError(f"a tensor of shape {shape}, stride {stride}, from {start}")
+        # From the first to the last element: with shape (2, 3) and stride (8, 1), 1·8 + 2·1 + 1 = 11 elements.
+        span = 1 + sum((n - 1) * step for n, step in zip(shape, stride, strict=True)) if prod(shape) else 0
+        if (start + span) * size > storage.nbytes:
+            raise ValueError(f"a tensor of shape {shape} reaches beyond its storage of {storage.nbytes} bytes")
+        dense = tuple(prod(shape[axis + 1:]) for axis in range(len(shape)))
+        strides = () if span == 0 or dense == tuple(stride) else tuple(stride)
+        if strides and span < prod(shape):
+            raise ValueError(f"a tensor of shape {shape}, stride {stride} whose elements overlap")
+        return Entry(self.path, storage.dtype, tuple(shape), storage.offset + start * size, span * size, strides)
+
+    def _parameter(self, data: Entry, *_: Any) -> Entry:
+        return data
+
+
+def read_torch(path: Path) -> dict[str, Entry]:
+    """The entries of a torch.save file, by name; of a training state {"module" | "model" | "state_dict": {…}}, those inside.
+
+    Raises UserError for a file of another kind, a cut one, or one whose pickle asks for anything but tensors.
+    """
+    with open(path, "rb") as file:
+        first = file.read(16)
+        refuse_foreign_bytes(path, first)
+        if first[:1] == b"\x80":
+            raise UserError(f"{path}: torch.save's format from before torch 1.6; load and save it once with a newer torch")
+        if first[:4] != b"PK\x03\x04":
+            raise UserError(f"{path}: not a file written by torch.save (it begins with {first[:4]!r})")
+        try:
+            data, storages = _read_archive(path, file)
+            content = _Unpickler(path, data, storages).load()
+        except zipfile.BadZipFile as error:
+            raise UserError(f"{path}: cut short or damaged ({error}): download it again") from None
+        except (pickle.UnpicklingError, ValueError, TypeError, KeyError, IndexError, AttributeError, EOFError, struct.error,
+                OverflowError, MemoryError, UnicodeDecodeError) as error:
+            raise UserError(f"{path}: damaged: {type(error).__name__}: {error}") from None
+    inner = [content[key] for key in ("module", "model", "state_dict") if isinstance(content, dict) and key in content]
+    content = inner[0] if inner and isinstance(inner[0], dict) else content
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: holds a {type(content).__name__}, not a dictionary of tensors")
+    for name, value in content.items():
+        if not isinstance(name, str) or not isinstance(value, Entry):
+            raise UserError(f"{path}: {name!r} is a {type(value).__name__}, not a tensor")
+    return dict(content)
+
+
+def _read_archive(path: Path, file: io.BufferedReader) -> tuple[bytes, dict[str, tuple[int, int]]]:
+    """data.pkl, and each storage's (offset in the file, bytes) by its key."""
+    size = path.stat().st_size
+    archive = zipfile.ZipFile(file)
+    pickles = [info for info in archive.infolist() if info.filename.endswith("/data.pkl") and info.filename.count("/") == 1]
+    if len(pickles) != 1 or pickles[0].file_size > LARGEST_PICKLE:
+        raise UserError(f"{path}: a zip archive, but not torch.save's: no NAME/data.pkl")
+    prefix, storages = pickles[0].filename.removesuffix("data.pkl"), {}
+    if f"{prefix}byteorder" in archive.namelist() and archive.read(f"{prefix}byteorder") != b"little":
+        raise UserError(f"{path}: written on a big-endian machine; save it again on a little-endian one")
+    for info in archive.infolist():
+        if not info.filename.startswith(f"{prefix}data/"):
+            continue
+        file.seek(info.header_offset + 26)  # the local header's own name and extra lengths; its fixed part has 30 bytes
+        offset = info.header_offset + 30 + sum(struct.unpack("<HH", file.read(4)))
+        if info.compress_type != zipfile.ZIP_STORED or offset + info.file_size > size:
+            raise UserError(f"{path}: {info.filename} is compressed or cut short; download the file again")
+        storages[info.filename.removeprefix(f"{prefix}data/")] = (offset, info.file_size)
+    return archive.read(pickles[0]), storages
+
+
+class _PlannedStorage:
+    def __init__(self, key: int, dtype: torch.dtype, count: int) -> None:
+        self.pid = ("storage", getattr(torch, STORAGE_NAMES[dtype]), str(key), "cpu", count)
+
+
+class _PlannedTensor:
+    """Pickles as torch pickles a contiguous tensor that fills its storage."""
+
+    def __init__(self, storage: _PlannedStorage, shape: tuple[int, ...]) -> None:
+        stride = tuple(prod(shape[axis + 1:]) for axis in range(len(shape)))
+        self.call = torch._utils._rebuild_tensor_v2, (storage, 0, shape, stride, False, OrderedDict())
+
+    def __reduce__(self) -> tuple:
+        return self.call
+
+
+class _Pickler(pickle.Pickler):
+    def persistent_id(self, value: Any) -> tuple | None:
+        return value.pid if isinstance(value, _PlannedStorage) else None
+
+
+class TorchWriter(TensorWriter):
+    """Writes what torch.load(weights_only=True) opens: the pickle from the plan, then a stored zip entry per tensor."""
+
+    def __init__(self, path: Path, plan: Plan) -> None:
+        super().__init__(path, plan)
+        self.prefix, self.count = path.stem, 0
+        self.archive = zipfile.ZipFile(self.file, "w", zipfile.ZIP_STORED)
+        data = io.BytesIO()
+        tensors = {name: _PlannedTensor(_PlannedStorage(key, dtype, prod(shape)), shape)
+                   for key, (name, (dtype, shape)) in enumerate(plan.items())}
+        _Pickler(data, protocol=2).dump(tensors)
+        self._entry("data.pkl", data.getbuffer())
+        self._entry("byteorder", memoryview(b"little"))
+
+    def _write(self, data: memoryview) -> None:
+        self._entry(f"data/{self.count}", data)
+        self.count += 1
+
+    def _finish(self) -> None:
+        super()._finish()
+        self._entry("version", memoryview(b"3\n"))
+        self.archive.close()
+
+    def _abandon(self) -> None:
+        self.archive.fp = None  # or its destructor would write the table of contents into the closed file
+
+    def _entry(self, name: str, data: memoryview) -> None:
+        info = zipfile.ZipInfo(f"{self.prefix}/{name}")  # its date is constant: equal tensors make equal files
+        info.file_size = data.nbytes
+        before = self.file.tell() + 30 + len(info.filename.encode()) + 4 + (20 if data.nbytes * 1.05 > zipfile.ZIP64_LIMIT else 0)
+        padding = -before % ALIGNMENT
+        info.extra = struct.pack("<2sH", b"FB", padding) + b"Z" * padding  # torch's own padding field
+        with self.archive.open(info, "w") as entry:
+            entry.write(data)

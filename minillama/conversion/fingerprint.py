@@ -1,0 +1,108 @@
+"""Is this the same model? A manifest answers twice: for the files, and for what they mean.
+
+The sha256 of a file covers zip metadata, shard boundaries and torch versions, so the same weights saved twice seldom agree. The
+content fingerprint covers the weights alone: for each tensor, in the order of names, its name, dtype, shape and the sha256 of its
+bytes. Safetensors or .bin, one file or forty, Meta's layout or Hugging Face's: equal weights have equal fingerprints.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from minillama.checkpoint.directory import open_weights, write_json
+from minillama.conversion.merge import adapter_entries
+from minillama.conversion.meta import read_meta
+from minillama.conversion.output import Recipe, copies
+from minillama.errors import UserError
+
+MANIFEST = "manifest.json"
+
+
+def recipes_of(directory: Path) -> Mapping[str, Recipe]:
+    """The tensors of a checkpoint: Hugging Face's, Meta's (under Hugging Face's names, whole) or an adapter's."""
+    if not directory.is_dir():
+        raise UserError(f"{directory}: no such directory")
+    if list(directory.glob("consolidated.*.pth")):
+        return read_meta(directory)[1]
+    if (directory / "adapter_config.json").is_file():
+        return copies(adapter_entries(directory))
+    return copies(open_weights(directory))
+
+
+def manifest(directory: Path) -> dict:
+    """{"content": fingerprint, "tensors": {name: dtype, shape, sha256, norm}, "files": {name: bytes, sha256}} of a checkpoint."""
+    tensors = {}
+    recipes = recipes_of(directory)
+    for name in tqdm(sorted(recipes), unit="tensor", disable=None):
+        tensor = recipes[name].make().contiguous()
+        digest = hashlib.sha256(tensor.view(-1).view(torch.uint8).numpy().data).hexdigest()
+        norm = torch.linalg.vector_norm(tensor, dtype=torch.float64).item() if tensor.is_floating_point() else 0.0
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        tensors[name] = {"dtype": dtype, "shape": list(tensor.shape), "sha256": digest, "norm": norm}
+    lines = (f"{name} {line['dtype']} {line['shape']} {line['sha256']}\n" for name, line in tensors.items())
+    files = {path.name: {"bytes": path.stat().st_size, "sha256": _file_sha256(path)}
+             for path in sorted(directory.iterdir()) if path.is_file() and path.name != MANIFEST}
+    return {"version": 1, "content": hashlib.sha256("".join(lines).encode()).hexdigest(), "tensors": tensors, "files": files}
+
+
+def _file_sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_manifest(directory: Path) -> str:
+    """Write DIR/manifest.json and return the content fingerprint."""
+    made = manifest(directory)
+    partial = directory / f".{MANIFEST}.partial"
+    write_json(partial, made)
+    partial.replace(directory / MANIFEST)
+    return made["content"]
+
+
+def check(directory: Path, against: Path) -> list[str]:
+    """Compare `directory` with a manifest file, or with another checkpoint directory. Returns remarks on what is equal enough.
+
+    Raises UserError naming the first tensor that differs, and by how much where both sides' tensors are at hand.
+    """
+    found, wanted = manifest(directory), manifest(against) if against.is_dir() else _read_manifest(against)
+    ours, theirs = found["tensors"], wanted["tensors"]
+    for name in sorted(ours.keys() | theirs.keys()):
+        if name not in ours or name not in theirs:
+            raise UserError(f"{name}: only in {directory if name in ours else against}")
+        if any(ours[name][what] != theirs[name].get(what) for what in ("dtype", "shape", "sha256")):
+            raise UserError(f"{name}: the first tensor that differs between {directory} and {against}: "
+                            f"{_difference(directory, against, name, ours[name], theirs[name])}")
+    remarks = [f"content {found['content']}: all {len(ours)} tensors are equal"]
+    for name in sorted(found["files"].keys() | wanted["files"].keys()):
+        sides = found["files"].get(name), wanted["files"].get(name)
+        if sides[0] != sides[1]:
+            remarks.append(f"note: {name} {'differs' if all(sides) else 'is on one side only'}")
+    return remarks
+
+
+def _read_manifest(path: Path) -> dict:
+    try:
+        made = json.loads(path.read_text(encoding="utf-8"))
+        return {"tensors": dict(made["tensors"]), "files": dict(made["files"])}
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; `convert.py sha256 DIR` writes one") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: not a manifest of convert.py sha256 ({type(error).__name__}: {error})") from None
+
+
+def _difference(directory: Path, against: Path, name: str, ours: dict, theirs: dict) -> str:
+    for what in ("dtype", "shape"):
+        if ours[what] != theirs[what]:
+            return f"{what} {ours[what]} here, {theirs[what]} there"
+    if not against.is_dir():
+        return (f"its norm is {ours['norm']:.9g} here, {theirs.get('norm')} there "
+                "(--check GOOD_DIR compares with another copy, element by element)")
+    a, b = (recipes_of(side)[name].make().float().view(-1) for side in (directory, against))
+    gap = (a - b).abs().nan_to_num(nan=torch.inf)
+    worst = int(gap.argmax())
+    return (f"by up to {gap[worst]:.3g} (element {worst}: {a[worst]:.6g} here, {b[worst]:.6g} there), "
+            f"in {int((a != b).sum())} elements")

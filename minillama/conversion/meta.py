@@ -1,0 +1,285 @@
+"""Meta's consolidated.*.pth to Hugging Face's layout, and back.
+
+Three things differ. Names: one table below. Shards: Meta's files each hold a slice of every matrix (model parallelism), along the
+axis in the table; Hugging Face's hold whole tensors. And rotary order: Meta rotates neighbours (0,1), (2,3), …, Hugging Face
+rotates the first half of a head against the second, so the rows of each query and key head are reordered on the way:
+
+    Meta   a0 b0 a1 b1 a2 b2   ──permute──▶   a0 a1 a2 b0 b1 b2   Hugging Face      (pair i is (a_i, b_i), angle i for both)
+
+Scores are dot products within a head, so one reordering of both q and k changes nothing, provided k is cut into its own
+n_kv_heads and not into n_heads. Values are not rotated, so v and o stay.
+
+Left out on purpose: LLaMA 3.1's stretched rotary frequencies, whose numbers Meta's files do not hold.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from minillama.architecture import LlamaConfig, ffn_width, read_config, to_hf
+from minillama.checkpoint.directory import (
+    IGNORED,
+    check_names,
+    copy_tokenizer,
+    open_weights,
+    write_generation_config,
+    write_json,
+)
+from minillama.checkpoint.tensor_files import Entry, Plan
+from minillama.checkpoint.torch_files import TorchWriter, read_torch
+from minillama.conversion.output import Output, Recipe, copies, has_tokenizer, write_checkpoint
+from minillama.errors import UserError
+from minillama.tokenizer import Tokenizer, open_tokenizer
+
+# Hugging Face's name: Meta's name, and the axis along which Meta cuts it (None: every shard holds all of it)
+OUTER = {"model.embed_tokens": ("tok_embeddings", 1), "model.norm": ("norm", None), "lm_head": ("output", 0)}
+INNER = {"self_attn.q_proj": ("attention.wq", 0), "self_attn.k_proj": ("attention.wk", 0), "self_attn.v_proj": ("attention.wv", 0),
+         "self_attn.o_proj": ("attention.wo", 1), "mlp.gate_proj": ("feed_forward.w1", 0), "mlp.up_proj": ("feed_forward.w3", 0),
+         "mlp.down_proj": ("feed_forward.w2", 1), "input_layernorm": ("attention_norm", None),
+         "post_attention_layernorm": ("ffn_norm", None)}
+SHARDS = {5120: 2, 6656: 4, 8192: 8}  # Meta's own numbers of files, by model width; 1 for the smaller
+PUBLISHED_FFN = ((256, None), (4096, 1.3), (1024, 1.3))  # multiple_of and ffn_dim_multiplier: LLaMA 1 and 2, 70B, LLaMA 3 8B
+
+
+def meta_to_hf(source: Path, output: Output, tokenizer: str = "", max_seq_len: int = 0) -> None:
+    """Convert Meta's directory `source`. tokenizer: its file (default: beside the weights, or one directory up)."""
+    config, recipes = read_meta(source)
+    found = _find_tokenizer(source, tokenizer)
+    if found is None:
+        print(f"warning: no tokenizer.model in {source} or above it, so the output has none (--tokenizer FILE adds it); "
+              f"the embedding's {config.vocab_size} rows give the vocabulary")
+    elif found.size > config.vocab_size:
+        raise UserError(f"{found.path}: {found.size} pieces, but the embedding has {config.vocab_size} rows; "
+                        "name the right one with --tokenizer")
+    config = replace(config, max_seq_len=max_seq_len or config.max_seq_len)
+    if not max_seq_len:
+        print(f"context length {config.max_seq_len}, by transformers' rule (Meta's files do not say; --max_seq_len sets it)")
+    dtype = str(output.dtype or recipes["model.embed_tokens.weight"].dtype).removeprefix("torch.")
+
+    def finish(directory: Path) -> None:
+        write_json(directory / "config.json", to_hf(config, dtype))
+        write_generation_config(directory, config)
+        if found is not None:
+            copy_tokenizer(found, directory)
+
+    write_checkpoint(output, recipes, finish)
+
+
+def hf_to_meta(source: Path, output: Output, shards: int = 0) -> None:
+    """Convert the Hugging Face directory `source` to Meta's layout. shards: files (0: as Meta does for this width)."""
+    config, entries = read_config(source), open_weights(source)
+    check_names(config, entries, source)
+    write_meta(output, copies(entries), config, source, shards)
+
+
+def read_meta(directory: Path) -> tuple[LlamaConfig, dict[str, Recipe]]:
+    """The config that params.json and the shapes give, and the recipes of all tensors under Hugging Face's names.
+
+    Raises UserError for damaged or missing files, all at once, and for weights that do not fit params.json.
+    """
+    paths = sorted(directory.glob("consolidated.*.pth"))
+    if not paths:
+        raise UserError(f"{directory}: holds no consolidated.*.pth")
+    shards, problems = [], []
+    for path in paths:
+        try:
+            shards.append({name: entry for name, entry in read_torch(path).items() if not IGNORED.search(name)})
+        except UserError as error:
+            problems.append(str(error))
+    if not problems:
+        problems = [f"{path}: lacks {name}, which {other.name} has; a file of another model, or one is missing"
+                    for path, shard in zip(paths, shards, strict=True) for other, all_of in zip(paths, shards, strict=True)
+                    for name in sorted(all_of.keys() - shard.keys())[:1]]
+    if problems:
+        raise UserError("; ".join(problems))
+    params = _read_params(directory / "params.json")
+    table = _names(params["n_layers"])
+    unknown = sorted(shards[0].keys() - {name for name, _ in table.values()})
+    missing = sorted({name for name, _ in table.values()} - shards[0].keys())
+    if unknown or missing:
+        raise UserError(f"{directory}: params.json says {params['n_layers']} layers; "
+                        f"missing tensors: {missing[:3]}, unexpected: {unknown[:3]}")
+    parts = {hf: [shard[name] for shard in shards] for hf, (name, _) in table.items()}
+    axes = {hf: axis for hf, (_, axis) in table.items()}
+    if parts["model.embed_tokens.weight"][0].shape[-1] == params["dim"]:
+        axes["model.embed_tokens.weight"] = 0  # LLaMA 3 and some exports cut the embedding by rows
+    shapes = {hf: _whole_shape(hf, parts[hf], axes[hf]) for hf in parts}
+    config = _config(params, shapes, directory)
+    heads = {"q_proj.weight": config.n_heads, "k_proj.weight": config.n_kv_heads}
+    recipes = {hf: Recipe(parts[hf][0].dtype, shapes[hf],
+                          partial(_join, hf, parts[hf], axes[hf], shapes[hf], heads.get(hf.split("self_attn.")[-1], 0)))
+               for hf in parts}
+    check_names(config, recipes, directory)
+    return config, recipes
+
+
+def _names(n_layers: int) -> dict[str, tuple[str, int | None]]:
+    """Hugging Face's name -> (Meta's name, axis), in the model's order."""
+    embed, norm, head = ((f"{hf}.weight", (f"{meta}.weight", axis)) for hf, (meta, axis) in OUTER.items())
+    layers = ((f"model.layers.{i}.{hf}.weight", (f"layers.{i}.{meta}.weight", axis))
+              for i in range(n_layers) for hf, (meta, axis) in INNER.items())
+    return dict([embed, *layers, norm, head])
+
+
+def _read_params(path: Path) -> dict:
+    try:
+        params = json.loads(path.read_text(encoding="utf-8"))
+        params = params.get("model", params)
+        wrong = [key for key in ("dim", "n_layers", "n_heads") if type(params.get(key)) is not int or not 0 < params[key] < 2**20]
+        wrong += [] if isinstance(params.get("norm_eps"), float) else ["norm_eps"]
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; Meta's directory has one beside the weights") from None
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"{path}: not valid JSON ({error})") from None
+    if wrong:
+        raise UserError(f"{path}: {wrong[0]} = {params.get(wrong[0])!r} is missing or makes no sense; is this Meta's own file?")
+    if params.get("use_scaled_rope"):
+        raise UserError(f"{path}: use_scaled_rope: LLaMA 3.1 and later stretch the rotary frequencies by numbers that Meta's files "
+                        "do not hold; take the Hugging Face release")
+    return params
+
+
+def _whole_shape(name: str, parts: list[Entry], axis: int | None) -> tuple[int, ...]:
+    shape = list(parts[0].shape)
+    if axis is not None and axis < len(shape):
+        shape[axis] = sum(part.shape[axis] for part in parts if len(part.shape) == len(shape))
+    fits = all(len(part.shape) == len(shape) and part.dtype == parts[0].dtype and
+               all(part.shape[i] == shape[i] or i == axis for i in range(len(shape))) for part in parts)
+    if not fits:
+        raise UserError(f"{name}: the shards do not fit together: "
+                        f"{', '.join(f'{part.shape} of {part.dtype} in {part.file.name}' for part in parts)}")
+    return tuple(shape)
+
+
+def _config(params: dict, shapes: Mapping[str, tuple[int, ...]], where: Path) -> LlamaConfig:
+    dim, theta, vocab_size = params["dim"], float(params.get("rope_theta") or 10000.0), shapes["model.embed_tokens.weight"][0]
+    n_kv_heads = params.get("n_kv_heads") or params["n_heads"]
+    first_generation = params["norm_eps"] < 5e-6 or (dim == 8192 and n_kv_heads == params["n_heads"])  # 65B: 1e-5, but all heads
+    context = 8192 if vocab_size >= 128_000 else 16384 if theta > 10000 else 2048 if first_generation else 4096
+    claimed = params.get("vocab_size", -1)
+    if claimed not in (-1, None, vocab_size):
+        raise UserError(f"{where}: params.json says vocab_size = {claimed}, the embedding has {vocab_size} rows; a file is missing")
+    llama3 = {"bos_id": 128_000, "eos_ids": (128_001,)} if vocab_size >= 128_000 else {}
+    return LlamaConfig(dim=dim, n_layers=params["n_layers"], n_heads=params["n_heads"], n_kv_heads=n_kv_heads,
+                       head_dim=dim // params["n_heads"], ffn_dim=shapes["model.layers.0.mlp.gate_proj.weight"][0],
+                       vocab_size=vocab_size, max_seq_len=context, norm_eps=params["norm_eps"], rope_theta=theta, **llama3)
+
+
+def _join(name: str, parts: list[Entry], axis: int | None, shape: tuple[int, ...], heads: int) -> Tensor:
+    """The whole tensor from its parts, one part in memory at a time; q and k in Hugging Face's rotary order."""
+    if axis is None:
+        tensor = parts[0].read()
+        if not all(torch.equal(tensor, part.read()) for part in parts[1:]):
+            raise UserError(f"{name}: differs between the shards that should all hold it; files of different models")
+    elif len(parts) == 1:
+        tensor = parts[0].read()
+    else:
+        tensor, start = torch.empty(shape, dtype=parts[0].dtype), 0
+        for part in parts:
+            tensor.narrow(axis, start, part.shape[axis]).copy_(part.read())
+            start += part.shape[axis]
+    return to_halves(tensor, heads) if heads else tensor
+
+
+def to_halves(weight: Tensor, heads: int) -> Tensor:
+    """Meta's rotary order to Hugging Face's, for the rows of q_proj (H heads) or k_proj (K heads): (n·D, C) -> (n·D, C)."""
+    rows, C = weight.shape
+    return weight.view(heads, rows // heads // 2, 2, C).transpose(1, 2).reshape(rows, C)  # (n, D/2, 2, C) -> (n, 2, D/2, C)
+
+
+def to_pairs(weight: Tensor, heads: int) -> Tensor:
+    """The inverse of `to_halves`."""
+    rows, C = weight.shape
+    return weight.view(heads, 2, rows // heads // 2, C).transpose(1, 2).reshape(rows, C)  # (n, 2, D/2, C) -> (n, D/2, 2, C)
+
+
+def _find_tokenizer(source: Path, named: str) -> Tokenizer | None:
+    places = [Path(named)] if named else [path for path in (source, source.resolve().parent) if has_tokenizer(path)]
+    return open_tokenizer(places[0]) if places else None
+
+
+def write_meta(output: Output, recipes: dict[str, Recipe], config: LlamaConfig, companions: Path, shards: int = 0) -> None:
+    """Write `recipes`, whole tensors under Hugging Face's names, as `shards` consolidated files and params.json.
+
+    companions: the directory whose tokenizer is copied. Raises UserError for what Meta's layout cannot say.
+    """
+    shards = shards or SHARDS.get(config.dim, 1)
+    _refuse_what_meta_cannot_say(config, shards)
+    if config.tie_embeddings and "lm_head.weight" not in recipes:
+        recipes = recipes | {"lm_head.weight": recipes["model.embed_tokens.weight"]}
+    table = _names(config.n_layers)
+
+    def finish(directory: Path) -> None:
+        write_json(directory / "params.json", _params(config))
+        if has_tokenizer(companions):
+            for name in ("tokenizer.model", "tokenizer.json"):
+                if (companions / name).is_file():
+                    (directory / name).write_bytes((companions / name).read_bytes())
+
+    write_checkpoint(output, {name: recipes[name] for name in table}, finish, partial(_write_shards, config, shards))
+
+
+def _refuse_what_meta_cannot_say(config: LlamaConfig, shards: int) -> None:
+    if config.attention_bias or config.mlp_bias:
+        raise UserError("Meta's layout has no biases; this model has some")
+    if config.rope_scaling is not None:
+        raise UserError(f"params.json has no place for rope scaling {config.rope_scaling.kind!r}")
+    if config.head_dim * config.n_heads != config.dim:
+        raise UserError(f"head_dim = {config.head_dim}: Meta's layout means dim / n_heads = {config.dim // config.n_heads}")
+    for what in ("n_heads", "n_kv_heads", "ffn_dim", "dim"):
+        if getattr(config, what) % shards:
+            raise UserError(f"{what} = {getattr(config, what)} cannot be cut into {shards} shards; choose a divisor with --shards")
+
+
+def _write_shards(config: LlamaConfig, shards: int, directory: Path, tensors: Iterator[tuple[str, Tensor]], plan: Plan) -> None:
+    """Write every tensor once into all files, each its slice. A vocabulary that does not divide leaves its rest to the last."""
+    table = _names(config.n_layers)
+    heads = {"q_proj.weight": config.n_heads, "k_proj.weight": config.n_kv_heads}
+
+    def bounds(name: str, shard: int) -> tuple[int, int, int]:
+        axis, shape = table[name][1], plan[name][1]
+        if axis is None:
+            return 0, 0, shape[0]
+        step = shape[axis] // shards
+        return axis, shard * step, shape[axis] - (shards - 1) * step if shard == shards - 1 else step
+
+    with ExitStack() as stack:
+        files = []
+        for shard in range(shards):
+            cut = {}
+            for name, (dtype, shape) in plan.items():
+                axis, _, length = bounds(name, shard)
+                cut[table[name][0]] = (dtype, (*shape[:axis], length, *shape[axis + 1:]))
+            files.append(stack.enter_context(TorchWriter(directory / f"consolidated.{shard:02d}.pth", cut)))
+        for name, tensor in tensors:
+            count = heads.get(name.split("self_attn.")[-1], 0)
+            whole = to_pairs(tensor, count) if count else tensor
+            for shard, file in enumerate(files):
+                file.append(table[name][0], whole.narrow(*bounds(name, shard)))
+
+
+def _params(config: LlamaConfig) -> dict[str, float]:
+    params = {"dim": config.dim, "n_layers": config.n_layers, "n_heads": config.n_heads, "norm_eps": config.norm_eps,
+              "vocab_size": -1}  # -1: as the tokenizer has
+    if config.n_kv_heads != config.n_heads:
+        params["n_kv_heads"] = config.n_kv_heads
+    if config.rope_theta != 10000.0:
+        params["rope_theta"] = config.rope_theta
+    multiple_of, multiplier = _ffn_params(config.dim, config.ffn_dim)
+    return params | {"multiple_of": multiple_of} | ({} if multiplier is None else {"ffn_dim_multiplier": multiplier})
+
+
+def _ffn_params(dim: int, ffn_dim: int) -> tuple[int, float | None]:
+    """multiple_of and ffn_dim_multiplier for which `ffn_width` gives `ffn_dim`: a published pair, else the plainest."""
+    candidates = [*PUBLISHED_FFN, *((2**power, None) for power in range(7, -1, -1))]
+    for multiple_of, multiplier in candidates:
+        if ffn_width(dim, multiple_of, multiplier) == ffn_dim:
+            return multiple_of, multiplier
+    multiplier = (ffn_dim + 0.5) / int(8 * dim / 3)  # half a row more, so that the rule's truncation lands on ffn_dim
+    return 1, multiplier
