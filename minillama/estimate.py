@@ -50,7 +50,7 @@ def estimate(config: LlamaConfig, settings: Settings, world_size: int = 1) -> Es
     shard = world_size if settings.zero_stage >= 1 else 1
     optimizer = math.ceil((masters + trainable * 8) / shard)
     accumulates = settings.gradient_accumulation_steps > 1 or settings.reduction == "exact"
-    shard = world_size if settings.zero_stage >= 2 or settings.reduction == "exact" and settings.zero_stage else 1
+    shard = world_size if settings.zero_stage >= 2 or (settings.reduction == "exact" and settings.zero_stage) else 1
     gradients = math.ceil((whole * (4 if accumulates else width) + (trainable - whole) * 4) / shard)
     return Estimate(parameters + (trainable - whole if lora else 0), trainable, weights, gradients, optimizer)
 

@@ -20,7 +20,8 @@ def arguments(tmp_path: Path) -> list[str]:
     records = demo.records(demo.DEMO, 60, seed=3, held_out=False)
     (tmp_path / "data.json").write_text(json.dumps(records))
     (tmp_path / "tokenizer.model").write_bytes(train_tokenizer((r["instruction"] for r in records), 320))
-    return ["--init", "scratch", "--dim", "16", "--n_layers", "1", "--n_heads", "2", "--ffn_dim", "32", "--context", "64", "--max_steps", "4",
+    return ["--init", "scratch", "--dim", "16", "--n_layers", "1", "--n_heads", "2", "--ffn_dim", "32", "--context", "128", "--max_steps",
+            "4",
             "--tokenizer", str(tmp_path / "tokenizer.model"), "--data", str(tmp_path / "data.json"), "--cache_dir", str(tmp_path / "cache"),
             "--template", "llama_factory_default", "--per_device_train_batch_size", "1", "--save_steps", "2", "--zero_stage", "2",
             "--device", "cpu", "--reduction", "exact", "--threads", "1", "--out_dir", str(tmp_path / "run")]
