@@ -113,9 +113,10 @@ def add_lora(model: nn.Module, config: LoraConfig, generator: torch.Generator | 
         if name not in WHOLE:
             raise UserError(f"modules_to_save: {name!r}{closest(name, WHOLE)}; choose from {', '.join(WHOLE)}")
         model.get_submodule(_whole_module(name)).requires_grad_(True)
-    if len(set(config.modules_to_save)) == 1 and model.get_submodule("lm_head").weight is model.get_submodule("model.embed_tokens").weight:
-        raise UserError(f"modules_to_save: {config.modules_to_save[0]} alone cannot be trained whole: this model's embedding and head are "
-                        "tied; name both, embed_tokens,lm_head")
+    tied = model.get_submodule("lm_head").weight is model.get_submodule("model.embed_tokens").weight
+    if tied and len(set(config.modules_to_save)) == 1:
+        raise UserError(f"modules_to_save: {config.modules_to_save[0]} alone cannot be trained whole: this model's embedding and "
+                        "head are tied; name both, embed_tokens,lm_head")
 
 
 def merge_lora(model: nn.Module) -> None:

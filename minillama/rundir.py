@@ -46,6 +46,8 @@ def _refuse_another_run(settings: Settings, out_dir: Path) -> None:
             raise UserError(f"{out_dir}: holds files that no run of ours made; choose another --out_dir, or --overwrite_output_dir")
         return
     before, now = json.loads(saved.read_text(encoding="utf-8")), json.loads(json.dumps(asdict(settings)))
+    if not (out_dir / "metrics.jsonl").is_file():
+        return  # it never came to a first step: a mistake mended, nothing to protect
     changed = [name for name in now if name not in HARMLESS and name in before and before[name] != now[name]]
     if changed:
         shown = ", ".join(f"{name} was {before[name]!r}, is {now[name]!r}" for name in changed)
