@@ -32,12 +32,14 @@ MEGATRON = {
     "all": LINEARS,
 }
 WHOLE = ("embed_tokens", "lm_head")
-USED = {"peft_type", "r", "lora_alpha", "lora_dropout", "target_modules", "modules_to_save", "use_rslora", "rank_pattern",
-        "alpha_pattern", "bias", "fan_in_fan_out"}
 # Keys that change the arithmetic, with the values at which they do nothing.
 MUST_BE = {"peft_type": ("LORA",), "bias": ("none", None), "use_dora": (False, None), "fan_in_fan_out": (False, None),
            "layers_to_transform": (None,), "layer_replication": (None,), "use_qalora": (False, None), "trainable_token_indices": (None,),
-           "target_parameters": (None,), "exclude_modules": (None,), "lora_bias": (False, None), "enable_lora": (None,)}
+           "target_parameters": (None,), "exclude_modules": (None,), "lora_bias": (False, None), "enable_lora": (None,),
+           "alora_invocation_tokens": (None,), "use_bdlora": (False, None), "arrow_config": (None,), "kasa_config": (None,),
+           "monteclora_config": (None,),
+           # the others (pissa, olora, loftq, …) also change the base weights, which an adapter's file does not hold
+           "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal")}
 
 
 @dataclass(frozen=True)
