@@ -187,6 +187,7 @@ def adapter(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(("key", "value"), [
     ("use_dora", True), ("bias", "all"), ("fan_in_fan_out", True), ("layers_to_transform", [0]), ("peft_type", "IA3"),
     ("layer_replication", [[0, 1]]), ("use_qalora", True), ("trainable_token_indices", [1]), ("lora_bias", True),
+    ("init_lora_weights", "pissa"), ("init_lora_weights", "olora"), ("kasa_config", {}), ("alora_invocation_tokens", [1, 2]),
 ])
 def test_a_kind_of_adapter_that_computes_otherwise_is_refused_by_name(key: str, value: object, adapter: Path) -> None:
     about = json.loads((adapter / "adapter_config.json").read_text())
