@@ -44,7 +44,7 @@ def _requests(spec: str) -> dict[str, str]:
     if "=" not in spec:
         requests = dict.fromkeys(TABLE, spec)
     else:
-        requests = dict(part.split("=", 1) for part in spec.split(","))
+        requests = dict(part.partition("=")[::2] for part in spec.split(","))  # (op, name); a part without "=" names nothing
     for op, name in requests.items():
         if op not in TABLE:
             raise UserError(f"MINILLAMA_OPS: no op {op!r}{closest(op, TABLE)}; ops: {', '.join(TABLE)}")
