@@ -15,8 +15,8 @@ from minillama.model import Llama
 torch.set_num_threads(1)  # one thread adds in one order, and forked ranks do not fight over the processor
 
 # 6 query and 3 key/value heads: n_heads != n_kv_heads², so a confusion of the two counts cannot come out right by chance.
-TINY = LlamaConfig(dim=24, n_layers=2, n_heads=6, n_kv_heads=3, head_dim=4, ffn_dim=40, vocab_size=50, max_seq_len=64, norm_eps=1e-5,
-                   rope_theta=10000.0)
+TINY = LlamaConfig(dim=24, n_layers=2, n_heads=6, n_kv_heads=3, head_dim=4, ffn_dim=40, vocab_size=50, max_seq_len=64,
+                   norm_eps=1e-5, rope_theta=10000.0)
 
 
 def random_model(seed: int = 0, **changes) -> Llama:

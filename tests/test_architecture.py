@@ -85,9 +85,10 @@ def nesting(body: list[ast.stmt]) -> int:
         if isinstance(statement, (ast.FunctionDef, ast.ClassDef)):
             continue
         blocks = [getattr(statement, field, []) for field in ("body", "orelse", "finalbody")]
-        blocks += [handler.body for handler in getattr(statement, "handlers", [])] + [case.body for case in getattr(statement, "cases", [])]
+        blocks += [part.body for field in ("handlers", "cases") for part in getattr(statement, field, [])]
         for block in filter(None, blocks):
-            is_elif = isinstance(statement, ast.If) and block is statement.orelse and len(block) == 1 and isinstance(block[0], ast.If)
+            is_else = isinstance(statement, ast.If) and block is statement.orelse
+            is_elif = is_else and len(block) == 1 and isinstance(block[0], ast.If)
             deepest = max(deepest, nesting(block) + (not is_elif))
     return deepest
 
@@ -162,7 +163,8 @@ def test_functions_that_others_call_state_their_types(path: Path) -> None:
     for function in functions(TREES[path]):
         if function.name.startswith("_") or path in SCRIPTS:
             continue
-        untyped = [a.arg for a in function.args.args + function.args.kwonlyargs if a.annotation is None and a.arg not in ("self", "cls", "ctx")]
+        arguments = function.args.args + function.args.kwonlyargs
+        untyped = [a.arg for a in arguments if a.annotation is None and a.arg not in ("self", "cls", "ctx")]
         assert not untyped, f"{function.name}: {untyped}"
 
 

@@ -26,7 +26,8 @@ def parse(*flags: str) -> dict:
 
 
 def script(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, *arguments], cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, timeout=120)
+    return subprocess.run([sys.executable, *arguments], cwd=ROOT, env=os.environ | environment, capture_output=True, text=True,
+                          timeout=120)
 
 
 def test_a_flag_wins_over_the_preset_and_the_preset_over_the_default(tmp_path: Path) -> None:
@@ -46,7 +47,8 @@ def test_every_preset_resolves_and_its_saved_form_replays(preset: str, tmp_path:
 
 
 @pytest.mark.parametrize(("preset", "trainable"), [
-    ("7b_lora", 16 * 32 * (4 * 2 * 4096 + 3 * (4096 + 11008))), ("7b_full_zero1", 6_738_415_616), ("13b_full_zero2", 13_015_864_320),
+    ("7b_lora", 16 * 32 * (4 * 2 * 4096 + 3 * (4096 + 11008))), ("7b_full_zero1", 6_738_415_616),
+    ("13b_full_zero2", 13_015_864_320),
     ("chinese_sft_lora", 64 * 32 * (4 * 2 * 4096 + 3 * (4096 + 11008)) + 2 * 55296 * 4096),
 ])
 def test_a_plan_counts_parameters_exactly_and_allocates_nothing(preset: str, trainable: int) -> None:
@@ -64,8 +66,8 @@ def test_every_preset_can_be_planned(preset: str) -> None:
 
 
 def test_the_bytes_of_a_plan_by_hand() -> None:
-    """LLaMA-7B, 8 ranks, 16 bits. Full: 2 bytes of weight, 4 of gradient, 12 of master and moments a parameter; ZeRO-1 shards the 12.
-    LoRA: the frozen weights 2, and for each of its own numbers 4 + 4 + 8."""
+    """LLaMA-7B, 8 ranks, 16 bits. Full: 2 bytes of weight, 4 of gradient, 12 of master and moments a parameter, of which ZeRO-1
+    shards the 12. LoRA: the frozen weights 2, and for each of its own numbers 4 + 4 + 8."""
     P = 6_738_415_616
     full = estimate(building.model_config(config.resolve("7b_full_zero1", {})), config.resolve("7b_full_zero1", {}), 8)
     assert (full.weights, full.gradients, full.optimizer) == (2 * P, 4 * P, 12 * P // 8)
@@ -84,10 +86,13 @@ def test_models_that_every_rank_would_hold_whole_are_refused_with_the_bytes(pres
 
 @pytest.mark.parametrize(("flags", "key", "value"), [
     (["--model_name_or_path", "x"], "ckpt", "x"), (["--data_path", "a.json,b.json"], "data", ("a.json", "b.json")),
-    (["--output_dir", "o"], "out_dir", "o"), (["--model_max_length", "77"], "max_length", 77), (["--cutoff_len", "77"], "max_length", 77),
+    (["--output_dir", "o"], "out_dir", "o"), (["--model_max_length", "77"], "max_length", 77),
+    (["--cutoff_len", "77"], "max_length", 77),
     (["--lora_r", "4"], "lora_rank", 4), (["--lora_target", "q_proj,v_proj"], "lora_targets", ("q_proj", "v_proj")),
-    (["--evaluation_strategy", "epoch"], "eval_strategy", "epoch"), (["--fp16", "True"], "precision", "fp16"), (["--bf16"], "precision", "bf16"),
-    (["--bf16", "False"], "precision", "fp32"), (["--dtype", "bfloat16"], "precision", "bf16"), (["--learning-rate", "1"], "learning_rate", 1.0),
+    (["--evaluation_strategy", "epoch"], "eval_strategy", "epoch"), (["--fp16", "True"], "precision", "fp16"),
+    (["--bf16"], "precision", "bf16"),
+    (["--bf16", "False"], "precision", "fp32"), (["--dtype", "bfloat16"], "precision", "bf16"),
+    (["--learning-rate", "1"], "learning_rate", 1.0),
     (["--max-grad-norm=0.5"], "max_grad_norm", 0.5), (["--gradient_checkpointing"], "gradient_checkpointing", True),
     (["--gradient_checkpointing", "True"], "gradient_checkpointing", True), (["--packing", "false"], "packing", False),
 ], ids=lambda value: " ".join(value) if isinstance(value, list) else "")
@@ -96,10 +101,12 @@ def test_command_lines_of_other_systems_can_be_pasted(flags: list[str], key: str
 
 
 @pytest.mark.parametrize(("flags", "named"), [
-    (["--learning_rte", "1"], "did you mean '--learning_rate'"), (["--max_steps", "many"], "--max_steps: invalid int value: 'many'"),
+    (["--learning_rte", "1"], "did you mean '--learning_rate'"),
+    (["--max_steps", "many"], "--max_steps: invalid int value: 'many'"),
     (["--packing", "perhaps"], "'perhaps' is not true or false"), (["--lr_scheduler_type", "cosin"], "did you mean 'cosine'"),
     (["--max_steps", "-3"], "max_steps = -3: must not be negative"), (["--save_steps", "0"], "save_steps = 0: must be at least 1"),
-    (["--validation_split", "1"], "validation_split = 1.0"), (["--fp16", "--bf16"], "exclude each other"), (["--seed"], "expected one argument"),
+    (["--validation_split", "1"], "validation_split = 1.0"), (["--fp16", "--bf16"], "exclude each other"),
+    (["--seed"], "expected one argument"),
     (["--learn", "1"], "unknown argument --learn"),
 ], ids=" ".join)
 def test_a_mistake_on_the_command_line_is_named(flags: list[str], named: str) -> None:
@@ -110,7 +117,8 @@ def test_a_mistake_on_the_command_line_is_named(flags: list[str], named: str) ->
 
 @pytest.mark.parametrize(("text", "named"), [
     ("[train]\nlearnin_rate = 1.0", "[train] learnin_rate: unknown key (did you mean 'learning_rate'?)"),
-    ("[train]\nlora_rank = 4", "belongs to section [lora]"), ("[train]\nlearning_rate = '1'", "learning_rate = '1': expected float, found str"),
+    ("[train]\nlora_rank = 4", "belongs to section [lora]"),
+    ("[train]\nlearning_rate = '1'", "learning_rate = '1': expected float, found str"),
     ("[train]\nmax_steps = 1.5", "expected int, found float"), ("[train]\nmax_steps = true", "expected int, found bool"),
     ("[lora]\nlora = 1", "expected bool, found int"), ("[lora]\nlora_targets = [1]", "expected tuple, found list"),
     ("[train\n", "recipe.toml: "), ("[train]\nprecision = 'fp8'", "precision = 'fp8'"),
@@ -172,7 +180,8 @@ def test_dry_run_prints_the_plan() -> None:
 
 def test_list_configs_prints_a_line_for_each_preset() -> None:
     done = script("train.py", "--list_configs")
-    assert [line.split()[0] for line in done.stdout.splitlines()] == ["demo", "demo_lora", *(n for n in PRESETS if not n.startswith("demo"))]
+    others = [name for name in PRESETS if not name.startswith("demo")]
+    assert [line.split()[0] for line in done.stdout.splitlines()] == ["demo", "demo_lora", *others]
 
 
 @pytest.mark.parametrize(("arguments", "named"), [

@@ -18,8 +18,8 @@ POSITIONS = {"first": 0, "second": 1, "third": 2, "last": -1}
 
 
 def run(*arguments: str) -> str:
-    done = subprocess.run([sys.executable, *arguments], cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
-                          timeout=200)
+    done = subprocess.run([sys.executable, *arguments], cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True,
+                          text=True, timeout=200)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -97,10 +97,11 @@ def test_the_demo_is_scored_beside_its_untrained_self(demo_run: tuple[Path, str]
 
 def test_the_demo_answers_a_prompt(demo_run: tuple[Path, str]) -> None:
     output = demo_run[0] / "answers.jsonl"
-    run("generate.py", "--ckpt", str(demo_run[0]), "--prompt", "Which number is larger, 31 or 62?", "--greedy", "--max_new_tokens", "4",
-        "--output", str(output))
+    run("generate.py", "--ckpt", str(demo_run[0]), "--prompt", "Which number is larger, 31 or 62?", "--greedy", "--max_new_tokens",
+        "4", "--output", str(output))
     record = json.loads(output.read_text())
-    assert {"prompt", "prompt_ids", "completions", "completion_ids", "finish_reason", "seconds", "tokens_per_second"} <= record.keys()
+    assert {"prompt", "prompt_ids", "completions", "completion_ids", "finish_reason", "seconds",
+            "tokens_per_second"} <= record.keys()
     assert len(record["completion_ids"][0]) <= 4
 
 
@@ -108,4 +109,5 @@ def test_demo_lora_tunes_the_demo(demo_run: tuple[Path, str], tmp_path: Path) ->
     run("train.py", "--config", "demo_lora", "--ckpt", str(demo_run[0]), "--max_steps", "3", "--out_dir", str(tmp_path / "run"))
     about = json.loads((tmp_path / "run/final/adapter_config.json").read_text())
     assert about["base_model_name_or_path"] == str(demo_run[0] / "final")
-    run("generate.py", "--ckpt", str(tmp_path / "run"), "--prompt", "What is the third word in cat, dog and owl?", "--max_new_tokens", "4")
+    run("generate.py", "--ckpt", str(tmp_path / "run"), "--prompt", "What is the third word in cat, dog, owl?",
+        "--max_new_tokens", "4")

@@ -24,7 +24,8 @@ GOLDEN = Path(__file__).parent / "golden/model"
 
 def their_greedy(directory: Path, prompt: list[int], count: int) -> list[int]:
     model = open_in_transformers(directory)
-    return model.generate(torch.tensor([prompt]), max_new_tokens=count, do_sample=False, eos_token_id=None, pad_token_id=0)[0, len(prompt):].tolist()
+    text = model.generate(torch.tensor([prompt]), max_new_tokens=count, do_sample=False, eos_token_id=None, pad_token_id=0)
+    return text[0, len(prompt):].tolist()
 
 
 def test_greedy_tokens_of_a_really_trained_llama_equal_transformers(shared: Path) -> None:
@@ -35,7 +36,9 @@ def test_greedy_tokens_of_a_really_trained_llama_equal_transformers(shared: Path
         assert list(generate(model, prompt, 100, GREEDY)) == their_greedy(directory, prompt, 100)
 
 
-@pytest.mark.parametrize("changes", [{}, {"n_kv_heads": 1, "head_dim": 6}, {"rope_scaling": RopeScaling("llama3", 4.0, original_max_seq_len=16)}], ids=str)
+@pytest.mark.parametrize("changes", [
+    {}, {"n_kv_heads": 1, "head_dim": 6}, {"rope_scaling": RopeScaling("llama3", 4.0, original_max_seq_len=16)},
+], ids=str)
 def test_greedy_tokens_of_a_random_llama_equal_transformers(changes: dict, tmp_path: Path) -> None:
     save_model(random_model(**changes), tmp_path)
     assert list(generate(load_model(tmp_path), [1, 7, 9], 40, GREEDY)) == their_greedy(tmp_path, [1, 7, 9], 40)
@@ -117,7 +120,9 @@ def test_temperature_near_zero_is_greedy() -> None:
     assert list(generate(model, [1], 20, Sampling(1e-4), seed=0)) == list(generate(model, [1], 20, GREEDY))
 
 
-@pytest.mark.parametrize("wrong", [{"temperature": -1.0}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.5}, {"repetition_penalty": 0.0}], ids=str)
+@pytest.mark.parametrize("wrong", [
+    {"temperature": -1.0}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.5}, {"repetition_penalty": 0.0},
+], ids=str)
 def test_impossible_sampling_settings_are_refused(wrong: dict) -> None:
     with pytest.raises(UserError, match="expected temperature >= 0"):
         Sampling(**wrong)
@@ -134,7 +139,7 @@ def test_generation_ends_before_any_of_the_stop_ids() -> None:
 
 def test_a_prompt_that_leaves_no_room_is_refused_with_the_number_that_fits() -> None:
     model = random_model(max_seq_len=32)
-    with pytest.raises(UserError, match="prompt of 30 tokens .* context of 32; use --max_new_tokens 2"):
+    with pytest.raises(UserError, match=r"prompt of 30 tokens .* context of 32; use --max_new_tokens 2"):
         list(generate(model, [1] * 30, 3, GREEDY))
     with pytest.raises(UserError, match="shorten the prompt"):
         list(generate(model, [1] * 32, 1, GREEDY))

@@ -40,8 +40,9 @@ KINDS = {
     "default": LoraConfig(),
     "all linears": LoraConfig(rank=4, alpha=12.0, targets=LINEARS),
     "rsLoRA": LoraConfig(rank=9, alpha=6.0, use_rslora=True),
-    "rank and alpha patterns": LoraConfig(targets=("q_proj", "k_proj", "down_proj"), rank_pattern={"k_proj": 3, r"layers\.1\.mlp\.down_proj": 5},
-                                          alpha_pattern={"q_proj": 2.0, "layers.0.self_attn.k_proj": 40.0}),
+    "rank and alpha patterns": LoraConfig(
+        targets=("q_proj", "k_proj", "down_proj"), rank_pattern={"k_proj": 3, r"layers\.1\.mlp\.down_proj": 5},
+        alpha_pattern={"q_proj": 2.0, "layers.0.self_attn.k_proj": 40.0}),
     "patterns under rsLoRA": LoraConfig(rank_pattern={"q_proj": 4}, use_rslora=True),
     "head and embedding trained whole": LoraConfig(modules_to_save=("embed_tokens", "lm_head")),
 }
@@ -79,9 +80,11 @@ def test_peft_opens_our_adapter_and_gives_our_logits(config: LoraConfig, tmp_pat
 
 
 @pytest.mark.parametrize("settings", [
-    {"target_modules": ["q_proj", "v_proj"]}, {"target_modules": "all-linear", "r": 3}, {"target_modules": ["q_proj"], "use_rslora": True},
+    {"target_modules": ["q_proj", "v_proj"]}, {"target_modules": "all-linear", "r": 3},
+    {"target_modules": ["q_proj"], "use_rslora": True},
     {"target_modules": r".*\.1\..*(gate|o)_proj"}, {"target_modules": ["layers.0.self_attn.k_proj", "up_proj"]},
-    {"target_modules": ["q_proj"], "rank_pattern": {"0.self_attn.q_proj": 2}, "alpha_pattern": {"^model.layers.1.self_attn.q_proj": 1}},
+    {"target_modules": ["q_proj"], "rank_pattern": {"0.self_attn.q_proj": 2},
+     "alpha_pattern": {"^model.layers.1.self_attn.q_proj": 1}},
     {"target_modules": ["k_proj"], "modules_to_save": ["lm_head", "embed_tokens"]},
 ], ids=str)
 def test_we_open_pefts_adapter_and_give_its_logits(settings: dict, tmp_path: Path) -> None:
@@ -122,14 +125,15 @@ def test_a_tied_head_trained_whole_is_saved_under_both_its_names(tmp_path: Path)
 @pytest.mark.parametrize("one", ["embed_tokens", "lm_head"])
 def test_half_of_a_tied_pair_cannot_be_trained_whole(one: str) -> None:
     """PEFT would train a copy and leave the other half as it was; with one weight for both there is no such model."""
-    with pytest.raises(UserError, match="modules_to_save: .*tied"):
+    with pytest.raises(UserError, match=r"modules_to_save: .*tied"):
         add_lora(random_model(tie_embeddings=True), LoraConfig(modules_to_save=(one,)))
 
 
 def test_only_factors_and_modules_to_save_are_trained() -> None:
     model = random_model()
     add_lora(model, LoraConfig(modules_to_save=("lm_head",)))
-    trained = {name.removeprefix("model.layers.0.").removeprefix("model.layers.1.") for name, p in model.named_parameters() if p.requires_grad}
+    trained = {name.removeprefix("model.layers.0.").removeprefix("model.layers.1.")
+               for name, p in model.named_parameters() if p.requires_grad}
     assert trained == {"self_attn.q_proj.lora_A", "self_attn.q_proj.lora_B", "self_attn.v_proj.lora_A", "self_attn.v_proj.lora_B",
                        "lm_head.weight"}
 
@@ -172,9 +176,9 @@ def test_megatron_names_mean_ours() -> None:
 
 
 def test_a_target_that_names_nothing_is_an_error_with_the_closest() -> None:
-    with pytest.raises(UserError, match="'q_porj' names no linear.*did you mean 'q_proj'"):
+    with pytest.raises(UserError, match=r"'q_porj' names no linear.*did you mean 'q_proj'"):
         add_lora(random_model(), LoraConfig(targets=("v_proj", "q_porj")))
-    with pytest.raises(UserError, match="modules_to_save: 'lm_haed'.*did you mean 'lm_head'"):
+    with pytest.raises(UserError, match=r"modules_to_save: 'lm_haed'.*did you mean 'lm_head'"):
         add_lora(random_model(), LoraConfig(modules_to_save=("lm_haed",)))
 
 
@@ -198,7 +202,7 @@ def test_a_kind_of_adapter_that_computes_otherwise_is_refused_by_name(key: str, 
 
 def test_keys_that_change_no_arithmetic_are_ignored(adapter: Path) -> None:
     about = json.loads((adapter / "adapter_config.json").read_text())
-    about |= {"merge_weights": False, "enable_lora": None, "megatron_core": "megatron.core", "revision": None, "peft_version": "0.21.2"}
+    about |= {"merge_weights": False, "enable_lora": None, "megatron_core": "megatron.core", "peft_version": "0.21.2"}
     (adapter / "adapter_config.json").write_text(json.dumps(about))
     load_adapter(random_model(), adapter)
 

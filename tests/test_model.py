@@ -19,7 +19,8 @@ HF_TINY = {
     "vocab_size": 50, "hidden_size": 48, "intermediate_size": 72, "num_hidden_layers": 2, "num_attention_heads": 6,
     "num_key_value_heads": 6, "max_position_embeddings": 32, "rms_norm_eps": 1e-5, "rope_theta": 10000.0,
 }
-LLAMA3 = {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16}
+LLAMA3 = {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+          "original_max_position_embeddings": 16}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
 VARIANTS = {
     "every query head has its own key": {},
@@ -93,19 +94,23 @@ def test_every_published_config_is_read_as_transformers_reads_it_or_refused_by_n
             theirs.max_position_embeddings, theirs.rms_norm_eps, theirs.rope_theta, theirs.tie_word_embeddings, theirs.bos_token_id)
         assert list(ours.eos_ids) == (theirs.eos_token_id if isinstance(theirs.eos_token_id, list) else [theirs.eos_token_id])
         frequencies, _ = ops.reference.rope_frequencies(ours, 8)
-        assert torch.allclose(frequencies, transformers.models.llama.modeling_llama.LlamaRotaryEmbedding(theirs).inv_freq, rtol=1e-6)
+        rotary = transformers.models.llama.modeling_llama.LlamaRotaryEmbedding(theirs)
+        assert torch.allclose(frequencies, rotary.inv_freq, rtol=1e-6)
 
 
 @pytest.mark.parametrize(("name", "vocab_size", "expected"), [
     ("llama1-7b", 32000, 6_738_415_616), ("llama1-13b", 32000, 13_015_864_320), ("33b", 32000, 32_528_943_616),
     ("65b", 32000, 65_285_660_672), ("7b", 32000, 6_738_415_616), ("13b", 32000, 13_015_864_320), ("34b", 32000, 33_743_970_304),
-    ("70b", 32000, 68_976_648_192), ("7b", 49953, 6_885_486_592), ("chinese-7b", 55296, 6_929_256_448), ("chinese-13b", 55296, 13_254_415_360),
+    ("70b", 32000, 68_976_648_192), ("7b", 49953, 6_885_486_592), ("chinese-7b", 55296, 6_929_256_448),
+    ("chinese-13b", 55296, 13_254_415_360),
 ])
 def test_published_sizes_have_the_published_parameter_counts(name: str, vocab_size: int, expected: int) -> None:
     assert replace(published(name), vocab_size=vocab_size).parameter_count() == expected
 
 
-@pytest.mark.parametrize("changes", [{}, {"tie_embeddings": True}, {"attention_bias": True}, {"mlp_bias": True}, {"head_dim": 10}], ids=str)
+@pytest.mark.parametrize("changes", [
+    {}, {"tie_embeddings": True}, {"attention_bias": True}, {"mlp_bias": True}, {"head_dim": 10},
+], ids=str)
 def test_parameter_shapes_are_those_of_the_model(changes: dict) -> None:
     model = random_model(**changes)
     assert {name: tuple(p.shape) for name, p in model.named_parameters()} == model.config.parameter_shapes()

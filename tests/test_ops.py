@@ -135,12 +135,16 @@ def test_long_and_short_documents_are_grouped_and_put_back(implementation: Calla
 
 @implementations("linear_cross_entropy")
 @pytest.mark.parametrize("chunk", [1, 3 * 13, 1 << 23], ids=["one row a chunk", "three rows a chunk", "one chunk"])
-@pytest.mark.parametrize("labels", [[[4, IGNORE, 0, 12, IGNORE], [1, 1, 12, 7, 3]], [[IGNORE] * 5] * 2, [[IGNORE] * 5, [IGNORE] * 4 + [12]]], ids=str)
-def test_cross_entropy_is_its_formula_in_any_chunks(implementation: Callable, chunk: int, labels: list, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("labels", [
+    [[4, IGNORE, 0, 12, IGNORE], [1, 1, 12, 7, 3]], [[IGNORE] * 5] * 2, [[IGNORE] * 5, [IGNORE] * 4 + [12]],
+], ids=str)
+def test_cross_entropy_is_its_formula_in_any_chunks(implementation: Callable, chunk: int, labels: list,
+                                                    monkeypatch: pytest.MonkeyPatch) -> None:
     """Some, none or one position is labelled; the labels include both ends of the vocabulary of 13."""
     monkeypatch.setattr(fused, "LOGIT_CHUNK", chunk)
     labels = torch.tensor(labels)
-    assert_same(lambda h, w: implementation(h, w, labels), lambda h, w: cross_entropy64(h, w, labels), randn(2, 5, 7), randn(13, 7, seed=1))
+    hidden, weight = randn(2, 5, 7), randn(13, 7, seed=1)
+    assert_same(lambda h, w: implementation(h, w, labels), lambda h, w: cross_entropy64(h, w, labels), hidden, weight)
 
 
 @implementations("linear_cross_entropy")
@@ -174,8 +178,8 @@ def test_adamw_is_torchs(implementation: Callable) -> None:
 @implementations("adamw")
 def test_the_first_adamw_update_is_the_learning_rate_whatever_the_gradient(implementation: Callable) -> None:
     """By hand: m / (1 - beta1) = g and v / (1 - beta2) = g², so the step is lr g / |g|; decay takes lr · wd · w before it."""
-    weight, grad = torch.tensor([1.0, 1.0, 1.0]), torch.tensor([1e-3, -5.0, 700.0])
-    implementation(weight, grad, torch.zeros(3), torch.zeros(3), 1, learning_rate=0.1, beta1=0.9, beta2=0.999, epsilon=1e-12, weight_decay=0.5)
+    weight, grad, m, v = torch.tensor([1.0, 1.0, 1.0]), torch.tensor([1e-3, -5.0, 700.0]), torch.zeros(3), torch.zeros(3)
+    implementation(weight, grad, m, v, 1, learning_rate=0.1, beta1=0.9, beta2=0.999, epsilon=1e-12, weight_decay=0.5)
     assert torch.allclose(weight, torch.tensor([0.85, 1.05, 0.85]))
 
 
@@ -225,7 +229,10 @@ def test_the_environment_chooses_all_ops_or_some(chosen: Callable) -> None:
     assert chosen("fused", "swiglu") is ops.reference.swiglu  # has no other form
 
 
-@pytest.mark.parametrize(("spec", "named"), [("fusd", "'fusd'"), ("rmsnorm=fused", "did you mean 'rms_norm'"), ("adamw=fast", "adamw='fast'")])
+@pytest.mark.parametrize(("spec", "named"), [
+    ("fusd", "'fusd'"), ("rmsnorm=fused", "did you mean 'rms_norm'"), ("adamw=fast", "adamw='fast'"),
+    ("adamw=fused,rope", "rope=''"),
+])
 def test_a_choice_that_does_not_exist_is_refused_by_name(chosen: Callable, spec: str, named: str) -> None:
     with pytest.raises(UserError, match="MINILLAMA_OPS") as error:
         chosen(spec, "adamw")
@@ -236,9 +243,13 @@ def test_a_model_computes_the_same_with_either_choice() -> None:
     """Two processes, since the choice is made once in each."""
     program = ("import torch; from tests.conftest import random_model, random_tokens; t = random_tokens(1, 12); "
                "from minillama.ops import Documents; print(float(random_model().loss_sum(t, t.roll(-1), Documents([5, 7]))))")
-    losses = [float(subprocess.run([sys.executable, "-c", program], cwd=Path(__file__).parents[1], env=os.environ | {"MINILLAMA_OPS": spec},
-                                   capture_output=True, text=True, check=True, timeout=100).stdout) for spec in ("fused", "reference")]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+    def loss(spec: str) -> float:
+        done = subprocess.run([sys.executable, "-c", program], cwd=Path(__file__).parents[1], capture_output=True, text=True,
+                              env=os.environ | {"MINILLAMA_OPS": spec}, check=True, timeout=100)
+        return float(done.stdout)
+
+    assert loss("fused") == pytest.approx(loss("reference"), rel=1e-6)
 
 
 def test_swiglu_gates_with_silu() -> None:

@@ -29,7 +29,8 @@ from minillama.data import demo
 from minillama.tokenizer import open_tokenizer, train_tokenizer
 
 HERE = Path(__file__).parent
-QUESTIONS = ("What is the first word in key, moon and goat?", "Which number is larger, 31 or 62?", "Please repeat owl, fish and tree.")
+QUESTIONS = ("What is the first word in key, moon and goat?", "Which number is larger, 31 or 62?",
+             "Please repeat owl, fish and tree.")
 TEXTS = ("Human: Which number is larger, 40 or 12?\nAssistant: 40", "Human: Which number is larger, 40 or 12?\nAssistant: 12",
          "It was a dark and stormy night; 夜.")
 STEPS, RATE, DECAY, BETAS = 20, 1e-3, 0.1, (0.9, 0.95)
@@ -53,11 +54,13 @@ def main() -> None:
     expected["lora_losses"] = losses(adapted.train(), tensors["batches"])
     merged = peft.PeftModel.from_pretrained(open_model(), HERE / "adapter").merge_and_unload()
     plain = open_model().state_dict()
-    tensors |= {f"merged.{name}": weight.contiguous() for name, weight in merged.state_dict().items() if not torch.equal(weight, plain[name])}
+    tensors |= {f"merged.{name}": weight.contiguous() for name, weight in merged.state_dict().items()
+                if not torch.equal(weight, plain[name])}
     expected["losses"] = losses(open_model().train(), tensors["batches"])
     save_file(tensors, HERE / "expected.safetensors")
     expected["made_with"] = {"torch": torch.__version__, "transformers": transformers.__version__, "peft": peft.__version__}
-    lines = re.sub(r"\[[-\d., \n]+\]", lambda found: " ".join(found[0].split()), json.dumps(expected, indent=1))  # a list of numbers a line
+    text = json.dumps(expected, indent=1)
+    lines = re.sub(r"\[[-\d., \n]+\]", lambda found: " ".join(found[0].split()), text)  # a list of numbers stands on one line
     (HERE / "expected.json").write_text(lines + "\n")
 
 
@@ -68,10 +71,11 @@ def train_model(folder: Path) -> None:
     texts = [f"Human: {r['instruction']}\nAssistant: {r['output']}" for r in records[:1000]]
     (folder / "tokenizer.model").write_bytes(train_tokenizer(texts, 400))
     settings = Settings(
-        init="scratch", tokenizer=str(folder / "tokenizer.model"), dim=48, n_layers=2, n_heads=6, n_kv_heads=2, ffn_dim=112, context=128,
-        initializer_range=0.08, data=(str(folder / "data.json"),), template="llama_factory_default", max_length=128,
+        init="scratch", tokenizer=str(folder / "tokenizer.model"), dim=48, n_layers=2, n_heads=6, n_kv_heads=2, ffn_dim=112,
+        context=128, initializer_range=0.08, data=(str(folder / "data.json"),), template="llama_factory_default", max_length=128,
         num_train_epochs=8.0, per_device_train_batch_size=6, learning_rate=6e-3, lr_scheduler_type="cosine", warmup_steps=20,
-        weight_decay=0.1, adam_beta2=0.95, save_strategy="no", cache_dir=str(folder), out_dir=str(folder / "run"), device="cpu", threads=1)
+        weight_decay=0.1, adam_beta2=0.95, save_strategy="no", cache_dir=str(folder), out_dir=str(folder / "run"), device="cpu",
+        threads=1)
     print(trainer.train(settings, Mesh()))
     shutil.rmtree(HERE / "model", ignore_errors=True)
     shutil.copytree(folder / "run/final", HERE / "model", ignore=shutil.ignore_patterns("minillama.json"))
