@@ -88,6 +88,15 @@ def test_the_demo_trains_and_says_what_to_type_next(demo_run: tuple[Path, str]) 
     assert f"python generate.py --ckpt {out} --chat" in printed.splitlines()[-1]
 
 
+def test_the_same_command_again_trains_nothing_and_prints_the_same_summary(demo_run: tuple[Path, str]) -> None:
+    out, printed = demo_run
+    weights = (out / "final/model.safetensors").stat().st_mtime_ns
+    again = run("train.py", "--max_steps", "5", "--logging_steps", "1", "--out_dir", str(out))
+    assert "this run is finished" in again
+    assert again.splitlines()[-2:] == printed.splitlines()[-2:]
+    assert (out / "final/model.safetensors").stat().st_mtime_ns == weights
+
+
 def test_the_demo_is_scored_beside_its_untrained_self(demo_run: tuple[Path, str]) -> None:
     printed = run("eval.py", "--task", "demo", "--ckpt", str(demo_run[0]), "--limit", "10")
     assert "untrained" in printed.splitlines()[0]

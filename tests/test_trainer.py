@@ -504,6 +504,25 @@ def test_final_opens_in_transformers_and_in_peft(settings_for: Callable, inputs:
     assert_same_logits(adapted.logits(adapted(tokens)), open_in_peft(inputs / "base", final)(tokens).logits)
 
 
+def test_rows_longer_than_the_context_are_refused(settings_for: Callable) -> None:
+    with pytest.raises(UserError, match="max_length = 129 exceeds the model's context of 128"):
+        trainer.Trainer(settings_for(max_length=129), MESH)
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "LoRA"])
+def test_a_real_llama_learns_real_instructions(lora: bool, shared: Path, tmp_path: Path) -> None:
+    base, train_file = shared / "models/stories260K", shared / "sft/alpaca_en_demo.json"
+    settings = Settings(ckpt=str(base), data=(str(train_file),), validation_split=0.1, lora=lora, lora_targets=("all",), max_length=256,
+                        max_steps=40, per_device_train_batch_size=4, learning_rate=2e-3, lr_scheduler_type="cosine",
+                        save_strategy="no", cache_dir=str(tmp_path), out_dir=str(tmp_path / "run"), device="cpu")
+    before = trainer.Trainer(settings, MESH).evaluate()
+    after = trainer.train(settings, MESH)["eval_loss"]
+    assert after < before - 0.1
+    final, tokens = tmp_path / "run/final", random_tokens(1, 20, vocab_size=512)
+    with torch.no_grad():
+        assert (open_in_peft(base, final) if lora else open_in_transformers(final))(tokens).logits.isfinite().all()
+
+
 # Figures
 
 @pytest.mark.parametrize(("model", "vocabulary", "sequence", "batch", "seconds", "recompute", "published_tflops"), [
