@@ -108,7 +108,7 @@ def test_command_lines_of_other_systems_can_be_pasted(flags: list[str], key: str
     (["--validation_split", "1"], "validation_split = 1.0"), (["--fp16", "--bf16"], "exclude each other"),
     (["--seed"], "expected one argument"),
     (["--learn", "1"], "unknown argument --learn"),
-], ids=" ".join)
+], ids=lambda value: " ".join(value) if isinstance(value, list) else "")
 def test_a_mistake_on_the_command_line_is_named(flags: list[str], named: str) -> None:
     with pytest.raises(UserError) as error:
         config.resolve("", parse(*flags))

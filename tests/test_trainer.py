@@ -512,8 +512,8 @@ def test_rows_longer_than_the_context_are_refused(settings_for: Callable) -> Non
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "LoRA"])
 def test_a_real_llama_learns_real_instructions(lora: bool, shared: Path, tmp_path: Path) -> None:
     base, train_file = shared / "models/stories260K", shared / "sft/alpaca_en_demo.json"
-    settings = Settings(ckpt=str(base), data=(str(train_file),), validation_split=0.1, lora=lora, lora_targets=("all",), max_length=256,
-                        max_steps=40, per_device_train_batch_size=4, learning_rate=2e-3, lr_scheduler_type="cosine",
+    settings = Settings(ckpt=str(base), data=(str(train_file),), validation_split=0.04, lora=lora, lora_targets=("all",),
+                        max_length=256, max_steps=25, per_device_train_batch_size=4, learning_rate=3e-3, lr_scheduler_type="cosine",
                         save_strategy="no", cache_dir=str(tmp_path), out_dir=str(tmp_path / "run"), device="cpu")
     before = trainer.Trainer(settings, MESH).evaluate()
     after = trainer.train(settings, MESH)["eval_loss"]
