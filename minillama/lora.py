@@ -178,11 +178,16 @@ def read_adapter_config(directory: Path) -> tuple[LoraConfig, str]:
         if key in raw and raw[key] not in harmless:
             raise UserError(f"{path}: {key} = {raw[key]!r} is not supported")
     targets = raw.get("target_modules") or []
-    config = LoraConfig(
-        rank=int(raw["r"]), alpha=float(raw["lora_alpha"]), dropout=float(raw.get("lora_dropout") or 0.0),
-        targets=(f"re:{targets}",) if isinstance(targets, str) else tuple(sorted(targets)), modules_to_save=tuple(raw.get("modules_to_save") or ()),
-        use_rslora=bool(raw.get("use_rslora")), rank_pattern=raw.get("rank_pattern") or {}, alpha_pattern=raw.get("alpha_pattern") or {},
-    )
+    try:
+        config = LoraConfig(
+            rank=int(raw["r"]), alpha=float(raw["lora_alpha"]), dropout=float(raw.get("lora_dropout") or 0.0),
+            targets=(f"re:{targets}",) if isinstance(targets, str) else tuple(sorted(targets)),
+            modules_to_save=tuple(raw.get("modules_to_save") or ()), use_rslora=bool(raw.get("use_rslora")),
+            rank_pattern=raw.get("rank_pattern") or {}, alpha_pattern=raw.get("alpha_pattern") or {})
+    except KeyError as error:
+        raise UserError(f"{path}: key {error.args[0]!r} is missing") from None
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{path}: a value has the wrong type ({error})") from None
     return config, raw.get("base_model_name_or_path") or ""
 
 
