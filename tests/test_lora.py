@@ -200,6 +200,17 @@ def test_a_kind_of_adapter_that_computes_otherwise_is_refused_by_name(key: str, 
         load_adapter(random_model(), adapter)
 
 
+@pytest.mark.parametrize(("change", "named"), [
+    (lambda about: about.pop("lora_alpha"), "key 'lora_alpha' is missing"), (lambda about: about.update(r="many"), "wrong type"),
+])
+def test_a_damaged_adapter_config_is_named(change, named: str, adapter: Path) -> None:
+    about = json.loads((adapter / "adapter_config.json").read_text())
+    change(about)
+    (adapter / "adapter_config.json").write_text(json.dumps(about))
+    with pytest.raises(UserError, match=f"adapter_config.json: .*{named}"):
+        load_adapter(random_model(), adapter)
+
+
 def test_keys_that_change_no_arithmetic_are_ignored(adapter: Path) -> None:
     about = json.loads((adapter / "adapter_config.json").read_text())
     about |= {"merge_weights": False, "enable_lora": None, "megatron_core": "megatron.core", "peft_version": "0.21.2"}
