@@ -183,6 +183,15 @@ def test_16_bit_training_follows_a_float32_copy_of_its_masters() -> None:
     assert all(torch.equal(p, m.to(torch.bfloat16)) for (_, p), m in zip(flat.named, flat._views(flat.flat), strict=True))
 
 
+def test_16_bit_gradients_add_up_in_fp32() -> None:
+    """bf16 cannot hold 1 + 2^-9; the sum over micro-batches can."""
+    model = torch.nn.Linear(1, 1, bias=False).bfloat16()
+    flat = flat_adamw(model)
+    for x in (1.0, 2.0**-9):
+        model(torch.tensor([[x]], dtype=torch.bfloat16)).sum().backward()
+    assert flat.grad.item() == 1.0 + 2.0**-9
+
+
 def test_frozen_parameters_are_no_part_of_the_flat_vector() -> None:
     model = random_model()
     model.requires_grad_(False)
