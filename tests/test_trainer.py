@@ -423,6 +423,19 @@ def test_an_epoch_is_every_target_once(epochs: float, settings_for: Callable) ->
     assert run.plan.epoch_at(run.plan.total_steps) == pytest.approx(epochs, abs=0.02)
 
 
+def test_only_answers_are_trained_on_each_with_its_end(settings_for: Callable, inputs: Path) -> None:
+    """The targets of a packed batch, read as text, are answers of the file; each ends with the end token."""
+    run = trainer.Trainer(settings_for(), MESH)
+    answers = {record["output"] for record in json.loads((inputs / "alpaca.json").read_text())}
+    batch = run.plan.micro_batches(0)[0]
+    documents = torch.from_numpy(batch.labels).split(batch.lengths)
+    assert len(documents) > 1
+    for labels in documents:
+        *answer, end = labels[labels != IGNORE].tolist()
+        assert end == run.tokenizer.eos_id
+        assert run.tokenizer.decode(answer) in answers
+
+
 # What must not happen
 
 def test_a_non_finite_loss_is_never_stepped_on_and_never_written_as_zero(settings_for: Callable, tmp_path: Path,
