@@ -23,6 +23,7 @@ def parse(arguments: list[str]) -> tuple[config.Settings, object]:
     parser.add_argument("--config", default="", metavar="NAME|FILE", help="a preset (see --list_configs), a .toml, or a train_config.json")
     parser.add_argument("--list_configs", action="store_true", help="print the presets, a line each")
     parser.add_argument("--dry_run", action="store_true", help="print parameters, memory per rank and tokens per step, and stop")
+    parser.add_argument("--show_batch", action="store_true", help="print the first batch with the trained tokens marked, and stop")
     parser.add_argument("--world_size", type=int, default=0, metavar="N", help="with --dry_run: plan for N ranks")
     parser.add_argument("--overwrite_output_dir", nargs="?", const=True, default=False, type=config.parse_bool, metavar="true|false",
                         help="empty out_dir first")
@@ -57,6 +58,9 @@ def main(arguments: list[str]) -> None:
         raise errors.UserError("name a run directory with --out_dir runs/NAME")
     planning.refuse_what_cannot_fit(settings)
     with comm.start(settings.device) as mesh:
+        if found.show_batch:
+            mesh.print(trainer.show_first_batch(settings, mesh))
+            return
         summary = trainer.train(settings, mesh, found.overwrite_output_dir)
         if summary is not None:
             mesh.print(planning.closing_words(settings, summary))

@@ -222,6 +222,8 @@ def _read_rope(raw: dict[str, Any]) -> tuple[float, RopeScaling | None]:
     except TypeError:
         unknown = sorted(set(values) - set(RopeScaling.__dataclass_fields__))
         raise UserError(f"rope scaling {kind!r}: unknown key {unknown}") from None
+    if not scaling.factor > 0:
+        raise UserError(f"rope scaling {kind!r}: factor = {scaling.factor} must be above 0")
     if kind == "llama3" and not scaling.original_max_seq_len:
         raise UserError("rope scaling 'llama3' has no original_max_position_embeddings")
     return theta, scaling

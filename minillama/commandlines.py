@@ -12,7 +12,7 @@ from minillama.errors import UserError
 
 # their name -> our key
 RENAMED = {
-    "model_name_or_path": "ckpt", "load": "ckpt", "data_path": "data", "output_dir": "out_dir", "save": "out_dir",
+    "model_name_or_path": "ckpt", "load": "ckpt", "data_path": "data", "dataset": "data", "output_dir": "out_dir", "save": "out_dir",
     "tokenizer_name_or_path": "tokenizer", "model_max_length": "max_length", "cutoff_len": "max_length",
     "max_seq_length": "max_length", "block_size": "max_length", "seq_length": "max_length",
     "val_size": "validation_split", "validation_split_percentage": "validation_split",
@@ -44,17 +44,15 @@ ONLY = {
 # flags that change no result
 HARMLESS = ("lazy_preprocess", "do_eval", "logging_first_step", "logging_strategy", "report_to", "torch_dtype", "ddp_timeout",
             "ddp_find_unused_parameters", "data_cache_dir", "flash_attn", "use_flash_attn", "lora_register_forward_hook", "split",
-            "distributed_backend", "local_rank", "tokenizer_type", "tokenizer_not_use_fast", "use_fast_tokenizer")
+            "distributed_backend", "local_rank", "tokenizer_type", "tokenizer_not_use_fast", "use_fast_tokenizer",
+            "overwrite_cache")  # the cache of tokenized data is keyed by what it was made from, so it is never stale
 
 
 def add_flags(parser: argparse.ArgumentParser, parse_bool: Callable[[str], bool]) -> None:
     """Accept the flags of the other systems that are not just other names; they are left out of `--help`."""
     for flag in (*ONLY, *HARMLESS):
         parser.add_argument(f"--{flag}", nargs="*", default=None, help=argparse.SUPPRESS)
-    for flag in ("disable_gradient_checkpointing", "overwrite_cache"):
-        parser.add_argument(f"--{flag}", nargs="?", const=True, default=False, type=parse_bool, help=argparse.SUPPRESS)
-    parser.add_argument("--dataset", default="", metavar="A,B", help="data sets by their names in dataset_dir's dataset_info.json")
-    parser.add_argument("--dataset_dir", default="", metavar="DIR", help="folder of dataset_info.json, or of the training files [data]")
+    parser.add_argument("--disable_gradient_checkpointing", nargs="?", const=True, default=False, type=parse_bool, help=argparse.SUPPRESS)
 
 
 def settings_from(flags: dict[str, Any]) -> dict[str, Any]:
@@ -69,6 +67,6 @@ def settings_from(flags: dict[str, Any]) -> dict[str, Any]:
         found["lora"] = flags["finetuning_type"] == ["lora"]
     if flags.get("disable_gradient_checkpointing"):
         found["gradient_checkpointing"] = False
-    if flags.get("dataset_dir") and not flags.get("dataset"):
+    if flags.get("dataset_dir") and not flags.get("data"):  # Chinese-LLaMA-Alpaca: the folder itself
         found["data"] = (flags["dataset_dir"],)
     return found

@@ -42,10 +42,11 @@ class Settings:
     context: int = key("model", 0, "longest sequence the model is made for, from scratch")
     initializer_range: float = key("model", 0.02, "standard deviation of the first weights, from scratch")
 
-    data: tuple[str, ...] = key("data", (), "training data: raw files or folders, or a prefix made by `convert.py data`")
+    data: tuple[str, ...] = key("data", (), "training data: raw files or folders, names in dataset_info.json, or a prefix made by `convert.py data`")
     eval_data: tuple[str, ...] = key("data", (), "validation data, likewise")
     validation_split: float = key("data", 0.0, "fraction of the training documents held out for validation, without eval_data")
-    data_format: str = key("data", "auto", "format of raw files", ("auto", "alpaca", "text"))
+    dataset_dir: str = key("data", "data", "folder of the dataset_info.json that gives names of data sets meaning")
+    data_format: str = key("data", "auto", "format of raw files", ("auto", "alpaca", "sharegpt", "moss", "ascend", "text", "lines"))
     template: str = key("data", "", "prompt template (empty: the checkpoint's own, else alpaca)")
     packing: bool = key("data", True, "fill each row with several documents up to max_length; false: one document a row")
     max_length: int = key("data", 0, "longest row in tokens; longer samples are cut there (0: the model's context, at most 1024)")

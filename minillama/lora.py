@@ -32,12 +32,14 @@ MEGATRON = {
     "all": LINEARS,
 }
 WHOLE = ("embed_tokens", "lm_head")
-USED = {"peft_type", "r", "lora_alpha", "lora_dropout", "target_modules", "modules_to_save", "use_rslora", "rank_pattern",
-        "alpha_pattern", "bias", "fan_in_fan_out"}
 # Keys that change the arithmetic, with the values at which they do nothing.
 MUST_BE = {"peft_type": ("LORA",), "bias": ("none", None), "use_dora": (False, None), "fan_in_fan_out": (False, None),
            "layers_to_transform": (None,), "layer_replication": (None,), "use_qalora": (False, None), "trainable_token_indices": (None,),
-           "target_parameters": (None,), "exclude_modules": (None,), "lora_bias": (False, None), "enable_lora": (None,)}
+           "target_parameters": (None,), "exclude_modules": (None,), "lora_bias": (False, None), "enable_lora": (None,),
+           "alora_invocation_tokens": (None,), "use_bdlora": (False, None), "arrow_config": (None,), "kasa_config": (None,),
+           "monteclora_config": (None,),
+           # the others (pissa, olora, loftq, …) also change the base weights, which an adapter's file does not hold
+           "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal")}
 
 
 @dataclass(frozen=True)
@@ -113,6 +115,10 @@ def add_lora(model: nn.Module, config: LoraConfig, generator: torch.Generator | 
         if name not in WHOLE:
             raise UserError(f"modules_to_save: {name!r}{closest(name, WHOLE)}; choose from {', '.join(WHOLE)}")
         model.get_submodule(_whole_module(name)).requires_grad_(True)
+    tied = model.get_submodule("lm_head").weight is model.get_submodule("model.embed_tokens").weight
+    if tied and len(set(config.modules_to_save)) == 1:
+        raise UserError(f"modules_to_save: {config.modules_to_save[0]} alone cannot be trained whole: this model's embedding and "
+                        "head are tied; name both, embed_tokens,lm_head")
 
 
 def merge_lora(model: nn.Module) -> None:
@@ -173,12 +179,16 @@ def read_adapter_config(directory: Path) -> tuple[LoraConfig, str]:
         if key in raw and raw[key] not in harmless:
             raise UserError(f"{path}: {key} = {raw[key]!r} is not supported")
     targets = raw.get("target_modules") or []
-    config = LoraConfig(
-        rank=int(raw["r"]), alpha=float(raw["lora_alpha"]), dropout=float(raw.get("lora_dropout") or 0.0),
-        targets=(f"re:{targets}",) if isinstance(targets, str) else tuple(sorted(targets)),
-        modules_to_save=tuple(raw.get("modules_to_save") or ()),
-        use_rslora=bool(raw.get("use_rslora")), rank_pattern=raw.get("rank_pattern") or {}, alpha_pattern=raw.get("alpha_pattern") or {},
-    )
+    try:
+        config = LoraConfig(
+            rank=int(raw["r"]), alpha=float(raw["lora_alpha"]), dropout=float(raw.get("lora_dropout") or 0.0),
+            targets=(f"re:{targets}",) if isinstance(targets, str) else tuple(sorted(targets)),
+            modules_to_save=tuple(raw.get("modules_to_save") or ()), use_rslora=bool(raw.get("use_rslora")),
+            rank_pattern=raw.get("rank_pattern") or {}, alpha_pattern=raw.get("alpha_pattern") or {})
+    except KeyError as error:
+        raise UserError(f"{path}: key {error.args[0]!r} is missing") from None
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{path}: a value has the wrong type ({error})") from None
     return config, raw.get("base_model_name_or_path") or ""
 
 

@@ -21,8 +21,11 @@ HARMLESS = {"out_dir", "resume", "device", "threads", "logging_steps", "eval_str
 def prepare_directory(settings: Settings, mesh: Mesh, overwrite: bool) -> tuple[Path | None, dict[str, Any] | None]:
     """(checkpoint to resume or None, summary of a finished run or None); train_config.json is written for a run to be made."""
     out_dir = Path(settings.out_dir)
-    if mesh.is_first and overwrite:
-        shutil.rmtree(out_dir, ignore_errors=True)
+    if overwrite:
+        _refuse_foreign_files(out_dir)
+        comm.barrier(mesh)
+        if mesh.is_first:
+            shutil.rmtree(out_dir, ignore_errors=True)
     comm.barrier(mesh)
     _refuse_another_run(settings, out_dir)
     summary = out_dir / "summary.json"
@@ -43,14 +46,20 @@ def prepare_directory(settings: Settings, mesh: Mesh, overwrite: bool) -> tuple[
 def _refuse_another_run(settings: Settings, out_dir: Path) -> None:
     saved = out_dir / "train_config.json"
     if not saved.is_file():
-        if out_dir.is_dir() and any(out_dir.iterdir()):
-            raise UserError(f"{out_dir}: holds files that no run of ours made; choose another --out_dir, or --overwrite_output_dir")
+        _refuse_foreign_files(out_dir)
         return
     before, now = json.loads(saved.read_text(encoding="utf-8")), json.loads(json.dumps(asdict(settings)))
+    if not (out_dir / "metrics.jsonl").is_file():
+        return  # it never came to a first step: a mistake mended, nothing to protect
     changed = [name for name in now if name not in HARMLESS and name in before and before[name] != now[name]]
     if changed:
         shown = ", ".join(f"{name} was {before[name]!r}, is {now[name]!r}" for name in changed)
         raise UserError(f"{out_dir}: holds a run with other settings: {shown}; choose another --out_dir, or --overwrite_output_dir")
+
+
+def _refuse_foreign_files(out_dir: Path) -> None:
+    if out_dir.is_dir() and any(out_dir.iterdir()) and not (out_dir / "train_config.json").is_file():
+        raise UserError(f"{out_dir}: holds files that no run of ours made, and is left alone; choose another --out_dir")
 
 
 def _checkpoint(settings: Settings, out_dir: Path, mesh: Mesh) -> Path | None:

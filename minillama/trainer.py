@@ -167,7 +167,7 @@ class Trainer:
             return
         where = self.optimizer.first_non_finite() or "the loss"
         raise UserError(f"step {self.step}: loss {loss} or its gradient (first: {where}) was not finite {skipped_in_a_row} steps in a row; "
-                        f"lower --learning_rate, or look at the data with --show_batch; checkpoints are in {self.out_dir}")
+                        f"lower --learning_rate, or look for broken records in the data; checkpoints are in {self.out_dir}")
 
     def _is_due(self, strategy: str, every: int, new_epoch: bool) -> bool:
         return self.step % every == 0 if strategy == "steps" else strategy == "epoch" and new_epoch

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import queue
 import socket
 import time
 import traceback
@@ -25,7 +26,11 @@ def run_on_ranks(size: int, function: Callable[..., Any], *arguments: Any, timeo
     deadline = time.monotonic() + timeout
     try:
         while len(found) < size:
-            rank, result, failure = results.get(timeout=max(0.01, deadline - time.monotonic()))
+            try:
+                rank, result, failure = results.get(timeout=max(0.01, deadline - time.monotonic()))
+            except queue.Empty:
+                silent = ", ".join(str(rank) for rank in range(size) if rank not in found)
+                raise TimeoutError(f"rank {silent} did not return within {timeout} s") from None
             assert failure is None, f"rank {rank}:\n{failure}"
             found[rank] = result
     finally:

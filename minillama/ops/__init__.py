@@ -42,7 +42,8 @@ def implementation(op: str) -> Callable:
 
 def _requests(spec: str) -> dict[str, str]:
     """`"reference"` or `"rms_norm=reference,attention=fused"` as {op: name}."""
-    requests = dict(part.split("=", 1) for part in spec.split(",")) if "=" in spec else dict.fromkeys(TABLE, spec)
+    pairs = (part.partition("=")[::2] for part in spec.split(","))  # (op, name); a part without "=" names nothing
+    requests = dict(pairs) if "=" in spec else dict.fromkeys(TABLE, spec)
     for op, name in requests.items():
         if op not in TABLE:
             raise UserError(f"MINILLAMA_OPS: no op {op!r}{closest(op, TABLE)}; ops: {', '.join(TABLE)}")

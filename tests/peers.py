@@ -1,0 +1,23 @@
+"""The same checkpoint as other libraries see it: the outside oracles of these tests."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+
+def open_in_transformers(directory: Path):
+    """The LlamaForCausalLM in a checkpoint directory: fp32, attention by the plain formula."""
+    transformers = pytest.importorskip("transformers")
+    return transformers.LlamaForCausalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation="eager").eval()
+
+
+def open_in_peft(base: Path, adapter: Path, trainable: bool = False):
+    """The same with a PEFT adapter directory on it."""
+    peft = pytest.importorskip("peft")
+    return peft.PeftModel.from_pretrained(open_in_transformers(base), adapter, is_trainable=trainable)
+
+
+def assert_same_logits(ours: torch.Tensor, theirs: torch.Tensor, tolerance: float = 1e-5) -> None:
+    """The largest difference is below `tolerance` of the logits' scale."""
+    assert (ours - theirs).abs().max() <= tolerance * theirs.abs().max()

@@ -1,0 +1,178 @@
+"""The promises about the code itself: floors, size, what it imports, what it never does."""
+
+import ast
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SCRIPTS = [path for name in ("train", "generate", "eval", "convert") if (path := ROOT / f"{name}.py").is_file()]
+PACKAGE = sorted((ROOT / "minillama").rglob("*.py"))
+SOURCES = PACKAGE + SCRIPTS
+TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in SOURCES}
+
+# A file imports from lower floors, or from its own room; rooms of one floor do not know each other.
+FLOORS: list[list[set[str]]] = [
+    [{"errors"}],
+    [{"architecture"}, {"config", "commandlines", "deepspeed"}, {"device"}, {"signals"}],
+    [{"comm"}, {"ops"}, {"tokenizer"}, {"chat"}],
+    [{"model"}, {"lora"}, {"recompute"}, {"parallel"}, {"data"}],
+    [{"checkpoint"}, {"estimate"}, {"report"}],
+    [{"generation"}],
+    [{"building", "planning", "rundir", "trainer"}, {"conversion"}, {"evaluation"}, {"doctor"}],
+]
+RUN_TIME = {"torch", "sentencepiece", "numpy", "safetensors", "tqdm"}
+OPTIONAL = {"tokenizers", "matplotlib", "pyarrow", "gradio", "triton", "torch_npu", "torch_mlu", "torch_tpu"}
+
+
+def name_of(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def place(part: str) -> tuple[int, set[str]]:
+    """(floor, room) of a module or folder of the package."""
+    return next(((number, room) for number, floor in enumerate(FLOORS) for room in floor if part in room), (-1, set()))
+
+
+def imports(tree: ast.AST) -> Iterator[str]:
+    """The full names of all modules imported, anywhere in a file."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are written in full"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def functions(tree: ast.AST) -> Iterator[ast.FunctionDef]:
+    return (node for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)))
+
+
+def ours(tree: ast.AST) -> set[str]:
+    """The parts of the package that a file imports: `ops`, `data`, …"""
+    return {name.split(".")[1] for name in imports(tree) if name.startswith("minillama.")}
+
+
+each_source = pytest.mark.parametrize("path", SOURCES, ids=name_of)
+each_module = pytest.mark.parametrize("path", [path for path in PACKAGE if path != ROOT / "minillama/__init__.py"], ids=name_of)
+
+
+@each_module
+def test_a_file_imports_only_from_floors_below_its_own_or_from_its_own_room(path: Path) -> None:
+    part = path.relative_to(ROOT / "minillama").parts[0].removesuffix(".py")
+    floor, room = place(part)
+    assert floor >= 0, f"{part} has no floor: give it one in FLOORS"
+    for other in ours(TREES[path]) - {"__version__"}:
+        assert other in room or -1 < place(other)[0] < floor, f"{name_of(path)} imports {other}"
+
+
+@each_source
+def test_files_functions_and_nesting_stay_small(path: Path) -> None:
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= 300
+    for function in functions(TREES[path]):
+        assert function.end_lineno - function.lineno < 60, function.name
+        assert nesting(function.body) <= 3, function.name
+
+
+def nesting(body: list[ast.stmt]) -> int:
+    """How deep blocks lie in blocks; an `elif` is no deeper than its `if`."""
+    deepest = 0
+    for statement in body:
+        if isinstance(statement, (ast.FunctionDef, ast.ClassDef)):
+            continue
+        blocks = [getattr(statement, field, []) for field in ("body", "orelse", "finalbody")]
+        blocks += [part.body for field in ("handlers", "cases") for part in getattr(statement, field, [])]
+        for block in filter(None, blocks):
+            is_else = isinstance(statement, ast.If) and block is statement.orelse
+            is_elif = is_else and len(block) == 1 and isinstance(block[0], ast.If)
+            deepest = max(deepest, nesting(block) + (not is_elif))
+    return deepest
+
+
+def test_nesting_is_counted_as_one_reads_it() -> None:
+    code = "for a in b:\n  if c:\n    d\n  elif e:\n    with f:\n      g\n"
+    assert nesting(ast.parse(code).body) == 3
+    assert nesting(ast.parse("x = 1").body) == 0
+
+
+def test_the_package_and_its_scripts_are_under_six_thousand_lines() -> None:
+    assert sum(len(path.read_text(encoding="utf-8").splitlines()) for path in SOURCES) < 6000
+
+
+@each_source
+def test_only_the_five_packages_are_imported_and_optional_ones_where_they_are_used(path: Path) -> None:
+    tree = TREES[path]
+    outside = {name.split(".")[0] for name in imports(tree)} - set(sys.stdlib_module_names) - {"minillama"}
+    assert outside <= RUN_TIME | OPTIONAL
+    at_top = {name.split(".")[0] for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom)) for name in imports(node)}
+    assert not at_top & OPTIONAL or path.parent.name == "ops", "an optional package is imported inside the function that needs it"
+
+
+@each_source
+def test_a_module_opens_with_its_chapter_and_does_nothing_at_import(path: Path) -> None:
+    tree = TREES[path]
+    assert ast.get_docstring(tree)
+    allowed = (ast.Import, ast.ImportFrom, ast.Assign, ast.AnnAssign, ast.FunctionDef, ast.ClassDef)
+    for node in tree.body[1:]:
+        is_entry = isinstance(node, ast.If) and "__name__" in ast.unparse(node.test)
+        assert isinstance(node, allowed) or is_entry, ast.unparse(node)
+
+
+@each_source
+def test_files_are_unpickled_only_as_weights(path: Path) -> None:
+    for node in ast.walk(TREES[path]):
+        if not isinstance(node, ast.Call):
+            continue
+        called = ast.unparse(node.func)
+        assert called not in ("pickle.load", "pickle.loads", "eval", "exec")
+        if called == "torch.load":
+            assert any(k.arg == "weights_only" and ast.unparse(k.value) == "True" for k in node.keywords), ast.unparse(node)
+
+
+@each_source
+def test_only_comm_reads_the_ranks_environment(path: Path) -> None:
+    """train.py reads it too, to print the command that was typed and to plan for that many ranks."""
+    read = {node.value for node in ast.walk(TREES[path]) if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+    if path.name not in ("comm.py", "train.py"):
+        assert not read & {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+
+
+@each_source
+def test_vendors_are_called_only_by_device_and_ops(path: Path) -> None:
+    if path.name == "device.py" or path.parent.name == "ops":
+        return
+    for node in ast.walk(TREES[path]):
+        if isinstance(node, ast.Attribute):
+            assert ast.unparse(node) not in ("torch.cuda", "torch.npu", "torch.mlu", "torch.tpu", "torch.backends.cuda")
+            assert node.attr != "cuda"
+
+
+@each_source
+def test_nothing_is_left_to_do_and_no_name_is_a_drawer(path: Path) -> None:
+    assert path.stem not in ("utils", "util", "common", "helpers", "misc")
+    text = path.read_text(encoding="utf-8")
+    assert not any(word in text for word in ("TODO", "FIXME", "XXX"))
+
+
+@each_source
+def test_functions_that_others_call_state_their_types(path: Path) -> None:
+    for function in functions(TREES[path]):
+        if function.name.startswith("_") or path in SCRIPTS:
+            continue
+        arguments = function.args.args + function.args.kwonlyargs
+        untyped = [a.arg for a in arguments if a.annotation is None and a.arg not in ("self", "cls", "ctx")]
+        assert not untyped, f"{function.name}: {untyped}"
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=name_of)
+def test_help_is_shown_without_loading_torch(script: Path) -> None:
+    program = ("import atexit, runpy, sys; atexit.register(lambda: print('torch' in sys.modules, file=sys.stderr)); "
+               f"sys.argv = [{script.name!r}, '--help']; runpy.run_path({script.name!r}, run_name='__main__')")
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=os.environ, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.strip() == "False"
+    assert f"python {script.name}" in done.stdout

@@ -1,0 +1,229 @@
+"""Generation: transformers' greedy tokens, a cache that changes nothing, and draws that follow their distribution."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from minillama import chat
+from minillama.architecture import RopeScaling
+from minillama.checkpoint.directory import load_model, save_model
+from minillama.errors import UserError
+from minillama.generation.cache import Cache
+from minillama.generation.decode import generate
+from minillama.generation.sampling import Sampling, keep_top_k, keep_top_p, next_token, penalise
+from minillama.generation.session import Answer, Dialogue, Session
+from minillama.model import Llama
+from minillama.tokenizer import open_tokenizer
+from tests.conftest import random_model, random_tokens
+from tests.peers import open_in_transformers
+
+GREEDY = Sampling(temperature=0.0)
+GOLDEN = Path(__file__).parent / "golden/model"
+
+
+def their_greedy(directory: Path, prompt: list[int], count: int) -> list[int]:
+    model = open_in_transformers(directory)
+    text = model.generate(torch.tensor([prompt]), max_new_tokens=count, do_sample=False, eos_token_id=None, pad_token_id=0)
+    return text[0, len(prompt):].tolist()
+
+
+def test_greedy_tokens_of_a_really_trained_llama_equal_transformers(shared: Path) -> None:
+    directory = shared / "models/stories260K"
+    model, tokenizer = load_model(directory), open_tokenizer(directory)
+    for text in ("Once upon a time", "Lily and Tom", "The"):
+        prompt = [1, *tokenizer.encode(text)]
+        assert list(generate(model, prompt, 100, GREEDY)) == their_greedy(directory, prompt, 100)
+
+
+@pytest.mark.parametrize("changes", [
+    {}, {"n_kv_heads": 1, "head_dim": 6}, {"rope_scaling": RopeScaling("llama3", 4.0, original_max_seq_len=16)},
+], ids=str)
+def test_greedy_tokens_of_a_random_llama_equal_transformers(changes: dict, tmp_path: Path) -> None:
+    save_model(random_model(**changes), tmp_path)
+    assert list(generate(load_model(tmp_path), [1, 7, 9], 40, GREEDY)) == their_greedy(tmp_path, [1, 7, 9], 40)
+
+
+@pytest.mark.parametrize("steps", [[20], [1] * 20, [7, 1, 1, 6, 5], [1, 19]], ids=str)
+@torch.no_grad()
+def test_reading_through_the_cache_in_any_steps_equals_reading_at_once(steps: list[int]) -> None:
+    model, tokens = random_model(), random_tokens(2, 20)
+    cache = Cache(model.config, 2, 20, torch.float32, torch.device("cpu"))
+    parts = [model(part, cache=cache.extend(part.shape[1])) for part in tokens.split(steps, dim=1)]
+    assert torch.allclose(torch.cat(parts, 1), model(tokens), atol=1e-5)
+
+
+def test_cached_decoding_equals_reading_everything_again() -> None:
+    model, text = random_model(), [1, 7, 9]
+    for token in generate(model, text, 30, GREEDY):
+        with torch.no_grad():
+            assert token == int(model.logits(model(torch.tensor([text]))[0, -1]).argmax())
+        text = [*text, token]
+
+
+# Sampling
+
+LOGITS = torch.randn(1, 40, generator=torch.Generator().manual_seed(0)) * 3
+
+
+@pytest.mark.parametrize("k", [1, 5, 39, 40, 100])
+def test_top_k_is_transformers(k: int) -> None:
+    transformers = pytest.importorskip("transformers")
+    assert torch.equal(keep_top_k(LOGITS[0], k), transformers.TopKLogitsWarper(k)(None, LOGITS)[0])
+
+
+@pytest.mark.parametrize("p", [0.01, 0.3, 0.9, 0.999])
+def test_top_p_is_transformers(p: float) -> None:
+    transformers = pytest.importorskip("transformers")
+    assert torch.equal(keep_top_p(LOGITS[0], p), transformers.TopPLogitsWarper(p)(None, LOGITS)[0])
+
+
+@pytest.mark.parametrize("penalty", [0.5, 1.3, 10.0])
+def test_the_repetition_penalty_is_transformers(penalty: float) -> None:
+    transformers = pytest.importorskip("transformers")
+    seen = torch.tensor([3, 7, 7, 3, 12, 0, 39])
+    theirs = transformers.RepetitionPenaltyLogitsProcessor(penalty)(seen[None], LOGITS.clone())[0]
+    assert torch.equal(penalise(LOGITS[0], seen, penalty), theirs)
+
+
+def test_top_p_keeps_the_token_that_crosses_p() -> None:
+    """By hand: masses 0.5, 0.3, 0.2. To reach 0.6 two are needed; 0.5 is reached by the first alone."""
+    logits = torch.tensor([0.3, 0.5, 0.2]).log()
+    assert keep_top_p(logits, 0.6).isfinite().tolist() == [True, True, False]
+    assert keep_top_p(logits, 0.49).isfinite().tolist() == [False, True, False]
+
+
+def test_draws_follow_the_distribution() -> None:
+    """Chi-square of 4000 draws with a fixed seed, 4 degrees of freedom: below 18.5 but once in a thousand seeds."""
+    logits, generator, T = torch.tensor([2.0, 1.0, 0.0, -1.0, 0.5]), torch.Generator().manual_seed(0), 0.7
+    draws = torch.tensor([next_token(logits, torch.tensor([]), Sampling(T, 0, 1.0), generator) for _ in range(4000)])
+    expected = 4000 * (logits / T).softmax(0)
+    assert float(((draws.bincount(minlength=5) - expected).square() / expected).sum()) < 18.5
+
+
+def test_what_top_k_and_top_p_remove_is_never_drawn() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.tensor([3.0, 2.9, 2.8, 2.7])
+    assert {next_token(logits, torch.tensor([]), Sampling(5.0, 2, 1.0), generator) for _ in range(200)} == {0, 1}
+    assert {next_token(logits, torch.tensor([]), Sampling(1.0, 0, 0.5), generator) for _ in range(200)} == {0, 1}
+
+
+def test_the_same_seed_gives_the_same_text_and_another_seed_another() -> None:
+    model, sampling = random_model(), Sampling(temperature=1.5, top_p=1.0)
+    one, same, other = (list(generate(model, [1], 30, sampling, seed=seed)) for seed in (5, 5, 6))
+    assert one == same
+    assert one != other
+
+
+def test_temperature_near_zero_is_greedy() -> None:
+    model = random_model()
+    assert list(generate(model, [1], 20, Sampling(1e-4), seed=0)) == list(generate(model, [1], 20, GREEDY))
+
+
+@pytest.mark.parametrize("wrong", [
+    {"temperature": -1.0}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.5}, {"repetition_penalty": 0.0},
+], ids=str)
+def test_impossible_sampling_settings_are_refused(wrong: dict) -> None:
+    with pytest.raises(UserError, match="expected temperature >= 0"):
+        Sampling(**wrong)
+
+
+# Where a text ends
+
+def test_generation_ends_before_any_of_the_stop_ids() -> None:
+    model = random_model()
+    free = list(generate(model, [1, 2], 20, GREEDY))
+    stop = free[5]
+    assert list(generate(model, [1, 2], 20, GREEDY, stop=(49, stop))) == free[:free.index(stop)]
+
+
+def test_a_prompt_that_leaves_no_room_is_refused_with_the_number_that_fits() -> None:
+    model = random_model(max_seq_len=32)
+    with pytest.raises(UserError, match=r"prompt of 30 tokens .* context of 32; use --max_new_tokens 2"):
+        list(generate(model, [1] * 30, 3, GREEDY))
+    with pytest.raises(UserError, match="shorten the prompt"):
+        list(generate(model, [1] * 32, 1, GREEDY))
+    with pytest.raises(UserError, match="the prompt is empty"):
+        list(generate(model, [], 1, GREEDY))
+    assert len(list(generate(model, [1] * 30, 2, GREEDY))) == 2
+
+
+@pytest.fixture
+def session() -> Session:
+    model = load_model(GOLDEN)
+    return Session(model, open_tokenizer(GOLDEN), "llama_factory_default", GREEDY, 24, model.config.eos_ids)
+
+
+def test_an_answer_ends_at_the_end_token(session: Session) -> None:
+    answer = session.answer("Which number is larger, 31 or 62?")
+    assert (answer.text.strip(), answer.finish_reason) == ("62", "eos")
+    session.stop_ids, session.max_new_tokens = (), 5
+    answer = session.answer("Which number is larger, 31 or 62?")
+    assert (len(answer.ids), answer.finish_reason) == (5, "length")
+
+
+def test_a_stop_text_ends_the_answer_even_across_tokens_and_is_not_printed(session: Session) -> None:
+    whole = session.answer("Please repeat cat, dog and owl.").text
+    assert len(whole) > 6
+    for stop in (whole[3:6], whole[4]):
+        session.stop_texts = (stop,)
+        answer = Answer(session.encode_prompt("Please repeat cat, dog and owl."))
+        streamed = "".join(session.stream(answer, None))
+        assert streamed == answer.text == whole[:whole.index(stop)]
+        assert answer.finish_reason == "stop"
+
+
+def test_what_is_held_back_for_a_stop_text_comes_out_when_it_does_not_follow(session: Session) -> None:
+    whole = session.answer("Please repeat cat, dog and owl.").text
+    session.stop_texts = (whole[-2:] + "!", whole[2:4] + "###")
+    assert session.answer("Please repeat cat, dog and owl.").text == whole
+
+
+def test_streamed_text_is_the_decoded_text(session: Session) -> None:
+    answer = session.answer("Please repeat cat, dog and owl.")
+    assert answer.text == session.tokenizer.decode(answer.ids)
+
+
+def test_the_oldest_rounds_are_dropped_when_the_context_is_full(session: Session) -> None:
+    """The window slides by whole rounds, and what remains is the conversation of the remaining rounds."""
+    dialogue, question = Dialogue(session), "Please repeat cat, dog and owl."
+    dialogue.turns = [chat.Turn(f"question {number}", "an answer of some length") for number in range(40)]
+    ids, dropped = dialogue.prompt_ids(question)
+    assert 0 < dropped < 40
+    assert len(ids) + session.max_new_tokens <= session.model.config.max_seq_len
+    assert [turn.user for turn in dialogue.turns] == [f"question {number}" for number in range(dropped, 40)]
+    fresh = Dialogue(session)
+    fresh.turns = list(dialogue.turns)
+    assert fresh.prompt_ids(question) == (ids, 0)
+
+
+def test_a_question_longer_than_the_context_is_refused(session: Session) -> None:
+    with pytest.raises(UserError, match="this question alone has"):
+        Dialogue(session).prompt_ids("cat " * 600)
+
+
+def test_a_conversation_is_the_template_of_its_rounds(session: Session) -> None:
+    dialogue = Dialogue(session)
+    ids, _ = dialogue.prompt_ids("Which number is larger, 31 or 62?")
+    first = Answer(ids)
+    list(dialogue.ask("Which number is larger, 31 or 62?", first))
+    assert dialogue.turns == [chat.Turn("Which number is larger, 31 or 62?", "62")]
+    ids, _ = dialogue.prompt_ids("Which number is larger, 77 or 18?")
+    assert ids[:len(first.prompt_ids)] == first.prompt_ids
+    dialogue.clear()
+    assert dialogue.turns == []
+
+
+def test_a_template_of_none_is_the_text_after_the_begin_token(session: Session) -> None:
+    session.template = "none"
+    assert session.encode_prompt("cat") == [1, *session.tokenizer.encode("cat")]
+
+
+@torch.no_grad()
+def test_cached_decoding_in_16_bits_stays_near_fp32() -> None:
+    exact, rounded = random_model(), random_model().bfloat16()
+    tokens = random_tokens(1, 12)
+    cache = Cache(rounded.config, 1, 12, torch.bfloat16, torch.device("cpu"))
+    last = [rounded(tokens[:, i:i + 1], cache=cache.extend(1)) for i in range(12)][-1]
+    reference = Llama.forward(exact, tokens)[0, -1]
+    assert (last[0, 0].float() - reference).abs().max() < 0.1 * reference.abs().max()

@@ -1,0 +1,85 @@
+"""Packed rows: documents end to end are trained exactly as if each stood alone."""
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from minillama.ops import IGNORE, Documents
+from tests.conftest import random_model, random_tokens
+
+LENGTHS = st.lists(st.integers(1, 60), min_size=1, max_size=12)
+
+
+def test_positions_restart_in_each_document() -> None:
+    assert Documents([5, 2, 4]).positions.tolist() == [0, 1, 2, 3, 4, 0, 1, 0, 1, 2, 3]
+
+
+def test_the_picture_of_the_layout() -> None:
+    """The worked example of `ops.documents`, where three lengths within 16 of each other share one group of three rows."""
+    layout = Documents([5, 2, 4])
+    assert layout.group_shapes == [(3, 5)]
+    assert layout.slots.tolist() == [0, 1, 2, 3, 4, 7, 8, 9, 10, 10, 5, 6, 6, 6, 6]
+    assert layout.back.tolist() == [0, 1, 2, 3, 4, 10, 11, 5, 6, 7, 8]
+    assert layout.holes.tolist() == [9, 12, 13, 14]
+
+
+@given(LENGTHS)
+@settings(max_examples=150, deadline=None)
+def test_every_token_has_one_slot_and_every_other_slot_is_a_hole(lengths: list[int]) -> None:
+    layout, total = Documents(lengths), sum(lengths)
+    assert layout.slots[layout.back].tolist() == list(range(total))
+    assert sorted([*layout.back.tolist(), *layout.holes.tolist()]) == list(range(len(layout.slots)))
+    assert len(layout.slots) == sum(rows * length for rows, length in layout.group_shapes)
+    assert sorted(document for group in layout.groups for document in group) == list(range(len(lengths)))
+
+
+@given(LENGTHS)
+@settings(max_examples=150, deadline=None)
+def test_padding_is_bounded_by_an_eighth_and_sixteen(lengths: list[int]) -> None:
+    layout = Documents(lengths)
+    for group, (_, padded) in zip(layout.groups, layout.group_shapes, strict=True):
+        assert all(padded - lengths[document] <= 16 + padded // 8 for document in group)
+
+
+def test_the_loss_of_packed_documents_is_the_sum_of_their_losses() -> None:
+    model, lengths = random_model(), [9, 1, 30, 4]
+    tokens, labels = random_tokens(1, 44), random_tokens(1, 44, seed=1)
+    labels[0, ::3] = IGNORE
+    packed = model.loss_sum(tokens, labels, Documents(lengths))
+    packed.backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    alone = sum(model.loss_sum(t, l) for t, l in zip(tokens.split(lengths, 1), labels.split(lengths, 1), strict=True))
+    alone.backward()
+    assert torch.allclose(packed, alone, rtol=1e-6)
+    for name, p in model.named_parameters():
+        assert (gradients[name] - p.grad).abs().max() <= 1e-5 * p.grad.abs().max(), name
+
+
+def test_no_document_sees_another() -> None:
+    """Changing every token of the middle document leaves the others' hidden states alone to the bit."""
+    model, layout, tokens = random_model(), Documents([6, 8, 5]), random_tokens(1, 19)
+    changed = tokens.clone()
+    changed[0, 6:14] = (changed[0, 6:14] + 1) % 50
+    before, after = model(tokens, layout), model(changed, layout)
+    others = [*range(6), *range(14, 19)]
+    assert torch.equal(before[0, others], after[0, others])
+    assert not torch.equal(before[0, 6:14], after[0, 6:14])
+
+
+def test_no_gradient_crosses_between_documents() -> None:
+    """The loss of the last document moves no embedding that only the first one uses."""
+    model = random_model()
+    tokens = torch.tensor([[1, 2, 3, 4, 11, 12, 13]])
+    labels = torch.tensor([[IGNORE] * 4 + [12, 13, 14]])
+    model.loss_sum(tokens, labels, Documents([4, 3])).backward()
+    moved = model.model.embed_tokens.weight.grad.abs().sum(1).nonzero().flatten().tolist()
+    assert moved == [11, 12, 13]
+
+
+def test_where_a_document_stands_in_the_row_does_not_matter() -> None:
+    model, a, b = random_model(), random_tokens(1, 7), random_tokens(1, 20, seed=1)
+    first = model(torch.cat((a, b), 1), Documents([7, 20]))
+    last = model(torch.cat((b, a), 1), Documents([20, 7]))
+    assert torch.allclose(first[0, :7], last[0, 20:], atol=1e-5)
+    assert torch.allclose(first[0, :7], model(a)[0], atol=1e-5)
