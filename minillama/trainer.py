@@ -10,6 +10,7 @@ is carried from step to step, and a resumed run needs only the step.
 """
 
 import math
+import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -23,6 +24,7 @@ from minillama.checkpoint import train_state
 from minillama.comm import Mesh
 from minillama.config import Settings
 from minillama.data.batches import Batch
+from minillama.data.show import show_batch
 from minillama.errors import UserError
 from minillama.estimate import training_flops
 from minillama.lora import save_adapter
@@ -239,6 +241,14 @@ def train(settings: Settings, mesh: Mesh, overwrite: bool = False) -> dict[str, 
         settings = building.with_global_batch(settings, mesh, train_state.read_state(checkpoint)["rows_per_step"])
     with listening() as stop:
         return _run(settings, mesh, checkpoint, stop)
+
+
+def show_first_batch(settings: Settings, mesh: Mesh) -> str:
+    """The text of step 0's first micro-batch, with the trained tokens marked."""
+    settings = building.with_embedded_data(settings, mesh)
+    tokenizer = building.build_tokenizer(settings)
+    plan, _, template = building.build_plans(settings, tokenizer, building.model_config(settings, tokenizer.size), mesh)
+    return f"template: {template}\n{show_batch(tokenizer, plan.micro_batches(0)[0], color=sys.stdout.isatty())}"
 
 
 def _run(settings: Settings, mesh: Mesh, checkpoint: Path | None, stop: StopRequest) -> dict[str, Any] | None:
