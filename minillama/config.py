@@ -42,7 +42,7 @@ class Settings:
     context: int = key("model", 0, "longest sequence the model is made for, from scratch")
     initializer_range: float = key("model", 0.02, "standard deviation of the first weights, from scratch")
 
-    data: tuple[str, ...] = key("data", (), "training data: files or folders, names in dataset_info.json, or a prefix made by `convert.py data`")
+    data: tuple[str, ...] = key("data", (), "training data: files, folders, names in dataset_info.json, or a prefix made by `convert.py data`")
     eval_data: tuple[str, ...] = key("data", (), "validation data, likewise")
     validation_split: float = key("data", 0.0, "fraction of the training documents held out for validation, without eval_data")
     dataset_dir: str = key("data", "data", "folder of the dataset_info.json that gives names of data sets meaning")
