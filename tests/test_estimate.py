@@ -1,0 +1,71 @@
+"""Plans that hold: what --dry_run predicts is what a run then needs."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from minillama import estimate, ops
+from minillama.architecture import PUBLISHED, LlamaConfig
+from minillama.comm import Mesh
+from minillama.config import Settings
+from minillama.lora import add_lora
+from minillama.model import Llama
+from minillama.parallel.optimizer import Optimizer
+from minillama.recompute import recompute_activations
+
+SMALL = LlamaConfig(dim=192, n_layers=4, n_heads=6, n_kv_heads=3, head_dim=32, ffn_dim=512, vocab_size=16000, max_seq_len=256,
+                    norm_eps=1e-5, rope_theta=10000.0)
+
+
+def storage_bytes(tensors) -> int:
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("lora", [{}, {"lora": True, "lora_rank": 64, "lora_targets": ("all",),
+                                       "modules_to_save": ("embed_tokens", "lm_head")}],
+                         ids=["full", "lora"])
+@pytest.mark.parametrize("accumulation", [1, 4])
+@pytest.mark.parametrize(("stage", "size"), [(0, 1), (0, 4), (1, 4), (2, 4)])
+def test_predicted_state_is_measured_state_within_two_percent(precision, lora, accumulation, stage, size):
+    settings = Settings(precision=precision, zero_stage=stage, gradient_accumulation_steps=accumulation, **lora)
+    model = Llama(SMALL).initialise().to({"fp32": torch.float32, "bf16": torch.bfloat16}[precision])
+    if settings.lora:
+        add_lora(model, estimate.lora_config(settings))
+    optimizer = Optimizer(model.named_parameters(), Mesh(rank=0, size=size), stage=stage, accumulates=accumulation > 1)
+    held = [t for part in optimizer.parts for t in (part.master, part.m, part.v, part.gradients.sum)]
+    expected = estimate.estimate(SMALL, settings, size)
+    assert storage_bytes([*model.parameters(), *held]) == pytest.approx(expected.total, rel=0.02)
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == expected.trainable
+
+
+@pytest.mark.parametrize("lengths", [[256] * 3, [200, 13, 90, 256, 1, 77]], ids=str)
+@pytest.mark.parametrize("config", [SMALL, replace(PUBLISHED["15m"], vocab_size=300, n_layers=3)], ids=["gqa", "15m"])
+def test_predicted_activations_are_those_kept_for_backward_within_ten_percent(config, lengths):
+    def kept(recompute: bool) -> int:
+        model, seen = Llama(config).initialise(), {}
+        if recompute:
+            recompute_activations(model.model.layers)
+        own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+        def keep(tensor: torch.Tensor) -> torch.Tensor:
+            if tensor.is_floating_point() and tensor.untyped_storage().data_ptr() not in own:
+                seen[tensor.untyped_storage().data_ptr()] = tensor  # held, so that no address is used twice
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            model(torch.randint(0, 300, (1, sum(lengths))), ops.Documents(lengths))
+        return storage_bytes(seen.values())
+
+    tokens = sum(lengths)
+    assert kept(recompute=False) == pytest.approx(estimate.activation_bytes(config, tokens, 4), rel=0.1)
+    one_layer = (estimate.activation_bytes(config, tokens, 4) - tokens * config.dim * 4) / config.n_layers
+    assert kept(recompute=True) == pytest.approx(estimate.activation_bytes(config, tokens, 4, recompute=True) - one_layer, rel=0.1)
+
+
+@pytest.mark.parametrize("name", ["7b", "70b"])
+def test_parameters_are_counted_without_making_any(name):
+    with torch.device("meta"):
+        model = Llama(PUBLISHED[name])
+    assert sum(p.numel() for p in model.parameters()) == PUBLISHED[name].parameter_count()
