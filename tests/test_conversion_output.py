@@ -127,12 +127,35 @@ def test_an_input_may_be_overwritten_by_what_is_made_of_it(tiny_checkpoint):
     assert {entry.dtype for entry in open_weights(base).values()} == {torch.float16}
 
 
-def test_without_an_atomic_exchange_two_renames_do(tmp_path, tiny_checkpoint, monkeypatch):
-    old = tiny_checkpoint("old")
-    monkeypatch.setattr(output_module.ctypes, "CDLL", lambda _: object())
-    write_checkpoint(Output(old, overwrite=True), open_weights(tiny_checkpoint("source", seed=3)), lambda directory: None)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["old", "source"]
-    assert torch.equal(open_weights(old)["lm_head.weight"].read(), open_weights(tmp_path / "source")["lm_head.weight"].read())
+def test_killed_between_the_two_renames_the_old_output_comes_back(tmp_path, tiny_checkpoint, monkeypatch):
+    recipes, old = open_weights(tiny_checkpoint("source", seed=3)), tiny_checkpoint("old")
+    before = contents(old)
+
+    def die_instead_of_the_second_rename() -> None:
+        rename = Path.rename
+        monkeypatch.setattr(Path, "rename", lambda source, target: rename(source, target) if source == old else os.kill(os.getpid(), 9))
+        write_checkpoint(Output(old, overwrite=True), recipes, lambda directory: None)
+
+    in_child(die_instead_of_the_second_rename)
+    assert contents(tmp_path / ".old.old") == before and not old.exists()
+    with pytest.raises(UserError, match="already exists"):
+        write_checkpoint(Output(old), recipes, lambda directory: None)
+    assert contents(old) == before and not list(tmp_path.glob(".*"))
+
+
+def test_a_rename_that_fails_puts_the_old_output_back(tmp_path, tiny_checkpoint, monkeypatch):
+    recipes, old = open_weights(tiny_checkpoint("source", seed=3)), tiny_checkpoint("old")
+    before, rename = contents(old), Path.rename
+
+    def refuse(source: Path, target: Path) -> Path:
+        if source.name.endswith(".partial"):
+            raise PermissionError(13, "Permission denied", str(source))
+        return rename(source, target)
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    with pytest.raises(UserError, match="untouched"):
+        write_checkpoint(Output(old, overwrite=True), recipes, lambda directory: None)
+    assert contents(old) == before and not list(tmp_path.glob(".*"))
 
 
 def test_two_conversions_to_one_output_do_not_mix(tmp_path):

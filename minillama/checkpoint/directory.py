@@ -1,8 +1,7 @@
 """A checkpoint is a Hugging Face LLaMA directory: config.json, model*.safetensors (and index), tokenizer files.
 
-Older ones hold pytorch_model*.bin in place of the safetensors, and load alike. Parameters carry Hugging Face's names, so reading
-is a loop over tensors: check the name and shape, copy, forget. Names that the model needs and the files lack, or that the files
-hold and nobody wants, are errors, all listed; nothing is filled in silently.
+Older ones hold pytorch_model*.bin in place of the safetensors, and load alike. Reading is a loop over tensors: check the name and
+shape, copy, forget. Names that the model needs and the files lack, or that nobody wants, are errors; nothing is filled in silently.
 """
 
 import json
@@ -38,16 +37,12 @@ def open_weights(directory: Path) -> dict[str, Entry]:
     """
     if not directory.is_dir():
         raise UserError(f"{directory}: no such directory; a checkpoint is a directory with config.json and model*.safetensors")
-    entries: dict[str, Entry] = {}
-    problems: list[str] = []
+    entries, problems = {}, []
     for path, expected in _weight_files(directory).items():
         try:
             found = read_torch(path) if path.suffix == ".bin" else read_safetensors(path)
-        except UserError as error:
-            problems.append(str(error))
-            continue
-        except FileNotFoundError:
-            problems.append(f"{path}: the index names this file, but it is not there; download it")
+        except (UserError, FileNotFoundError) as error:
+            problems.append(str(error) if isinstance(error, UserError) else f"{path}: the index names this file, but it is not there")
             continue
         problems += [f"{path}: lacks {name}, which the index promises; download it again" for name in expected if name not in found]
         problems += [f"{path}: {name} is in {entries[name].file.name} too" for name in found if name in entries]
@@ -73,8 +68,8 @@ def _weight_files(directory: Path) -> dict[Path, list[str]]:
     if shards := [*directory.glob("model-*-of-*.safetensors"), *directory.glob("pytorch_model-*-of-*.bin")]:
         raise UserError(f"{directory}: holds shards ({shards[0].name}, …) without their index; download the *.index.json too")
     if list(directory.glob("consolidated.*.pth")):
-        raise UserError(f"{directory}: a Meta checkpoint; convert it first: "
-                        f"python convert.py meta --input {directory} --output {directory.name}-hf")
+        command = f"python convert.py meta --input {directory} --output {directory.name}-hf"
+        raise UserError(f"{directory}: a Meta checkpoint; convert it first: {command}")
     if (directory / "adapter_config.json").is_file():
         raise UserError(f"{directory}: a LoRA adapter, not a whole model; name its base with --base DIR")
     raise UserError(f"{directory}: holds no model*.safetensors and no pytorch_model*.bin")

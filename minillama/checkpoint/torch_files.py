@@ -32,6 +32,7 @@ STORAGES = {"DoubleStorage": torch.float64, "FloatStorage": torch.float32, "Half
             "BFloat16Storage": torch.bfloat16, "LongStorage": torch.int64, "IntStorage": torch.int32, "ShortStorage": torch.int16,
             "CharStorage": torch.int8, "ByteStorage": torch.uint8, "BoolStorage": torch.bool}
 STORAGE_NAMES = {dtype: name for name, dtype in STORAGES.items()}
+Storage = tuple[torch.dtype, int, int]  # dtype, offset in the file, bytes
 DAMAGE = (pickle.UnpicklingError, ArithmeticError, AttributeError, EOFError, LookupError, MemoryError, TypeError, ValueError, struct.error)
 LARGEST_PICKLE = 64 * 2**20  # bytes; a 70B model's is 0.1 MB
 ALIGNMENT = 64               # bytes; where torch puts the beginning of a storage
@@ -45,25 +46,21 @@ class _Unpickler(pickle.Unpickler):
         self.path, self.storages = path, storages
 
     def find_class(self, module: str, name: str) -> Any:
-        if module == "torch" and name in STORAGES:
-            return STORAGES[name]
-        allowed = {("torch._utils", "_rebuild_tensor_v2"): self._tensor, ("torch._utils", "_rebuild_parameter"): self._parameter,
-                   ("collections", "OrderedDict"): OrderedDict}
-        if (module, name) not in allowed:
+        allowed = {"torch._utils._rebuild_tensor_v2": self._tensor, "torch._utils._rebuild_parameter": lambda data, *_: data,
+                   "collections.OrderedDict": OrderedDict, **{f"torch.{storage}": dtype for storage, dtype in STORAGES.items()}}
+        if f"{module}.{name}" not in allowed:
             raise UserError(f"{self.path}: its pickle asks for {module}.{name}, which a file of weights does not need; "
                             "nothing was executed. Do not trust this file; look for a safetensors version")
-        return allowed[module, name]
+        return allowed[f"{module}.{name}"]
 
-    def persistent_load(self, pid: Any) -> tuple[torch.dtype, int, int]:
-        """A storage: its dtype, offset in the file and bytes."""
+    def persistent_load(self, pid: Any) -> Storage:
         _, dtype, key, _, count = pid
         offset, nbytes = self.storages[key]
         if not isinstance(dtype, torch.dtype) or count * dtype.itemsize > nbytes:
             raise ValueError(f"storage {key} claims {count} elements of {dtype} in {nbytes} bytes")
         return dtype, offset, nbytes
 
-    def _tensor(self, storage: tuple[torch.dtype, int, int], start: int, shape: tuple[int, ...], stride: tuple[int, ...],
-                *_: Any) -> Entry:
+    def _tensor(self, storage: Storage, start: int, shape: tuple[int, ...], stride: tuple[int, ...], *_: Any) -> Entry:
         dtype, offset, nbytes = storage
         if len(shape) != len(stride) or not all(type(number) is int and 0 <= number < 2**48 for number in (start, *shape, *stride)):
             raise ValueError(f"a tensor of shape {shape}, stride {stride}, from {start}")
@@ -75,9 +72,6 @@ class _Unpickler(pickle.Unpickler):
         if strides and span < prod(shape):
             raise ValueError(f"a tensor of shape {shape}, stride {stride} whose elements overlap")
         return Entry(self.path, dtype, tuple(shape), offset + start * dtype.itemsize, span * dtype.itemsize, strides)
-
-    def _parameter(self, data: Entry, *_: Any) -> Entry:
-        return data
 
 
 def _dense(shape: tuple[int, ...]) -> tuple[int, ...]:

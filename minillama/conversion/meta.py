@@ -23,12 +23,12 @@ import torch
 from torch import Tensor
 
 from minillama.architecture import LlamaConfig, ffn_width, read_config
-from minillama.checkpoint.directory import EMBEDDING, HEAD, IGNORED, check_names, copy_tokenizer_files, open_weights, write_configs, write_json
+from minillama.checkpoint.directory import EMBEDDING, IGNORED, check_names, copy_tokenizer_files, open_weights, write_configs, write_json
 from minillama.checkpoint.tensor_files import Entry, Plan
 from minillama.checkpoint.torch_files import read_torch, torch_writer
 from minillama.conversion.output import Output, Recipe, Recipes, has_tokenizer, write_checkpoint
 from minillama.errors import UserError
-from minillama.tokenizer import Tokenizer, open_tokenizer
+from minillama.tokenizer import open_tokenizer
 
 # Hugging Face's name: Meta's name, and the axis along which Meta cuts it (None: every shard holds all of it)
 OUTER = {"model.embed_tokens": ("tok_embeddings", 1), "model.norm": ("norm", None), "lm_head": ("output", 0)}
@@ -43,7 +43,8 @@ PUBLISHED_FFN = ((256, None), (4096, 1.3), (1024, 1.3))  # multiple_of and ffn_d
 def meta_to_hf(source: Path, output: Output, tokenizer: str = "", max_seq_len: int = 0) -> None:
     """Convert Meta's directory `source`. tokenizer: its file (default: beside the weights, or one directory up)."""
     config, recipes = read_meta(source)
-    found = _find_tokenizer(source, tokenizer)
+    places = [Path(tokenizer)] if tokenizer else [path for path in (source, source.resolve().parent) if has_tokenizer(path)]
+    found = open_tokenizer(places[0]) if places else None
     if found is None:
         print(f"warning: no tokenizer.model in {source} or above it, so the output has none (--tokenizer FILE adds it); "
               f"the embedding's {config.vocab_size} rows give the vocabulary")
@@ -55,11 +56,6 @@ def meta_to_hf(source: Path, output: Output, tokenizer: str = "", max_seq_len: i
         print(f"context length {config.max_seq_len}, by transformers' rule (Meta's files do not say; --max_seq_len sets it)")
     dtype = output.dtype or recipes[EMBEDDING].dtype
     write_checkpoint(output, recipes, lambda path: write_configs(path, config, dtype, found))
-
-
-def _find_tokenizer(source: Path, named: str) -> Tokenizer | None:
-    places = [Path(named)] if named else [path for path in (source, source.resolve().parent) if has_tokenizer(path)]
-    return open_tokenizer(places[0]) if places else None
 
 
 def read_meta(directory: Path) -> tuple[LlamaConfig, Recipes]:
@@ -199,7 +195,7 @@ def write_meta(output: Output, recipes: Recipes, config: LlamaConfig, companions
     """
     shards = shards or SHARDS.get(config.dim, 1)
     _refuse_what_meta_cannot_say(config, shards)
-    tied = {HEAD: recipes[EMBEDDING]} if config.tie_embeddings else {}
+    tied = {"lm_head.weight": recipes[EMBEDDING]} if config.tie_embeddings else {}
 
     def finish(directory: Path) -> None:
         write_json(directory / "params.json", _params(config))

@@ -108,8 +108,7 @@ def has_tokenizer(directory: Path) -> bool:
 def complete_or_absent(path: Path, nbytes: int, overwrite: bool) -> Iterator[Path]:
     """A directory to write `nbytes` into, which becomes `path` when the block ends well, and vanishes when it does not.
 
-    Raises UserError where `path` exists (and `overwrite` is not set, or it is no checkpoint), another conversion is writing
-    it, the disk has too little room, or a file cannot be written.
+    Raises UserError where `path` is in the way, another conversion is writing it, or the disk has too little room.
     """
     path = path.resolve()
     unfinished, aside = (path.with_name(f".{path.name}.{state}") for state in ("partial", "old"))
