@@ -7,7 +7,7 @@ shape, copy, forget. Names that the model needs and the files lack, or that nobo
 import json
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from math import prod
 from pathlib import Path
@@ -42,7 +42,8 @@ def open_weights(directory: Path) -> dict[str, Entry]:
         try:
             found = read_torch(path) if path.suffix == ".bin" else read_safetensors(path)
         except (UserError, FileNotFoundError) as error:
-            problems.append(str(error) if isinstance(error, UserError) else f"{path}: the index names this file, but it is not there")
+            absent = f"{path}: the index names this file, but it is not there; download it"
+            problems.append(str(error) if isinstance(error, UserError) else absent)
             continue
         problems += [f"{path}: lacks {name}, which the index promises; download it again" for name in expected if name not in found]
         problems += [f"{path}: {name} is in {entries[name].file.name} too" for name in found if name in entries]
@@ -77,13 +78,10 @@ def _weight_files(directory: Path) -> dict[Path, list[str]]:
 
 def _read_index(index: Path) -> dict[Path, list[str]]:
     files: dict[Path, list[str]] = {}
-    try:
-        for tensor, name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].items():
-            if Path(name).name != name:
-                raise UserError(f"{index}: names the file {name!r}; only plain file names inside the directory are read")
-            files.setdefault(index.with_name(name), []).append(tensor)
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise UserError(f"{index}: not a weight index ({error})") from None
+    for tensor, name in read_json(index, "a weight index", ["weight_map"])["weight_map"].items():
+        if Path(name).name != name:
+            raise UserError(f"{index}: names the file {name!r}; only plain file names inside the directory are read")
+        files.setdefault(index.with_name(name), []).append(tensor)
     return dict(sorted(files.items()))
 
 
@@ -208,13 +206,13 @@ def find_checkpoint(path: Path) -> Path:
 def read_about(directory: Path) -> dict[str, Any]:
     """minillama.json: the template and what made the checkpoint; {} where there is none."""
     path = directory / "minillama.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return read_json(path, "what minillama wrote") if path.is_file() else {}
 
 
 def stop_ids(directory: Path, config: LlamaConfig) -> tuple[int, ...]:
     """The ids that end a text: those of config.json and of generation_config.json."""
     path = directory / "generation_config.json"
-    more = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id") if path.is_file() else None
+    more = read_json(path, "a generation config").get("eos_token_id") if path.is_file() else None
     more = more if isinstance(more, list) else [] if more is None else [more]
     return tuple(dict.fromkeys([*config.eos_ids, *more]))
 
@@ -222,6 +220,18 @@ def stop_ids(directory: Path, config: LlamaConfig) -> tuple[int, ...]:
 def tokenizer_for(directory: Path, named: str = "") -> Tokenizer:
     """The tokenizer named by the user, else the checkpoint's own."""
     return open_tokenizer(named or directory)
+
+
+def read_json(path: Path, what: str, keys: Sequence[str] = (), missing: str = "download it") -> dict[str, Any]:
+    """A JSON object that has `keys`. Raises UserError where it is not `what` it should be, or `missing` with what to do then."""
+    try:
+        content = dict(json.loads(path.read_text(encoding="utf-8")))
+        _ = [content[key] for key in keys]
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; {missing}") from None
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{path}: not {what} ({type(error).__name__}: {error})") from None
+    return content
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from minillama.checkpoint.directory import open_weights
+from minillama.checkpoint.directory import open_weights, read_json
 from minillama.checkpoint.tensor_files import bytes_of
 from minillama.conversion.merge import adapter_entries
 from minillama.conversion.meta import read_meta
@@ -20,7 +20,7 @@ from minillama.conversion.output import Recipes, write_file
 from minillama.data.memmap import sha256_of
 from minillama.errors import UserError
 
-MANIFEST = "manifest.json"
+MANIFEST, ABSENT = "manifest.json", "`convert.py sha256 DIR` writes one"
 
 
 def recipes_of(directory: Path) -> Recipes:
@@ -60,7 +60,8 @@ def check(directory: Path, against: Path) -> list[str]:
 
     Raises UserError naming the first tensor that differs, and by how much where both sides' tensors are at hand.
     """
-    found, wanted = manifest(directory), manifest(against) if against.is_dir() else _read_manifest(against)
+    wanted = {} if against.is_dir() else read_json(against, "a manifest of convert.py sha256", ("tensors", "files"), ABSENT)
+    found, wanted = manifest(directory), wanted or manifest(against)
     ours, theirs = found["tensors"], wanted["tensors"]
     for name in sorted(ours.keys() | theirs.keys()):
         if name not in ours or name not in theirs:
@@ -74,16 +75,6 @@ def check(directory: Path, against: Path) -> list[str]:
         if sides[0] != sides[1]:
             remarks.append(f"note: {name} {'differs' if all(sides) else 'is on one side only'}")
     return remarks
-
-
-def _read_manifest(path: Path) -> dict:
-    try:
-        made = json.loads(path.read_text(encoding="utf-8"))
-        return {"tensors": dict(made["tensors"]), "files": dict(made["files"])}
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; `convert.py sha256 DIR` writes one") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: not a manifest of convert.py sha256 ({type(error).__name__}: {error})") from None
 
 
 def _difference(directory: Path, against: Path, name: str, ours: dict, theirs: dict) -> str:

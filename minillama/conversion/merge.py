@@ -13,7 +13,6 @@ Left out on purpose: DoRA (its merge rescales columns), and merging into quantiz
 Shapes: a linear is (out, in); A is (R, in), B is (out, R).
 """
 
-import json
 import math
 import re
 from collections import defaultdict
@@ -25,7 +24,7 @@ import torch
 from torch import Tensor
 
 from minillama.architecture import read_config
-from minillama.checkpoint.directory import EMBEDDING, HEAD, IGNORED, check_names, open_weights
+from minillama.checkpoint.directory import EMBEDDING, HEAD, IGNORED, check_names, open_weights, read_json
 from minillama.checkpoint.tensor_files import Entry, read_safetensors
 from minillama.checkpoint.torch_files import read_torch
 from minillama.conversion.meta import write_meta
@@ -133,13 +132,9 @@ def read_adapter(path: Path) -> Adapter:
 
 def _read_adapter_config(path: Path) -> dict:
     file = path / "adapter_config.json"
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-        alpha, rank, kind = config["lora_alpha"], config["r"], "DoRA" if config.get("use_dora") else config.get("peft_type", "LORA")
-    except FileNotFoundError:
-        raise UserError(f"{path}: no adapter_config.json; --lora takes a PEFT adapter directory") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{file}: not a LoRA configuration ({type(error).__name__}: {error})") from None
+    missing = "--lora takes a PEFT adapter directory, and this one has no adapter_config.json"
+    config = read_json(file, "a LoRA configuration", ("lora_alpha", "r"), missing)
+    alpha, rank, kind = config["lora_alpha"], config["r"], "DoRA" if config.get("use_dora") else config.get("peft_type", "LORA")
     if kind != "LORA":
         raise UserError(f"{path}: {kind} is not supported; merge it with peft")
     if not isinstance(alpha, (int, float)) or not isinstance(rank, int) or rank < 1:
@@ -205,7 +200,7 @@ def vocabulary_size(directory: Path) -> int:
     tokens: list = []
     for name, part in (("added_tokens.json", dict.keys), ("special_tokens_map.json", dict.values)):
         if (directory / name).is_file():
-            tokens += part(json.loads((directory / name).read_text(encoding="utf-8")))
+            tokens += part(read_json(directory / name, "a table of tokens"))
     texts = {token["content"] if isinstance(token, dict) else token for token in tokens if isinstance(token, (dict, str))}
     return model.get_piece_size() + len(texts - {model.id_to_piece(i) for i in range(model.get_piece_size())})
 
@@ -217,7 +212,7 @@ def _merge(name: str, entry: Entry, products: list[Product], dtype: torch.dtype,
     left, right = torch.cat(lefts, 1).to(device), torch.cat(rights, 0).to(device)  # several adapters are one of their summed rank
     x = torch.randn(entry.shape[1], PROBES, generator=torch.Generator().manual_seed(seed)).to(device)  # (in, P)
     weight = entry.read().to(device).float()
-    norm, unmerged = torch.linalg.vector_norm(weight).item(), weight @ x + left @ (right @ x)  # (out, P)
+    norm, unmerged = weight.norm(dim=1).norm().item(), weight @ x + left @ (right @ x)  # by rows, so fp32 is enough; (out, P)
     merged = weight.addmm_(left, right).to(dtype)
     seen = weight.copy_(merged) @ x  # in the fp32 copy, so that there is only one
     # |B·A|² = Σ (BᵀB) ∘ (AAᵀ): R×R numbers in place of out×in

@@ -12,7 +12,6 @@ n_kv_heads and not into n_heads. Values are not rotated, so v and o stay.
 Left out on purpose: LLaMA 3.1's stretched rotary frequencies, whose numbers Meta's files do not hold.
 """
 
-import json
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
@@ -23,7 +22,8 @@ import torch
 from torch import Tensor
 
 from minillama.architecture import LlamaConfig, ffn_width, read_config
-from minillama.checkpoint.directory import EMBEDDING, IGNORED, check_names, copy_tokenizer_files, open_weights, write_configs, write_json
+from minillama.checkpoint import directory as hf_directory
+from minillama.checkpoint.directory import EMBEDDING, IGNORED, check_names, open_weights, read_json, write_json
 from minillama.checkpoint.tensor_files import Entry, Plan
 from minillama.checkpoint.torch_files import read_torch, torch_writer
 from minillama.conversion.output import Output, Recipe, Recipes, has_tokenizer, write_checkpoint
@@ -55,7 +55,7 @@ def meta_to_hf(source: Path, output: Output, tokenizer: str = "", max_seq_len: i
     if not max_seq_len:
         print(f"context length {config.max_seq_len}, by transformers' rule (Meta's files do not say; --max_seq_len sets it)")
     dtype = output.dtype or recipes[EMBEDDING].dtype
-    write_checkpoint(output, recipes, lambda path: write_configs(path, config, dtype, found))
+    write_checkpoint(output, recipes, lambda path: hf_directory.write_configs(path, config, dtype, found))
 
 
 def read_meta(directory: Path) -> tuple[LlamaConfig, Recipes]:
@@ -115,13 +115,8 @@ def _heads(config: LlamaConfig, name: str) -> int:
 
 
 def _read_params(path: Path) -> dict:
-    try:
-        params = json.loads(path.read_text(encoding="utf-8"))
-        params = params.get("model", params)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; Meta's directory has one beside the weights") from None
-    except (ValueError, AttributeError) as error:
-        raise UserError(f"{path}: not valid JSON ({error})") from None
+    params = read_json(path, "valid JSON", missing="Meta's directory has one beside the weights")
+    params = params.get("model", params)
     wrong = [key for key in ("dim", "n_layers", "n_heads") if type(params.get(key)) is not int or not 0 < params[key] < 2**20]
     wrong += [] if isinstance(params.get("norm_eps"), float) else ["norm_eps"]
     if wrong:
@@ -199,7 +194,7 @@ def write_meta(output: Output, recipes: Recipes, config: LlamaConfig, companions
 
     def finish(directory: Path) -> None:
         write_json(directory / "params.json", _params(config))
-        copy_tokenizer_files(companions, directory)
+        hf_directory.copy_tokenizer_files(companions, directory)
 
     ordered = {name: (tied | recipes)[name] for name in _names(config.n_layers)}
     write_checkpoint(output, ordered, finish, partial(_write_shards, config, shards))

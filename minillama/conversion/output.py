@@ -9,7 +9,6 @@ aside and is removed last. Killed at any moment, a conversion leaves what was th
 """
 
 import fcntl
-import json
 import os
 import resource
 import shutil
@@ -27,7 +26,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from minillama.architecture import read_config
-from minillama.checkpoint.directory import GB, copy_tokenizer_files, write_generation_config, write_json, write_weights
+from minillama.checkpoint.directory import GB, copy_tokenizer_files, read_json, write_generation_config, write_json, write_weights
 from minillama.checkpoint.tensor_files import Entry, Plan
 from minillama.errors import UserError
 
@@ -87,7 +86,7 @@ def write_companions(directory: Path, model: Path, changes: dict[str, int], dtyp
     """The files beside the weights: `model`'s config.json with `changes` and the dtype, its generation_config.json, and the
     tokenizer and minillama.json of the first of `tokenizers` that has them.
     """
-    raw = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    raw = read_json(model / "config.json", "valid JSON")
     dtype_key = "dtype" if "dtype" in raw else "torch_dtype"
     write_json(directory / "config.json", raw | changes | {dtype_key: str(dtype).removeprefix("torch.")})
     write_generation_config(directory, read_config(model))
