@@ -110,7 +110,7 @@ def merge_lora(argv: list[str]) -> None:
     add("--lora", type=Path, action="append", required=True, metavar="DIR", help="adapter; repeat for several")
     add("--format", choices=("hf", "meta"), default="hf", help="layout of the output: hf, meta [hf]")
     add("--shards", type=_positive, default=0, metavar="N", help="with --format meta: files [as Meta does]")
-    add("--device", default="auto", choices=DEVICES, help=f"where B·A is computed: {', '.join(DEVICES)} [auto]")
+    add("--device", default="auto", choices=("auto", "cpu", "cuda", "npu", "mlu", "tpu"), help="where B·A is computed [auto]")
     add("--seed", type=int, default=0, help="of the random hidden states of the check [0]")
     flags = parser.parse_args(argv)
     from minillama import device
@@ -153,7 +153,7 @@ def data(argv: list[str]) -> None:
     add("--tokenizer", required=True, metavar="FILE", help="tokenizer.model or tokenizer.json, or a directory that holds one")
     add("--output", type=Path, required=True, metavar="PREFIX", help="what the data set's files are called before the dot")
     add("--overwrite", action="store_true", help="replace an existing output, once the new one is complete")
-    add("--format", choices=FORMATS, default="auto", help=f"of the input: {', '.join(FORMATS)} [auto]")
+    add("--format", choices=("auto", "alpaca", "sharegpt", "moss", "ascend", "text", "lines"), default="auto", help="of the input [auto]")
     add("--template", default="alpaca", metavar="NAME", help="prompt template of conversations [alpaca]")
     add("--workers", type=_positive, default=1, metavar="N", help="processes that tokenize [1]")
     add("--append_eod", type=parse_bool, default=True, metavar="true|false", help="end documents with the end-of-text token [true]")
@@ -196,8 +196,6 @@ def sha256(argv: list[str]) -> None:
     print("\n".join(report))
 
 
-DEVICES = ("auto", "cpu", "cuda", "npu", "mlu", "tpu")
-FORMATS = ("auto", "alpaca", "sharegpt", "moss", "ascend", "text", "lines")
 SUBCOMMANDS = {"meta": meta, "apply-delta": apply_delta, "make-delta": make_delta, "merge-lora": merge_lora,
                "tokenizer": tokenizer, "data": data, "sha256": sha256}
 

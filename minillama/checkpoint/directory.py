@@ -7,10 +7,11 @@ shape, copy, forget. Names that the model needs and the files lack, or that nobo
 import json
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from math import prod
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -78,8 +79,8 @@ def _weight_files(directory: Path) -> dict[Path, list[str]]:
 
 def _read_index(index: Path) -> dict[Path, list[str]]:
     files: dict[Path, list[str]] = {}
-    for tensor, name in read_json(index, "a weight index", ["weight_map"])["weight_map"].items():
-        if Path(name).name != name:
+    for tensor, name in read_json(index, "a weight index", {"weight_map": dict})["weight_map"].items():
+        if Path(str(name)).name != name:
             raise UserError(f"{index}: names the file {name!r}; only plain file names inside the directory are read")
         files.setdefault(index.with_name(name), []).append(tensor)
     return dict(sorted(files.items()))
@@ -222,11 +223,12 @@ def tokenizer_for(directory: Path, named: str = "") -> Tokenizer:
     return open_tokenizer(named or directory)
 
 
-def read_json(path: Path, what: str, keys: Sequence[str] = (), missing: str = "download it") -> dict[str, Any]:
-    """A JSON object that has `keys`. Raises UserError where it is not `what` it should be, or `missing` with what to do then."""
+def read_json(path: Path, what: str, keys: Mapping[str, type] = MappingProxyType({}), missing: str = "download it") -> dict[str, Any]:
+    """A JSON object with these keys. Raises UserError where it is not `what` it should be, or not there (`missing`: what to do)."""
     try:
         content = dict(json.loads(path.read_text(encoding="utf-8")))
-        _ = [content[key] for key in keys]
+        if wrong := [key for key, kind in keys.items() if not isinstance(content[key], kind)]:
+            raise TypeError(f"{wrong[0]} is {content[wrong[0]]!r}")
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; {missing}") from None
     except (ValueError, TypeError, KeyError) as error:

@@ -12,7 +12,7 @@ import os
 import struct
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 
@@ -47,6 +47,11 @@ class Entry:
             if self.nbytes and file.readinto(bytes_of(flat)) != self.nbytes:
                 raise UserError(f"{self.file}: ends before byte {self.offset + self.nbytes}; the file is truncated")
         return flat.as_strided(self.shape, self.stride).contiguous() if self.stride else flat.view(self.shape)
+
+    def transposed(self) -> "Entry":
+        """The same elements with rows for columns."""
+        rows, columns = self.stride or (self.shape[1], 1)
+        return replace(self, shape=self.shape[::-1], stride=(columns, rows))
 
 
 def bytes_of(tensor: Tensor) -> memoryview:

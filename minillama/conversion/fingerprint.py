@@ -60,7 +60,7 @@ def check(directory: Path, against: Path) -> list[str]:
 
     Raises UserError naming the first tensor that differs, and by how much where both sides' tensors are at hand.
     """
-    wanted = {} if against.is_dir() else read_json(against, "a manifest of convert.py sha256", ("tensors", "files"), ABSENT)
+    wanted = {} if against.is_dir() else read_json(against, "a manifest of convert.py sha256", {"tensors": dict, "files": dict}, ABSENT)
     found, wanted = manifest(directory), wanted or manifest(against)
     ours, theirs = found["tensors"], wanted["tensors"]
     for name in sorted(ours.keys() | theirs.keys()):

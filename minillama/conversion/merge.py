@@ -40,22 +40,11 @@ _WHOLE = re.compile(r"\.modules_to_save(\.[^.]+)?(?=\.weight$)|\.base_layer(?=\.
 
 @dataclass(frozen=True)
 class Product:
-    """s·B·A, to be added to a tensor; transposed for embeddings and for fan_in_fan_out, whose weights lie as (in, out)."""
+    """s·B·A as scale·left·right, to be added to a tensor: B and A, or Aᵀ and Bᵀ where weights lie as (in, out)."""
 
-    a: Entry
-    b: Entry
+    left: Entry   # (rows, R)
+    right: Entry  # (R, columns)
     scale: float
-    transposed: bool
-
-    def factors(self) -> tuple[Tensor, Tensor]:
-        """left (rows, R) and right (R, columns) in fp32, whose product is s·B·A or its transpose."""
-        a, b = self.a.read().float(), self.b.read().float() * self.scale
-        return (a.T, b.T) if self.transposed else (b, a)
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        out_in = self.b.shape[0], self.a.shape[1]
-        return out_in[::-1] if self.transposed else out_in
 
 
 @dataclass(frozen=True)
@@ -133,7 +122,7 @@ def read_adapter(path: Path) -> Adapter:
 def _read_adapter_config(path: Path) -> dict:
     file = path / "adapter_config.json"
     missing = "--lora takes a PEFT adapter directory, and this one has no adapter_config.json"
-    config = read_json(file, "a LoRA configuration", ("lora_alpha", "r"), missing)
+    config = read_json(file, "a LoRA configuration", {"lora_alpha": object, "r": object}, missing)
     alpha, rank, kind = config["lora_alpha"], config["r"], "DoRA" if config.get("use_dora") else config.get("peft_type", "LORA")
     if kind != "LORA":
         raise UserError(f"{path}: {kind} is not supported; merge it with peft")
@@ -162,7 +151,8 @@ def _product(path: Path, config: dict, module: str, pair: dict[str, Entry], embe
     if len(a.shape) != 2 or len(b.shape) != 2 or not a.shape[0] == b.shape[1] == rank:
         raise UserError(f"{path}: {module}: lora_A is {a.shape} and lora_B {b.shape}, adapter_config.json says rank {rank}")
     scale = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
-    return Product(a, b, scale, embedding or bool(config.get("fan_in_fan_out")))
+    lies_in_out = embedding or config.get("fan_in_fan_out")
+    return Product(a.transposed(), b.transposed(), scale) if lies_in_out else Product(b, a, scale)
 
 
 def _stack(adapter: Adapter, final: dict[str, Entry], products: dict[str, list[Product]]) -> None:
@@ -177,8 +167,9 @@ def _stack(adapter: Adapter, final: dict[str, Entry], products: dict[str, list[P
             raise UserError(f"{adapter.path}: {name} is {entry.shape}, in the base {old}; it was trained on another base")
         final[name], products[name] = entry, []
     for name, product in adapter.products.items():
-        if product.shape != final[name].shape:
-            raise UserError(f"{adapter.path}: {name}: the adapter makes {product.shape}, the base has {final[name].shape}")
+        made = product.left.shape[0], product.right.shape[1]
+        if made != final[name].shape:
+            raise UserError(f"{adapter.path}: {name}: the adapter makes {made}, the base has {final[name].shape}")
         products[name].append(product)
     _refuse_other_vocabulary(adapter, rows, final[EMBEDDING].shape[0])
 
@@ -208,8 +199,8 @@ def vocabulary_size(directory: Path) -> int:
 def _merge(name: str, entry: Entry, products: list[Product], dtype: torch.dtype, report: list[Merged], device: torch.device | str,
            seed: int) -> Tensor:
     """W' for one tensor, and its line of the report."""
-    lefts, rights = zip(*(product.factors() for product in products), strict=True)
-    left, right = torch.cat(lefts, 1).to(device), torch.cat(rights, 0).to(device)  # several adapters are one of their summed rank
+    left = torch.cat([product.left.read().float() * product.scale for product in products], 1).to(device)  # several adapters are
+    right = torch.cat([product.right.read().float() for product in products], 0).to(device)                # one of their summed rank
     x = torch.randn(entry.shape[1], PROBES, generator=torch.Generator().manual_seed(seed)).to(device)  # (in, P)
     weight = entry.read().to(device).float()
     norm, unmerged = weight.norm(dim=1).norm().item(), weight @ x + left @ (right @ x)  # by rows, so fp32 is enough; (out, P)
