@@ -11,7 +11,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from math import prod
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -31,10 +30,9 @@ GB = 10**9
 
 
 def open_weights(directory: Path) -> dict[str, Entry]:
-    """Every tensor of a checkpoint directory, by name: nothing but headers is read.
+    """Every tensor of a checkpoint directory, by name, from headers alone; model*.safetensors before pytorch_model*.bin.
 
-    model*.safetensors is preferred to pytorch_model*.bin where both are there. Raises UserError for missing or unreadable files,
-    all of them in one message.
+    Raises UserError for missing or unreadable files, all of them in one message.
     """
     if not directory.is_dir():
         raise UserError(f"{directory}: no such directory; a checkpoint is a directory with config.json and model*.safetensors")
@@ -70,8 +68,7 @@ def _weight_files(directory: Path) -> dict[Path, list[str]]:
     if shards := [*directory.glob("model-*-of-*.safetensors"), *directory.glob("pytorch_model-*-of-*.bin")]:
         raise UserError(f"{directory}: holds shards ({shards[0].name}, …) without their index; download the *.index.json too")
     if list(directory.glob("consolidated.*.pth")):
-        command = f"python convert.py meta --input {directory} --output {directory.name}-hf"
-        raise UserError(f"{directory}: a Meta checkpoint; convert it first: {command}")
+        raise UserError(f"{directory}: Meta's; convert it first: python convert.py meta --input {directory} --output {directory.name}-hf")
     if (directory / "adapter_config.json").is_file():
         raise UserError(f"{directory}: a LoRA adapter, not a whole model; name its base with --base DIR")
     raise UserError(f"{directory}: holds no model*.safetensors and no pytorch_model*.bin")
@@ -223,11 +220,11 @@ def tokenizer_for(directory: Path, named: str = "") -> Tokenizer:
     return open_tokenizer(named or directory)
 
 
-def read_json(path: Path, what: str, keys: Mapping[str, type] = MappingProxyType({}), missing: str = "download it") -> dict[str, Any]:
+def read_json(path: Path, what: str, keys: Mapping[str, type] | None = None, missing: str = "download it") -> dict[str, Any]:
     """A JSON object with these keys. Raises UserError where it is not `what` it should be, or not there (`missing`: what to do)."""
     try:
         content = dict(json.loads(path.read_text(encoding="utf-8")))
-        if wrong := [key for key, kind in keys.items() if not isinstance(content[key], kind)]:
+        if wrong := [key for key, kind in (keys or {}).items() if not isinstance(content[key], kind)]:
             raise TypeError(f"{wrong[0]} is {content[wrong[0]]!r}")
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; {missing}") from None

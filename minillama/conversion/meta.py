@@ -86,19 +86,17 @@ def _read_shards(directory: Path) -> list[dict[str, Entry]]:
     paths = sorted(directory.glob("consolidated.*.pth"))
     if not paths:
         raise UserError(f"{directory}: holds no consolidated.*.pth")
-    shards, problems = [], []
+    shards, problems = {}, []
     for path in paths:
         try:
-            shards.append({name: entry for name, entry in read_torch(path).items() if not IGNORED.search(name)})
+            shards[path] = {name: entry for name, entry in read_torch(path).items() if not IGNORED.search(name)}
         except UserError as error:
             problems.append(str(error))
-    everything = set().union(*shards)
-    for path, shard in zip(paths, shards, strict=True) if not problems else ():
-        if lacking := sorted(everything - shard.keys()):
-            problems.append(f"{path}: lacks {lacking[0]}, which another has; a file of another model, or one is missing")
+    lacking = {path: sorted(set().union(*shards.values()) - shard.keys()) for path, shard in shards.items()}
+    problems += [f"{path}: lacks {names[0]}, which another has; a file of another model" for path, names in lacking.items() if names]
     if problems:
         raise UserError("; ".join(problems))
-    return shards
+    return list(shards.values())
 
 
 def _names(n_layers: int) -> dict[str, tuple[str, int | None]]:
