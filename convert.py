@@ -1,39 +1,38 @@
 """Bring in any released LLaMA, change its layout, and prove that nothing was lost.
 
-    python convert.py SUBCOMMAND --help      is the manual of a subcommand
+    python convert.py SUBCOMMAND --help      is the manual of a subcommand, with its examples
 
     meta         Meta's consolidated.*.pth -> Hugging Face, and back with --reverse
     apply-delta  base + delta = target (Vicuna)
     make-delta   target - base = delta
     merge-lora   fold LoRA adapters into their base
     tokenizer    append a SentencePiece vocabulary to LLaMA's
+    data         tokenize raw files into a data set for train.py
     sha256       write or check a manifest: which files, and which weights, are the same
 
-Examples
-    python convert.py meta --input llama-7b/ --output llama-7b-hf
+Example
     python convert.py apply-delta --base llama-7b-hf --delta vicuna-7b-delta-v1.1 --output vicuna-7b
-    python convert.py merge-lora --base llama-7b-hf --lora chinese-llama-plus --lora chinese-alpaca-plus --output merged
-    python convert.py sha256 merged --check merged-elsewhere/manifest.json
 
 Every weight conversion goes tensor by tensor: its memory does not grow with the model. Output is complete or absent.
 """
 
 import argparse
+import inspect
 import re
+import shlex
 import signal
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from minillama import errors
-from minillama.config import Parser
+from minillama.config import Parser, parse_bool
 from minillama.errors import UserError, closest
 
-if TYPE_CHECKING:  # imported where it is used, so that --help need not load torch
+if TYPE_CHECKING:  # imported where it is used, so that --help and data need not load torch
     from minillama.conversion.output import Output
-
-UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
 def main(argv: list[str]) -> None:
@@ -49,21 +48,18 @@ def main(argv: list[str]) -> None:
 def meta(argv: list[str]) -> None:
     """Meta's layout (consolidated.*.pth, params.json) to Hugging Face's, or back.
 
-    Reads any number of shards, all heads alike or grouped, and either way of cutting the embedding. Every file is read with
-    an unpickler that executes nothing.
+    Reads any number of shards, all heads alike or grouped, either way of cutting the embedding, and executes nothing.
 
     Examples
         python convert.py meta --input llama-2-13b/ --output llama-2-13b-hf
         python convert.py meta --reverse --input llama-2-13b-hf --output llama-2-13b-meta --shards 2
     """
-    parser = _parser(meta, output=True)
-    parser.add_argument("--input", type=Path, required=True, metavar="DIR", help="Meta's, or with --reverse Hugging Face's")
-    parser.add_argument("--reverse", action="store_true", help="Hugging Face to Meta")
-    parser.add_argument("--shards", type=_positive, default=0, metavar="N",
-                        help="with --reverse: files to write [as Meta: 1; 13B 2, 33B 4, 65B and 70B 8]")
-    parser.add_argument("--tokenizer", default="", metavar="FILE", help="tokenizer.model [in the input directory or its parent]")
-    parser.add_argument("--max_seq_len", type=_positive, default=0, metavar="N",
-                        help="context length, which Meta's files do not hold [LLaMA-1 2048, LLaMA-2 4096, CodeLlama 16384]")
+    parser = _parser(meta, True, input="Meta's directory, or with --reverse Hugging Face's")
+    add = parser.add_argument
+    add("--reverse", action="store_true", help="Hugging Face to Meta")
+    add("--shards", type=_positive, default=0, metavar="N", help="with --reverse: files [as Meta: 1; 13B 2, 33B 4, 65B and 70B 8]")
+    add("--tokenizer", default="", metavar="FILE", help="tokenizer.model [in the input directory or its parent]")
+    add("--max_seq_len", type=_positive, default=0, metavar="N", help="context length [LLaMA-1 2048, LLaMA-2 4096, CodeLlama 16384]")
     flags = parser.parse_args(argv)
     from minillama.conversion.meta import hf_to_meta, meta_to_hf
     if flags.reverse:
@@ -81,9 +77,7 @@ def apply_delta(argv: list[str]) -> None:
     Example
         python convert.py apply-delta --base llama-13b-hf --delta vicuna-13b-delta-v1.1 --output vicuna-13b
     """
-    parser = _parser(apply_delta, output=True)
-    parser.add_argument("--base", type=Path, required=True, metavar="DIR", help="the original LLaMA, a Hugging Face directory")
-    parser.add_argument("--delta", type=Path, required=True, metavar="DIR", help="the published difference, likewise")
+    parser = _parser(apply_delta, True, base="the original LLaMA, a Hugging Face directory", delta="the published difference, likewise")
     flags = parser.parse_args(argv)
     from minillama.conversion import delta
     delta.apply_delta(flags.base, flags.delta, _output(flags))
@@ -95,9 +89,7 @@ def make_delta(argv: list[str]) -> None:
     Example
         python convert.py make-delta --base llama-13b-hf --target my-13b --output my-13b-delta
     """
-    parser = _parser(make_delta, output=True)
-    parser.add_argument("--base", type=Path, required=True, metavar="DIR", help="the original LLaMA, a Hugging Face directory")
-    parser.add_argument("--target", type=Path, required=True, metavar="DIR", help="the fine-tuned model, likewise")
+    parser = _parser(make_delta, True, base="the original LLaMA, a Hugging Face directory", target="the fine-tuned model, likewise")
     flags = parser.parse_args(argv)
     from minillama.conversion import delta
     delta.make_delta(flags.base, flags.target, _output(flags))
@@ -110,18 +102,16 @@ def merge_lora(argv: list[str]) -> None:
     several in order, with grown vocabularies. Every key of an adapter is used exactly once, or it is an error. Prints, per
     layer, how much the weights changed, and by how much merged and unmerged layers differ on random hidden states.
 
-    Examples
-        python convert.py merge-lora --base llama-7b-hf --lora runs/a/final --output merged
+    Example
         python convert.py merge-lora --base llama-7b-hf --lora chinese-llama-plus --lora chinese-alpaca-plus --output m
     """
-    parser = _parser(merge_lora, output=True)
-    parser.add_argument("--base", type=Path, required=True, metavar="DIR", help="the model the first adapter was trained on")
-    parser.add_argument("--lora", type=Path, action="append", required=True, metavar="DIR", help="adapter; repeat for several")
-    parser.add_argument("--format", choices=("hf", "meta"), default="hf", help="layout of the output: hf, meta [hf]")
-    parser.add_argument("--shards", type=_positive, default=0, metavar="N", help="with --format meta: files [as Meta does]")
-    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "npu", "mlu", "tpu"),
-                        help="where B·A is computed: auto, cpu, cuda, npu, mlu, tpu [auto]")
-    parser.add_argument("--seed", type=int, default=0, help="of the random hidden states of the check [0]")
+    parser = _parser(merge_lora, True, base="the model the first adapter was trained on")
+    add = parser.add_argument
+    add("--lora", type=Path, action="append", required=True, metavar="DIR", help="adapter; repeat for several")
+    add("--format", choices=("hf", "meta"), default="hf", help="layout of the output: hf, meta [hf]")
+    add("--shards", type=_positive, default=0, metavar="N", help="with --format meta: files [as Meta does]")
+    add("--device", default="auto", choices=("auto", "cpu", "cuda", "npu", "mlu", "tpu"), help="where B·A is computed [auto]")
+    add("--seed", type=int, default=0, help="of the random hidden states of the check [0]")
     flags = parser.parse_args(argv)
     from minillama import device
     from minillama.conversion import merge
@@ -135,9 +125,7 @@ def tokenizer(argv: list[str]) -> None:
     Example
         python convert.py tokenizer --base llama/tokenizer.model --add chinese_sp.model --output merged.model
     """
-    parser = _parser(tokenizer)
-    parser.add_argument("--base", type=Path, required=True, metavar="FILE", help="the tokenizer.model that keeps its ids")
-    parser.add_argument("--add", type=Path, required=True, metavar="FILE", help="the model whose new pieces are appended")
+    parser = _parser(tokenizer, base="the tokenizer.model that keeps its ids", add="the model whose new pieces are appended")
     parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="the merged tokenizer.model")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
     flags = parser.parse_args(argv)
@@ -149,11 +137,50 @@ def tokenizer(argv: list[str]) -> None:
     print(f"{flags.output}: {before} + {merged.size - before} = {merged.size} pieces, sha256 {merged.sha256}")
 
 
+def data(argv: list[str]) -> None:
+    """Raw files to a tokenized data set, PREFIX.bin .mask .idx .json, which train.py opens as --data PREFIX.
+
+    An input is a file, a folder, or a name in the dataset_info.json of --dataset_dir. Formats: alpaca, sharegpt and moss
+    (conversations, rendered by --template), ascend, text (a document a file or record), lines (a document a line). An
+    interrupted run, started again the same way, goes on where it stopped.
+
+    Example
+        python convert.py data --input alpaca.json --tokenizer llama/tokenizer.model --output my_data --template vicuna_v1.1
+    """
+    parser = _parser(data)
+    add = parser.add_argument
+    add("--input", nargs="+", required=True, metavar="FILE", help="raw files or folders: .json, .jsonl, .txt, .parquet")
+    add("--tokenizer", required=True, metavar="FILE", help="tokenizer.model or tokenizer.json, or a directory that holds one")
+    add("--output", type=Path, required=True, metavar="PREFIX", help="what the data set's files are called before the dot")
+    add("--overwrite", action="store_true", help="replace an existing output, once the new one is complete")
+    add("--format", choices=("auto", "alpaca", "sharegpt", "moss", "ascend", "text", "lines"), default="auto", help="of the input [auto]")
+    add("--template", default="alpaca", metavar="NAME", help="prompt template of conversations [alpaca]")
+    add("--workers", type=_positive, default=1, metavar="N", help="processes that tokenize [1]")
+    add("--append_eod", type=parse_bool, default=True, metavar="true|false", help="end documents with the end-of-text token [true]")
+    add("--skip_bad_records", action="store_true", help="leave malformed records out, count and list them, instead of stopping")
+    add("--dataset_dir", default="", metavar="DIR", help="folder of the dataset_info.json that names data sets")
+    flags = parser.parse_args(argv)
+    from minillama.data.build import build_dataset
+    from minillama.tokenizer import open_tokenizer
+    existing = [f"{flags.output}.{part}" for part in ("json", "bin", "mask", "idx") if Path(f"{flags.output}.{part}").exists()]
+    if existing and not flags.overwrite:
+        raise UserError(f"{existing[0]}: already exists; --overwrite replaces the data set once the new one is complete")
+    started, opened = time.monotonic(), open_tokenizer(flags.tokenizer)
+    try:
+        made = build_dataset(flags.input, opened, flags.output, data_format=flags.format, template=flags.template, workers=flags.workers,
+                             append_eod=flags.append_eod, skip_bad_records=flags.skip_bad_records, dataset_dir=flags.dataset_dir)
+    except OSError as error:
+        raise UserError(f"{error.filename or flags.output}: {error.strerror}; name another --output, or make room") from error
+    print(f"{flags.output}: {made['documents']} documents, {made['tokens']} tokens, {made['targets']} targets, "
+          f"{len(made['skipped_records'])} records skipped, {time.monotonic() - started:.1f} s")
+    model = ["7b_lora", "--ckpt", "LLAMA_DIR"] if made["template"] else ["7b_pretrain", "--tokenizer", str(opened.path)]
+    print("next: " + shlex.join(["python", "train.py", "--config", *model, "--data", str(flags.output)]))
+
+
 def sha256(argv: list[str]) -> None:
     """Write DIR/manifest.json (sha256 of every file and tensor, and of the content as a whole), or compare with one.
 
-    The content fingerprint covers names, dtypes, shapes and bytes of the tensors, not files: it is the same for safetensors
-    and .bin, one shard or many, Meta's layout or Hugging Face's.
+    The content fingerprint covers names, dtypes, shapes and bytes of the tensors: any format, sharding or layout has the same.
 
     Examples
         python convert.py sha256 vicuna-7b                                 # writes vicuna-7b/manifest.json
@@ -165,44 +192,42 @@ def sha256(argv: list[str]) -> None:
     parser.add_argument("--check", type=Path, metavar="FILE|DIR", help="compare with a manifest or checkpoint; writes nothing")
     flags = parser.parse_args(argv)
     from minillama.conversion.fingerprint import check, write_manifest
-    if flags.check:
-        print("\n".join(check(flags.directory, flags.check)))
-    else:
-        print(f"{flags.directory}: content {write_manifest(flags.directory)}")
+    report = check(flags.directory, flags.check) if flags.check else [f"{flags.directory}: content {write_manifest(flags.directory)}"]
+    print("\n".join(report))
 
 
 SUBCOMMANDS = {"meta": meta, "apply-delta": apply_delta, "make-delta": make_delta, "merge-lora": merge_lora,
-               "tokenizer": tokenizer, "sha256": sha256}
+               "tokenizer": tokenizer, "data": data, "sha256": sha256}
 
 
-def _parser(subcommand: Callable[[list[str]], None], output: bool = False) -> Parser:
-    """A parser whose help is the subcommand's docstring. output: with the flags of everything that writes weights."""
-    lines = subcommand.__doc__.strip().splitlines()
-    text = "\n".join([lines[0], *(line.removeprefix("    ") for line in lines[1:])])
-    parser = Parser(prog=f"convert.py {subcommand.__name__.replace('_', '-')}", description=text)
-    if output:
-        parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="directory to write; complete or absent")
-        parser.add_argument("--overwrite", action="store_true", help="replace an existing output, once the new one is complete")
-        parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the output [as the input]")
-        parser.add_argument("--max_shard_size", type=_size, default=_size("5GB"), metavar="SIZE",
-                            help="largest file of Hugging Face's layout: 5GB, 500MB, 2GiB, … [5GB]")
-        parser.add_argument("--bin", action="store_true", help="write pytorch_model*.bin instead of safetensors")
-        parser.add_argument("--verbose", action="store_true", help="print each tensor")
+def _parser(subcommand: Callable[[list[str]], None], writes_weights: bool = False, **inputs: str) -> Parser:
+    """A parser whose help is the subcommand's docstring. inputs: the paths it must be given, and what they are."""
+    parser = Parser(prog=f"convert.py {subcommand.__name__.replace('_', '-')}", description=inspect.cleandoc(subcommand.__doc__))
+    add = parser.add_argument
+    if writes_weights:
+        add("--output", type=Path, required=True, metavar="DIR", help="directory to write; complete or absent")
+        add("--overwrite", action="store_true", help="replace an existing output, once the new one is complete")
+        add("--dtype", choices=("float32", "bfloat16", "float16"), help="of the output [as the input]")
+        add("--max_shard_size", type=_size, default=_size("5GB"), metavar="SIZE", help="largest file of Hugging Face's layout [5GB]")
+        add("--bin", action="store_true", help="write pytorch_model*.bin instead of safetensors")
+        add("--verbose", action="store_true", help="print each tensor")
+    for name, help in inputs.items():
+        add(f"--{name}", type=Path, required=True, metavar="PATH", help=help)
     return parser
 
 
 def _output(flags: argparse.Namespace) -> "Output":
     from minillama.conversion.output import Output
     from minillama.device import DTYPES
-    dtype = DTYPES[flags.dtype] if flags.dtype else None
-    return Output(flags.output, flags.overwrite, dtype, flags.max_shard_size, flags.bin, flags.verbose)
+    return Output(flags.output, flags.overwrite, DTYPES.get(flags.dtype), flags.max_shard_size, flags.bin, flags.verbose)
 
 
 def _size(text: str) -> int:
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", text.strip().lower())
-    if not match or match[2].upper() not in UNITS:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:([kmg])(i?)b)?", text.strip().lower())
+    if not match:
         raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 5GB or 500MiB")
-    return int(float(match[1]) * UNITS[match[2].upper()])
+    number, prefix, binary = match.groups()
+    return int(float(number) * (1024 if binary else 1000) ** (" kmg".index(prefix or " ")))
 
 
 def _positive(text: str) -> int:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import convert
+from minillama.data.memmap import Dataset
 from minillama.errors import UserError
 from minillama.tokenizer import merge_vocabularies, open_tokenizer, train_tokenizer
 
@@ -96,3 +97,54 @@ def test_the_script_converts_there_and_back(tmp_path, tiny_checkpoint):
 
 def test_sizes_are_decimal_or_binary():
     assert [convert._size(text) for text in ("5GB", "1.5 MiB", "700", "2kb")] == [5 * 10**9, 3 * 2**19, 700, 2000]
+
+
+@pytest.fixture
+def raw(tmp_path, small_tokenizer) -> list[str]:
+    """`data` and its required flags, for three records of Alpaca's format."""
+    records = [{"instruction": "Say hello", "input": "", "output": f"hello {i}"} for i in range(3)]
+    (tmp_path / "alpaca.json").write_text(json.dumps(records))
+    return ["data", "--input", str(tmp_path / "alpaca.json"), "--tokenizer", str(small_tokenizer.path), "--output", str(tmp_path / "set")]
+
+
+def test_raw_files_become_a_data_set_without_torch(tmp_path, raw):
+    code = "import sys, convert; convert.main(sys.argv[1:]); assert 'torch' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", code, *raw], capture_output=True, text=True, cwd=SCRIPT.parent, timeout=60)
+    assert done.returncode == 0, done.stderr
+    made, (counts, command) = Dataset(tmp_path / "set", verify=True), done.stdout.splitlines()
+    tokens, targets = len(made.tokens), int(made.mask.sum())
+    assert 0 < targets < tokens and f"set: 3 documents, {tokens} tokens, {targets} targets, 0 records skipped, " in counts
+    assert command == f"next: python train.py --config 7b_lora --ckpt LLAMA_DIR --data {tmp_path / 'set'}"
+
+
+def test_options_of_data_reach_the_data_set(tmp_path, raw, capsys):
+    (tmp_path / "lines.txt").write_text("Hello\nworld\n")
+    convert.main([*raw, "--input", str(tmp_path / "lines.txt"), "--format", "lines", "--append-eod", "false", "--workers", "2"])
+    assert "2 documents" in (shown := capsys.readouterr().out) and "--config 7b_pretrain --tokenizer" in shown
+    made = Dataset(tmp_path / "set").meta
+    assert not made["append_eod"] and made["template"] == ""
+    (tmp_path / "alpaca.json").write_text('[{"instruction": "a", "output": "b"}, {"instruction": 3}]')
+    convert.main([*raw, "--overwrite", "--skip_bad_records", "--template", "vicuna_v1.1"])
+    assert "1 documents" in (shown := capsys.readouterr().out) and "1 records skipped" in shown
+    assert Dataset(tmp_path / "set").meta["template"] == "vicuna_v1.1"
+
+
+@pytest.mark.parametrize(("flags", "message"), [
+    (["--input", "/none.json"], "/none.json: no such file or folder"),
+    (["--format", "alpacca"], "invalid choice: 'alpacca'"),
+    (["--format", "sharegpt"], "record 1"),
+    (["--template", "vicunna"], "no template 'vicunna'"),
+    (["--tokenizer", "/none.model"], "/none.model: no such tokenizer file"),
+    (["--output", "{}/alpaca.json/set"], "name another --output"),
+    (["--output", "{}/taken"], "taken.bin: already exists; --overwrite"),
+    (["--append_eod", "maybe"], "'maybe' is not true or false"),
+    (["--workers", "0"], "'0' is not a whole number above 0"),
+    (["--dataset_dir", "{}", "--input", "nobody"], "nobody: no such file or folder"),
+])
+def test_a_mistake_in_data_leaves_nothing_behind(tmp_path, raw, flags, message):
+    (tmp_path / "taken.bin").write_text("keep")
+    with pytest.raises(UserError) as caught:
+        convert.main([*raw, *(flag.format(tmp_path) for flag in flags)])
+    assert message in str(caught.value)
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_file()) == ["alpaca.json", "taken.bin"]
+    assert (tmp_path / "taken.bin").read_text() == "keep"

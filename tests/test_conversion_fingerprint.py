@@ -7,30 +7,27 @@ import torch
 
 import convert
 from minillama.checkpoint.directory import open_weights, write_weights
-from minillama.checkpoint.tensor_files import SafetensorsWriter, read_safetensors
+from minillama.checkpoint.tensor_files import write_safetensors
 from minillama.conversion.fingerprint import check, manifest, write_manifest
 from minillama.conversion.meta import hf_to_meta
-from minillama.conversion.output import Output, copies, write_checkpoint
+from minillama.conversion.output import Output, write_checkpoint
 from minillama.errors import UserError
 
 
 def change(directory, name: str, index: int, by: float) -> None:
     """Add `by` to one element of one tensor."""
-    entries = read_safetensors(directory / "model.safetensors")
-    tensors = {key: entry.read() for key, entry in entries.items()}
+    tensors = {key: entry.read() for key, entry in open_weights(directory).items()}
     tensors[name].view(-1)[index] += by
-    with SafetensorsWriter(directory / "model.safetensors", {key: (t.dtype, tuple(t.shape)) for key, t in tensors.items()}) as file:
-        for key, tensor in tensors.items():
-            file.append(key, tensor)
+    write_safetensors(directory / "model.safetensors", tensors)
 
 
 def test_layout_shards_and_format_do_not_matter(tmp_path, tiny_checkpoint):
     base = tiny_checkpoint()
     expected = manifest(base)["content"]
     for output in (Output(tmp_path / "bin", bin=True), Output(tmp_path / "shards", max_shard_bytes=4000)):
-        write_checkpoint(output, copies(open_weights(base)), lambda directory: None)
+        write_checkpoint(output, open_weights(base), lambda directory: None)
         assert manifest(output.path)["content"] == expected
-    backwards = dict(reversed(copies(open_weights(base)).items()))
+    backwards = dict(reversed(open_weights(base).items()))
     write_checkpoint(Output(tmp_path / "backwards"), backwards, lambda directory: None)
     assert manifest(tmp_path / "backwards")["content"] == expected
     hf_to_meta(base, Output(tmp_path / "meta"), shards=3)

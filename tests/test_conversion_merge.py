@@ -176,15 +176,6 @@ def test_the_report_says_how_much_changed_and_that_merged_equals_unmerged(tmp_pa
     assert "warning: 1 of 1 modules did not change" in capsys.readouterr().out
 
 
-def test_block_boundaries_leave_no_trace(tmp_path, tiny_checkpoint, monkeypatch):
-    base, adapter = tiny_checkpoint(), plain_adapter(tmp_path / "a", factors())
-    merge_lora(base, [adapter], Output(tmp_path / "one"))
-    monkeypatch.setattr("minillama.conversion.merge.BLOCK", 5 * 24)
-    merge_lora(base, [adapter], Output(tmp_path / "many"))
-    for name, tensor in weights(tmp_path / "one").items():
-        torch.testing.assert_close(weights(tmp_path / "many")[name], tensor, rtol=1e-6, atol=1e-7)
-
-
 @pytest.mark.parametrize(("tensors", "config", "message"), [
     (factors(), {"use_dora": True}, "DoRA is not supported"),
     (factors() | {f"{Q}.lora_magnitude_vector": torch.ones(24)}, {}, "DoRA is not supported"),

@@ -152,7 +152,7 @@ def test_the_embedding_may_be_cut_by_rows_too(tmp_path):
         by_rows.append(cut | {"tok_embeddings.weight": whole["tok_embeddings.weight"].chunk(2, 0)[shard]})
     recipes = [read_meta(save_meta(tmp_path / name, shards))[1]["model.embed_tokens.weight"]
                for name, shards in (("columns", by_columns), ("rows", by_rows))]
-    assert all(torch.equal(recipe.make(), whole["tok_embeddings.weight"]) for recipe in recipes)
+    assert all(torch.equal(recipe.read(), whole["tok_embeddings.weight"]) for recipe in recipes)
 
 
 def test_params_say_again_the_width_of_every_published_model():

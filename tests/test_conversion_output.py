@@ -14,7 +14,7 @@ import torch
 import convert
 from minillama.checkpoint.directory import load_model, open_weights
 from minillama.conversion import output as output_module
-from minillama.conversion.output import Output, Recipe, complete_or_absent, copies, write_checkpoint
+from minillama.conversion.output import Output, Recipe, complete_or_absent, write_checkpoint
 from minillama.errors import UserError
 
 
@@ -45,7 +45,7 @@ def dying_at(recipes: dict[str, Recipe], number: int) -> dict[str, Recipe]:
 @pytest.mark.parametrize("existing", [False, True])
 @pytest.mark.parametrize("killed_at", [0, 7, -1])
 def test_a_killed_conversion_leaves_the_old_state(tmp_path, tiny_checkpoint, killed_at, existing):
-    recipes = copies(open_weights(tiny_checkpoint("source")))
+    recipes = open_weights(tiny_checkpoint("source"))
     target = tiny_checkpoint("old", seed=5) if existing else tmp_path / "new"
     before = contents(target)
     output = Output(target, overwrite=existing, max_shard_bytes=2000)
@@ -61,7 +61,7 @@ def test_a_killed_conversion_leaves_the_old_state(tmp_path, tiny_checkpoint, kil
 
 
 def test_killed_between_writing_and_renaming_the_old_output_is_there(tmp_path, tiny_checkpoint, monkeypatch):
-    recipes, old = copies(open_weights(tiny_checkpoint("source"))), tiny_checkpoint("old", seed=5)
+    recipes, old = open_weights(tiny_checkpoint("source")), tiny_checkpoint("old", seed=5)
     before = contents(old)
     monkeypatch.setattr(output_module, "_publish", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
     in_child(lambda: write_checkpoint(Output(old, overwrite=True), recipes, lambda directory: None))
@@ -71,7 +71,7 @@ def test_killed_between_writing_and_renaming_the_old_output_is_there(tmp_path, t
 @pytest.mark.parametrize("bin", [False, True])
 @pytest.mark.parametrize("limit", [100, 9000, 30000])
 def test_a_full_disk_is_one_line_and_leaves_the_old_state(tmp_path, tiny_checkpoint, limit, bin):
-    recipes, old = copies(open_weights(tiny_checkpoint("source"))), tiny_checkpoint("old", seed=5)
+    recipes, old = open_weights(tiny_checkpoint("source")), tiny_checkpoint("old", seed=5)
     before = contents(old)
 
     def with_little_room() -> None:
@@ -83,7 +83,7 @@ def test_a_full_disk_is_one_line_and_leaves_the_old_state(tmp_path, tiny_checkpo
 
 
 def test_termination_removes_what_is_unfinished(tmp_path, tiny_checkpoint):
-    recipes = copies(open_weights(tiny_checkpoint("source")))
+    recipes = open_weights(tiny_checkpoint("source"))
     name = list(recipes)[3]
     stopping = recipes | {name: Recipe(recipes[name].dtype, recipes[name].shape, lambda: os.kill(os.getpid(), signal.SIGTERM))}
 
@@ -104,7 +104,7 @@ def test_free_disk_is_checked_before_the_first_byte(tmp_path, monkeypatch):
 
 
 def test_existing_output_is_refused_and_only_checkpoints_are_overwritten(tmp_path, tiny_checkpoint):
-    recipes, old = copies(open_weights(tiny_checkpoint("source"))), tiny_checkpoint("old")
+    recipes, old = open_weights(tiny_checkpoint("source")), tiny_checkpoint("old")
     with pytest.raises(UserError, match="already exists; --overwrite"):
         write_checkpoint(Output(old), recipes, lambda directory: None)
     (tmp_path / "home" / "photos").mkdir(parents=True)
@@ -122,17 +122,40 @@ def test_existing_output_is_refused_and_only_checkpoints_are_overwritten(tmp_pat
 
 def test_an_input_may_be_overwritten_by_what_is_made_of_it(tiny_checkpoint):
     base = tiny_checkpoint()
-    recipes = copies(open_weights(base))
+    recipes = open_weights(base)
     write_checkpoint(Output(base, overwrite=True, dtype=torch.float16), recipes, lambda directory: None)
     assert {entry.dtype for entry in open_weights(base).values()} == {torch.float16}
 
 
-def test_without_an_atomic_exchange_two_renames_do(tmp_path, tiny_checkpoint, monkeypatch):
-    old = tiny_checkpoint("old")
-    monkeypatch.setattr(output_module.ctypes, "CDLL", lambda _: object())
-    write_checkpoint(Output(old, overwrite=True), copies(open_weights(tiny_checkpoint("source", seed=3))), lambda directory: None)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["old", "source"]
-    assert torch.equal(open_weights(old)["lm_head.weight"].read(), open_weights(tmp_path / "source")["lm_head.weight"].read())
+def test_killed_between_the_two_renames_the_old_output_comes_back(tmp_path, tiny_checkpoint, monkeypatch):
+    recipes, old = open_weights(tiny_checkpoint("source", seed=3)), tiny_checkpoint("old")
+    before = contents(old)
+
+    def die_instead_of_the_second_rename() -> None:
+        rename = Path.rename
+        monkeypatch.setattr(Path, "rename", lambda source, target: rename(source, target) if source == old else os.kill(os.getpid(), 9))
+        write_checkpoint(Output(old, overwrite=True), recipes, lambda directory: None)
+
+    in_child(die_instead_of_the_second_rename)
+    assert contents(tmp_path / ".old.old") == before and not old.exists()
+    with pytest.raises(UserError, match="already exists"):
+        write_checkpoint(Output(old), recipes, lambda directory: None)
+    assert contents(old) == before and not list(tmp_path.glob(".*"))
+
+
+def test_a_rename_that_fails_puts_the_old_output_back(tmp_path, tiny_checkpoint, monkeypatch):
+    recipes, old = open_weights(tiny_checkpoint("source", seed=3)), tiny_checkpoint("old")
+    before, rename = contents(old), Path.rename
+
+    def refuse(source: Path, target: Path) -> Path:
+        if source.name.endswith(".partial"):
+            raise PermissionError(13, "Permission denied", str(source))
+        return rename(source, target)
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    with pytest.raises(UserError, match="untouched"):
+        write_checkpoint(Output(old, overwrite=True), recipes, lambda directory: None)
+    assert contents(old) == before and not list(tmp_path.glob(".*"))
 
 
 def test_two_conversions_to_one_output_do_not_mix(tmp_path):

@@ -17,8 +17,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from minillama.checkpoint.directory import load_model, open_weights, write_weights
-from minillama.checkpoint.tensor_files import SafetensorsWriter, read_safetensors
-from minillama.checkpoint.torch_files import ALIGNMENT, TorchWriter, read_torch
+from minillama.checkpoint.tensor_files import plan_of, read_safetensors, safetensors_writer
+from minillama.checkpoint.torch_files import ALIGNMENT, read_torch, torch_writer
 from minillama.errors import UserError
 
 few = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -30,10 +30,10 @@ def random_tensors(specs: list[tuple[torch.dtype, tuple[int, ...]]]) -> dict[str
     return {f"layer.{i}.weight": (100 * torch.rand(shape)).to(dtype) for i, (dtype, shape) in enumerate(specs)}
 
 
-def write(writer: type, path: Path, tensors: dict[str, torch.Tensor]) -> None:
-    with writer(path, {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}) as file:
+def write(writer, path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    with writer(path, plan_of(tensors)) as append:
         for name, tensor in tensors.items():
-            file.append(name, tensor)
+            append(name, tensor)
 
 
 def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
@@ -50,7 +50,7 @@ def read(reader, path: Path) -> dict[str, torch.Tensor]:
 @given(st.lists(st.tuples(dtypes, shapes), min_size=1, max_size=4))
 def test_torch_opens_what_we_write_and_so_do_we(tmp_path, specs):
     tensors = random_tensors(specs)
-    write(TorchWriter, tmp_path / "w.bin", tensors)
+    write(torch_writer, tmp_path / "w.bin", tensors)
     assert_same(torch.load(tmp_path / "w.bin", weights_only=True), tensors)
     assert_same(torch.load(tmp_path / "w.bin", weights_only=True, mmap=True), tensors)
     assert_same(read(read_torch, tmp_path / "w.bin"), tensors)
@@ -60,7 +60,7 @@ def test_torch_opens_what_we_write_and_so_do_we(tmp_path, specs):
 @given(st.lists(st.tuples(dtypes, shapes), min_size=1, max_size=4))
 def test_safetensors_opens_what_we_write_and_we_what_it_writes(tmp_path, specs):
     tensors = random_tensors(specs)
-    write(SafetensorsWriter, tmp_path / "ours", tensors)
+    write(safetensors_writer, tmp_path / "ours", tensors)
     assert_same(dict(sorted(safetensors.torch.load_file(tmp_path / "ours").items())), tensors)
     safetensors.torch.save_file(tensors, tmp_path / "theirs")
     assert_same(dict(sorted(read(read_safetensors, tmp_path / "theirs").items())), tensors)
@@ -78,20 +78,20 @@ def test_views_of_a_shared_storage_read_as_torch_reads_them(tmp_path, dtype, row
 
 
 def test_storages_we_write_are_aligned_as_torch_aligns_them(tmp_path):
-    write(TorchWriter, tmp_path / "w.bin", random_tensors([(torch.float16, (3,)), (torch.float32, (5, 5)), (torch.float32, (1,))]))
+    write(torch_writer, tmp_path / "w.bin", random_tensors([(torch.float16, (3,)), (torch.float32, (5, 5)), (torch.float32, (1,))]))
     assert all(entry.offset % ALIGNMENT == 0 for entry in read_torch(tmp_path / "w.bin").values())
 
 
 def test_equal_tensors_make_equal_files(tmp_path):
-    write(TorchWriter, tmp_path / "w.bin", tensors := random_tensors([(torch.float16, (3, 4))]))
-    write(TorchWriter, tmp_path / "w.pth", tensors)
+    write(torch_writer, tmp_path / "w.bin", tensors := random_tensors([(torch.float16, (3, 4))]))
+    write(torch_writer, tmp_path / "w.pth", tensors)
     assert (tmp_path / "w.bin").read_bytes() == (tmp_path / "w.pth").read_bytes()
 
 
 def test_a_file_given_up_half_way_is_let_go_of_silently(tmp_path, monkeypatch):
     complaints = []
     monkeypatch.setattr(sys, "unraisablehook", complaints.append)
-    with pytest.raises(RuntimeError), TorchWriter(tmp_path / "w.bin", {"w": (torch.float32, (2,))}):
+    with pytest.raises(RuntimeError), torch_writer(tmp_path / "w.bin", {"w": (torch.float32, (2,))}):
         raise RuntimeError
     gc.collect()
     assert not complaints
@@ -226,7 +226,7 @@ def test_a_safetensors_header_must_fit_its_file(tmp_path, header):
 def sharded(directory: Path, bin: bool) -> dict[str, torch.Tensor]:
     tensors = random_tensors([(torch.float16, (8, 8))] * 4)
     directory.mkdir()
-    write_weights(directory, iter(tensors.items()), {name: (t.dtype, tuple(t.shape)) for name, t in tensors.items()}, 200, bin)
+    write_weights(directory, iter(tensors.items()), plan_of(tensors), 200, bin)
     return tensors
 
 
@@ -244,7 +244,7 @@ def test_all_bad_shards_are_listed_at_once(tmp_path, bin):
     shards[0].write_bytes(b"<html>")
     shards[1].write_bytes(shards[1].read_bytes()[:-80])
     shards[2].unlink()
-    write(TorchWriter if bin else SafetensorsWriter, shards[3], {"another": torch.zeros(1)})
+    write(torch_writer if bin else safetensors_writer, shards[3], {"another": torch.zeros(1)})
     with pytest.raises(UserError) as caught:
         open_weights(tmp_path / "c")
     for part in (f"{shards[0].name}: a web page", shards[1].name, f"{shards[2].name}: the index names this file, but it is not",
@@ -267,7 +267,7 @@ def test_an_index_may_not_lead_out_of_its_directory(tmp_path):
 def test_a_tensor_in_two_shards_is_an_error(tmp_path):
     sharded(tmp_path / "c", bin=True)
     first, second, *_ = sorted((tmp_path / "c").glob("*-of-*"))
-    write(TorchWriter, second, {"layer.0.weight": torch.zeros(1), "layer.1.weight": torch.zeros(1)})
+    write(torch_writer, second, {"layer.0.weight": torch.zeros(1), "layer.1.weight": torch.zeros(1)})
     with pytest.raises(UserError, match=rf"layer\.0\.weight is in {first.name} too"):
         open_weights(tmp_path / "c")
 
@@ -293,7 +293,7 @@ def test_real_bin_checkpoints_load_like_their_safetensors(shared):
 
 
 def test_a_truncated_tensor_is_noticed_even_after_the_header_was_read(tmp_path):
-    write(TorchWriter, tmp_path / "w.bin", {"w": torch.zeros(100)})
+    write(torch_writer, tmp_path / "w.bin", {"w": torch.zeros(100)})
     entry = read_torch(tmp_path / "w.bin")["w"]
     (tmp_path / "w.bin").write_bytes((tmp_path / "w.bin").read_bytes()[:500])
     with pytest.raises(UserError, match="truncated"):

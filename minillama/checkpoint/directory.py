@@ -1,59 +1,60 @@
 """A checkpoint is a Hugging Face LLaMA directory: config.json, model*.safetensors (and index), tokenizer files.
 
-Older ones hold pytorch_model*.bin in place of the safetensors, and load alike. Parameters carry Hugging Face's names, so reading
-is a loop over tensors: check the name and shape, copy, forget. Names that the model needs and the files lack, or that the files
-hold and nobody wants, are errors, all listed; nothing is filled in silently.
+Older ones hold pytorch_model*.bin in place of the safetensors, and load alike. Reading is a loop over tensors: check the name and
+shape, copy, forget. Names that the model needs and the files lack, or that nobody wants, are errors; nothing is filled in silently.
 """
 
 import json
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from minillama.architecture import LlamaConfig, read_config, to_hf, with_layers
-from minillama.checkpoint.tensor_files import Entry, Plan, SafetensorsWriter, read_safetensors
-from minillama.checkpoint.torch_files import TorchWriter, read_torch
+from minillama.checkpoint.tensor_files import Entry, Plan, plan_of, read_safetensors, safetensors_writer
+from minillama.checkpoint.torch_files import read_torch, torch_writer
 from minillama.errors import UserError
 from minillama.model import Llama
 from minillama.tokenizer import Tokenizer, open_tokenizer
 
 TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 IGNORED = re.compile(r"rotary_emb\.inv_freq$|^rope\.freqs$")  # positions are computed, whatever an old file carries
 GB = 10**9
 
 
 def open_weights(directory: Path) -> dict[str, Entry]:
-    """Every tensor of a checkpoint directory, by name: nothing but headers is read.
+    """Every tensor of a checkpoint directory, by name, from headers alone; model*.safetensors before pytorch_model*.bin.
 
-    model*.safetensors is preferred to pytorch_model*.bin where both are there. Raises UserError for missing or unreadable files,
-    all of them in one message.
+    Raises UserError for missing or unreadable files, all of them in one message.
     """
     if not directory.is_dir():
         raise UserError(f"{directory}: no such directory; a checkpoint is a directory with config.json and model*.safetensors")
-    entries: dict[str, Entry] = {}
-    problems: list[str] = []
+    entries, problems = {}, []
     for path, expected in _weight_files(directory).items():
         try:
             found = read_torch(path) if path.suffix == ".bin" else read_safetensors(path)
-        except UserError as error:
-            problems.append(str(error))
-            continue
-        except FileNotFoundError:
-            problems.append(f"{path}: the index names this file, but it is not there; download it")
+        except (UserError, FileNotFoundError) as error:
+            absent = f"{path}: the index names this file, but it is not there; download it"
+            problems.append(str(error) if isinstance(error, UserError) else absent)
             continue
         problems += [f"{path}: lacks {name}, which the index promises; download it again" for name in expected if name not in found]
         problems += [f"{path}: {name} is in {entries[name].file.name} too" for name in found if name in entries]
         entries |= found
     if problems:
-        more = f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
-        raise UserError("; ".join(problems[:8]) + more)
+        raise UserError(listed(problems, 8))
     return {name: entry for name, entry in entries.items() if not IGNORED.search(name)}
+
+
+def listed(problems: list[str], most: int = 4) -> str:
+    """The first of them in one line, and how many more there are."""
+    return "; ".join(problems[:most]) + (f"; and {len(problems) - most} more" if len(problems) > most else "")
 
 
 def _weight_files(directory: Path) -> dict[Path, list[str]]:
@@ -67,8 +68,7 @@ def _weight_files(directory: Path) -> dict[Path, list[str]]:
     if shards := [*directory.glob("model-*-of-*.safetensors"), *directory.glob("pytorch_model-*-of-*.bin")]:
         raise UserError(f"{directory}: holds shards ({shards[0].name}, …) without their index; download the *.index.json too")
     if list(directory.glob("consolidated.*.pth")):
-        raise UserError(f"{directory}: a Meta checkpoint; convert it first: "
-                        f"python convert.py meta --input {directory} --output {directory.name}-hf")
+        raise UserError(f"{directory}: Meta's; convert it first: python convert.py meta --input {directory} --output {directory.name}-hf")
     if (directory / "adapter_config.json").is_file():
         raise UserError(f"{directory}: a LoRA adapter, not a whole model; name its base with --base DIR")
     raise UserError(f"{directory}: holds no model*.safetensors and no pytorch_model*.bin")
@@ -76,13 +76,10 @@ def _weight_files(directory: Path) -> dict[Path, list[str]]:
 
 def _read_index(index: Path) -> dict[Path, list[str]]:
     files: dict[Path, list[str]] = {}
-    try:
-        for tensor, name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].items():
-            if Path(name).name != name:
-                raise UserError(f"{index}: names the file {name!r}; only plain file names inside the directory are read")
-            files.setdefault(index.with_name(name), []).append(tensor)
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise UserError(f"{index}: not a weight index ({error})") from None
+    for tensor, name in read_json(index, "a weight index", {"weight_map": dict})["weight_map"].items():
+        if Path(str(name)).name != name:
+            raise UserError(f"{index}: names the file {name!r}; only plain file names inside the directory are read")
+        files.setdefault(index.with_name(name), []).append(tensor)
     return dict(sorted(files.items()))
 
 
@@ -93,12 +90,10 @@ def load_model(directory: Path, dtype: torch.dtype = torch.float32, device: torc
     n_layers: only the first N (0: all). vocab_size: grow the embeddings to this many rows; new rows are the mean of the old.
     Raises UserError for any difference between the files and what config.json describes.
     """
-    config = read_config(directory)
+    config, entries = read_config(directory), open_weights(directory)
     config = with_layers(config, n_layers) if n_layers else config
-    entries = open_weights(directory)
-    grown = replace(config, vocab_size=max(vocab_size, config.vocab_size))
     check_names(config, entries, directory, first_layers_only=bool(n_layers))
-    model = empty_model(grown, dtype, device)
+    model = empty_model(replace(config, vocab_size=max(vocab_size, config.vocab_size)), dtype, device)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             tensor = entries[name].read()
@@ -121,16 +116,13 @@ def empty_model(config: LlamaConfig, dtype: torch.dtype, device: torch.device | 
 def check_names(config: LlamaConfig, entries: dict[str, Entry], where: Path, first_layers_only: bool = False) -> None:
     """Compare the tensors at hand with those `config` describes; UserError lists every difference."""
     wanted = config.parameter_shapes()
-    unwanted = [name for name in entries if name not in wanted and not (config.tie_embeddings and name == "lm_head.weight")]
-    if first_layers_only:
-        unwanted = [name for name in unwanted if not name.startswith("model.layers.")]
-    missing = [name for name in wanted if name not in entries]
-    differing = [f"{name} is {entries[name].shape}, config.json says {shape}"
+    known = (*([HEAD] if config.tie_embeddings else []), *(["model.layers."] if first_layers_only else []))
+    problems = [f"missing {name}" for name in wanted if name not in entries]
+    problems += [f"unexpected {name}" for name in entries if name not in wanted and not name.startswith(known)]
+    problems += [f"{name} is {entries[name].shape}, config.json says {shape}"
                  for name, shape in wanted.items() if name in entries and entries[name].shape != shape]
-    problems = [*(f"missing {name}" for name in missing), *(f"unexpected {name}" for name in unwanted), *differing]
     if problems:
-        more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
-        raise UserError(f"{where}: the weights do not fit config.json: {'; '.join(problems[:4])}{more}")
+        raise UserError(f"{where}: the weights do not fit config.json: {listed(problems)}")
 
 
 def save_model(model: Llama, directory: Path, tokenizer: Tokenizer | None = None, about: dict[str, Any] | None = None,
@@ -141,38 +133,47 @@ def save_model(model: Llama, directory: Path, tokenizer: Tokenizer | None = None
     """
     directory.mkdir(parents=True, exist_ok=True)
     named = dict(model.named_parameters())
-    dtype = str(next(iter(named.values())).dtype).removeprefix("torch.")
-    write_weights(directory, iter(named.items()), {n: (p.dtype, tuple(p.shape)) for n, p in named.items()}, max_shard_bytes)
-    write_json(directory / "config.json", to_hf(model.config, dtype))
-    write_generation_config(directory, model.config)
-    if tokenizer is not None:
-        copy_tokenizer(tokenizer, directory)
+    write_weights(directory, iter(named.items()), plan_of(named), max_shard_bytes)
+    write_configs(directory, model.config, next(iter(named.values())).dtype, tokenizer)
     if about is not None:
         write_json(directory / "minillama.json", about)
 
 
-def write_weights(directory: Path, tensors: Iterator[tuple[str, Tensor | nn.Parameter]], plan: Plan,
-                  max_shard_bytes: int = 5 * GB, bin: bool = False) -> None:
+def write_weights(directory: Path, tensors: Iterator[tuple[str, Tensor]], plan: Plan, max_shard_bytes: int = 5 * GB,
+                  bin: bool = False) -> None:
     """Write tensors, in the order of `plan`, as one model.safetensors, or as shards with their index. bin: as pytorch_model.bin."""
-    shards: list[dict] = [{}]
-    size = total = 0
-    for name, (dtype, shape) in plan.items():
-        nbytes = torch.Size(shape).numel() * dtype.itemsize
-        if shards[-1] and size + nbytes > max_shard_bytes:
-            shards.append({})
-            size = 0
-        shards[-1][name] = (dtype, shape)
-        size, total = size + nbytes, total + nbytes
-    writer, stem, suffix = (TorchWriter, "pytorch_model", "bin") if bin else (SafetensorsWriter, "model", "safetensors")
+    sizes = {name: prod(shape) * dtype.itemsize for name, (dtype, shape) in plan.items()}
+    shards, room = [[]], max_shard_bytes
+    for name, size in sizes.items():
+        if shards[-1] and size > room:
+            shards.append([])
+            room = max_shard_bytes
+        shards[-1].append(name)
+        room -= size
+    writer, stem, suffix = (torch_writer, "pytorch_model", ".bin") if bin else (safetensors_writer, "model", ".safetensors")
     weight_map = {}
-    for number, shard in enumerate(shards, 1):
-        file = f"{stem}-{number:05d}-of-{len(shards):05d}.{suffix}" if len(shards) > 1 else f"{stem}.{suffix}"
-        with writer(directory / file, shard) as output:
-            for _ in shard:
-                output.append(*next(tensors))
-        weight_map |= dict.fromkeys(shard, file)
+    for number, names in enumerate(shards, 1):
+        file = stem + (f"-{number:05d}-of-{len(shards):05d}" if len(shards) > 1 else "") + suffix
+        with writer(directory / file, {name: plan[name] for name in names}) as append:
+            for _ in names:
+                append(*next(tensors))
+        weight_map |= dict.fromkeys(names, file)
     if len(shards) > 1:
-        write_json(directory / f"{stem}.{suffix}.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
+        metadata = {"total_size": sum(sizes.values())}
+        write_json(directory / f"{stem}{suffix}.index.json", {"metadata": metadata, "weight_map": weight_map})
+
+
+def write_configs(directory: Path, config: LlamaConfig, dtype: torch.dtype, tokenizer: Tokenizer | None = None) -> None:
+    """config.json, generation_config.json and the tokenizer's files: what a directory of weights needs beside them."""
+    write_json(directory / "config.json", to_hf(config, str(dtype).removeprefix("torch.")))
+    write_generation_config(directory, config)
+    if tokenizer is not None:
+        copy_tokenizer(tokenizer, directory)
+
+
+def write_generation_config(directory: Path, config: LlamaConfig) -> None:
+    eos = config.eos_ids[0] if len(config.eos_ids) == 1 else list(config.eos_ids)
+    write_json(directory / "generation_config.json", {"bos_token_id": config.bos_id, "eos_token_id": eos})
 
 
 def copy_tokenizer(tokenizer: Tokenizer, directory: Path) -> None:
@@ -203,14 +204,14 @@ def find_checkpoint(path: Path) -> Path:
 def read_about(directory: Path) -> dict[str, Any]:
     """minillama.json: the template and what made the checkpoint; {} where there is none."""
     path = directory / "minillama.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return read_json(path, "what minillama wrote") if path.is_file() else {}
 
 
 def stop_ids(directory: Path, config: LlamaConfig) -> tuple[int, ...]:
     """The ids that end a text: those of config.json and of generation_config.json."""
     path = directory / "generation_config.json"
-    extra = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id") if path.is_file() else None
-    more = extra if isinstance(extra, list) else [] if extra is None else [extra]
+    more = read_json(path, "a generation config").get("eos_token_id") if path.is_file() else None
+    more = more if isinstance(more, list) else [] if more is None else [more]
     return tuple(dict.fromkeys([*config.eos_ids, *more]))
 
 
@@ -219,9 +220,17 @@ def tokenizer_for(directory: Path, named: str = "") -> Tokenizer:
     return open_tokenizer(named or directory)
 
 
-def write_generation_config(directory: Path, config: LlamaConfig) -> None:
-    eos = config.eos_ids[0] if len(config.eos_ids) == 1 else list(config.eos_ids)
-    write_json(directory / "generation_config.json", {"bos_token_id": config.bos_id, "eos_token_id": eos})
+def read_json(path: Path, what: str, keys: Mapping[str, type] | None = None, missing: str = "download it") -> dict[str, Any]:
+    """A JSON object with these keys. Raises UserError where it is not `what` it should be, or not there (`missing`: what to do)."""
+    try:
+        content = dict(json.loads(path.read_text(encoding="utf-8")))
+        if wrong := [key for key, kind in (keys or {}).items() if not isinstance(content[key], kind)]:
+            raise TypeError(f"{wrong[0]} is {content[wrong[0]]!r}")
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; {missing}") from None
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{path}: not {what} ({type(error).__name__}: {error})") from None
+    return content
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

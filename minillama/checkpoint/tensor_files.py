@@ -10,12 +10,11 @@ A download that went wrong is usually a file of another kind under the right nam
 import json
 import os
 import struct
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
-from types import TracebackType
-from typing import BinaryIO
 
 import torch
 from torch import Tensor
@@ -26,6 +25,7 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
           "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 Plan = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]  # name -> dtype, shape
+Append = Callable[[str, Tensor], None]                    # writes the next tensor of a plan, converted to its dtype
 
 
 @dataclass(frozen=True)
@@ -42,16 +42,25 @@ class Entry:
     def read(self) -> Tensor:
         """The tensor, on the host, in memory of its own."""
         flat = torch.empty(self.nbytes // self.dtype.itemsize, dtype=self.dtype)
-        if self.nbytes:
-            with open(self.file, "rb") as file:
-                file.seek(self.offset)
-                if file.readinto(_bytes(flat)) != self.nbytes:
-                    raise UserError(f"{self.file}: ends before byte {self.offset + self.nbytes}; the file is truncated")
+        with open(self.file, "rb") as file:
+            file.seek(self.offset)
+            if self.nbytes and file.readinto(bytes_of(flat)) != self.nbytes:
+                raise UserError(f"{self.file}: ends before byte {self.offset + self.nbytes}; the file is truncated")
         return flat.as_strided(self.shape, self.stride).contiguous() if self.stride else flat.view(self.shape)
 
+    def transposed(self) -> "Entry":
+        """The same elements with rows for columns."""
+        rows, columns = self.stride or (self.shape[1], 1)
+        return replace(self, shape=self.shape[::-1], stride=(columns, rows))
 
-def _bytes(tensor: Tensor) -> memoryview:
+
+def bytes_of(tensor: Tensor) -> memoryview:
+    """The bytes of a contiguous tensor on the host, not copied."""
     return tensor.view(-1).view(torch.uint8).numpy().data
+
+
+def plan_of(tensors: Mapping[str, Tensor]) -> Plan:
+    return {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
 
 
 def refuse_foreign_bytes(path: Path, first: bytes) -> None:
@@ -70,15 +79,15 @@ def read_safetensors(path: Path) -> dict[str, Entry]:
     with open(path, "rb") as file:
         first = file.read(8)
         refuse_foreign_bytes(path, first)
-        length = struct.unpack("<Q", first)[0] if len(first) == 8 else size
-        if 8 + length > size:
+        start = 8 + (struct.unpack("<Q", first)[0] if len(first) == 8 else size)
+        if start > size:
             raise UserError(f"{path}: not a safetensors file, or cut short ({size} bytes)")
         try:
-            header = json.loads(file.read(length))
+            header = json.loads(file.read(start - 8))
             header.pop("__metadata__", None)
-            start = 8 + length
-            entries = {name: Entry(path, DTYPES[spec["dtype"]], tuple(spec["shape"]), start + spec["data_offsets"][0],
-                                   spec["data_offsets"][1] - spec["data_offsets"][0]) for name, spec in header.items()}
+            spans = {name: spec["data_offsets"] for name, spec in header.items()}
+            entries = {name: Entry(path, DTYPES[spec["dtype"]], tuple(spec["shape"]), start + spans[name][0],
+                                   spans[name][1] - spans[name][0]) for name, spec in header.items()}
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{path}: damaged safetensors header ({type(error).__name__}: {error})") from None
     for name, entry in entries.items():
@@ -89,60 +98,38 @@ def read_safetensors(path: Path) -> dict[str, Entry]:
     return entries
 
 
-class TensorWriter:
-    """A file that takes the tensors of its plan one after another, and is on the disk when the `with` block ends."""
+def appending(plan: Plan, write: Callable[[memoryview], object]) -> Iterator[Append]:
+    """Yield the function that takes the tensors of `plan`, in its order, and hands their bytes to `write`."""
+    waiting = iter(plan.items())
 
-    def __init__(self, path: Path, plan: Plan) -> None:
-        self.file: BinaryIO = open(path, "wb")  # noqa: SIM115, closed by __exit__
-        self.plan = plan
-        self.waiting = iter(plan.items())
-
-    def append(self, name: str, tensor: Tensor) -> None:
-        """Write the next tensor of the plan; `name` and shape must be the planned ones, the dtype is converted."""
-        planned, (dtype, shape) = next(self.waiting)
+    def append(name: str, tensor: Tensor) -> None:
+        planned, (dtype, shape) = next(waiting)
         assert name == planned and tuple(tensor.shape) == shape, (name, tuple(tensor.shape), planned, shape)
-        self._write(_bytes(tensor.detach().to("cpu", dtype).contiguous()))
+        write(bytes_of(tensor.detach().to("cpu", dtype).contiguous()))
 
-    def _write(self, data: memoryview) -> None:
-        self.file.write(data)
-
-    def _finish(self) -> None:
-        assert next(self.waiting, None) is None, "tensors of the plan are missing"
-
-    def _abandon(self) -> None:
-        """Let go of a file that will not be finished."""
-
-    def __enter__(self) -> "TensorWriter":
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        with self.file:
-            if kind is not None:
-                self._abandon()
-            else:
-                self._finish()
-                self.file.flush()
-                os.fsync(self.file.fileno())
+    yield append
+    assert next(waiting, None) is None, "tensors of the plan are missing"
 
 
-class SafetensorsWriter(TensorWriter):
-    """Writes safetensors: the header from the plan, then the bytes as they come."""
-
-    def __init__(self, path: Path, plan: Plan) -> None:
-        super().__init__(path, plan)
-        header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
-        offset = 0
-        for name, (dtype, shape) in plan.items():
-            end = offset + prod(shape) * dtype.itemsize
-            header[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
-            offset = end
-        text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
-        self.file.write(struct.pack("<Q", len(text)) + text)
+@contextmanager
+def safetensors_writer(path: Path, plan: Plan) -> Iterator[Append]:
+    """A safetensors file that is on the disk when the `with` block ends: the header from the plan, then the bytes as they come."""
+    header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, (dtype, shape) in plan.items():
+        start, end = end, end + prod(shape) * dtype.itemsize
+        header[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        yield from appending(plan, file.write)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def write_safetensors(path: Path, tensors: dict[str, Tensor]) -> None:
     """Write tensors that are all at hand, and wait until they are on the disk."""
-    with SafetensorsWriter(path, {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}) as file:
+    with safetensors_writer(path, plan_of(tensors)) as append:
         for name, tensor in tensors.items():
-            file.append(name, tensor)
+            append(name, tensor)

@@ -11,75 +11,72 @@ Left out on purpose: the format before torch 1.6, other containers than dictiona
 """
 
 import io
+import os
 import pickle
 import struct
 import zipfile
 from collections import OrderedDict
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import count
 from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from minillama.checkpoint.tensor_files import Entry, Plan, TensorWriter, refuse_foreign_bytes
+from minillama.checkpoint.tensor_files import Append, Entry, Plan, appending, refuse_foreign_bytes
 from minillama.errors import UserError
 
 STORAGES = {"DoubleStorage": torch.float64, "FloatStorage": torch.float32, "HalfStorage": torch.float16,
             "BFloat16Storage": torch.bfloat16, "LongStorage": torch.int64, "IntStorage": torch.int32, "ShortStorage": torch.int16,
             "CharStorage": torch.int8, "ByteStorage": torch.uint8, "BoolStorage": torch.bool}
 STORAGE_NAMES = {dtype: name for name, dtype in STORAGES.items()}
+Storage = tuple[torch.dtype, int, int]  # dtype, offset in the file, bytes
+DAMAGE = (pickle.UnpicklingError, ArithmeticError, AttributeError, EOFError, LookupError, MemoryError, TypeError, ValueError, struct.error)
 LARGEST_PICKLE = 64 * 2**20  # bytes; a 70B model's is 0.1 MB
 ALIGNMENT = 64               # bytes; where torch puts the beginning of a storage
 
 
-@dataclass(frozen=True)
-class _Storage:
-    dtype: torch.dtype
-    offset: int  # in the file
-    nbytes: int
-
-
 class _Unpickler(pickle.Unpickler):
-    """Builds dictionaries of `Entry`. Everything a pickle may name is in `find_class`."""
+    """Builds dictionaries of `Entry`. Everything a pickle may name is in `find_class`. storages: (offset in the file, bytes)."""
 
     def __init__(self, path: Path, data: bytes, storages: dict[str, tuple[int, int]]) -> None:
         super().__init__(io.BytesIO(data))
         self.path, self.storages = path, storages
 
     def find_class(self, module: str, name: str) -> Any:
-        if module == "torch" and name in STORAGES:
-            return STORAGES[name]
-        allowed = {("torch._utils", "_rebuild_tensor_v2"): self._tensor, ("torch._utils", "_rebuild_parameter"): self._parameter,
-                   ("collections", "OrderedDict"): OrderedDict}
-        if (module, name) not in allowed:
+        allowed = {"torch._utils._rebuild_tensor_v2": self._tensor, "torch._utils._rebuild_parameter": lambda data, *_: data,
+                   "collections.OrderedDict": OrderedDict, **{f"torch.{storage}": dtype for storage, dtype in STORAGES.items()}}
+        if f"{module}.{name}" not in allowed:
             raise UserError(f"{self.path}: its pickle asks for {module}.{name}, which a file of weights does not need; "
                             "nothing was executed. Do not trust this file; look for a safetensors version")
-        return allowed[module, name]
+        return allowed[f"{module}.{name}"]
 
-    def persistent_load(self, pid: Any) -> _Storage:
+    def persistent_load(self, pid: Any) -> Storage:
         _, dtype, key, _, count = pid
         offset, nbytes = self.storages[key]
         if not isinstance(dtype, torch.dtype) or count * dtype.itemsize > nbytes:
             raise ValueError(f"storage {key} claims {count} elements of {dtype} in {nbytes} bytes")
-        return _Storage(dtype, offset, nbytes)
+        return dtype, offset, nbytes
 
-    def _tensor(self, storage: _Storage, start: int, shape: tuple[int, ...], stride: tuple[int, ...], *_: Any) -> Entry:
-        size, numbers = storage.dtype.itemsize, (start, *shape, *stride)
-        if len(shape) != len(stride) or not all(type(number) is int and 0 <= number < 2**48 for number in numbers):
+    def _tensor(self, storage: Storage, start: int, shape: tuple[int, ...], stride: tuple[int, ...], *_: Any) -> Entry:
+        dtype, offset, nbytes = storage
+        if len(shape) != len(stride) or not all(type(number) is int and 0 <= number < 2**48 for number in (start, *shape, *stride)):
             raise ValueError(f"a tensor of shape {shape}, stride {stride}, from {start}")
         # From the first to the last element: with shape (2, 3) and stride (8, 1), 1·8 + 2·1 + 1 = 11 elements.
         span = 1 + sum((n - 1) * step for n, step in zip(shape, stride, strict=True)) if prod(shape) else 0
-        if (start + span) * size > storage.nbytes:
-            raise ValueError(f"a tensor of shape {shape} reaches beyond its storage of {storage.nbytes} bytes")
-        dense = tuple(prod(shape[axis + 1:]) for axis in range(len(shape)))
-        strides = () if span == 0 or dense == tuple(stride) else tuple(stride)
+        if (start + span) * dtype.itemsize > nbytes:
+            raise ValueError(f"a tensor of shape {shape} reaches beyond its storage of {nbytes} bytes")
+        strides = () if span == 0 or tuple(stride) == _dense(shape) else tuple(stride)
         if strides and span < prod(shape):
             raise ValueError(f"a tensor of shape {shape}, stride {stride} whose elements overlap")
-        return Entry(self.path, storage.dtype, tuple(shape), storage.offset + start * size, span * size, strides)
+        return Entry(self.path, dtype, tuple(shape), offset + start * dtype.itemsize, span * dtype.itemsize, strides)
 
-    def _parameter(self, data: Entry, *_: Any) -> Entry:
-        return data
+
+def _dense(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The strides of elements that lie row after row."""
+    return tuple(prod(shape[axis + 1:]) for axis in range(len(shape)))
 
 
 def read_torch(path: Path) -> dict[str, Entry]:
@@ -99,13 +96,11 @@ def read_torch(path: Path) -> dict[str, Entry]:
             content = _Unpickler(path, data, storages).load()
         except zipfile.BadZipFile as error:
             raise UserError(f"{path}: cut short or damaged ({error}): download it again") from None
-        except (pickle.UnpicklingError, ValueError, TypeError, KeyError, IndexError, AttributeError, EOFError, struct.error,
-                OverflowError, MemoryError, UnicodeDecodeError) as error:
+        except DAMAGE as error:
             raise UserError(f"{path}: damaged: {type(error).__name__}: {error}") from None
-    inner = [content[key] for key in ("module", "model", "state_dict") if isinstance(content, dict) and key in content]
-    content = inner[0] if inner and isinstance(inner[0], dict) else content
     if not isinstance(content, dict):
         raise UserError(f"{path}: holds a {type(content).__name__}, not a dictionary of tensors")
+    content = next((content[key] for key in ("module", "model", "state_dict") if isinstance(content.get(key), dict)), content)
     for name, value in content.items():
         if not isinstance(name, str) or not isinstance(value, Entry):
             raise UserError(f"{path}: {name!r} is a {type(value).__name__}, not a tensor")
@@ -133,17 +128,12 @@ def _read_archive(path: Path, file: io.BufferedReader) -> tuple[bytes, dict[str,
     return archive.read(pickles[0]), storages
 
 
-class _PlannedStorage:
-    def __init__(self, key: int, dtype: torch.dtype, count: int) -> None:
-        self.pid = ("storage", getattr(torch, STORAGE_NAMES[dtype]), str(key), "cpu", count)
+class _Planned:
+    """Pickles as torch pickles a contiguous tensor that fills the storage `key`."""
 
-
-class _PlannedTensor:
-    """Pickles as torch pickles a contiguous tensor that fills its storage."""
-
-    def __init__(self, storage: _PlannedStorage, shape: tuple[int, ...]) -> None:
-        stride = tuple(prod(shape[axis + 1:]) for axis in range(len(shape)))
-        self.call = torch._utils._rebuild_tensor_v2, (storage, 0, shape, stride, False, OrderedDict())
+    def __init__(self, key: int, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+        storage = ("storage", getattr(torch, STORAGE_NAMES[dtype]), str(key), "cpu", prod(shape))
+        self.call = torch._utils._rebuild_tensor_v2, (storage, 0, shape, _dense(shape), False, OrderedDict())
 
     def __reduce__(self) -> tuple:
         return self.call
@@ -151,40 +141,28 @@ class _PlannedTensor:
 
 class _Pickler(pickle.Pickler):
     def persistent_id(self, value: Any) -> tuple | None:
-        return value.pid if isinstance(value, _PlannedStorage) else None
+        return value if isinstance(value, tuple) and value[:1] == ("storage",) else None
 
 
-class TorchWriter(TensorWriter):
-    """Writes what torch.load(weights_only=True) opens: the pickle from the plan, then a stored zip entry per tensor."""
+@contextmanager
+def torch_writer(path: Path, plan: Plan) -> Iterator[Append]:
+    """What torch.load(weights_only=True) opens, on the disk when the `with` block ends: a stored zip entry per tensor."""
+    table, keys = io.BytesIO(), count()
+    _Pickler(table, protocol=2).dump({name: _Planned(key, *spec) for key, (name, spec) in enumerate(plan.items())})
+    with open(path, "wb") as file:
+        with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+            for name, data in {"data.pkl": table.getbuffer(), "byteorder": b"little", "version": b"3\n"}.items():
+                _write_entry(archive, f"{path.stem}/{name}", memoryview(data))
+            yield from appending(plan, lambda data: _write_entry(archive, f"{path.stem}/data/{next(keys)}", data))
+        file.flush()
+        os.fsync(file.fileno())
 
-    def __init__(self, path: Path, plan: Plan) -> None:
-        super().__init__(path, plan)
-        self.prefix, self.count = path.stem, 0
-        self.archive = zipfile.ZipFile(self.file, "w", zipfile.ZIP_STORED)
-        data = io.BytesIO()
-        tensors = {name: _PlannedTensor(_PlannedStorage(key, dtype, prod(shape)), shape)
-                   for key, (name, (dtype, shape)) in enumerate(plan.items())}
-        _Pickler(data, protocol=2).dump(tensors)
-        self._entry("data.pkl", data.getbuffer())
-        self._entry("byteorder", memoryview(b"little"))
 
-    def _write(self, data: memoryview) -> None:
-        self._entry(f"data/{self.count}", data)
-        self.count += 1
-
-    def _finish(self) -> None:
-        super()._finish()
-        self._entry("version", memoryview(b"3\n"))
-        self.archive.close()
-
-    def _abandon(self) -> None:
-        self.archive.fp = None  # or its destructor would write the table of contents into the closed file
-
-    def _entry(self, name: str, data: memoryview) -> None:
-        info = zipfile.ZipInfo(f"{self.prefix}/{name}")  # its date is constant: equal tensors make equal files
-        info.file_size = data.nbytes
-        before = self.file.tell() + 30 + len(info.filename.encode()) + 4 + (20 if data.nbytes * 1.05 > zipfile.ZIP64_LIMIT else 0)
-        padding = -before % ALIGNMENT
-        info.extra = struct.pack("<2sH", b"FB", padding) + b"Z" * padding  # torch's own padding field
-        with self.archive.open(info, "w") as entry:
-            entry.write(data)
+def _write_entry(archive: zipfile.ZipFile, name: str, data: memoryview) -> None:
+    info = zipfile.ZipInfo(name)  # its date is constant: equal tensors make equal files
+    info.file_size = data.nbytes
+    before = archive.fp.tell() + 30 + len(name.encode()) + 4 + (20 if data.nbytes * 1.05 > zipfile.ZIP64_LIMIT else 0)
+    padding = -before % ALIGNMENT
+    info.extra = struct.pack("<2sH", b"FB", padding) + b"Z" * padding  # torch's own padding field
+    with archive.open(info, "w") as entry:
+        entry.write(data)

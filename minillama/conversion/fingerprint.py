@@ -7,59 +7,51 @@ bytes. Safetensors or .bin, one file or forty, Meta's layout or Hugging Face's: 
 
 import hashlib
 import json
-from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from minillama.checkpoint.directory import open_weights, write_json
+from minillama.checkpoint.directory import open_weights, read_json
+from minillama.checkpoint.tensor_files import bytes_of
 from minillama.conversion.merge import adapter_entries
 from minillama.conversion.meta import read_meta
-from minillama.conversion.output import Recipe, copies
+from minillama.conversion.output import Recipes, write_file
+from minillama.data.memmap import sha256_of
 from minillama.errors import UserError
 
-MANIFEST = "manifest.json"
+MANIFEST, ABSENT = "manifest.json", "`convert.py sha256 DIR` writes one"
 
 
-def recipes_of(directory: Path) -> Mapping[str, Recipe]:
+def recipes_of(directory: Path) -> Recipes:
     """The tensors of a checkpoint: Hugging Face's, Meta's (under Hugging Face's names, whole) or an adapter's."""
     if not directory.is_dir():
         raise UserError(f"{directory}: no such directory")
     if list(directory.glob("consolidated.*.pth")):
         return read_meta(directory)[1]
     if (directory / "adapter_config.json").is_file():
-        return copies(adapter_entries(directory))
-    return copies(open_weights(directory))
+        return adapter_entries(directory)
+    return open_weights(directory)
 
 
 def manifest(directory: Path) -> dict:
     """{"content": fingerprint, "tensors": {name: dtype, shape, sha256, norm}, "files": {name: bytes, sha256}} of a checkpoint."""
-    tensors = {}
-    recipes = recipes_of(directory)
+    tensors, recipes = {}, recipes_of(directory)
     for name in tqdm(sorted(recipes), unit="tensor", disable=None):
-        tensor = recipes[name].make().contiguous()
-        digest = hashlib.sha256(tensor.view(-1).view(torch.uint8).numpy().data).hexdigest()
+        tensor = recipes[name].read().contiguous()
         norm = torch.linalg.vector_norm(tensor, dtype=torch.float64).item() if tensor.is_floating_point() else 0.0
-        dtype = str(tensor.dtype).removeprefix("torch.")
-        tensors[name] = {"dtype": dtype, "shape": list(tensor.shape), "sha256": digest, "norm": norm}
+        tensors[name] = {"dtype": str(tensor.dtype).removeprefix("torch."), "shape": list(tensor.shape),
+                         "sha256": hashlib.sha256(bytes_of(tensor)).hexdigest(), "norm": norm}
     lines = (f"{name} {line['dtype']} {line['shape']} {line['sha256']}\n" for name, line in tensors.items())
-    files = {path.name: {"bytes": path.stat().st_size, "sha256": _file_sha256(path)}
+    files = {path.name: {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
              for path in sorted(directory.iterdir()) if path.is_file() and path.name != MANIFEST}
     return {"version": 1, "content": hashlib.sha256("".join(lines).encode()).hexdigest(), "tensors": tensors, "files": files}
-
-
-def _file_sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_manifest(directory: Path) -> str:
     """Write DIR/manifest.json and return the content fingerprint."""
     made = manifest(directory)
-    partial = directory / f".{MANIFEST}.partial"
-    write_json(partial, made)
-    partial.replace(directory / MANIFEST)
+    write_file(directory / MANIFEST, json.dumps(made, indent=2, ensure_ascii=False).encode() + b"\n", overwrite=True)
     return made["content"]
 
 
@@ -68,7 +60,8 @@ def check(directory: Path, against: Path) -> list[str]:
 
     Raises UserError naming the first tensor that differs, and by how much where both sides' tensors are at hand.
     """
-    found, wanted = manifest(directory), manifest(against) if against.is_dir() else _read_manifest(against)
+    wanted = {} if against.is_dir() else read_json(against, "a manifest of convert.py sha256", {"tensors": dict, "files": dict}, ABSENT)
+    found, wanted = manifest(directory), wanted or manifest(against)
     ours, theirs = found["tensors"], wanted["tensors"]
     for name in sorted(ours.keys() | theirs.keys()):
         if name not in ours or name not in theirs:
@@ -84,16 +77,6 @@ def check(directory: Path, against: Path) -> list[str]:
     return remarks
 
 
-def _read_manifest(path: Path) -> dict:
-    try:
-        made = json.loads(path.read_text(encoding="utf-8"))
-        return {"tensors": dict(made["tensors"]), "files": dict(made["files"])}
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; `convert.py sha256 DIR` writes one") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: not a manifest of convert.py sha256 ({type(error).__name__}: {error})") from None
-
-
 def _difference(directory: Path, against: Path, name: str, ours: dict, theirs: dict) -> str:
     for what in ("dtype", "shape"):
         if ours[what] != theirs[what]:
@@ -101,7 +84,7 @@ def _difference(directory: Path, against: Path, name: str, ours: dict, theirs: d
     if not against.is_dir():
         return (f"its norm is {ours['norm']:.9g} here, {theirs.get('norm')} there "
                 "(--check GOOD_DIR compares with another copy, element by element)")
-    a, b = (recipes_of(side)[name].make().float().view(-1) for side in (directory, against))
+    a, b = (recipes_of(side)[name].read().float().view(-1) for side in (directory, against))
     gap = (a - b).abs().nan_to_num(nan=torch.inf)
     worst = int(gap.argmax())
     return (f"by up to {gap[worst]:.3g} (element {worst}: {a[worst]:.6g} here, {b[worst]:.6g} there), "

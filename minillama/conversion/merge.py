@@ -1,19 +1,18 @@
 """Merging LoRA adapters into their base (Hu et al. 2021): W' = W + s·B·A, with s = alpha / R, or alpha / sqrt(R) for rsLoRA.
 
-The product and the sum are fp32 and are rounded once, to the output's dtype, however many adapters there are. Each tensor is merged
-by blocks of rows, so the fp32 copies stay small enough for the processor's cache. An adapter may also hold whole tensors
-(`modules_to_save`: a grown vocabulary lives there); the last adapter's replaces the base's and all that went before it.
+The product and the sum are fp32 and are rounded once, to the output's dtype, however many adapters there are. An adapter may also
+hold whole tensors (`modules_to_save`: a grown vocabulary lives there); the last adapter's replaces the base's and all that went
+before it.
 
-An adapter whose names do not match would merge without effect, so every key must find its tensor, exactly once. While merging, the
-same blocks answer two questions for the report: how much did W change, |W' - W| / |W|, and does W'x equal W x + s·B(A x) on random
-x, up to the rounding of W'?
+An adapter whose names do not match would merge without effect, so every key must find its tensor, exactly once. And every merge
+answers two questions for the report: how much did W change, |W' - W| / |W|, and does W'x equal W x + s·B(A x) on random x, up to
+the rounding of W'?
 
 Left out on purpose: DoRA (its merge rescales columns), and merging into quantized weights.
 
 Shapes: a linear is (out, in); A is (R, in), B is (out, R).
 """
 
-import json
 import math
 import re
 from collections import defaultdict
@@ -25,39 +24,27 @@ import torch
 from torch import Tensor
 
 from minillama.architecture import read_config
-from minillama.checkpoint.directory import IGNORED, check_names, open_weights
+from minillama.checkpoint.directory import EMBEDDING, HEAD, IGNORED, check_names, open_weights, read_json
 from minillama.checkpoint.tensor_files import Entry, read_safetensors
 from minillama.checkpoint.torch_files import read_torch
 from minillama.conversion.meta import write_meta
-from minillama.conversion.output import Output, Recipe, copies, write_checkpoint, write_companions
+from minillama.conversion.output import Output, Recipe, has_tokenizer, write_checkpoint, write_companions
 from minillama.errors import UserError, closest
-from minillama.tokenizer import SentencePieceTokenizer, open_tokenizer
+from minillama.tokenizer import open_tokenizer
 
-BLOCK = 2**18  # elements of W merged at a time: 1 MB in fp32
-PROBES = 4     # random hidden states in the check
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+PROBES = 4  # random hidden states in the check
 _WRAPPERS = re.compile(r"^(?:base_model\.model\.|module\.)+")
 _FACTOR = re.compile(r"^(.+)\.lora_(embedding_)?([AB])(?:\.(?!weight$|bias$)[^.]+)?(?:\.weight)?$")
+_WHOLE = re.compile(r"\.modules_to_save(\.[^.]+)?(?=\.weight$)|\.base_layer(?=\.)")
 
 
 @dataclass(frozen=True)
 class Product:
-    """s·B·A, to be added to a tensor; transposed for embeddings and for fan_in_fan_out, whose weights lie as (in, out)."""
+    """s·B·A as scale·left·right, to be added to a tensor: B and A, or Aᵀ and Bᵀ where weights lie as (in, out)."""
 
-    a: Entry
-    b: Entry
+    left: Entry   # (rows, R)
+    right: Entry  # (R, columns)
     scale: float
-    transposed: bool
-
-    def factors(self) -> tuple[Tensor, Tensor]:
-        """left (rows, R) and right (R, columns) in fp32, whose product is s·B·A or its transpose."""
-        a, b = self.a.read().float(), self.b.read().float() * self.scale
-        return (a.T, b.T) if self.transposed else (b, a)
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        out_in = self.b.shape[0], self.a.shape[1]
-        return out_in[::-1] if self.transposed else out_in
 
 
 @dataclass(frozen=True)
@@ -85,27 +72,24 @@ def merge_lora(base: Path, adapters: list[Path], output: Output, meta: bool = Fa
     config, entries = read_config(base), open_weights(base)
     check_names(config, entries, base)
     opened = [read_adapter(path) for path in adapters]
-    if config.tie_embeddings and any(HEAD in adapter.replacements or HEAD in adapter.products for adapter in opened):
+    if config.tie_embeddings and any(HEAD in adapter.replacements | adapter.products for adapter in opened):
         entries, config = entries | {HEAD: entries[EMBEDDING]}, replace(config, tie_embeddings=False)
-    final, products = dict(entries), defaultdict(list)
+    recipes, products = dict(entries), defaultdict(list)
     for adapter in opened:
-        _stack(adapter, final, products)
-    rows = final[EMBEDDING].shape[0]
-    config = replace(config, vocab_size=rows)
-    report: list[Merged] = []
-    recipes = copies(final)
-    for name in final:
-        dtype = output.dtype or entries[name].dtype
-        made = partial(_merge, name, final[name], products[name], dtype, report, torch.device(device), seed)
-        recipes[name] = Recipe(dtype, final[name].shape, made if products[name] else final[name].read)
+        _stack(adapter, recipes, products)
+    config = replace(config, vocab_size=recipes[EMBEDDING].shape[0])
     check_names(config, recipes, base)
+    dtypes = {name: output.dtype or entry.dtype for name, entry in entries.items()}
+    report: list[Merged] = []
+    for name, entry in recipes.items():
+        read = partial(_merge, name, entry, products[name], dtypes[name], report, device, seed) if products[name] else entry.read
+        recipes[name] = Recipe(dtypes[name], entry.shape, read)
     sources = [*reversed(adapters), base]
-    dtype = output.dtype or entries[EMBEDDING].dtype
     if meta:
-        write_meta(output, recipes, config, next((path for path in sources if (path / "tokenizer.model").is_file()), base), shards)
+        write_meta(output, recipes, config, next(filter(has_tokenizer, sources), base), shards)
     else:
-        write_checkpoint(output, recipes,
-                         lambda directory: write_companions(directory, base, rows, dtype, sources, config.tie_embeddings))
+        changes = {"vocab_size": config.vocab_size, "tie_word_embeddings": config.tie_embeddings}
+        write_checkpoint(output, recipes, lambda path: write_companions(path, base, changes, dtypes[EMBEDDING], sources))
     _show(report, opened)
     return report
 
@@ -124,77 +108,68 @@ def read_adapter(path: Path) -> Adapter:
             raise UserError(f"{path}: {key}: DoRA is not supported; merge it with peft")
         if ".original_module." in name or IGNORED.search(name):
             continue  # the frozen copy beside a module_to_save, and positions
-        if pair := _FACTOR.match(name):
-            module, embedding, half = pair.groups()
-            place, where = halves[module, bool(embedding)], half
-        elif "lora_" in name:
+        pair = _FACTOR.match(name)
+        if not pair and "lora_" in name:
             raise UserError(f"{path}: {key}: not a LoRA key that is known here")
-        else:
-            place, where = replacements, re.sub(r"\.modules_to_save(\.[^.]+)?(?=\.weight$)|\.base_layer(?=\.)", "", name)
+        place, where = (halves[pair[1], bool(pair[2])], pair[3]) if pair else (replacements, _WHOLE.sub("", name))
         if where in place:
             raise UserError(f"{path}: {key}: a second value for {name}; the file holds more than one adapter")
         place[where] = entry
-    products = {}
-    for (module, embedding), pair in halves.items():
-        if set(pair) != {"A", "B"}:
-            raise UserError(f"{path}: {module} has lora_{next(iter(pair))} without its other half")
-        products[f"{module}.weight"] = _product(path, config, module, pair["A"], pair["B"], embedding)
+    products = {f"{module}.weight": _product(path, config, module, pair, embedding) for (module, embedding), pair in halves.items()}
     return Adapter(path, products, replacements)
 
 
 def _read_adapter_config(path: Path) -> dict:
-    try:
-        config = json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))
-        alpha, r = config["lora_alpha"], config["r"]
-    except FileNotFoundError:
-        raise UserError(f"{path}: no adapter_config.json; --lora takes a PEFT adapter directory") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}/adapter_config.json: not a LoRA configuration ({type(error).__name__}: {error})") from None
-    if config.get("peft_type", "LORA") != "LORA" or config.get("use_dora"):
-        raise UserError(f"{path}: {'DoRA' if config.get('use_dora') else config['peft_type']} is not supported; merge it with peft")
-    if not isinstance(alpha, (int, float)) or not isinstance(r, int) or r < 1:
-        raise UserError(f"{path}/adapter_config.json: r = {r!r}, lora_alpha = {alpha!r}: expected numbers")
+    file = path / "adapter_config.json"
+    missing = "--lora takes a PEFT adapter directory, and this one has no adapter_config.json"
+    config = read_json(file, "a LoRA configuration", {"lora_alpha": object, "r": object}, missing)
+    alpha, rank, kind = config["lora_alpha"], config["r"], "DoRA" if config.get("use_dora") else config.get("peft_type", "LORA")
+    if kind != "LORA":
+        raise UserError(f"{path}: {kind} is not supported; merge it with peft")
+    if not isinstance(alpha, (int, float)) or not isinstance(rank, int) or rank < 1:
+        raise UserError(f"{file}: r = {rank!r}, lora_alpha = {alpha!r}: expected numbers")
     return config
 
 
 def adapter_entries(path: Path) -> dict[str, Entry]:
     """The tensors of an adapter directory, under the names they have in its file."""
-    if (path / "adapter_model.safetensors").is_file():
-        return read_safetensors(path / "adapter_model.safetensors")
-    for name in ("adapter_model.bin", "pytorch_model.bin"):
+    for name in ("adapter_model.safetensors", "adapter_model.bin", "pytorch_model.bin"):
         if (path / name).is_file():
-            return read_torch(path / name)
+            return read_torch(path / name) if name.endswith(".bin") else read_safetensors(path / name)
     raise UserError(f"{path}: holds no adapter_model.safetensors, adapter_model.bin or pytorch_model.bin")
 
 
-def _product(path: Path, config: dict, module: str, a: Entry, b: Entry, embedding: bool) -> Product:
+def _product(path: Path, config: dict, module: str, pair: dict[str, Entry], embedding: bool) -> Product:
     def setting(patterns: str, default: float) -> float:
-        found = [value for pattern, value in (config.get(patterns) or {}).items() if re.match(rf"(?:.*\.)?(?:{pattern})$", module)]
-        return found[0] if found else default
+        found = (config.get(patterns) or {}).items()
+        return next((value for pattern, value in found if re.match(rf"(?:.*\.)?(?:{pattern})$", module)), default)
 
+    if len(pair) == 1:
+        raise UserError(f"{path}: {module} has lora_{next(iter(pair))} without its other half")
+    a, b = pair["A"], pair["B"]
     rank, alpha = setting("rank_pattern", config["r"]), setting("alpha_pattern", config["lora_alpha"])
-    if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] != b.shape[1] or a.shape[0] != rank:
+    if len(a.shape) != 2 or len(b.shape) != 2 or not a.shape[0] == b.shape[1] == rank:
         raise UserError(f"{path}: {module}: lora_A is {a.shape} and lora_B {b.shape}, adapter_config.json says rank {rank}")
     scale = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
-    return Product(a, b, scale, embedding or bool(config.get("fan_in_fan_out")))
+    lies_in_out = embedding or config.get("fan_in_fan_out")
+    return Product(a.transposed(), b.transposed(), scale) if lies_in_out else Product(b, a, scale)
 
 
 def _stack(adapter: Adapter, final: dict[str, Entry], products: dict[str, list[Product]]) -> None:
     """Put one more adapter on top: `final` is where each whole tensor comes from, `products` what is added to it."""
     rows = final[EMBEDDING].shape[0]
+    if strange := [name for name in adapter.replacements | adapter.products if name not in final]:
+        raise UserError(f"{adapter.path}: {strange[0]}: the base has no such tensor{closest(strange[0], final)}")
     for name, entry in adapter.replacements.items():
-        if name not in final:
-            raise UserError(f"{adapter.path}: {name}: the base has no such tensor{closest(name, final)}")
         old = final[name].shape
         grows = name in (EMBEDDING, HEAD) and entry.shape[1:] == old[1:] and entry.shape[0] >= old[0]
         if entry.shape != old and not grows:
             raise UserError(f"{adapter.path}: {name} is {entry.shape}, in the base {old}; it was trained on another base")
         final[name], products[name] = entry, []
     for name, product in adapter.products.items():
-        if name not in final:
-            raise UserError(f"{adapter.path}: {name}: the base has no such tensor{closest(name, final)}")
-        if product.shape != final[name].shape:
-            raise UserError(f"{adapter.path}: {name}: the adapter makes {product.shape}, the base has {final[name].shape}")
+        made = product.left.shape[0], product.right.shape[1]
+        if made != final[name].shape:
+            raise UserError(f"{adapter.path}: {name}: the adapter makes {made}, the base has {final[name].shape}")
         products[name].append(product)
     _refuse_other_vocabulary(adapter, rows, final[EMBEDDING].shape[0])
 
@@ -212,38 +187,29 @@ def _refuse_other_vocabulary(adapter: Adapter, before: int, after: int) -> None:
 
 def vocabulary_size(directory: Path) -> int:
     """Pieces of tokenizer.model, and the tokens that the JSON files beside it add (Chinese-Alpaca's [PAD])."""
-    tokenizer = open_tokenizer(directory / "tokenizer.model")
-    assert isinstance(tokenizer, SentencePieceTokenizer)
-    added: set[str] = set()
-    for name in ("added_tokens.json", "special_tokens_map.json"):
+    model = open_tokenizer(directory / "tokenizer.model").model
+    tokens: list = []
+    for name, part in (("added_tokens.json", dict.keys), ("special_tokens_map.json", dict.values)):
         if (directory / name).is_file():
-            content = json.loads((directory / name).read_text(encoding="utf-8"))
-            tokens = content if name == "added_tokens.json" else content.values()
-            tokens = (token["content"] if isinstance(token, dict) else token for token in tokens)
-            added |= {token for token in tokens if isinstance(token, str)}
-    known = {tokenizer.model.id_to_piece(i) for i in range(tokenizer.size)}
-    return tokenizer.size + len(added - known)
+            tokens += part(read_json(directory / name, "a table of tokens"))
+    texts = {token["content"] if isinstance(token, dict) else token for token in tokens if isinstance(token, (dict, str))}
+    return model.get_piece_size() + len(texts - {model.id_to_piece(i) for i in range(model.get_piece_size())})
 
 
-def _merge(name: str, entry: Entry, products: list[Product], dtype: torch.dtype, report: list[Merged], device: torch.device,
+def _merge(name: str, entry: Entry, products: list[Product], dtype: torch.dtype, report: list[Merged], device: torch.device | str,
            seed: int) -> Tensor:
     """W' for one tensor, and its line of the report."""
-    weight, merged = entry.read(), torch.empty(entry.shape, dtype=dtype)
-    lefts, rights = zip(*(product.factors() for product in products), strict=True)
-    left, right = torch.cat(lefts, 1).to(device), torch.cat(rights, 0).to(device)  # several adapters are one of their summed rank
+    left = torch.cat([product.left.read().float() * product.scale for product in products], 1).to(device)  # several adapters are
+    right = torch.cat([product.right.read().float() for product in products], 0).to(device)                # one of their summed rank
     x = torch.randn(entry.shape[1], PROBES, generator=torch.Generator().manual_seed(seed)).to(device)  # (in, P)
-    inner = right @ x                                                                                  # (R, P)
-    changed = norm = deviation = largest = 0.0
-    step = max(1, BLOCK // entry.shape[1])
-    for start in range(0, len(weight), step):
-        rows = slice(start, start + step)
-        block, delta = weight[rows].to(device).float(), left[rows] @ right
-        unmerged = block @ x + left[rows] @ inner
-        norm, changed = math.hypot(norm, torch.linalg.vector_norm(block)), math.hypot(changed, torch.linalg.vector_norm(delta))
-        merged[rows] = block.add_(delta)
-        seen = merged[rows].to(device).float() @ x
-        deviation, largest = max(deviation, (seen - unmerged).abs().max().item()), max(largest, seen.abs().max().item())
-    report.append(Merged(name, changed / norm if norm else math.inf, deviation / largest if largest else 0.0))
+    weight = entry.read().to(device).float()
+    norm, unmerged = weight.norm(dim=1).norm().item(), weight @ x + left @ (right @ x)  # by rows, so fp32 is enough; (out, P)
+    merged = weight.addmm_(left, right).to(dtype)
+    seen = weight.copy_(merged) @ x  # in the fp32 copy, so that there is only one
+    # |B·A|² = Σ (BᵀB) ∘ (AAᵀ): R×R numbers in place of out×in
+    change = ((left.T.double() @ left.double()) * (right.double() @ right.T.double())).sum().clamp(min=0).sqrt().item()
+    deviation, largest = (seen - unmerged).abs().max().item(), seen.abs().max().item()
+    report.append(Merged(name, change / norm if norm else math.inf, deviation / largest if largest else 0.0))
     return merged
 
 

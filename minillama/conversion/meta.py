@@ -12,7 +12,6 @@ n_kv_heads and not into n_heads. Values are not rotated, so v and o stay.
 Left out on purpose: LLaMA 3.1's stretched rotary frequencies, whose numbers Meta's files do not hold.
 """
 
-import json
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
@@ -22,20 +21,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from minillama.architecture import LlamaConfig, ffn_width, read_config, to_hf
-from minillama.checkpoint.directory import (
-    IGNORED,
-    check_names,
-    copy_tokenizer,
-    open_weights,
-    write_generation_config,
-    write_json,
-)
+from minillama.architecture import LlamaConfig, ffn_width, read_config
+from minillama.checkpoint import directory as hf_directory
+from minillama.checkpoint.directory import EMBEDDING, IGNORED, check_names, open_weights, read_json, write_json
 from minillama.checkpoint.tensor_files import Entry, Plan
-from minillama.checkpoint.torch_files import TorchWriter, read_torch
-from minillama.conversion.output import Output, Recipe, copies, has_tokenizer, write_checkpoint
+from minillama.checkpoint.torch_files import read_torch, torch_writer
+from minillama.conversion.output import Output, Recipe, Recipes, has_tokenizer, write_checkpoint
 from minillama.errors import UserError
-from minillama.tokenizer import Tokenizer, open_tokenizer
+from minillama.tokenizer import open_tokenizer
 
 # Hugging Face's name: Meta's name, and the axis along which Meta cuts it (None: every shard holds all of it)
 OUTER = {"model.embed_tokens": ("tok_embeddings", 1), "model.norm": ("norm", None), "lm_head": ("output", 0)}
@@ -50,7 +43,8 @@ PUBLISHED_FFN = ((256, None), (4096, 1.3), (1024, 1.3))  # multiple_of and ffn_d
 def meta_to_hf(source: Path, output: Output, tokenizer: str = "", max_seq_len: int = 0) -> None:
     """Convert Meta's directory `source`. tokenizer: its file (default: beside the weights, or one directory up)."""
     config, recipes = read_meta(source)
-    found = _find_tokenizer(source, tokenizer)
+    places = [Path(tokenizer)] if tokenizer else [path for path in (source, source.resolve().parent) if has_tokenizer(path)]
+    found = open_tokenizer(places[0]) if places else None
     if found is None:
         print(f"warning: no tokenizer.model in {source} or above it, so the output has none (--tokenizer FILE adds it); "
               f"the embedding's {config.vocab_size} rows give the vocabulary")
@@ -60,44 +54,16 @@ def meta_to_hf(source: Path, output: Output, tokenizer: str = "", max_seq_len: i
     config = replace(config, max_seq_len=max_seq_len or config.max_seq_len)
     if not max_seq_len:
         print(f"context length {config.max_seq_len}, by transformers' rule (Meta's files do not say; --max_seq_len sets it)")
-    dtype = str(output.dtype or recipes["model.embed_tokens.weight"].dtype).removeprefix("torch.")
-
-    def finish(directory: Path) -> None:
-        write_json(directory / "config.json", to_hf(config, dtype))
-        write_generation_config(directory, config)
-        if found is not None:
-            copy_tokenizer(found, directory)
-
-    write_checkpoint(output, recipes, finish)
+    dtype = output.dtype or recipes[EMBEDDING].dtype
+    write_checkpoint(output, recipes, lambda path: hf_directory.write_configs(path, config, dtype, found))
 
 
-def hf_to_meta(source: Path, output: Output, shards: int = 0) -> None:
-    """Convert the Hugging Face directory `source` to Meta's layout. shards: files (0: as Meta does for this width)."""
-    config, entries = read_config(source), open_weights(source)
-    check_names(config, entries, source)
-    write_meta(output, copies(entries), config, source, shards)
-
-
-def read_meta(directory: Path) -> tuple[LlamaConfig, dict[str, Recipe]]:
+def read_meta(directory: Path) -> tuple[LlamaConfig, Recipes]:
     """The config that params.json and the shapes give, and the recipes of all tensors under Hugging Face's names.
 
     Raises UserError for damaged or missing files, all at once, and for weights that do not fit params.json.
     """
-    paths = sorted(directory.glob("consolidated.*.pth"))
-    if not paths:
-        raise UserError(f"{directory}: holds no consolidated.*.pth")
-    shards, problems = [], []
-    for path in paths:
-        try:
-            shards.append({name: entry for name, entry in read_torch(path).items() if not IGNORED.search(name)})
-        except UserError as error:
-            problems.append(str(error))
-    if not problems:
-        problems = [f"{path}: lacks {name}, which {other.name} has; a file of another model, or one is missing"
-                    for path, shard in zip(paths, shards, strict=True) for other, all_of in zip(paths, shards, strict=True)
-                    for name in sorted(all_of.keys() - shard.keys())[:1]]
-    if problems:
-        raise UserError("; ".join(problems))
+    shards = _read_shards(directory)
     params = _read_params(directory / "params.json")
     table = _names(params["n_layers"])
     unknown = sorted(shards[0].keys() - {name for name, _ in table.values()})
@@ -105,18 +71,32 @@ def read_meta(directory: Path) -> tuple[LlamaConfig, dict[str, Recipe]]:
     if unknown or missing:
         raise UserError(f"{directory}: params.json says {params['n_layers']} layers; "
                         f"missing tensors: {missing[:3]}, unexpected: {unknown[:3]}")
+    if shards[0]["tok_embeddings.weight"].shape[-1] == params["dim"]:
+        table[EMBEDDING] = "tok_embeddings.weight", 0  # LLaMA 3 and some exports cut the embedding by rows
     parts = {hf: [shard[name] for shard in shards] for hf, (name, _) in table.items()}
-    axes = {hf: axis for hf, (_, axis) in table.items()}
-    if parts["model.embed_tokens.weight"][0].shape[-1] == params["dim"]:
-        axes["model.embed_tokens.weight"] = 0  # LLaMA 3 and some exports cut the embedding by rows
-    shapes = {hf: _whole_shape(hf, parts[hf], axes[hf]) for hf in parts}
+    shapes = {hf: _whole_shape(hf, parts[hf], axis) for hf, (_, axis) in table.items()}
     config = _config(params, shapes, directory)
-    heads = {"q_proj.weight": config.n_heads, "k_proj.weight": config.n_kv_heads}
-    recipes = {hf: Recipe(parts[hf][0].dtype, shapes[hf],
-                          partial(_join, hf, parts[hf], axes[hf], shapes[hf], heads.get(hf.split("self_attn.")[-1], 0)))
-               for hf in parts}
+    recipes = {hf: Recipe(parts[hf][0].dtype, shapes[hf], partial(_join, hf, parts[hf], axis, shapes[hf], _heads(config, hf)))
+               for hf, (_, axis) in table.items()}
     check_names(config, recipes, directory)
     return config, recipes
+
+
+def _read_shards(directory: Path) -> list[dict[str, Entry]]:
+    paths = sorted(directory.glob("consolidated.*.pth"))
+    if not paths:
+        raise UserError(f"{directory}: holds no consolidated.*.pth")
+    shards, problems = {}, []
+    for path in paths:
+        try:
+            shards[path] = {name: entry for name, entry in read_torch(path).items() if not IGNORED.search(name)}
+        except UserError as error:
+            problems.append(str(error))
+    lacking = {path: sorted(set().union(*shards.values()) - shard.keys()) for path, shard in shards.items()}
+    problems += [f"{path}: lacks {names[0]}, which another has; a file of another model" for path, names in lacking.items() if names]
+    if problems:
+        raise UserError("; ".join(problems))
+    return list(shards.values())
 
 
 def _names(n_layers: int) -> dict[str, tuple[str, int | None]]:
@@ -127,16 +107,16 @@ def _names(n_layers: int) -> dict[str, tuple[str, int | None]]:
     return dict([embed, *layers, norm, head])
 
 
+def _heads(config: LlamaConfig, name: str) -> int:
+    """The heads in whose rows this tensor's rotary order is changed: 0 for all but queries and keys."""
+    return {"q_proj.weight": config.n_heads, "k_proj.weight": config.n_kv_heads}.get(name.split("self_attn.")[-1], 0)
+
+
 def _read_params(path: Path) -> dict:
-    try:
-        params = json.loads(path.read_text(encoding="utf-8"))
-        params = params.get("model", params)
-        wrong = [key for key in ("dim", "n_layers", "n_heads") if type(params.get(key)) is not int or not 0 < params[key] < 2**20]
-        wrong += [] if isinstance(params.get("norm_eps"), float) else ["norm_eps"]
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; Meta's directory has one beside the weights") from None
-    except (ValueError, AttributeError) as error:
-        raise UserError(f"{path}: not valid JSON ({error})") from None
+    params = read_json(path, "valid JSON", missing="Meta's directory has one beside the weights")
+    params = params.get("model", params)
+    wrong = [key for key in ("dim", "n_layers", "n_heads") if type(params.get(key)) is not int or not 0 < params[key] < 2**20]
+    wrong += [] if isinstance(params.get("norm_eps"), float) else ["norm_eps"]
     if wrong:
         raise UserError(f"{path}: {wrong[0]} = {params.get(wrong[0])!r} is missing or makes no sense; is this Meta's own file?")
     if params.get("use_scaled_rope"):
@@ -146,44 +126,39 @@ def _read_params(path: Path) -> dict:
 
 
 def _whole_shape(name: str, parts: list[Entry], axis: int | None) -> tuple[int, ...]:
-    shape = list(parts[0].shape)
-    if axis is not None and axis < len(shape):
-        shape[axis] = sum(part.shape[axis] for part in parts if len(part.shape) == len(shape))
-    fits = all(len(part.shape) == len(shape) and part.dtype == parts[0].dtype and
-               all(part.shape[i] == shape[i] or i == axis for i in range(len(shape))) for part in parts)
-    if not fits:
+    """The shape of the parts, laid end to end along `axis`. Raises UserError where they are of different kinds."""
+    kinds = {(part.dtype, *(size for i, size in enumerate(part.shape) if i != axis)) for part in parts}
+    if len(kinds) > 1:
         raise UserError(f"{name}: the shards do not fit together: "
                         f"{', '.join(f'{part.shape} of {part.dtype} in {part.file.name}' for part in parts)}")
-    return tuple(shape)
+    return tuple(sum(part.shape[i] for part in parts) if i == axis else size for i, size in enumerate(parts[0].shape))
 
 
 def _config(params: dict, shapes: Mapping[str, tuple[int, ...]], where: Path) -> LlamaConfig:
-    dim, theta, vocab_size = params["dim"], float(params.get("rope_theta") or 10000.0), shapes["model.embed_tokens.weight"][0]
-    n_kv_heads = params.get("n_kv_heads") or params["n_heads"]
-    first_generation = params["norm_eps"] < 5e-6 or (dim == 8192 and n_kv_heads == params["n_heads"])  # 65B: 1e-5, but all heads
-    context = 8192 if vocab_size >= 128_000 else 16384 if theta > 10000 else 2048 if first_generation else 4096
-    claimed = params.get("vocab_size", -1)
-    if claimed not in (-1, None, vocab_size):
-        raise UserError(f"{where}: params.json says vocab_size = {claimed}, the embedding has {vocab_size} rows; a file is missing")
-    llama3 = {"bos_id": 128_000, "eos_ids": (128_001,)} if vocab_size >= 128_000 else {}
-    return LlamaConfig(dim=dim, n_layers=params["n_layers"], n_heads=params["n_heads"], n_kv_heads=n_kv_heads,
-                       head_dim=dim // params["n_heads"], ffn_dim=shapes["model.layers.0.mlp.gate_proj.weight"][0],
-                       vocab_size=vocab_size, max_seq_len=context, norm_eps=params["norm_eps"], rope_theta=theta, **llama3)
+    dim, n_heads, theta, vocab_size = params["dim"], params["n_heads"], float(params.get("rope_theta") or 10000.0), shapes[EMBEDDING][0]
+    n_kv_heads = params.get("n_kv_heads") or n_heads
+    if params.get("vocab_size") not in (-1, None, vocab_size):
+        raise UserError(f"{where}: params.json says vocab_size = {params['vocab_size']}, the embedding has {vocab_size} rows; "
+                        "a file is missing")
+    is_llama3 = vocab_size >= 128_000
+    is_llama1 = params["norm_eps"] < 5e-6 or (dim == 8192 and n_kv_heads == n_heads)  # 65B: 1e-5, but all heads
+    context = 8192 if is_llama3 else 16384 if theta > 10000 else 2048 if is_llama1 else 4096
+    return LlamaConfig(dim=dim, n_layers=params["n_layers"], n_heads=n_heads, n_kv_heads=n_kv_heads, head_dim=dim // n_heads,
+                       ffn_dim=shapes["model.layers.0.mlp.gate_proj.weight"][0], vocab_size=vocab_size, max_seq_len=context,
+                       norm_eps=params["norm_eps"], rope_theta=theta,
+                       bos_id=128_000 if is_llama3 else 1, eos_ids=(128_001,) if is_llama3 else (2,))
 
 
 def _join(name: str, parts: list[Entry], axis: int | None, shape: tuple[int, ...], heads: int) -> Tensor:
     """The whole tensor from its parts, one part in memory at a time; q and k in Hugging Face's rotary order."""
-    if axis is None:
+    if axis is None or len(parts) == 1:
         tensor = parts[0].read()
         if not all(torch.equal(tensor, part.read()) for part in parts[1:]):
             raise UserError(f"{name}: differs between the shards that should all hold it; files of different models")
-    elif len(parts) == 1:
-        tensor = parts[0].read()
     else:
-        tensor, start = torch.empty(shape, dtype=parts[0].dtype), 0
-        for part in parts:
-            tensor.narrow(axis, start, part.shape[axis]).copy_(part.read())
-            start += part.shape[axis]
+        tensor = torch.empty(shape, dtype=parts[0].dtype)
+        for part, place in zip(parts, tensor.split([part.shape[axis] for part in parts], axis), strict=True):
+            place.copy_(part.read())
     return to_halves(tensor, heads) if heads else tensor
 
 
@@ -199,30 +174,28 @@ def to_pairs(weight: Tensor, heads: int) -> Tensor:
     return weight.view(heads, 2, rows // heads // 2, C).transpose(1, 2).reshape(rows, C)  # (n, 2, D/2, C) -> (n, D/2, 2, C)
 
 
-def _find_tokenizer(source: Path, named: str) -> Tokenizer | None:
-    places = [Path(named)] if named else [path for path in (source, source.resolve().parent) if has_tokenizer(path)]
-    return open_tokenizer(places[0]) if places else None
+def hf_to_meta(source: Path, output: Output, shards: int = 0) -> None:
+    """Convert the Hugging Face directory `source` to Meta's layout. shards: files (0: as Meta does for this width)."""
+    config, entries = read_config(source), open_weights(source)
+    check_names(config, entries, source)
+    write_meta(output, entries, config, source, shards)
 
 
-def write_meta(output: Output, recipes: dict[str, Recipe], config: LlamaConfig, companions: Path, shards: int = 0) -> None:
+def write_meta(output: Output, recipes: Recipes, config: LlamaConfig, companions: Path, shards: int = 0) -> None:
     """Write `recipes`, whole tensors under Hugging Face's names, as `shards` consolidated files and params.json.
 
     companions: the directory whose tokenizer is copied. Raises UserError for what Meta's layout cannot say.
     """
     shards = shards or SHARDS.get(config.dim, 1)
     _refuse_what_meta_cannot_say(config, shards)
-    if config.tie_embeddings and "lm_head.weight" not in recipes:
-        recipes = recipes | {"lm_head.weight": recipes["model.embed_tokens.weight"]}
-    table = _names(config.n_layers)
+    tied = {"lm_head.weight": recipes[EMBEDDING]} if config.tie_embeddings else {}
 
     def finish(directory: Path) -> None:
         write_json(directory / "params.json", _params(config))
-        if has_tokenizer(companions):
-            for name in ("tokenizer.model", "tokenizer.json"):
-                if (companions / name).is_file():
-                    (directory / name).write_bytes((companions / name).read_bytes())
+        hf_directory.copy_tokenizer_files(companions, directory)
 
-    write_checkpoint(output, {name: recipes[name] for name in table}, finish, partial(_write_shards, config, shards))
+    ordered = {name: (tied | recipes)[name] for name in _names(config.n_layers)}
+    write_checkpoint(output, ordered, finish, partial(_write_shards, config, shards))
 
 
 def _refuse_what_meta_cannot_say(config: LlamaConfig, shards: int) -> None:
@@ -240,46 +213,37 @@ def _refuse_what_meta_cannot_say(config: LlamaConfig, shards: int) -> None:
 def _write_shards(config: LlamaConfig, shards: int, directory: Path, tensors: Iterator[tuple[str, Tensor]], plan: Plan) -> None:
     """Write every tensor once into all files, each its slice. A vocabulary that does not divide leaves its rest to the last."""
     table = _names(config.n_layers)
-    heads = {"q_proj.weight": config.n_heads, "k_proj.weight": config.n_kv_heads}
 
-    def bounds(name: str, shard: int) -> tuple[int, int, int]:
-        axis, shape = table[name][1], plan[name][1]
+    def cut(tensor: Tensor, axis: int | None) -> list[Tensor]:
         if axis is None:
-            return 0, 0, shape[0]
-        step = shape[axis] // shards
-        return axis, shard * step, shape[axis] - (shards - 1) * step if shard == shards - 1 else step
+            return [tensor] * shards
+        step = tensor.shape[axis] // shards
+        return list(tensor.split([step] * (shards - 1) + [tensor.shape[axis] - step * (shards - 1)], axis))
 
-    with ExitStack() as stack:
-        files = []
-        for shard in range(shards):
-            cut = {}
-            for name, (dtype, shape) in plan.items():
-                axis, _, length = bounds(name, shard)
-                cut[table[name][0]] = (dtype, (*shape[:axis], length, *shape[axis + 1:]))
-            files.append(stack.enter_context(TorchWriter(directory / f"consolidated.{shard:02d}.pth", cut)))
+    shapes = {name: [tuple(part.shape) for part in cut(torch.empty(shape, device="meta"), table[name][1])]
+              for name, (_, shape) in plan.items()}
+    with ExitStack() as files:
+        plans = [{table[name][0]: (dtype, shapes[name][shard]) for name, (dtype, _) in plan.items()} for shard in range(shards)]
+        appends = [files.enter_context(torch_writer(directory / f"consolidated.{shard:02d}.pth", part)) for shard, part in enumerate(plans)]
         for name, tensor in tensors:
-            count = heads.get(name.split("self_attn.")[-1], 0)
-            whole = to_pairs(tensor, count) if count else tensor
-            for shard, file in enumerate(files):
-                file.append(table[name][0], whole.narrow(*bounds(name, shard)))
+            meta_name, axis = table[name]
+            heads = _heads(config, name)
+            for append, part in zip(appends, cut(to_pairs(tensor, heads) if heads else tensor, axis), strict=True):
+                append(meta_name, part)
 
 
 def _params(config: LlamaConfig) -> dict[str, float]:
-    params = {"dim": config.dim, "n_layers": config.n_layers, "n_heads": config.n_heads, "norm_eps": config.norm_eps,
-              "vocab_size": -1}  # -1: as the tokenizer has
-    if config.n_kv_heads != config.n_heads:
-        params["n_kv_heads"] = config.n_kv_heads
-    if config.rope_theta != 10000.0:
-        params["rope_theta"] = config.rope_theta
     multiple_of, multiplier = _ffn_params(config.dim, config.ffn_dim)
-    return params | {"multiple_of": multiple_of} | ({} if multiplier is None else {"ffn_dim_multiplier": multiplier})
+    params = {"dim": config.dim, "n_layers": config.n_layers, "n_heads": config.n_heads, "norm_eps": config.norm_eps,
+              "vocab_size": -1, "multiple_of": multiple_of, "ffn_dim_multiplier": multiplier,  # -1: as the tokenizer has
+              "n_kv_heads": config.n_kv_heads if config.n_kv_heads != config.n_heads else None,
+              "rope_theta": config.rope_theta if config.rope_theta != 10000.0 else None}
+    return {key: value for key, value in params.items() if value is not None}
 
 
 def _ffn_params(dim: int, ffn_dim: int) -> tuple[int, float | None]:
     """multiple_of and ffn_dim_multiplier for which `ffn_width` gives `ffn_dim`: a published pair, else the plainest."""
-    candidates = [*PUBLISHED_FFN, *((2**power, None) for power in range(7, -1, -1))]
-    for multiple_of, multiplier in candidates:
+    for multiple_of, multiplier in (*PUBLISHED_FFN, *((2**power, None) for power in range(7, -1, -1))):
         if ffn_width(dim, multiple_of, multiplier) == ffn_dim:
             return multiple_of, multiplier
-    multiplier = (ffn_dim + 0.5) / int(8 * dim / 3)  # half a row more, so that the rule's truncation lands on ffn_dim
-    return 1, multiplier
+    return 1, (ffn_dim + 0.5) / int(8 * dim / 3)  # half a row more, so that the rule's truncation lands on ffn_dim

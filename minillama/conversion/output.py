@@ -1,24 +1,23 @@
 """How every conversion writes: one tensor at a time, and all or nothing.
 
-A conversion is a table of recipes: for each tensor its dtype and shape, known from headers, and a function that makes it. Since
-the whole output is known before the first byte, the disk is checked first and headers are written first; then each tensor is
+A conversion is a table of recipes: what has a dtype, a shape and `read()`, be it an `Entry` of a file or a `Recipe` that computes.
+Since the whole output is known before the first byte, the disk is checked first and headers are written first; then each tensor is
 made, written and forgotten, so memory holds one or two of them, whatever the size of the model.
 
-The output grows in a hidden directory beside its final name and gets that name by one rename, after everything is on the disk.
-Killed at any moment, a conversion leaves what was there before; a second attempt clears the remains of the first.
+The output grows in a hidden directory beside its final name and is renamed after everything is on the disk; an old output steps
+aside and is removed last. Killed at any moment, a conversion leaves what was there before, and the next one clears its remains.
 """
 
-import ctypes
 import fcntl
-import json
 import os
 import resource
 import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from pathlib import Path
 
@@ -27,14 +26,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from minillama.architecture import read_config
-from minillama.checkpoint.directory import GB, copy_tokenizer_files, write_generation_config, write_json, write_weights
+from minillama.checkpoint.directory import GB, copy_tokenizer_files, read_json, write_generation_config, write_json, write_weights
 from minillama.checkpoint.tensor_files import Entry, Plan
 from minillama.errors import UserError
 
-Writer = Callable[[Path, Iterator[tuple[str, Tensor]], Plan], None]
 OURS = ("config.json", "params.json", "adapter_config.json", "manifest.json")  # a directory with one of these may be overwritten
 HEADROOM = 16 * 2**20                                                           # bytes for headers, config and tokenizer
-EXCHANGE, HERE = 2, -100                                                        # renameat2's RENAME_EXCHANGE and AT_FDCWD
 
 
 @dataclass(frozen=True)
@@ -43,7 +40,11 @@ class Recipe:
 
     dtype: torch.dtype
     shape: tuple[int, ...]
-    make: Callable[[], Tensor]
+    read: Callable[[], Tensor]
+
+
+Recipes = Mapping[str, Entry | Recipe]
+Writer = Callable[[Path, Iterator[tuple[str, Tensor]], Plan], None]
 
 
 @dataclass(frozen=True)
@@ -58,59 +59,44 @@ class Output:
     verbose: bool = False
 
 
-def copies(entries: Mapping[str, Entry]) -> dict[str, Recipe]:
-    """The recipes that leave every tensor as it is."""
-    return {name: Recipe(entry.dtype, entry.shape, entry.read) for name, entry in entries.items()}
-
-
-def write_checkpoint(output: Output, recipes: Mapping[str, Recipe], finish: Callable[[Path], None],
-                     write: Writer | None = None) -> None:
+def write_checkpoint(output: Output, recipes: Recipes, finish: Callable[[Path], None], write: Writer | None = None) -> None:
     """Carry out `recipes`. write: how weights are laid out (default: as Hugging Face does); finish: adds the other files."""
     started = time.monotonic()
     plan = {name: (output.dtype or recipe.dtype, recipe.shape) for name, recipe in recipes.items()}
     sizes = {name: prod(shape) * dtype.itemsize for name, (dtype, shape) in plan.items()}
     total = sum(sizes.values())
+    write = write or partial(write_weights, max_shard_bytes=output.max_shard_bytes, bin=output.bin)
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
         with tqdm(total=total, unit="B", unit_scale=True, disable=None) as bar:
             for name, recipe in recipes.items():
                 if output.verbose:
                     bar.write(f"{name} {tuple(recipe.shape)} {plan[name][0]}", file=sys.stderr)
-                yield name, recipe.make()
+                yield name, recipe.read()
                 bar.update(sizes[name])
 
     with complete_or_absent(output.path, total, output.overwrite) as directory:
-        if write is None:
-            write_weights(directory, tensors(), plan, output.max_shard_bytes, output.bin)
-        else:
-            write(directory, tensors(), plan)
+        write(directory, tensors(), plan)
         finish(directory)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    print(f"{output.path}: {len(plan)} tensors, {total / GB:.3g} GB in {time.monotonic() - started:.1f} s, "
-          f"peak memory {peak / GB:.2f} GB")
+    print(f"{output.path}: {len(plan)} tensors, {total / GB:.3g} GB in {time.monotonic() - started:.1f} s, peak memory {peak / GB:.2f} GB")
 
 
-def write_companions(directory: Path, model: Path, rows: int, dtype: torch.dtype, tokenizers: Sequence[Path],
-                     tie: bool | None = None) -> None:
-    """The files beside the weights: `model`'s config.json with the new vocabulary and dtype, its generation_config.json, and the
+def write_companions(directory: Path, model: Path, changes: dict[str, int], dtype: torch.dtype, tokenizers: Sequence[Path]) -> None:
+    """The files beside the weights: `model`'s config.json with `changes` and the dtype, its generation_config.json, and the
     tokenizer and minillama.json of the first of `tokenizers` that has them.
     """
-    raw = json.loads((model / "config.json").read_text(encoding="utf-8"))
-    raw |= {"vocab_size": rows, "dtype" if "dtype" in raw else "torch_dtype": str(dtype).removeprefix("torch.")}
-    if tie is not None:
-        raw["tie_word_embeddings"] = tie
-    write_json(directory / "config.json", raw)
-    if (model / "generation_config.json").is_file():
-        shutil.copyfile(model / "generation_config.json", directory / "generation_config.json")
-    else:
-        write_generation_config(directory, read_config(model))
-    source = next((path for path in tokenizers if has_tokenizer(path)), None)
-    if source is None:
-        print("note: none of the inputs has a tokenizer, so the output has none")
-    else:
+    raw = read_json(model / "config.json", "valid JSON")
+    dtype_key = "dtype" if "dtype" in raw else "torch_dtype"
+    write_json(directory / "config.json", raw | changes | {dtype_key: str(dtype).removeprefix("torch.")})
+    write_generation_config(directory, read_config(model))
+    for name, places in {"generation_config.json": [model], "minillama.json": tokenizers}.items():
+        if found := next((place / name for place in places if (place / name).is_file()), None):
+            shutil.copyfile(found, directory / name)
+    if source := next(filter(has_tokenizer, tokenizers), None):
         copy_tokenizer_files(source, directory)
-    if about := next((path / "minillama.json" for path in tokenizers if (path / "minillama.json").is_file()), None):
-        shutil.copyfile(about, directory / about.name)
+    else:
+        print("note: none of the inputs has a tokenizer, so the output has none")
 
 
 def has_tokenizer(directory: Path) -> bool:
@@ -121,33 +107,40 @@ def has_tokenizer(directory: Path) -> bool:
 def complete_or_absent(path: Path, nbytes: int, overwrite: bool) -> Iterator[Path]:
     """A directory to write `nbytes` into, which becomes `path` when the block ends well, and vanishes when it does not.
 
-    Raises UserError where `path` exists (and `overwrite` is not set, or it is no checkpoint), another conversion is writing
-    it, the disk has too little room, or a file cannot be written.
+    Raises UserError where `path` is in the way, another conversion is writing it, or the disk has too little room.
     """
     path = path.resolve()
-    _refuse_existing(path, overwrite)
-    partial = path.with_name(f".{path.name}.partial")
-    lock = None
+    unfinished, aside = (path.with_name(f".{path.name}.{state}") for state in ("partial", "old"))
     try:
-        partial.mkdir(parents=True, exist_ok=True)
-        lock = _lock(partial, path)
-        for remains in partial.iterdir():
-            remains.unlink()
-        free = shutil.disk_usage(partial).free
-        if nbytes + HEADROOM > free:
-            raise UserError(f"{path}: needs {nbytes / GB:.2f} GB, and {free / GB:.2f} GB are free there; "
-                            "make room, or write to another disk")
-        yield partial
-        for file in [*partial.iterdir(), partial]:
-            _to_disk(file)
-        _publish(partial, path)
+        with ExitStack() as last:
+            unfinished.mkdir(parents=True, exist_ok=True)
+            lock = os.open(unfinished, os.O_RDONLY)  # the kernel unlocks it, however the process ends
+            last.callback(os.close, lock)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            last.callback(shutil.rmtree, unfinished, ignore_errors=True)
+            last.callback(_settle, path, aside)
+            _settle(path, aside)
+            for remains in unfinished.iterdir():
+                remains.unlink()
+            _refuse_existing(path, overwrite)
+            free = shutil.disk_usage(unfinished).free
+            if nbytes + HEADROOM > free:
+                raise UserError(f"{path}: needs {nbytes / GB:.2f} GB, and {free / GB:.2f} GB are free there; "
+                                "make room, or write to another disk")
+            yield unfinished
+            _publish(unfinished, path, aside)
+    except BlockingIOError:
+        raise UserError(f"{path}: another conversion is writing this output; wait for it, or name another") from None
     except OSError as error:
         raise UserError(f"{error.filename or path}: {error.strerror or error}; no output was written, "
                         "and what was there before is untouched") from error
-    finally:
-        if lock is not None:
-            shutil.rmtree(partial, ignore_errors=True)  # what failed, or, after an exchange, the old output
-            os.close(lock)
+
+
+def _settle(path: Path, aside: Path) -> None:
+    """An old output that stepped aside: put it back where nothing took its place, even if a killed conversion left it so."""
+    if aside.exists() and not path.exists():
+        aside.rename(path)
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def _refuse_existing(path: Path, overwrite: bool) -> None:
@@ -159,15 +152,13 @@ def _refuse_existing(path: Path, overwrite: bool) -> None:
         raise UserError(f"{path}: not a plain checkpoint directory, so --overwrite does not remove it; name another output")
 
 
-def _lock(partial: Path, path: Path) -> int:
-    """Lock the unfinished directory, so that its remains are never mistaken; the kernel unlocks it however the process ends."""
-    lock = os.open(partial, os.O_RDONLY)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(lock)
-        raise UserError(f"{path}: another conversion is writing this output; wait for it, or name another") from None
-    return lock
+def _publish(unfinished: Path, path: Path, aside: Path) -> None:
+    for file in (*unfinished.iterdir(), unfinished):
+        _to_disk(file)
+    if path.exists():
+        path.rename(aside)
+    unfinished.rename(path)
+    _to_disk(path.parent)
 
 
 def _to_disk(path: Path) -> None:
@@ -178,29 +169,15 @@ def _to_disk(path: Path) -> None:
         os.close(handle)
 
 
-def _publish(partial: Path, path: Path) -> None:
-    """Give `partial` the name `path`; an old output gets the name `partial`. One atomic step where the system has it."""
-    if path.exists() and any(path.iterdir()):
-        libc = ctypes.CDLL(None)
-        arguments = HERE, os.fsencode(partial), HERE, os.fsencode(path), EXCHANGE
-        if not hasattr(libc, "renameat2") or libc.renameat2(*arguments) != 0:
-            aside = path.with_name(f".{path.name}.old")
-            for source, target in ((path, aside), (partial, path), (aside, partial)):
-                source.rename(target)
-    else:
-        partial.rename(path)
-    _to_disk(path.parent)
-
-
 def write_file(path: Path, content: bytes, overwrite: bool) -> None:
     """Write a single file, complete or absent."""
     if path.exists() and not (overwrite and path.is_file()):
         raise UserError(f"{path}: already exists; --overwrite replaces a file")
-    partial = path.with_name(f".{path.name}.partial")
+    unfinished = path.with_name(f".{path.name}.partial")
     try:
-        partial.write_bytes(content)
-        _to_disk(partial)
-        partial.replace(path)
+        unfinished.write_bytes(content)
+        _to_disk(unfinished)
+        unfinished.replace(path)
     except OSError as error:
-        partial.unlink(missing_ok=True)
+        unfinished.unlink(missing_ok=True)
         raise UserError(f"{path}: {error.strerror}; nothing was written") from error
