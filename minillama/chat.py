@@ -65,24 +65,20 @@ def find_template(name: str) -> Callable[[Conversation], list[Piece]]:
     return TEMPLATES[name]
 
 
-def _answer(turn: Turn, glued: bool, form: str = "{}") -> list[Piece]:
-    """The answer, set into `form`, and the end token after it; nothing where the turn is open."""
+def _round(turn: Turn, text: str, glued: bool, form: str = "{}") -> list[Piece]:
+    """A question's text, the answer set into `form`, and the end token after it; no answer where the turn is open."""
     if turn.answer is None:
-        return []
-    return [Piece(form.format(turn.answer), turn.is_target, glued), EOS._replace(is_target=turn.is_target)]
+        return [Piece(text)]
+    return [Piece(text), Piece(form.format(turn.answer), turn.is_target, glued), EOS._replace(is_target=turn.is_target)]
+
+
+def _with_system(conversation: Conversation, head: str) -> list[tuple[Turn, str]]:
+    """Each turn and what stands before it: `head` before the first, nothing before the others."""
+    return [(turn, "" if number else head) for number, turn in enumerate(conversation.turns)]
 
 
 def _joined(turn: Turn) -> str:
     return f"{turn.user}\n{turn.input}" if turn.input else turn.user
-
-
-def _raw(conversation: Conversation) -> list[Piece]:
-    """The text itself, then the answer: what a base model continues."""
-    pieces, system = [BOS], conversation.system
-    for turn in conversation.turns:
-        pieces += [Piece(system + _joined(turn)), *_answer(turn, glued=True)]
-        system = ""
-    return pieces
 
 
 ALPACA_TASK = "Below is an instruction that describes a task"
@@ -95,34 +91,38 @@ CHINESE_ALPACA_2_SYSTEM = "You are a helpful assistant. 你是一个乐于助人
 ASCEND_SYSTEM = f"{ALPACA_INPUT} Please note that you need to think through your response logically and step by step."
 
 
+def _raw(conversation: Conversation) -> list[Piece]:
+    """The text itself, then the answer: what a base model continues."""
+    pieces = [BOS]
+    for turn, head in _with_system(conversation, conversation.system):
+        pieces += _round(turn, head + _joined(turn), glued=True)
+    return pieces
+
+
 def _alpaca(conversation: Conversation) -> list[Piece]:
     """Stanford Alpaca's two prompts, encoded together with the answer; every round is complete, as it knows only one."""
     pieces: list[Piece] = []
     for turn in conversation.turns:
         head = conversation.system or (ALPACA_INPUT if turn.input else ALPACA)
         middle = f"### Input:\n{turn.input}\n\n" if turn.input else ""
-        text = f"{head}\n\n### Instruction:\n{turn.user}\n\n{middle}### Response:"
-        pieces += [BOS, Piece(text), *_answer(turn, glued=True)]
+        pieces += [BOS, *_round(turn, f"{head}\n\n### Instruction:\n{turn.user}\n\n{middle}### Response:", glued=True)]
     return pieces
 
 
 def _vicuna(conversation: Conversation) -> list[Piece]:
     """FastChat's vicuna_v1.1: nothing between the end token and the next USER, which has its own ▁."""
-    pieces, head = [BOS], (conversation.system or VICUNA_SYSTEM) + " "
-    for turn in conversation.turns:
-        pieces += [Piece(f"{head}USER: {_joined(turn)} ASSISTANT:"), *_answer(turn, glued=True, form=" {}")]
-        head = ""
+    pieces = [BOS]
+    for turn, head in _with_system(conversation, (conversation.system or VICUNA_SYSTEM) + " "):
+        pieces += _round(turn, f"{head}USER: {_joined(turn)} ASSISTANT:", glued=True, form=" {}")
     return pieces
 
 
 def _llama2(conversation: Conversation) -> list[Piece]:
     """Meta's Llama-2 chat: begin and end tokens around every round, questions and answers stripped, a space after the answer."""
     pieces: list[Piece] = []
-    head = f"<<SYS>>\n{conversation.system}\n<</SYS>>\n\n" if conversation.system else ""
-    for turn in conversation.turns:
+    for turn, head in _with_system(conversation, f"<<SYS>>\n{conversation.system}\n<</SYS>>\n\n" if conversation.system else ""):
         answered = replace(turn, answer=turn.answer and turn.answer.strip())
-        pieces += [BOS, Piece(f"[INST] {(head + _joined(turn)).strip()} [/INST]"), *_answer(answered, glued=True, form=" {} ")]
-        head = ""
+        pieces += [BOS, *_round(answered, f"[INST] {(head + _joined(turn)).strip()} [/INST]", glued=True, form=" {} ")]
     return pieces
 
 
@@ -131,17 +131,15 @@ def _chinese_alpaca(conversation: Conversation) -> list[Piece]:
     pieces: list[Piece] = []
     for turn in conversation.turns:
         text = f"{conversation.system or ALPACA}\n\n### Instruction:\n{_joined(turn)}\n\n### Response: "
-        pieces += [BOS, Piece(text), *_answer(turn, glued=False)]
+        pieces += [BOS, *_round(turn, text, glued=False)]
     return pieces
 
 
 def _chinese_alpaca_2(conversation: Conversation) -> list[Piece]:
     """Chinese-LLaMA-Alpaca-2: Llama-2's brackets around every round, the answer encoded by itself."""
     pieces: list[Piece] = []
-    head = f"<<SYS>>\n{conversation.system or CHINESE_ALPACA_2_SYSTEM}\n<</SYS>>\n\n"
-    for turn in conversation.turns:
-        pieces += [BOS, Piece(f"[INST] {head}{_joined(turn)} [/INST]"), *_answer(turn, glued=False)]
-        head = ""
+    for turn, head in _with_system(conversation, f"<<SYS>>\n{conversation.system or CHINESE_ALPACA_2_SYSTEM}\n<</SYS>>\n\n"):
+        pieces += [BOS, *_round(turn, f"[INST] {head}{_joined(turn)} [/INST]", glued=False)]
     return pieces
 
 
@@ -152,7 +150,7 @@ def _ascend_instruction(conversation: Conversation) -> list[Piece]:
     for turn in earlier:
         text += f"### Instruction:\n{_joined(turn)}\n### Response:\n{turn.answer}\n"
     question = _joined(last) if earlier or last.input is None else f"{last.user}\n{last.input}"
-    return [BOS, Piece(f"{text}### Instruction:\n{question}\n### Response:\n"), *_answer(last, glued=True, form="{}\n")]
+    return [BOS, *_round(last, f"{text}### Instruction:\n{question}\n### Response:\n", glued=True, form="{}\n")]
 
 
 def _llama_factory_default(conversation: Conversation) -> list[Piece]:
@@ -160,7 +158,7 @@ def _llama_factory_default(conversation: Conversation) -> list[Piece]:
     pieces = [Piece(conversation.system + "\n")] if conversation.system else []
     for number, turn in enumerate(conversation.turns):
         pieces += [Piece("\n")] if number else []
-        pieces += [Piece(f"Human: {_joined(turn)}\nAssistant: "), *_answer(turn, glued=False)]
+        pieces += _round(turn, f"Human: {_joined(turn)}\nAssistant: ", glued=False)
     return pieces
 
 

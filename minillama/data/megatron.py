@@ -9,6 +9,7 @@
 records no tokenizer, so ids are only checked against the vocabulary's size.
 """
 
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -84,13 +85,12 @@ def read_indexed(part: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         raise UserError(f"{part}.idx: Megatron's older lazy/cached format; make the set again with `--dataset-impl mmap`")
     if not raw.startswith(MAGIC) or len(raw) < 34:
         raise UserError(f"{part}.idx: not an index of Megatron's format")
-    version, code, sequences, documents = (int(np.frombuffer(raw, kind, 1, at)[0])
-                                           for kind, at in (("<u8", 9), ("u1", 17), ("<u8", 18), ("<u8", 26)))
+    version, code, sequences, documents = struct.unpack_from("<QBQQ", raw, len(MAGIC))
     if version != 1 or code not in DTYPES:
         raise UserError(f"{part}.idx: version {version} with dtype code {code}; expected version 1 and an integer dtype")
-    if len(raw) != 34 + 12 * sequences + 8 * documents:
-        raise UserError(f"{part}.idx: has {len(raw)} bytes, {sequences} sequences and {documents} documents need "
-                        f"{34 + 12 * sequences + 8 * documents}; the file is damaged")
+    needed = 34 + 12 * sequences + 8 * documents
+    if len(raw) != needed:
+        raise UserError(f"{part}.idx: has {len(raw)} bytes, its {sequences} sequences need {needed}; the file is damaged")
     sizes = np.frombuffer(raw, "<i4", sequences, 34)
     pointers = np.frombuffer(raw, "<i8", sequences, 34 + 4 * sequences)
     doc_idx = np.frombuffer(raw, "<i8", documents, 34 + 12 * sequences)
