@@ -142,9 +142,9 @@ def build_plans(settings: Settings, tokenizer: Tokenizer, config: LlamaConfig, m
         raise UserError(f"max_length = {max_length} exceeds the model's context of {config.max_seq_len}")
     about = checkpoints.read_about(checkpoints.find_checkpoint(Path(settings.ckpt))) if settings.ckpt else {}
     template = settings.template or about.get("template") or "alpaca"
-    options = {"data_format": settings.data_format, "template": template, "append_eod": settings.append_eod,
-               "skip_bad_records": settings.skip_bad_records, "quiet": not mesh.is_first, "workers": settings.workers,
-               "dataset_dir": settings.dataset_dir}
+    options = {"data_format": settings.data_format, "template": settings.template, "default_template": template,
+               "append_eod": settings.append_eod, "skip_bad_records": settings.skip_bad_records, "quiet": not mesh.is_first,
+               "workers": settings.workers, "dataset_dir": settings.dataset_dir}
     with first_rank_first(mesh):
         dataset = open_data(settings.data, tokenizer, settings.cache_dir, **options)
         held_out = open_data(settings.eval_data, tokenizer, settings.cache_dir, **options) if settings.eval_data else None

@@ -1,8 +1,8 @@
 """Prompt templates: a conversation becomes pieces, and every piece knows whether it is trained on.
 
 A model tuned on one layout of a conversation answers worse in any other, and a label mask found by searching rendered text for
-"ASSISTANT:" goes wrong in silence. So a template here is a function that returns pieces in order; ids and labels are made from
-them side by side (`data.encode`), and generation uses the same function with the last answer left open.
+"ASSISTANT:" goes wrong in silence. So a template is a function that returns pieces in order; ids and labels are made from them
+side by side (`data.encode`), and generation uses the same function with the last answer left open.
 
     vicuna_v1.1    BOS | A chat … USER: Hi ASSISTANT: | Hello | EOS | USER: Bye ASSISTANT: | Goodbye | EOS
     trained on                                          ^^^^^   ^^^                          ^^^^^^^   ^^^
@@ -56,69 +56,73 @@ def prompt(template: str, text: str) -> list[Piece]:
 
 def render(template: str, conversation: Conversation) -> list[Piece]:
     """The pieces of a conversation in the named template. Raises UserError for an unknown name."""
-    if template not in TEMPLATES:
-        raise UserError(f"no template {template!r}{closest(template, TEMPLATES)}; templates: {', '.join(TEMPLATES)}")
-    return TEMPLATES[template](conversation)
+    return find_template(template)(conversation)
 
 
-def _answer(turn: Turn, glued: bool, form: str = "{}") -> list[Piece]:
-    """The answer, set into `form`, and the end token after it; nothing where the turn is open."""
+def find_template(name: str) -> Callable[[Conversation], list[Piece]]:
+    if name not in TEMPLATES:
+        raise UserError(f"no template {name!r}{closest(name, TEMPLATES)}; templates: {', '.join(TEMPLATES)}")
+    return TEMPLATES[name]
+
+
+def _round(turn: Turn, text: str, glued: bool, form: str = "{}") -> list[Piece]:
+    """A question's text, the answer set into `form`, and the end token after it; no answer where the turn is open."""
     if turn.answer is None:
-        return []
-    return [Piece(form.format(turn.answer), turn.is_target, glued), EOS._replace(is_target=turn.is_target)]
+        return [Piece(text)]
+    return [Piece(text), Piece(form.format(turn.answer), turn.is_target, glued), EOS._replace(is_target=turn.is_target)]
+
+
+def _with_system(conversation: Conversation, head: str) -> list[tuple[Turn, str]]:
+    """Each turn and what stands before it: `head` before the first, nothing before the others."""
+    return [(turn, "" if number else head) for number, turn in enumerate(conversation.turns)]
 
 
 def _joined(turn: Turn) -> str:
     return f"{turn.user}\n{turn.input}" if turn.input else turn.user
 
 
+ALPACA_TASK = "Below is an instruction that describes a task"
+ALPACA_REQUEST = "Write a response that appropriately completes the request."
+ALPACA = f"{ALPACA_TASK}. {ALPACA_REQUEST}"
+ALPACA_INPUT = f"{ALPACA_TASK}, paired with an input that provides further context. {ALPACA_REQUEST}"
+VICUNA_SYSTEM = ("A chat between a curious user and an artificial intelligence assistant. "
+                 "The assistant gives helpful, detailed, and polite answers to the user's questions.")
+CHINESE_ALPACA_2_SYSTEM = "You are a helpful assistant. 你是一个乐于助人的助手。"
+ASCEND_SYSTEM = f"{ALPACA_INPUT} Please note that you need to think through your response logically and step by step."
+
+
 def _raw(conversation: Conversation) -> list[Piece]:
     """The text itself, then the answer: what a base model continues."""
     pieces = [BOS]
-    for number, turn in enumerate(conversation.turns):
-        system = conversation.system if number == 0 else ""
-        pieces += [Piece(system + _joined(turn)), *_answer(turn, glued=True)]
+    for turn, head in _with_system(conversation, conversation.system):
+        pieces += _round(turn, head + _joined(turn), glued=True)
     return pieces
-
-
-ALPACA_TASK = "Below is an instruction that describes a task"
-ALPACA_REQUEST = "Write a response that appropriately completes the request."
-ALPACA_INPUT = f"{ALPACA_TASK}, paired with an input that provides further context. {ALPACA_REQUEST}"
 
 
 def _alpaca(conversation: Conversation) -> list[Piece]:
     """Stanford Alpaca's two prompts, encoded together with the answer; every round is complete, as it knows only one."""
     pieces: list[Piece] = []
     for turn in conversation.turns:
-        head = conversation.system or (ALPACA_INPUT if turn.input else f"{ALPACA_TASK}. {ALPACA_REQUEST}")
+        head = conversation.system or (ALPACA_INPUT if turn.input else ALPACA)
         middle = f"### Input:\n{turn.input}\n\n" if turn.input else ""
-        text = f"{head}\n\n### Instruction:\n{turn.user}\n\n{middle}### Response:"
-        pieces += [BOS, Piece(text), *_answer(turn, glued=True)]
+        pieces += [BOS, *_round(turn, f"{head}\n\n### Instruction:\n{turn.user}\n\n{middle}### Response:", glued=True)]
     return pieces
-
-
-VICUNA_SYSTEM = ("A chat between a curious user and an artificial intelligence assistant. "
-                 "The assistant gives helpful, detailed, and polite answers to the user's questions.")
 
 
 def _vicuna(conversation: Conversation) -> list[Piece]:
     """FastChat's vicuna_v1.1: nothing between the end token and the next USER, which has its own ▁."""
-    pieces, head = [BOS], (conversation.system or VICUNA_SYSTEM) + " "
-    for turn in conversation.turns:
-        pieces += [Piece(f"{head}USER: {_joined(turn)} ASSISTANT:"), *_answer(turn, glued=True, form=" {}")]
-        head = ""
+    pieces = [BOS]
+    for turn, head in _with_system(conversation, (conversation.system or VICUNA_SYSTEM) + " "):
+        pieces += _round(turn, f"{head}USER: {_joined(turn)} ASSISTANT:", glued=True, form=" {}")
     return pieces
 
 
 def _llama2(conversation: Conversation) -> list[Piece]:
     """Meta's Llama-2 chat: begin and end tokens around every round, questions and answers stripped, a space after the answer."""
     pieces: list[Piece] = []
-    head = f"<<SYS>>\n{conversation.system}\n<</SYS>>\n\n" if conversation.system else ""
-    for turn in conversation.turns:
-        text = f"[INST] {(head + _joined(turn)).strip()} [/INST]"
+    for turn, head in _with_system(conversation, f"<<SYS>>\n{conversation.system}\n<</SYS>>\n\n" if conversation.system else ""):
         answered = replace(turn, answer=turn.answer and turn.answer.strip())
-        pieces += [BOS, Piece(text), *_answer(answered, glued=True, form=" {} ")]
-        head = ""
+        pieces += [BOS, *_round(answered, f"[INST] {(head + _joined(turn)).strip()} [/INST]", glued=True, form=" {} ")]
     return pieces
 
 
@@ -126,34 +130,27 @@ def _chinese_alpaca(conversation: Conversation) -> list[Piece]:
     """Chinese-LLaMA-Alpaca's training prompt, a space at its end, and the answer encoded by itself."""
     pieces: list[Piece] = []
     for turn in conversation.turns:
-        text = f"{conversation.system or f'{ALPACA_TASK}. {ALPACA_REQUEST}'}\n\n### Instruction:\n{_joined(turn)}\n\n### Response: "
-        pieces += [BOS, Piece(text), *_answer(turn, glued=False)]
+        text = f"{conversation.system or ALPACA}\n\n### Instruction:\n{_joined(turn)}\n\n### Response: "
+        pieces += [BOS, *_round(turn, text, glued=False)]
     return pieces
-
-
-CHINESE_ALPACA_2_SYSTEM = "You are a helpful assistant. 你是一个乐于助人的助手。"
 
 
 def _chinese_alpaca_2(conversation: Conversation) -> list[Piece]:
     """Chinese-LLaMA-Alpaca-2: Llama-2's brackets around every round, the answer encoded by itself."""
     pieces: list[Piece] = []
-    head = f"<<SYS>>\n{conversation.system or CHINESE_ALPACA_2_SYSTEM}\n<</SYS>>\n\n"
-    for turn in conversation.turns:
-        pieces += [BOS, Piece(f"[INST] {head}{_joined(turn)} [/INST]"), *_answer(turn, glued=False)]
-        head = ""
+    for turn, head in _with_system(conversation, f"<<SYS>>\n{conversation.system or CHINESE_ALPACA_2_SYSTEM}\n<</SYS>>\n\n"):
+        pieces += [BOS, *_round(turn, f"[INST] {head}{_joined(turn)} [/INST]", glued=False)]
     return pieces
-
-
-ASCEND_SYSTEM = f"{ALPACA_INPUT} Please note that you need to think through your response logically and step by step."
 
 
 def _ascend_instruction(conversation: Conversation) -> list[Piece]:
     """AscendSpeed's instruction prompt: encoded whole, an empty input leaves its line, only the last answer is trained on."""
-    turns, text = conversation.turns, f"\n{conversation.system or ASCEND_SYSTEM}\n"
-    for number, turn in enumerate(turns):
-        question = f"{turn.user}\n{turn.input}" if len(turns) == 1 and turn.input is not None else _joined(turn)
-        text += f"### Instruction:\n{question}\n### Response:\n" + (f"{turn.answer}\n" if number + 1 < len(turns) else "")
-    return [BOS, Piece(text), *_answer(turns[-1], glued=True, form="{}\n")]
+    text = f"\n{conversation.system or ASCEND_SYSTEM}\n"
+    *earlier, last = conversation.turns
+    for turn in earlier:
+        text += f"### Instruction:\n{_joined(turn)}\n### Response:\n{turn.answer}\n"
+    question = _joined(last) if earlier or last.input is None else f"{last.user}\n{last.input}"
+    return [BOS, *_round(last, f"{text}### Instruction:\n{question}\n### Response:\n", glued=True, form="{}\n")]
 
 
 def _llama_factory_default(conversation: Conversation) -> list[Piece]:
@@ -161,7 +158,7 @@ def _llama_factory_default(conversation: Conversation) -> list[Piece]:
     pieces = [Piece(conversation.system + "\n")] if conversation.system else []
     for number, turn in enumerate(conversation.turns):
         pieces += [Piece("\n")] if number else []
-        pieces += [Piece(f"Human: {_joined(turn)}\nAssistant: "), *_answer(turn, glued=False)]
+        pieces += _round(turn, f"Human: {_joined(turn)}\nAssistant: ", glued=False)
     return pieces
 
 
@@ -178,13 +175,7 @@ def _llama3(conversation: Conversation) -> list[Piece]:
 
 
 TEMPLATES: dict[str, Callable[[Conversation], list[Piece]]] = {
-    "raw": _raw,
-    "alpaca": _alpaca,
-    "vicuna_v1.1": _vicuna,
-    "llama2": _llama2,
-    "chinese_alpaca": _chinese_alpaca,
-    "chinese_alpaca_2": _chinese_alpaca_2,
-    "ascend_instruction": _ascend_instruction,
-    "llama_factory_default": _llama_factory_default,
-    "llama3": _llama3,
+    "raw": _raw, "alpaca": _alpaca, "vicuna_v1.1": _vicuna, "llama2": _llama2, "llama3": _llama3, "chinese_alpaca": _chinese_alpaca,
+    "chinese_alpaca_2": _chinese_alpaca_2, "ascend_instruction": _ascend_instruction, "llama_factory_default": _llama_factory_default,
+    "default": _llama_factory_default,  # as LLaMA-Factory's own command lines call it
 }

@@ -12,14 +12,12 @@ a text's ids are its words' ids laid end to end, and a word seen before is looke
     "the cat\nsat"  =  ▁the | ▁cat | \n | sat
 """
 
-import base64
-import binascii
 import codecs
 import hashlib
 import io
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from itertools import chain
 from pathlib import Path
 from typing import Protocol
@@ -27,6 +25,14 @@ from typing import Protocol
 import sentencepiece
 
 from minillama.errors import UserError
+
+
+class StreamDecoder(Protocol):
+    def push(self, token: int) -> str:
+        """The text that `token` completes; empty while a character is still missing bytes."""
+
+    def flush(self) -> str:
+        """What is left at the end; bytes that never became a character as U+FFFD."""
 
 
 class Tokenizer(Protocol):
@@ -37,33 +43,26 @@ class Tokenizer(Protocol):
     bos_id: int | None
     eos_id: int | None
     sha256: str
-    splits_at_lines: bool  # is a text's encoding its lines' encodings, with `encode_next` for all but the first?
+    splits_at_lines: bool = False  # is a text's encoding its lines' encodings, with `encode_next` for all but the first?
 
     def encode(self, text: str) -> list[int]:
         """The ids of plain text, without begin or end."""
 
     def encode_next(self, text: str) -> list[int]:
-        """The ids of text that goes on after a line break."""
+        """The ids of text that goes on after a line break; only for a vocabulary that splits at lines."""
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         """`encode` of each text."""
+        return [self.encode(text) for text in texts]
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ids; control tokens leave no trace."""
 
-    def stream(self) -> "StreamDecoder":
+    def stream(self) -> StreamDecoder:
         """A decoder that takes one id at a time."""
 
     def control_id(self, name: str) -> int | None:
         """The id of "bos", "eos" or a control token by its own name, such as "<|eot_id|>"; None where there is none."""
-
-
-class StreamDecoder(Protocol):
-    def push(self, token: int) -> str:
-        """The text that `token` completes; empty while a character is still missing bytes."""
-
-    def flush(self) -> str:
-        """What is left at the end; bytes that never became a character as U+FFFD."""
 
 
 def open_tokenizer(path: Path | str) -> Tokenizer:
@@ -79,19 +78,18 @@ def open_tokenizer(path: Path | str) -> Tokenizer:
     return JsonTokenizer(path) if path.suffix == ".json" else SentencePieceTokenizer(path)
 
 
-class SentencePieceTokenizer:
+class SentencePieceTokenizer(Tokenizer):
     """A LLaMA `tokenizer.model`. Equals transformers' slow LlamaTokenizer on plain text."""
 
     def __init__(self, path: Path) -> None:
         raw = path.read_bytes()
-        _refuse_what_is_not_sentencepiece(path, raw)
+        _refuse_other_formats(path, raw)
         try:
             self.model = sentencepiece.SentencePieceProcessor(model_proto=raw)
         except RuntimeError as error:
             raise UserError(f"{path}: not a SentencePiece model ({str(error).splitlines()[0]})") from None
         self.path, self.sha256, self.size = path, hashlib.sha256(raw).hexdigest(), self.model.get_piece_size()
-        self.bos_id = self.model.bos_id() if self.model.bos_id() >= 0 else None
-        self.eos_id = self.model.eos_id() if self.model.eos_id() >= 0 else None
+        self.bos_id, self.eos_id = (i if i >= 0 else None for i in (self.model.bos_id(), self.model.eos_id()))
         self.words = WordIds(self.model) if _splits_at_words(self.model) else None
         self.splits_at_lines = self.words is not None
 
@@ -99,12 +97,7 @@ class SentencePieceTokenizer:
         return self.encode_next(" " + text) if text and self.words is not None else self.model.encode(text)
 
     def encode_next(self, text: str) -> list[int]:
-        if self.words is None:
-            raise ValueError("only for a vocabulary that splits at lines")
         return list(chain.from_iterable(map(self.words.__getitem__, WORD.findall(text))))
-
-    def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        return [self.encode(text) for text in texts]
 
     def control_id(self, name: str) -> int | None:
         if name in ("bos", "eos"):
@@ -115,7 +108,7 @@ class SentencePieceTokenizer:
     def decode(self, ids: Iterable[int]) -> str:
         return self.model.decode([token for token in ids if token < self.size])
 
-    def stream(self) -> "PieceStream":
+    def stream(self) -> StreamDecoder:
         return PieceStream(self.model)
 
 
@@ -144,8 +137,11 @@ def _splits_at_words(model: sentencepiece.SentencePieceProcessor) -> bool:
     probe, line_break = "A  b\n \tﬁ Ａ½ ", model.encode("\n")
     if model.normalize(probe) != "▁" + probe.replace(" ", "▁") or len(line_break) != 2 or not model.is_byte(line_break[1]):
         return False
-    pieces = model.id_to_piece(list(range(model.get_piece_size())))
-    return not any("\n" in piece or "▁" in piece.lstrip("▁") for piece in pieces)
+    return not any("\n" in piece or "▁" in piece.lstrip("▁") for piece in _pieces(model))
+
+
+def _pieces(model: sentencepiece.SentencePieceProcessor) -> list[str]:
+    return model.id_to_piece(list(range(model.get_piece_size())))
 
 
 class PieceStream:
@@ -155,9 +151,8 @@ class PieceStream:
     """
 
     def __init__(self, model: sentencepiece.SentencePieceProcessor) -> None:
-        self.model = model
+        self.model, self.at_start = model, True
         self.utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-        self.at_start = True
 
     def push(self, token: int) -> str:
         if token >= self.model.get_piece_size() or self.model.is_control(token):
@@ -176,10 +171,8 @@ class PieceStream:
         return self.utf8.decode(b"", final=True)
 
 
-class JsonTokenizer:
+class JsonTokenizer(Tokenizer):
     """A Hugging Face `tokenizer.json` (LLaMA 3 and others), read by the `tokenizers` package."""
-
-    splits_at_lines = False  # its rules may join line breaks with what follows
 
     def __init__(self, path: Path) -> None:
         try:
@@ -194,49 +187,36 @@ class JsonTokenizer:
         self.model.no_truncation(), self.model.no_padding()
         self.path, self.sha256 = path, hashlib.sha256(path.read_bytes()).hexdigest()
         self.size = self.model.get_vocab_size(with_added_tokens=True)
-        claims = path.with_name("tokenizer_config.json")
-        claimed = json.loads(claims.read_text(encoding="utf-8")) if claims.is_file() else {}
-        self.bos_id, self.eos_id = (self._id_of(claimed.get(name)) for name in ("bos_token", "eos_token"))
-
-    def _id_of(self, token: str | dict | None) -> int | None:
-        content = token.get("content") if isinstance(token, dict) else token
-        return None if content is None else self.model.token_to_id(content)
+        config = path.with_name("tokenizer_config.json")
+        claimed = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
+        named = (claimed.get(f"{name}_token") or "" for name in ("bos", "eos"))
+        self.bos_id, self.eos_id = (self.model.token_to_id(token["content"] if isinstance(token, dict) else token) for token in named)
 
     def encode(self, text: str) -> list[int]:
         return self.model.encode(text, add_special_tokens=False).ids
 
-    def encode_next(self, text: str) -> list[int]:
-        raise ValueError("only for a vocabulary that splits at lines")
-
-    def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        return [encoding.ids for encoding in self.model.encode_batch_fast(texts, add_special_tokens=False)]
-
     def control_id(self, name: str) -> int | None:
         if name in ("bos", "eos"):
             return self.bos_id if name == "bos" else self.eos_id
-        return self._id_of(name)
+        return self.model.token_to_id(name)
 
     def decode(self, ids: Iterable[int]) -> str:
         return self.model.decode(list(ids), skip_special_tokens=True)
 
-    def stream(self) -> "WholeStream":
+    def stream(self) -> StreamDecoder:
         return WholeStream(self)
 
 
 class WholeStream:
-    """Streams by decoding everything since the last printed character and holding back what ends in U+FFFD."""
+    """Streams by decoding everything so far and holding back what ends in U+FFFD."""
 
     def __init__(self, tokenizer: JsonTokenizer) -> None:
-        self.tokenizer = tokenizer
-        self.ids: list[int] = []
-        self.printed = 0
+        self.tokenizer, self.ids, self.printed = tokenizer, [], 0
 
     def push(self, token: int) -> str:
         self.ids.append(token)
         text = self.tokenizer.decode(self.ids)
-        if text.endswith("\ufffd"):
-            return ""
-        return self._print(text)
+        return "" if text.endswith("\ufffd") else self._print(text)
 
     def flush(self) -> str:
         return self._print(self.tokenizer.decode(self.ids))
@@ -246,18 +226,12 @@ class WholeStream:
         return new
 
 
-def _refuse_what_is_not_sentencepiece(path: Path, raw: bytes) -> None:
-    first = raw.split(b"\n", 1)[0]
+def _refuse_other_formats(path: Path, raw: bytes) -> None:
     if raw.startswith(b"version https://git-lfs"):
         raise UserError(f"{path}: a git-lfs pointer, not the file; run `git lfs pull` or download it again")
     if raw.lstrip()[:1] in (b"<", b"{"):
         raise UserError(f"{path}: a web page or JSON, not a SentencePiece model; download the file itself")
-    try:
-        base64.b64decode(first.split(b" ")[0], validate=True)
-        looks_like_tiktoken = first.split(b" ")[1:] == [b"0"]
-    except (binascii.Error, ValueError):
-        looks_like_tiktoken = False
-    if looks_like_tiktoken:
+    if re.match(rb"[A-Za-z0-9+/]+=* 0\n", raw):
         raise UserError(f"{path}: Meta's tiktoken format (LLaMA 3), not SentencePiece; use the Hugging Face tokenizer.json instead")
 
 
@@ -275,52 +249,28 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> bytes:
 def merge_vocabularies(base: Path, added: Path) -> bytes:
     """`base`'s tokenizer.model with the pieces of `added` that it lacks appended, in their order, with score 0.
 
-    How Chinese-LLaMA-Alpaca made its vocabulary, byte for byte. A tokenizer.model is a protobuf message whose field 1, repeated,
-    is a piece {1: text, 2: score}; everything else is left as it is. Score 0 is above every learnt piece's, so among the new
-    pieces SentencePiece prefers the leftmost, and any of them to an old one.
+    How Chinese-LLaMA-Alpaca made its vocabulary, byte for byte. A tokenizer.model is a protobuf message that begins with its
+    pieces, each of them field 1 (tag 0x0a), a length and {1: text, 2: score}; what follows them is left as it is. Score 0 is
+    above every learnt piece's, so among the new pieces SentencePiece prefers the leftmost, and any of them to an old one.
     """
-    raw, extra = (SentencePieceTokenizer(path).path.read_bytes() for path in (base, added))
-    known, insert_at = set(), 0
-    for number, value, end in _protobuf_fields(raw):
-        if number == 1:
-            known.add(_piece_text(value))
-            insert_at = end
+    old, more = (_pieces(SentencePieceTokenizer(path).model) for path in (base, added))
+    raw, known, end = base.read_bytes(), set(old), 0
+    for _ in old:
+        length, start = _read_varint(raw, end + 1)
+        end = start + length
     new = b""
-    for number, value, _ in _protobuf_fields(extra):
-        if number == 1 and (text := _piece_text(value)) not in known:
-            piece = b"\x0a" + _varint(len(text)) + text + b"\x15" + bytes(4)  # field 1: the text; field 2: a float, 0.0
-            new += b"\x0a" + _varint(len(piece)) + piece
-    return raw[:insert_at] + new + raw[insert_at:]
-
-
-def _piece_text(piece: bytes) -> bytes:
-    return next(value for number, value, _ in _protobuf_fields(piece) if number == 1)
-
-
-def _protobuf_fields(message: bytes) -> Iterator[tuple[int, bytes, int]]:
-    """(field number, payload, where it ends) of each field; a varint's payload is not kept."""
-    at = 0
-    while at < len(message):
-        tag, at = _read_varint(message, at)
-        if tag & 7 == 0:
-            start = end = _read_varint(message, at)[1]
-        elif tag & 7 == 2:
-            length, start = _read_varint(message, at)
-            end = start + length
-        else:
-            start, end = at, at + (8 if tag & 7 == 1 else 4)
-        yield tag >> 3, message[start:end], end
-        at = end
+    for text in (piece.encode() for piece in more if piece not in known):
+        piece = b"\x0a" + _varint(len(text)) + text + b"\x15" + bytes(4)  # field 1: the text; field 2: a float, 0.0
+        new += b"\x0a" + _varint(len(piece)) + piece
+    return raw[:end] + new + raw[end:]
 
 
 def _read_varint(message: bytes, at: int) -> tuple[int, int]:
     """A number in groups of seven bits, the lowest first, and the position behind it."""
     value = shift = 0
-    while True:
-        byte = message[at]
-        value, shift, at = value | (byte & 127) << shift, shift + 7, at + 1
-        if byte < 128:
-            return value, at
+    while message[at] > 127:
+        value, shift, at = value | (message[at] & 127) << shift, shift + 7, at + 1
+    return value | message[at] << shift, at + 1
 
 
 def _varint(value: int) -> bytes:

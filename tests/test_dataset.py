@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from array import array
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -16,9 +17,10 @@ import pytest
 from minillama.data import build, containers, megatron
 from minillama.data.batches import BatchPlan, Pieces
 from minillama.data.build import build_dataset, encode_document, open_data
-from minillama.data.formats import read_documents
-from minillama.data.memmap import Dataset, Writer, write_dataset
+from minillama.data.formats import parse, read_records
+from minillama.data.memmap import Chunk, Dataset, Writer
 from minillama.data.show import show_batch
+from minillama.data.sources import Source
 from minillama.errors import UserError
 from minillama.tokenizer import open_tokenizer, train_tokenizer
 
@@ -33,6 +35,20 @@ def alpaca(count):
 def write(path, records):
     path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
     return path
+
+
+def read(source):
+    return [document for place, record in read_records(source) for document in parse(source, place, record)]
+
+
+def write_dataset(prefix, documents, vocab_size, about):
+    """Write (ids, mask or None for all) pairs as a data set."""
+    chunk = Chunk(records=len(documents))
+    for ids, mask in documents:
+        chunk.append(ids, mask)
+    with Writer(prefix, vocab_size, about) as writer:
+        writer.add(chunk)
+        return writer.finish()
 
 
 def contents(prefix):
@@ -50,7 +66,7 @@ def built(tmp_path, small_tokenizer):
 def test_a_data_set_holds_every_documents_ids_and_mask(built, small_tokenizer):
     source, prefix = built
     dataset = Dataset(prefix, verify=True)
-    documents = [encode_document(small_tokenizer, document, "alpaca", True) for document in read_documents(source, "alpaca")]
+    documents = [encode_document(small_tokenizer, document, "alpaca", True) for document in read(Source(source, "alpaca"))]
     assert len(dataset) == len(documents) == dataset.meta["documents"] == 40
     for number, (ids, mask) in enumerate(documents):
         found_ids, found_mask = dataset.document(number)
@@ -136,7 +152,7 @@ def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path, small_tokenizer, 
 def test_work_on_another_input_is_not_taken_up(tmp_path, small_tokenizer):
     source = write(tmp_path / "a.jsonl", alpaca(20))
     with pytest.raises(KeyboardInterrupt), Writer(tmp_path / "set", small_tokenizer.size, {"template": "raw"}) as writer:
-        writer.add(build.Chunk.of([([1, 2], [0, 1])], records=1))
+        writer.add(Chunk(array("I", [1, 2]), bytearray([0, 1]), [2], records=1))
         raise KeyboardInterrupt
     for name in ("set", "fresh"):
         build_dataset([source], small_tokenizer, tmp_path / name, quiet=True)
@@ -235,6 +251,15 @@ def test_a_data_set_of_another_tokenizer_or_a_changed_file_is_refused(tmp_path, 
         open_data((str(prefix),), small_tokenizer, "")
     source.unlink()
     assert len(open_data((str(prefix),), small_tokenizer, "")) == 40  # moved away is not changed
+
+
+def test_another_template_than_a_data_sets_own_is_refused(tmp_path, built, small_tokenizer):
+    for asked in ("", "alpaca"):
+        assert len(open_data((str(built[1]),), small_tokenizer, "", template=asked)) == 40
+    with pytest.raises(UserError, match="made with the template alpaca, not raw; leave --template out"):
+        open_data((str(built[1]),), small_tokenizer, "", template="raw")
+    build_dataset([built[0]], small_tokenizer, tmp_path / "other", template="llama_factory_default", quiet=True)
+    assert len(open_data((str(tmp_path / "other"),), small_tokenizer, "", template="default")) == 40  # two names for one
 
 
 def test_ids_beyond_the_vocabulary_are_refused(tmp_path):

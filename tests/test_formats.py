@@ -3,6 +3,7 @@
 import hashlib
 import json
 import random
+import tracemalloc
 
 import pytest
 from hypothesis import given, settings
@@ -10,7 +11,8 @@ from hypothesis import strategies as st
 
 from minillama.chat import Conversation, Turn
 from minillama.data import containers
-from minillama.data.formats import BadRecord, Source, detect, parse, read_documents
+from minillama.data.build import build_dataset
+from minillama.data.formats import BadRecord, Source, detect, parse, read_records
 from minillama.data.sources import find_sources
 from minillama.errors import UserError
 
@@ -22,8 +24,12 @@ def write(path, content):
     return path
 
 
+def documents(sources):
+    return [document for source in sources for place, record in read_records(source) for document in parse(source, place, record)]
+
+
 def read(path, data_format="auto"):
-    return list(read_documents(path, detect(path) if data_format == "auto" else data_format))
+    return documents([Source(path, detect(path) if data_format == "auto" else data_format)])
 
 
 def test_alpaca_records_with_history_and_system(tmp_path):
@@ -110,16 +116,12 @@ def test_an_array_read_through_a_window_is_the_array(tmp_path_factory, records, 
 
 def test_an_array_is_never_in_memory_whole(tmp_path, monkeypatch):
     monkeypatch.setattr(containers, "BLOCK", 1000)
-    path = write(tmp_path / "a.json", [ALPACA | {"output": "x" * 100}] * 1000)
-    grown, largest = containers._Window.grow, 0
-
-    def watched(window):
-        nonlocal largest
-        grown(window)
-        largest = max(largest, len(window.text))
-
-    monkeypatch.setattr(containers._Window, "grow", watched)
-    assert len(list(containers.records(path))) == 1000 and largest < 2500  # of 140,000
+    path = write(tmp_path / "a.json", [ALPACA | {"output": "x" * 100}] * 5000)
+    tracemalloc.start()
+    assert sum(1 for _ in containers.records(path)) == 5000
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 70_000  # of 700,000
 
 
 @pytest.mark.parametrize(("name", "content", "message"), [
@@ -155,12 +157,13 @@ def test_text_that_is_not_utf8_is_refused(tmp_path):
             read(tmp_path / name)
 
 
-def test_bad_records_can_be_left_out_and_are_told_about(tmp_path):
+def test_bad_records_can_be_left_out_and_are_told_about(tmp_path, small_tokenizer):
     lines = [json.dumps(ALPACA)] * 6
     lines[1], lines[4] = "{broken", json.dumps({"instruction": "Q"})
-    path, bad = write(tmp_path / "a.jsonl", "\n".join(lines)), []
-    assert len(list(read_documents(path, "alpaca", bad.append))) == 4
-    assert [str(error).split(": ")[1] for error in bad] == ["record 2 (line 2)", "record 5 (line 5)"]
+    path = write(tmp_path / "a.jsonl", "\n".join(lines))
+    meta = build_dataset([path], small_tokenizer, tmp_path / "set", skip_bad_records=True, quiet=True)
+    assert meta["documents"] == 4
+    assert [error.split(": ")[1] for error in meta["skipped_records"]] == ["record 2 (line 2)", "record 5 (line 5)"]
 
 
 # --- dataset_info.json
@@ -180,12 +183,6 @@ def dataset_dir(tmp_path):
         "rewards": {"file_name": "rows.json", "ranking": True}, "gone": {"file_name": "gone.json"},
     })
     return tmp_path
-
-
-def documents(sources):
-    from minillama.data.formats import read_records
-
-    return [document for source in sources for place, record in read_records(source) for document in parse(source, place, record)]
 
 
 def test_dataset_info_gives_names_columns_and_tags(dataset_dir):

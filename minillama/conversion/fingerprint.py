@@ -17,7 +17,7 @@ from minillama.checkpoint.tensor_files import bytes_of
 from minillama.conversion.merge import adapter_entries
 from minillama.conversion.meta import read_meta
 from minillama.conversion.output import Recipes, write_file
-from minillama.data.memmap import sha256_of
+from minillama.data.sources import hash_of
 from minillama.errors import UserError
 
 MANIFEST, ABSENT = "manifest.json", "`convert.py sha256 DIR` writes one"
@@ -43,7 +43,7 @@ def manifest(directory: Path) -> dict:
         tensors[name] = {"dtype": str(tensor.dtype).removeprefix("torch."), "shape": list(tensor.shape),
                          "sha256": hashlib.sha256(bytes_of(tensor)).hexdigest(), "norm": norm}
     lines = (f"{name} {line['dtype']} {line['shape']} {line['sha256']}\n" for name, line in tensors.items())
-    files = {path.name: {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+    files = {path.name: {"bytes": path.stat().st_size, "sha256": hash_of(path)}
              for path in sorted(directory.iterdir()) if path.is_file() and path.name != MANIFEST}
     return {"version": 1, "content": hashlib.sha256("".join(lines).encode()).hexdigest(), "tensors": tensors, "files": files}
 

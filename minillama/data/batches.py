@@ -54,48 +54,46 @@ class Pieces:
         """documents: the numbers of those to use; None: all. Raises UserError where none has a target."""
         self.dataset = dataset
         numbers = np.arange(len(dataset)) if documents is None else documents
-        starts, ends = dataset.offsets[numbers], dataset.offsets[numbers + 1]
+        start, end = dataset.offsets[numbers], dataset.offsets[numbers + 1]
+        shortened = 0 if dataset.mask is None else int((end - start > max_length).sum())
         if dataset.mask is None:
-            counts = np.maximum(1, -(-(ends - starts - 1) // max_length))  # a piece predicts the first token of the next
+            counts = np.maximum(1, -(-(end - start - 1) // max_length))  # a piece predicts the first token of the next
             inner = np.arange(counts.sum()) - np.repeat(counts.cumsum() - counts, counts)
-            self.start = np.repeat(starts, counts) + inner * max_length
-            self.end = np.repeat(ends, counts)
-        else:
-            self.start, self.end = starts, np.minimum(ends, starts + max_length)
-        self.length = np.minimum(self.end - self.start, max_length)
-        targets = self._count_targets()
+            start, end = np.repeat(start, counts) + inner * max_length, np.repeat(end, counts)
+        stop = np.minimum(end, start + max_length)
+        behind = np.minimum(end, stop + (dataset.mask is None))  # of the last token that is predicted
+        targets = _count_targets(dataset.mask, start + 1, behind)
         kept = targets > 0
-        shortened = int((ends - starts > max_length).sum()) if dataset.mask is not None else 0
-        self.start, self.end, self.length, self.targets = self.start[kept], self.end[kept], self.length[kept], targets[kept]
-        self.cut = Cut(len(numbers), shortened, int((~kept).sum()), int(self.length.sum()), int(self.targets.sum()))
-        if dataset.mask is not None and (~kept).sum() > MOST_WITHOUT_TARGET * max(100, len(numbers)):
-            raise UserError(f"{dataset.prefix}: {self.cut.without_target} of {len(numbers)} documents have nothing to train on "
+        self.start, self.length, self.behind, self.targets = start[kept], (stop - start)[kept], behind[kept], targets[kept]
+        left_out = len(kept) - len(self.start)
+        self.cut = Cut(len(numbers), shortened, left_out, int(self.length.sum()), int(self.targets.sum()))
+        if dataset.mask is not None and left_out > MOST_WITHOUT_TARGET * max(100, len(numbers)):
+            raise UserError(f"{dataset.prefix}: {left_out} of {len(numbers)} documents have nothing to train on "
                             f"within max_length = {max_length} tokens; raise max_length, or shorten the prompts")
         if not kept.any():
             raise UserError(f"{dataset.prefix}: no document has anything to train on within max_length = {max_length} tokens")
 
-    def _count_targets(self) -> np.ndarray:
-        last = np.minimum(self.start + self.length, self.end - 1)  # the last token that is predicted
-        if self.dataset.mask is None:
-            return last - self.start
-        bounds = np.stack((self.start + 1, last + 1), axis=1)
-        padded = np.append(np.asarray(self.dataset.mask), np.uint8(0))  # reduceat wants every bound inside
-        sums = np.add.reduceat(padded, bounds.ravel(), dtype=np.int64)[::2]
-        return np.where(bounds[:, 1] > bounds[:, 0], sums, 0)
-
     def batch(self, chosen: np.ndarray) -> Batch:
         """The pieces of these numbers, end to end."""
         tokens, labels = [], []
-        for start, length, end in zip(self.start[chosen], self.length[chosen], self.end[chosen], strict=True):
-            after = min(start + length + 1, end)
-            ids = np.asarray(self.dataset.tokens[start:after], np.int64)
+        for start, length, behind in zip(self.start[chosen], self.length[chosen], self.behind[chosen], strict=True):
+            ids = np.asarray(self.dataset.tokens[start:behind], np.int64)
             label = np.full(length, IGNORE)
-            label[:after - start - 1] = ids[1:]
+            label[:len(ids) - 1] = ids[1:]
             if self.dataset.mask is not None:
-                label[:after - start - 1][self.dataset.mask[start + 1:after] == 0] = IGNORE
+                label[:-1][self.dataset.mask[start + 1:behind] == 0] = IGNORE
             tokens.append(ids[:length])
             labels.append(label)
-        return Batch(np.concatenate(tokens), np.concatenate(labels), [int(n) for n in self.length[chosen]])
+        return Batch(np.concatenate(tokens), np.concatenate(labels), self.length[chosen].tolist())
+
+
+def _count_targets(mask: np.ndarray | None, first: np.ndarray, behind: np.ndarray) -> np.ndarray:
+    """How many tokens are trained on in each stretch first:behind."""
+    if mask is None:
+        return behind - first
+    padded = np.append(mask, np.uint8(0))  # reduceat wants every bound inside
+    sums = np.add.reduceat(padded, np.stack((first, behind), axis=1).ravel(), dtype=np.int64)[::2]
+    return np.where(behind > first, sums, 0)
 
 
 class BatchPlan:
@@ -103,27 +101,13 @@ class BatchPlan:
 
     def __init__(self, pieces: Pieces, *, max_length: int, rows_per_step: int, rows_per_micro_batch: int, seed: int,
                  packing: bool = True, epochs: float = 1.0, max_steps: int = 0, shuffle: bool = True) -> None:
-        self.pieces, self.max_length, self.seed = pieces, max_length, seed
+        self.pieces, self.max_length, self.seed, self.packing, self.shuffle = pieces, max_length, seed, packing, shuffle
         self.rows_per_step, self.rows_per_micro_batch = rows_per_step, rows_per_micro_batch
-        self.packing, self.shuffle = packing, shuffle
         self._rows: tuple[int, np.ndarray, np.ndarray] | None = None  # the epoch at hand: number, order, row bounds
-        self._first_steps = [0]                                       # the first step of each epoch, as far as known
-        self.total_steps = max_steps or self._steps_in(epochs)
-
-    def _steps_in(self, epochs: float) -> int:
+        self._steps: list[int] = []                                   # of each epoch, as far as known
         whole = int(epochs)
-        self._first_step(whole)
-        begun = self._first_steps[whole]
-        part = ceil(round((epochs - whole) * self._steps_of(whole), 6)) if epochs > whole else 0
-        return max(1, begun + part)
-
-    def _steps_of(self, epoch: int) -> int:
-        return ceil((len(self._epoch(epoch)[1]) - 1) / self.rows_per_step)
-
-    def _first_step(self, epoch: int) -> int:
-        while len(self._first_steps) <= epoch:
-            self._first_steps.append(self._first_steps[-1] + self._steps_of(len(self._first_steps) - 1))
-        return self._first_steps[epoch]
+        part = ceil(round((epochs - whole) * self._steps_of(whole), 6)) if epochs > whole and not max_steps else 0
+        self.total_steps = max_steps or max(1, sum(map(self._steps_of, range(whole))) + part)
 
     def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """(order of the pieces, bounds of the rows in it) of an epoch."""
@@ -132,14 +116,20 @@ class BatchPlan:
             order = np.random.Generator(np.random.Philox(key=[self.seed, epoch])).permutation(n) if self.shuffle else np.arange(n)
             bounds = _fill_rows(self.pieces.length[order], self.max_length) if self.packing else np.arange(n + 1)
             self._rows = epoch, order, bounds
-        return self._rows[1], self._rows[2]
+        return self._rows[1:]
+
+    def _steps_of(self, epoch: int) -> int:
+        while len(self._steps) <= epoch:
+            self._steps.append(ceil((len(self._epoch(len(self._steps))[1]) - 1) / self.rows_per_step))
+        return self._steps[epoch]
 
     def locate(self, step: int) -> tuple[int, int]:
         """(epoch, step within it) of a step counted from 0."""
         epoch = 0
-        while self._first_step(epoch + 1) <= step:
+        while step >= self._steps_of(epoch):
+            step -= self._steps_of(epoch)
             epoch += 1
-        return epoch, step - self._first_steps[epoch]
+        return epoch, step
 
     def epoch_at(self, steps_done: int) -> float:
         """How many epochs `steps_done` updates are."""
@@ -150,9 +140,9 @@ class BatchPlan:
         """The global batch of a step, as its micro-batches in order."""
         epoch, inner = self.locate(step)
         order, bounds = self._epoch(epoch)
-        rows = np.arange(inner * self.rows_per_step, min((inner + 1) * self.rows_per_step, len(bounds) - 1))
-        groups = [rows[i:i + self.rows_per_micro_batch] for i in range(0, len(rows), self.rows_per_micro_batch)]
-        return [self.pieces.batch(order[bounds[group[0]]:bounds[group[-1] + 1]]) for group in groups]
+        last, size = min((inner + 1) * self.rows_per_step, len(bounds) - 1), self.rows_per_micro_batch
+        firsts = range(inner * self.rows_per_step, last, size)
+        return [self.pieces.batch(order[bounds[row]:bounds[min(row + size, last)]]) for row in firsts]
 
 
 def _fill_rows(lengths: np.ndarray, max_length: int) -> np.ndarray:

@@ -11,6 +11,7 @@ error in the record's stead. An array that breaks off cannot be trusted further,
 """
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,15 @@ from minillama.errors import UserError
 TEXT_SUFFIXES = (".txt", ".md")
 SUFFIXES = (".json", ".jsonl", ".parquet", *TEXT_SUFFIXES)
 BLOCK = 1 << 18  # characters read at a time
+
+
+@dataclass(frozen=True)
+class Part:
+    """A stretch of a long text, cut after a line break."""
+
+    text: str
+    is_first: bool = True
+    is_last: bool = True
 
 
 def kind_of(path: Path) -> str:
@@ -37,21 +47,15 @@ def kind_of(path: Path) -> str:
     return "array" if first == b"[" else "jsonl"
 
 
-def records(path: Path) -> Iterator[tuple[str, Any]]:
-    """(place, record) of every record; a text file is one record. Raises UserError where there is none."""
-    reader = {"array": _array, "jsonl": _json_lines, "parquet": _parquet, "text": _whole}[kind_of(path)]
-    return _checked(path, reader(path))
+def records(path: Path, text_as: str = "text") -> Iterator[tuple[str, Any]]:
+    """(place, record) of every record. Raises UserError where there is none.
 
-
-def lines(path: Path) -> Iterator[tuple[str, Any]]:
-    """(place, line) of every line of a text file that is not blank."""
-    return _checked(path, ((f"line {number}", text.rstrip("\n")) for number, text in _numbered_lines(path)))
-
-
-def _checked(path: Path, found: Iterator[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
-    empty = True
+    text_as: what a text file gives: "text": itself; "lines": its lines that are not blank; "parts": `Part`s, a block each.
+    """
+    kind, empty = kind_of(path), True
+    readers = {"array": _array, "jsonl": _json_lines, "parquet": _parquet, "text": _text, "lines": _lines, "parts": _parts}
     try:
-        for placed in found:
+        for placed in readers[text_as if kind == "text" else kind](path):
             empty = False
             yield placed
     except UnicodeDecodeError as error:
@@ -64,21 +68,30 @@ def _open(path: Path) -> TextIO:
     return open(path, encoding="utf-8-sig", newline="\n")
 
 
-def _whole(path: Path) -> Iterator[tuple[str, str]]:
+def _text(path: Path) -> Iterator[tuple[str, str]]:
     with _open(path) as file:
         text = file.read()
     if text.strip():
         yield "", text
 
 
-def _numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
+def _parts(path: Path) -> Iterator[tuple[str, Part]]:
     with _open(path) as file:
-        yield from ((number, line) for number, line in enumerate(file, 1) if line.strip())
+        text, is_first = file.read(BLOCK) + file.readline(), True
+        while text.strip() or (text and not is_first):
+            following = file.read(BLOCK) + file.readline()
+            yield "", Part(text, is_first, not following)
+            text, is_first = following, False
+
+
+def _lines(path: Path) -> Iterator[tuple[str, str]]:
+    with _open(path) as file:
+        yield from ((f"line {number}", line.rstrip("\n")) for number, line in enumerate(file, 1) if line.strip())
 
 
 def _json_lines(path: Path) -> Iterator[tuple[str, Any]]:
-    for number, (line_number, line) in enumerate(_numbered_lines(path), 1):
-        place = f"record {number} (line {line_number})"
+    for number, (line_number, line) in enumerate(_lines(path), 1):
+        place = f"record {number} ({line_number})"
         try:
             yield place, json.loads(line)
         except json.JSONDecodeError as error:
@@ -91,106 +104,55 @@ def _parquet(path: Path) -> Iterator[tuple[str, Any]]:
     except ImportError:
         raise UserError(f"{path}: needs the package `pyarrow`; pip install 'minillama[parquet]'") from None
     try:
-        number = 0
         with pyarrow.parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=256):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield f"record {number}", row
+            rows = (row for batch in file.iter_batches(batch_size=256) for row in batch.to_pylist())
+            yield from ((f"record {number}", row) for number, row in enumerate(rows, 1))
     except pyarrow.ArrowException as error:
         raise UserError(f"{path}: not a readable Parquet file ({str(error).splitlines()[0]})") from None
 
 
-@dataclass(frozen=True)
-class Part:
-    """A stretch of a long text, cut after a line break."""
-
-    text: str
-    is_first: bool
-    is_last: bool
-
-
-def text_parts(path: Path) -> Iterator[tuple[str, Any]]:
-    """A text file as its parts, for a tokenizer that splits at lines: no more than a block is in memory."""
-    return _checked(path, _parts(path))
-
-
-def _parts(path: Path) -> Iterator[tuple[str, Part]]:
-    with _open(path) as file:
-        text, is_first = file.read(BLOCK) + file.readline(), True
-        while text.strip() or (text and not is_first):
-            following = file.read(BLOCK) + file.readline()
-            yield "", Part(text, is_first, not following)
-            text, is_first = following, False
-
-
-class _Window:
-    """The part of a JSON text under the parser: `at` is the next character, `line` and `column` say where the text begins."""
-
-    def __init__(self, path: Path, file: TextIO) -> None:
-        self.path, self.file = path, file
-        self.text, self.at, self.line, self.column, self.ended = "", 0, 1, 1, False
-        self.decoder = json.JSONDecoder()
-
-    def grow(self) -> None:
-        """Drop what is parsed, read a block on: as much again as there is, so a long record is not parsed over and over."""
-        self.line, self.column = self.place(self.at)
-        self.text, self.at = self.text[self.at:], 0
-        block = self.file.read(max(BLOCK, len(self.text)))
-        self.text, self.ended = self.text + block, not block
-
-    def place(self, at: int) -> tuple[int, int]:
-        """(line, column) of a position in the text."""
-        breaks = self.text.count("\n", 0, at)
-        return self.line + breaks, at - self.text.rfind("\n", 0, at) if breaks else self.column + at
-
-    def peek(self) -> str:
-        """The next character that is not white space; empty at the end."""
-        while True:
-            while self.at < len(self.text) and self.text[self.at] in " \t\r\n":
-                self.at += 1
-            if self.at < len(self.text) or self.ended:
-                return self.text[self.at:self.at + 1]
-            self.grow()
-
-    def expect(self, characters: str) -> str:
-        found = self.peek()
-        if not found or found not in characters:
-            self.fail(f"expected {' or '.join(characters)}, found {found or 'the end of the file'}", self.at)
-        self.at += 1
-        return found
-
-    def value(self) -> Any:
-        """The next JSON value."""
-        while True:
-            try:
-                value, end = self.decoder.raw_decode(self.text, self.at)
-            except json.JSONDecodeError as error:
-                cut_off = error.msg.startswith("Unterminated string") or error.pos > len(self.text) - 16
-                if self.ended or not cut_off:
-                    self.fail(error.msg, error.pos)
-            else:
-                if end < len(self.text) or self.ended:  # a number that touches the window's end may go on
-                    self.at = end
-                    return value
-            self.grow()
-
-    def fail(self, what: str, at: int) -> None:
-        line, column = self.place(at)
-        raise UserError(f"{self.path}: not valid JSON: {what} at line {line} column {column}")
-
-
 def _array(path: Path) -> Iterator[tuple[str, Any]]:
     with _open(path) as file:
-        window, number = _Window(path, file), 0
-        window.expect("[")
-        if window.peek() == "]":
-            return
-        mark = ","
-        while mark == ",":
-            window.peek()
-            number += 1
-            yield f"record {number}", window.value()
-            mark = window.expect(",]")
-        if window.peek():
-            window.fail("more text after the array", window.at)
+        yield from ((f"record {number}", value) for number, value in enumerate(_elements(path, file), 1))
+
+
+def _elements(path: Path, file: TextIO) -> Iterator[Any]:
+    text, at, ended, marks = "", 0, False, "["  # the window, the next character in it, and what that may be
+    line, column = 1, 0                         # where the window begins
+    while True:
+        try:
+            value, end = _element(text, at, marks)
+            is_whole = end < len(text) or ended  # what touches the window's end may go on
+        except json.JSONDecodeError as error:
+            if ended or not (error.msg.startswith("Unterminated string") or error.pos > len(text) - 16):
+                row, at = line + error.lineno - 1, error.colno + (column if error.lineno == 1 else 0)
+                raise UserError(f"{path}: not valid JSON: {error.msg} at line {row} column {at}") from None
+            is_whole = False
+        if is_whole:
+            if value is END:
+                return
+            yield value
+            at, marks = end, ",]"
+        else:  # drop what is parsed, read a block on: as much again as there is, so a long record is not parsed over and over
+            line += (breaks := text.count("\n", 0, at))
+            column = at - text.rfind("\n", 0, at) - 1 if breaks else column + at
+            block = file.read(max(BLOCK, len(text) - at))
+            text, at, ended = text[at:] + block, 0, not block
+
+
+END, SPACE, DECODER = object(), re.compile(r"[ \t\r\n]*"), json.JSONDecoder()
+
+
+def _element(text: str, at: int, marks: str) -> tuple[Any, int]:
+    """(value, where it ends) behind one of `marks`; END behind the closing one. Raises JSONDecodeError, also where text is lacking."""
+    at = SPACE.match(text, at).end()
+    mark, inside = text[at:at + 1], SPACE.match(text, at + 1).end()
+    if not mark or mark not in marks:
+        raise json.JSONDecodeError(f"expected {' or '.join(marks)}, found {mark or 'the end of the file'}", text, at)
+    if mark == "[" and text[inside:inside + 1] == "]":
+        mark, inside = "]", SPACE.match(text, inside + 1).end()
+    if mark != "]":
+        return DECODER.raw_decode(text, inside)
+    if inside < len(text):
+        raise json.JSONDecodeError("more text after the array", text, inside)
+    return END, inside

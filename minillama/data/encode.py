@@ -22,22 +22,16 @@ def encode_pieces(tokenizer: Tokenizer, pieces: Iterable[Piece]) -> tuple[list[i
     mask: list[int] = []
     text, start = "", 0  # the run of glued text that is open, and where its ids start
     for piece in pieces:
+        if piece.control or not piece.glued:
+            text, start = "", len(ids)
         if piece.control:
-            ids.append(_control_id(tokenizer, piece.control))
-            mask.append(int(piece.is_target))
-            text, start = "", len(ids)
-            continue
-        if not piece.glued:
-            text, start = "", len(ids)
-        text += piece.text
-        ids[start:] = tokenizer.encode(text)
+            ids.append(tokenizer.control_id(piece.control))
+            if ids[-1] is None:
+                raise UserError(f"{tokenizer.path}: has no {piece.control} token, which the template needs")
+            start += 1
+        else:
+            text += piece.text
+            ids[start:] = tokenizer.encode(text)
         del mask[len(ids):]
         mask += [int(piece.is_target)] * (len(ids) - len(mask))
     return ids, mask
-
-
-def _control_id(tokenizer: Tokenizer, name: str) -> int:
-    token = tokenizer.control_id(name)
-    if token is None:
-        raise UserError(f"{tokenizer.path}: has no {name} token, which the template needs")
-    return token

@@ -1,16 +1,18 @@
 """Raw files to documents: what each format's records mean.
 
 A document is a `Conversation` (instruction data, rendered by a template later) or a plain string. Reading has two steps, so that
-worker processes can share the second: a *container* (a JSON array, JSON lines, Parquet, text) gives records with their places,
-one at a time and never a whole file; a *format* turns a record into documents, or says what is wrong with it.
+worker processes can share the second: a *container* gives records with their places, one at a time and never a whole file; a
+*format* turns a record into documents, or says what is wrong with it.
 
-    alpaca.json ── json ──▶ ("record 1", {"instruction": …}) ── alpaca ──▶ Conversation
-    book.txt    ── text ──▶ ("", "It was the …")             ── text ───▶ "It was the …"
+    alpaca.json ── array ──▶ ("record 1", {"instruction": …}) ── alpaca ──▶ Conversation
+    book.txt    ── text  ──▶ ("", "It was the …")             ── text ───▶ "It was the …"
 
 Left out on purpose: guessing. A file whose first record fits no format is an error that names the keys it has.
 """
 
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,6 @@ from minillama.data.sources import Source
 from minillama.errors import UserError
 
 Document = Conversation | str | containers.Part
-
 
 # What tells the formats apart: the keys of a record.
 KEYS = {"alpaca": {"instruction", "output"}, "sharegpt": {"conversations"}, "moss": {"chat"}, "text": {"text"}}
@@ -54,12 +55,7 @@ def read_records(source: Source, in_parts: bool = False) -> Iterator[tuple[str, 
 
     in_parts: a text file comes as `containers.Part`s, not whole.
     """
-    if containers.kind_of(source.path) == "text":
-        if source.data_format == "lines":
-            return containers.lines(source.path)
-        if in_parts:
-            return containers.text_parts(source.path)
-    return containers.records(source.path)
+    return containers.records(source.path, "lines" if source.data_format == "lines" else "parts" if in_parts else "text")
 
 
 def parse(source: Source, place: str, record: Any) -> list[Document]:
@@ -69,22 +65,16 @@ def parse(source: Source, place: str, record: Any) -> list[Document]:
             raise record
         return FORMATS[source.data_format](record, source)
     except UserError as error:
-        raise BadRecord(": ".join(part for part in (str(source.path), place, str(error)) if part)) from None
+        raise BadRecord(": ".join(filter(None, (str(source.path), place, str(error))))) from None
 
 
-def read_documents(path: Path, data_format: str, on_bad: Callable[[BadRecord], None] | None = None) -> Iterator[Document]:
-    """The documents of a file. A malformed record goes to `on_bad`, or is raised where there is none."""
-    source = Source(path, data_format)
-    for place, record in read_records(source):
-        try:
-            yield from parse(source, place, record)
-        except BadRecord as error:
-            if on_bad is None:
-                raise
-            on_bad(error)
+def _object(record: Any, hint: str) -> dict[str, Any]:
+    if not isinstance(record, dict):
+        raise BadRecord(f"expected an object with {hint}, found {type(record).__name__}")
+    return record
 
 
-def _text_of(record: Any, name: str, default: str | None = None) -> str:
+def _text_of(record: dict[str, Any], name: str, default: str | None = None) -> str:
     """record[name], which must be text; where it is absent or null, the default."""
     value = record.get(name)
     if value is None and default is not None:
@@ -94,38 +84,32 @@ def _text_of(record: Any, name: str, default: str | None = None) -> str:
     return value
 
 
-def _object(record: Any, hint: str) -> dict[str, Any]:
-    if not isinstance(record, dict):
-        raise BadRecord(f"expected an object with {hint}, found {type(record).__name__}")
-    return record
-
-
 def _alpaca(record: Any, source: Source) -> list[Document]:
     """{instruction, input?, output, system?, history?: [[question, answer], …]}: Stanford Alpaca, LLaMA-Factory, AscendSpeed."""
-    record = _object(record, "instruction and output")
-    name = ALPACA_COLUMNS | source.columns
-    history = record.get(name["history"]) or []
-    pairs = isinstance(history, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in history)
-    if not pairs or not all(isinstance(text, str) for pair in history for text in pair):
-        raise BadRecord(f"{name['history']!r} is not a list of [question, answer] pairs")
-    turns = [Turn(question, answer) for question, answer in history]
+    record, name = _object(record, "instruction and output"), ALPACA_COLUMNS | source.columns
+    turns = _rounds(record.get(name["history"]) or [], name["history"])
     turns.append(Turn(_text_of(record, name["prompt"]), _text_of(record, name["response"]), _text_of(record, name["query"], "")))
     return [Conversation(tuple(turns), _text_of(record, name["system"], ""))]
 
 
+def _rounds(history: Any, name: str) -> list[Turn]:
+    pairs = isinstance(history, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in history)
+    if not pairs or not all(isinstance(text, str) for pair in history for text in pair):
+        raise BadRecord(f"{name!r} is not a list of [question, answer] pairs")
+    return [Turn(question, answer) for question, answer in history]
+
+
 def _sharegpt(record: Any, source: Source) -> list[Document]:
     """{conversations: [{from: human|gpt, value}, …]}: FastChat. What stands before the first human turn is dropped."""
-    name = {"messages": "conversations", "system": "system"} | source.columns
-    tag = SHAREGPT_TAGS | source.tags
-    record = _object(record, name["messages"])
-    messages = record.get(name["messages"])
+    name, tag = {"messages": "conversations", "system": "system"} | source.columns, SHAREGPT_TAGS | source.tags
+    messages = _object(record, name["messages"]).get(name["messages"])
     if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
         raise BadRecord(f"{name['messages']!r} is {'missing' if messages is None else 'not a list of messages'}")
     said = [(_text_of(message, tag["role_tag"]), _text_of(message, tag["content_tag"])) for message in messages]
     system = _text_of(record, name["system"], "")
     if said and said[0][0] != tag["user_tag"]:
-        system = said[0][1] if said[0][0] == tag["system_tag"] else system
-        said = said[1:]
+        role, text = said.pop(0)
+        system = text if role == tag["system_tag"] else system
     for number, (role, _) in enumerate(said):
         expected = tag["assistant_tag"] if number % 2 else tag["user_tag"]
         if role != expected:
@@ -137,21 +121,20 @@ def _sharegpt(record: Any, source: Source) -> list[Document]:
     return [Conversation(tuple(Turn(user, answer, None) for user, answer in zip(texts[::2], texts[1::2], strict=False)), system)]
 
 
+MOSS_MARKS = {"Human": r"<eoh>|<\|Human\|>: ?", "MOSS": r"<eom>|<\|MOSS\|>:"}
+
+
 def _moss(record: Any, source: Source) -> list[Document]:
     """{chat: {turn_1: {Human, MOSS, …}, …}}: a sample for each turn, which holds the turns up to it and trains its answer alone."""
     chat = _object(_object(record, "chat").get("chat"), "turn_1, turn_2, …")
-    turns: list[Turn] = []
+    earlier: list[Turn] = []
     samples: list[Document] = []
     for name, messages in chat.items():
-        if not messages:
-            continue
-        human, moss = (_text_of(_object(messages, f"Human and MOSS in {name!r}"), who) for who in ("Human", "MOSS"))
-        for mark in ("<eoh>", "<|Human|>: ", "<|Human|>:"):
-            human = human.replace(mark, "")
-        for mark in ("<eom>", "<|MOSS|>:"):
-            moss = moss.replace(mark, "")
-        samples.append(Conversation((*turns, Turn(human.strip(), moss.strip(), None))))
-        turns.append(Turn(human.strip(), moss.strip(), None, is_target=False))
+        if messages:
+            said = _object(messages, f"Human and MOSS in {name!r}")
+            turn = Turn(*(re.sub(marks, "", _text_of(said, who)).strip() for who, marks in MOSS_MARKS.items()), None)
+            samples.append(Conversation((*earlier, turn)))
+            earlier.append(replace(turn, is_target=False))
     if not samples:
         raise BadRecord("'chat' holds no turn")
     return samples
@@ -169,6 +152,4 @@ def _text(record: Any, source: Source) -> list[Document]:
     return [_text_of(_object(record, "text"), source.columns.get("prompt", "text"))]
 
 
-FORMATS: dict[str, Callable[[Any, Source], list[Document]]] = {
-    "alpaca": _alpaca, "sharegpt": _sharegpt, "moss": _moss, "ascend": _ascend, "text": _text, "lines": _text,
-}
+FORMATS = {"alpaca": _alpaca, "sharegpt": _sharegpt, "moss": _moss, "ascend": _ascend, "text": _text, "lines": _text}

@@ -9,6 +9,7 @@
 records no tokenizer, so ids are only checked against the vocabulary's size.
 """
 
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -16,27 +17,27 @@ import numpy as np
 from minillama.data.memmap import Dataset
 from minillama.errors import UserError
 
-MAGIC = b"MMIDIDX\x00\x00"
+MAGIC, OLD_MAGIC = b"MMIDIDX\x00\x00", b"TNTIDX"
 DTYPES = {1: "<u1", 2: "<i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}  # 6 and 7 are floats: no token ids
-ENDINGS = ("", "_text_document", "_packed_input_ids_document")
+IDS, LABELS = "_packed_input_ids_document", "_packed_labels_document"
+ENDINGS = ("", "_text_document", IDS)
 IGNORE = -100
+BLOCK = 1 << 24  # tokens looked at together
+
+
+def is_megatron(prefix: Path | str) -> bool:
+    return _part_of(prefix) is not None
 
 
 def _part_of(prefix: Path | str) -> Path | None:
     """The part with the tokens, of a prefix given in full, without its ending, or as one of its files."""
     base = str(prefix).removesuffix(".idx").removesuffix(".bin")
-    for ending in ENDINGS:
-        idx = Path(f"{base}{ending}.idx")
-        if idx.is_file():
-            with open(idx, "rb") as file:
-                head = file.read(len(MAGIC))
-            if head == MAGIC or head.startswith(b"TNTIDX"):
-                return Path(f"{base}{ending}")
+    for part in (Path(f"{base}{ending}") for ending in ENDINGS):
+        if Path(f"{part}.idx").is_file():
+            with open(f"{part}.idx", "rb") as file:
+                if file.read(len(MAGIC)).startswith((MAGIC, OLD_MAGIC)):
+                    return part
     return None
-
-
-def is_megatron(prefix: Path | str) -> bool:
-    return _part_of(prefix) is not None
 
 
 class MegatronDataset(Dataset):
@@ -51,13 +52,13 @@ class MegatronDataset(Dataset):
         self.tokens, sizes, doc_idx = read_indexed(part)
         ends = np.append(0, sizes.cumsum(dtype=np.int64))
         self.offsets = ends[doc_idx]
-        if part.name.endswith("_packed_input_ids_document"):
-            labels_part = part.with_name(part.name.removesuffix("input_ids_document") + "labels_document")
+        if part.name.endswith(IDS):
+            labels_part = part.with_name(part.name.removesuffix(IDS) + LABELS)
             labels, label_sizes, _ = read_indexed(labels_part)
             if not np.array_equal(sizes, label_sizes):
                 raise UserError(f"{labels_part}.idx: its sequences are not as long as those of {part}.idx; the triple does not fit")
             self.mask, self.offsets = self._mask_of(labels, labels_part), ends
-        largest = max((int(self.tokens[i:i + (1 << 24)].max()) for i in range(0, len(self.tokens), 1 << 24)), default=0)
+        largest = max(int(self.tokens[i:i + BLOCK].max()) for i in range(0, len(self.tokens), BLOCK))
         if largest >= vocab_size:
             raise UserError(f"{part}.bin: token id {largest} is beyond the vocabulary of {vocab_size}; it needs its own tokenizer")
         trained = len(self.tokens) if self.mask is None else int(self.mask.sum())
@@ -65,8 +66,8 @@ class MegatronDataset(Dataset):
 
     def _mask_of(self, labels: np.ndarray, labels_part: Path) -> np.ndarray:
         mask = np.empty(len(labels), np.uint8)
-        for i in range(0, len(labels), 1 << 24):
-            part = slice(i, i + (1 << 24))
+        for i in range(0, len(labels), BLOCK):
+            part = slice(i, i + BLOCK)
             mask[part] = labels[part] != IGNORE
             if (labels[part] != self.tokens[part])[mask[part] == 1].any():
                 raise UserError(f"{labels_part}.bin: labels differ from the input ids beside them; the files do not fit")
@@ -80,17 +81,16 @@ def read_indexed(part: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         tokens_bytes = Path(f"{part}.bin").stat().st_size
     except FileNotFoundError as error:
         raise UserError(f"{error.filename}: no such file; the data set is not complete") from None
-    if raw.startswith(b"TNTIDX"):
+    if raw.startswith(OLD_MAGIC):
         raise UserError(f"{part}.idx: Megatron's older lazy/cached format; make the set again with `--dataset-impl mmap`")
     if not raw.startswith(MAGIC) or len(raw) < 34:
         raise UserError(f"{part}.idx: not an index of Megatron's format")
-    version, code, sequences, documents = (int(np.frombuffer(raw, kind, 1, at)[0])
-                                           for kind, at in (("<u8", 9), ("u1", 17), ("<u8", 18), ("<u8", 26)))
+    version, code, sequences, documents = struct.unpack_from("<QBQQ", raw, len(MAGIC))
     if version != 1 or code not in DTYPES:
         raise UserError(f"{part}.idx: version {version} with dtype code {code}; expected version 1 and an integer dtype")
-    if len(raw) != 34 + 12 * sequences + 8 * documents:
-        raise UserError(f"{part}.idx: has {len(raw)} bytes, {sequences} sequences and {documents} documents need "
-                        f"{34 + 12 * sequences + 8 * documents}; the file is damaged")
+    needed = 34 + 12 * sequences + 8 * documents
+    if len(raw) != needed:
+        raise UserError(f"{part}.idx: has {len(raw)} bytes, its {sequences} sequences need {needed}; the file is damaged")
     sizes = np.frombuffer(raw, "<i4", sequences, 34)
     pointers = np.frombuffer(raw, "<i8", sequences, 34 + 4 * sequences)
     doc_idx = np.frombuffer(raw, "<i8", documents, 34 + 12 * sequences)

@@ -11,20 +11,19 @@ again on the same input, goes on from there.
 """
 
 import fcntl
-import hashlib
 import json
 import os
-from collections.abc import Iterable, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
+from array import array
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field
 from io import FileIO
-from itertools import islice
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
 
+from minillama.data.sources import hash_of
 from minillama.errors import UserError
 
 VERSION = 1
@@ -32,32 +31,24 @@ MOST_WITHOUT_TARGET = 0.01  # a larger share of documents with nothing to train 
 PARTS = ("bin", "mask", "idx")
 
 
-@dataclass(frozen=True)
+@dataclass
 class Chunk:
-    """Some documents, tokenized: ids and mask end to end, the length of each, and what they were made from."""
+    """Some documents, tokenized: ids (uint32) and mask (uint8) end to end, where documents end, and what they were made from."""
 
-    ids: np.ndarray      # (tokens,) integer
-    mask: np.ndarray     # (tokens,) uint8
-    lengths: np.ndarray  # (documents,) int64
+    ids: array = field(default_factory=lambda: array("I"))
+    mask: bytearray = field(default_factory=bytearray)
+    ends: list[int] = field(default_factory=list)
     without_target: int = 0  # documents with nothing to train on
     records: int = 0         # of the input, malformed ones included
-    bad: tuple[str, ...] = ()
-    is_open: bool = False    # the last document goes on in the next chunk
+    bad: list[str] = field(default_factory=list)
 
-    @classmethod
-    def of(cls, documents: Sequence[tuple[list[int], list[int] | None]], records: int = 0, bad: Sequence[str] = (),
-           is_open: bool = False) -> "Chunk":
-        """From (ids, mask) pairs; mask None: all of the document is trained on. A first token never is: nothing is before it."""
-        lengths = np.fromiter((len(ids) for ids, _ in documents), np.int64, len(documents))
-        ids, mask = np.empty(lengths.sum(), np.uint32), np.ones(lengths.sum(), np.uint8)
-        at = 0
-        for tokens, trained in documents:
-            ids[at:at + len(tokens)] = tokens
-            if trained is not None:
-                mask[at:at + len(tokens)] = trained
-            at += len(tokens)
-        without_target = sum(trained is not None and not any(trained[1:]) for _, trained in documents)
-        return cls(ids, mask, lengths, without_target, records, tuple(bad), is_open)
+    def append(self, ids: list[int], mask: list[int] | None, is_last: bool = True) -> None:
+        """Add a document, or a stretch of one where not is_last. mask None: all is trained on."""
+        self.ids.extend(ids)
+        self.mask += b"\1" * len(ids) if mask is None else bytes(mask)
+        self.without_target += mask is not None and not any(mask[1:])  # a first token never is one: nothing is before it
+        if is_last:
+            self.ends.append(len(self.ids))
 
 
 class Writer:
@@ -68,13 +59,9 @@ class Writer:
 
     def __init__(self, prefix: Path, vocab_size: int, about: dict[str, Any]) -> None:
         """about: tokenizer_sha256, template, … stored as they are; work is taken up only where all of it is the same."""
-        self.prefix, self.vocab_size, self.about = prefix, vocab_size, about
-        self.dtype = np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
-        self.state: dict[str, Any] = {"about": about, "vocab_size": vocab_size, "records": 0, "documents": 0, "tokens": 0,
-                                      "targets": 0, "documents_without_target": 0, "skipped_records": []}
-
-    def _partial(self, part: str) -> Path:
-        return Path(f"{self.prefix}.{part}.partial")
+        self.prefix, self.dtype = prefix, np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
+        self.state: dict[str, Any] = {"about": json.loads(json.dumps(about)), "vocab_size": vocab_size, "records": 0, "documents": 0,
+                                      "tokens": 0, "targets": 0, "documents_without_target": 0, "skipped_records": []}
 
     def __enter__(self) -> Self:
         self.prefix.parent.mkdir(parents=True, exist_ok=True)
@@ -84,44 +71,36 @@ class Writer:
         except BlockingIOError:
             self.opened.close()
             raise UserError(f"{self.prefix}: another process is writing this data set; wait for it to end") from None
-        self._take_up()
         self.files: dict[str, FileIO] = {}
-        for part, size in self._sizes(self.state).items():
+        for part in PARTS:
             self.files[part] = self.opened.enter_context(open(self._partial(part), "ab", buffering=0))
-            self.files[part].truncate(size)
-        if not self.state["records"]:
-            self.files["idx"].write(bytes(8))
+        with suppress(OSError, ValueError, KeyError):
+            state = json.loads(self._partial("state").read_text(encoding="utf-8"))
+            same = all(state[key] == self.state[key] for key in ("about", "vocab_size"))
+            if same and all(self.files[part].tell() >= size for part, size in self._sizes(state).items()):
+                self.state = state
+        for part, size in self._sizes(self.state).items():
+            self.files[part].truncate(size)  # a new index grows to its first offset, 0
         return self
+
+    def _partial(self, part: str) -> Path:
+        return Path(f"{self.prefix}.{part}.partial")
 
     def _sizes(self, state: dict[str, Any]) -> dict[str, int]:
         """Bytes of each part that `state` vouches for."""
-        idx = 8 * (state["documents"] + 1) if state["records"] else 0
-        return {"bin": self.dtype.itemsize * state["tokens"], "mask": state["tokens"], "idx": idx}
-
-    def _take_up(self) -> None:
-        """The state of an interrupted run with the same input, if its parts still hold that much."""
-        try:
-            state = json.loads(self._partial("state").read_text(encoding="utf-8"))
-            found = {part: self._partial(part).stat().st_size for part in PARTS}
-        except (OSError, ValueError):
-            return
-        fresh = json.loads(json.dumps(self.state))
-        same = state["about"] == fresh["about"] and state["vocab_size"] == fresh["vocab_size"]
-        if same and all(found[part] >= size for part, size in self._sizes(state).items()):
-            self.state = state
+        return {"bin": self.dtype.itemsize * state["tokens"], "mask": state["tokens"], "idx": 8 * (state["documents"] + 1)}
 
     def add(self, chunk: Chunk) -> None:
-        if len(chunk.ids) and int(chunk.ids.max()) >= self.vocab_size:
-            raise UserError(f"{self.prefix}: token id {int(chunk.ids.max())} is beyond the vocabulary of {self.vocab_size}")
-        state = self.state
-        self.files["bin"].write(chunk.ids.astype(self.dtype).data)
-        self.files["mask"].write(chunk.mask.data)
-        ended = len(chunk.lengths) - chunk.is_open
-        self.files["idx"].write((state["tokens"] + chunk.lengths.cumsum()[:ended]).astype("<u8").data)
-        for key, more in {"records": chunk.records, "documents": ended, "tokens": len(chunk.ids),
-                          "targets": int(chunk.mask.sum()), "documents_without_target": chunk.without_target}.items():
-            state[key] += more
-        state["skipped_records"] += chunk.bad
+        state, ids = self.state, np.array(chunk.ids)
+        largest = int(ids.max(initial=0))
+        if largest >= state["vocab_size"]:
+            raise UserError(f"{self.prefix}: token id {largest} is beyond the vocabulary of {state['vocab_size']}")
+        self.files["bin"].write(ids.astype(self.dtype).data)
+        self.files["mask"].write(chunk.mask)
+        self.files["idx"].write((state["tokens"] + np.array(chunk.ends, "<u8")).data)
+        more = {"records": chunk.records, "documents": len(chunk.ends), "tokens": len(chunk.ids), "targets": chunk.mask.count(1),
+                "documents_without_target": chunk.without_target, "skipped_records": chunk.bad}
+        state |= {key: state[key] + value for key, value in more.items()}
         self._write_json(self._partial("state"), state)
 
     def finish(self) -> dict[str, Any]:
@@ -134,7 +113,7 @@ class Writer:
                             f"empty one); more than {MOST_WITHOUT_TARGET:.0%} is a mistake in the data or its template")
         parts = [part for part in PARTS if part != "mask" or state["targets"] < state["tokens"]]
         meta = {"version": VERSION, "dtype": self.dtype.name} | {key: value for key, value in state.items() if key != "about"}
-        meta |= self.about | {"sha256": {part: sha256_of(self._partial(part)) for part in parts}}
+        meta |= state["about"] | {"sha256": {part: hash_of(self._partial(part)) for part in parts}}
         for part in (*PARTS, "json"):
             Path(f"{self.prefix}.{part}").unlink(missing_ok=True)
         for part in parts:
@@ -154,19 +133,6 @@ class Writer:
         self.opened.close()
 
 
-def write_dataset(prefix: Path, documents: Iterable[tuple[list[int], list[int] | None]], vocab_size: int,
-                  about: dict[str, Any]) -> dict[str, Any]:
-    """Write documents, (ids, mask or None for all) each, as a data set; returns what PREFIX.json says. Streams.
-
-    about: tokenizer_sha256, template, … stored as they are. Raises UserError where no document comes.
-    """
-    with Writer(prefix, vocab_size, about) as writer:
-        left = islice(documents, writer.state["records"], None)
-        while batch := list(islice(left, 256)):
-            writer.add(Chunk.of(batch, records=len(batch)))
-        return writer.finish()
-
-
 def is_dataset(prefix: Path | str) -> bool:
     return Path(f"{prefix}.json").is_file() and Path(f"{prefix}.bin").is_file()
 
@@ -179,27 +145,26 @@ class Dataset:
         self.prefix = Path(prefix)
         try:
             self.meta: dict[str, Any] = json.loads(Path(f"{prefix}.json").read_text(encoding="utf-8"))
-            version, dtype = self.meta["version"], np.dtype(self.meta["dtype"])
-            documents, tokens, hashes = self.meta["documents"], self.meta["tokens"], self.meta["sha256"]
+            version, dtype, documents, tokens, hashes = (self.meta[key] for key in ("version", "dtype", "documents", "tokens", "sha256"))
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{prefix}.json: not a minillama data set ({error})") from None
         if version != VERSION:
             raise UserError(f"{prefix}.json: version {version}, this program reads {VERSION}; make it again with `convert.py data`")
-        self.tokens = self._map("bin", dtype, tokens)
+        self.tokens = self._map("bin", np.dtype(dtype), tokens)
         self.offsets = self._map("idx", np.dtype("<u8"), documents + 1).astype(np.int64)
         self.mask = self._map("mask", np.dtype(np.uint8), tokens) if "mask" in hashes else None
         if self.offsets[0] != 0 or self.offsets[-1] != tokens or (np.diff(self.offsets) < 0).any():
             raise UserError(f"{prefix}.idx: offsets do not rise from 0 to {tokens}; the file is damaged")
         for part, expected in hashes.items() if verify else ():
-            if sha256_of(Path(f"{prefix}.{part}")) != expected:
+            if hash_of(Path(f"{prefix}.{part}")) != expected:
                 raise UserError(f"{prefix}.{part}: its sha256 is not the one in {prefix}.json; the file is damaged")
 
     def _map(self, part: str, dtype: np.dtype, count: int) -> np.ndarray:
-        path = Path(f"{self.prefix}.{part}")
-        found = path.stat().st_size if path.is_file() else -1
-        if found != count * dtype.itemsize:
-            shown = "is missing" if found < 0 else f"has {found} bytes"
-            raise UserError(f"{path}: {shown}, {self.prefix}.json says {count * dtype.itemsize}; make the data set again")
+        path, expected = Path(f"{self.prefix}.{part}"), count * dtype.itemsize
+        found = path.stat().st_size if path.is_file() else None
+        if found != expected:
+            shown = "is missing" if found is None else f"has {found} bytes"
+            raise UserError(f"{path}: {shown}, {self.prefix}.json says {expected}; make the data set again")
         return np.memmap(path, dtype, mode="r")
 
     def __len__(self) -> int:
@@ -209,8 +174,3 @@ class Dataset:
         """(ids, mask or None) of a document."""
         span = slice(self.offsets[number], self.offsets[number + 1])
         return self.tokens[span], None if self.mask is None else self.mask[span]
-
-
-def sha256_of(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

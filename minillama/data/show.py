@@ -12,27 +12,21 @@ import numpy as np
 from minillama.data.batches import Batch
 from minillama.tokenizer import Tokenizer
 
-BRACKETS = ("⟦", "⟧")
-GREEN = ("\033[32m", "\033[0m")
-
 
 def show_batch(tokenizer: Tokenizer, batch: Batch, color: bool = False, most_documents: int = 8) -> str:
     """The batch's documents, a paragraph each, and its totals. color: mark by colour, for a terminal, else by ⟦ ⟧."""
-    before, after = GREEN if color else BRACKETS
+    before, after = ("\033[32m", "\033[0m") if color else ("⟦", "⟧")
+    names = {tokenizer.bos_id: "<s>", tokenizer.eos_id: "</s>"}
     paragraphs = []
     for number, (start, end) in enumerate(islice(pairwise(np.cumsum([0, *batch.lengths])), most_documents), 1):
-        ids, trained = batch.tokens[start:end], np.append(False, batch.labels[start:end - 1] >= 0)
-        edges = [0, *(np.flatnonzero(np.diff(trained)) + 1).tolist(), len(ids)]
+        trained = np.append(False, batch.labels[start:end - 1] >= 0)
+        edges = [0, *(np.flatnonzero(np.diff(trained)) + 1).tolist(), end - start]
         stream, text = tokenizer.stream(), ""
         for left, right in pairwise(edges):
-            part = "".join(_shown(tokenizer, int(token)) or stream.push(int(token)) for token in ids[left:right])
+            part = "".join(names.get(token) or stream.push(token) for token in batch.tokens[start + left:start + right].tolist())
             text += f"{before}{part}{after}" if trained[left] else part
         paragraphs.append(f"--- document {number}: {end - start} tokens, {int(trained.sum())} trained on\n{text}{stream.flush()}")
     if len(batch.lengths) > most_documents:
         paragraphs.append(f"--- and {len(batch.lengths) - most_documents} more")
     total = f"{len(batch.lengths)} documents, {len(batch.tokens)} tokens, {batch.targets} trained on"
     return "\n".join([*paragraphs, f"--- batch: {total} ({batch.targets / max(1, len(batch.tokens)):.0%})"])
-
-
-def _shown(tokenizer: Tokenizer, token: int) -> str:
-    return {tokenizer.bos_id: "<s>", tokenizer.eos_id: "</s>"}.get(token, "")
