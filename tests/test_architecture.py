@@ -100,7 +100,8 @@ def test_nesting_is_counted_as_one_reads_it() -> None:
 
 
 def test_the_package_and_its_scripts_are_under_six_thousand_lines() -> None:
-    assert sum(len(path.read_text(encoding="utf-8").splitlines()) for path in SOURCES) < 6000
+    """Docstrings and comments count; blank lines do not."""
+    assert sum(bool(line.strip()) for path in SOURCES for line in path.read_text(encoding="utf-8").splitlines()) < 6000
 
 
 @each_source
@@ -118,7 +119,7 @@ def test_a_module_opens_with_its_chapter_and_does_nothing_at_import(path: Path) 
     assert ast.get_docstring(tree)
     allowed = (ast.Import, ast.ImportFrom, ast.Assign, ast.AnnAssign, ast.FunctionDef, ast.ClassDef)
     for node in tree.body[1:]:
-        is_entry = isinstance(node, ast.If) and "__name__" in ast.unparse(node.test)
+        is_entry = isinstance(node, ast.If) and ast.unparse(node.test) in ("__name__ == '__main__'", "TYPE_CHECKING")
         assert isinstance(node, allowed) or is_entry, ast.unparse(node)
 
 

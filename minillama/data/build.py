@@ -50,14 +50,15 @@ def build_dataset(files: Sequence[Path | str], tokenizer: Tokenizer, prefix: Pat
     }
     for source in work.sources if not quiet else ():
         print(f"{source.path}: read as {source.data_format}", file=sys.stderr)
-    with Writer(prefix, tokenizer.size, about) as writer:
-        done = writer.state["records"], writer.state["documents"]
-        with tqdm(desc=f"tokenizing {prefix.name}", unit=" documents", disable=quiet, initial=done[1]) as bar:
-            for chunk in in_order(work, _chunks(work, done[0]), workers):
-                if chunk.bad and not skip_bad_records:
-                    raise UserError(f"{chunk.bad[0]}; --skip_bad_records leaves such records out")
-                writer.add(chunk)
-                bar.update(len(chunk.ends))
+    bar = tqdm(desc=f"tokenizing {prefix.name}", unit=" documents", disable=quiet)
+    with Writer(prefix, tokenizer.size, about) as writer, bar:
+        bar.update(writer.state["documents"])
+        for chunk in in_order(work, _chunks(work, writer.state["records"]), workers):
+            if chunk.bad and not skip_bad_records:
+                raise UserError(f"{chunk.bad[0]}; --skip_bad_records leaves such records out")
+            writer.add(chunk)
+            bar.update(len(chunk.ends))
+        bar.close()
         meta = writer.finish()
     if (skipped := meta["skipped_records"]) and not quiet:
         print(f"{len(skipped)} bad records left out, listed in {prefix}.json; the first: {skipped[0]}", file=sys.stderr)

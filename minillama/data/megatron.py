@@ -32,12 +32,15 @@ def is_megatron(prefix: Path | str) -> bool:
 def _part_of(prefix: Path | str) -> Path | None:
     """The part with the tokens, of a prefix given in full, without its ending, or as one of its files."""
     base = str(prefix).removesuffix(".idx").removesuffix(".bin")
-    for part in (Path(f"{base}{ending}") for ending in ENDINGS):
-        if Path(f"{part}.idx").is_file():
-            with open(f"{part}.idx", "rb") as file:
-                if file.read(len(MAGIC)).startswith((MAGIC, OLD_MAGIC)):
-                    return part
-    return None
+    parts = (Path(f"{base}{ending}") for ending in ENDINGS)
+    return next((part for part in parts if _is_index(Path(f"{part}.idx"))), None)
+
+
+def _is_index(path: Path) -> bool:
+    if not path.is_file():
+        return False
+    with open(path, "rb") as file:
+        return file.read(len(MAGIC)).startswith((MAGIC, OLD_MAGIC))
 
 
 class MegatronDataset(Dataset):
