@@ -7,7 +7,7 @@ import torch
 
 from minillama import chat
 from minillama.architecture import RopeScaling
-from minillama.checkpoint.directory import load_model, save_model
+from minillama.checkpoint.directory import find_checkpoint, load_model, save_model
 from minillama.errors import UserError
 from minillama.generation.cache import Cache
 from minillama.generation.decode import generate
@@ -227,3 +227,16 @@ def test_cached_decoding_in_16_bits_stays_near_fp32() -> None:
     last = [rounded(tokens[:, i:i + 1], cache=cache.extend(1)) for i in range(12)][-1]
     reference = Llama.forward(exact, tokens)[0, -1]
     assert (last[0, 0].float() - reference).abs().max() < 0.1 * reference.abs().max()
+
+
+@pytest.mark.parametrize(("files", "named"), [
+    (["consolidated.00.pth", "params.json"], "convert.py meta --input"), ([], "holds no model"), (None, "no such directory"),
+], ids=["meta", "empty", "absent"])
+def test_what_is_no_checkpoint_is_told_for_what_it_is(files: list[str] | None, named: str, tmp_path: Path) -> None:
+    directory = tmp_path / "weights"
+    if files is not None:
+        directory.mkdir()
+    for name in files or ():
+        (directory / name).write_text("{}")
+    with pytest.raises(UserError, match=named):
+        find_checkpoint(directory)

@@ -194,11 +194,15 @@ def copy_tokenizer_files(source: Path, directory: Path) -> None:
 
 
 def find_checkpoint(path: Path) -> Path:
-    """The checkpoint that `path` means: itself, or for a run directory its final/, else its newest complete checkpoint."""
-    if (path / "final").is_dir():
-        return path / "final"
+    """The checkpoint that `path` means: itself, or for a run directory its final/, else its newest complete checkpoint.
+
+    Raises UserError where there is none, and says what is there instead (Meta's files, nothing at all).
+    """
     steps = sorted(path.glob("checkpoints/step-*[0-9]"), key=lambda step: int(step.name.removeprefix("step-")))
-    return steps[-1] if steps else path
+    found = path / "final" if (path / "final").is_dir() else steps[-1] if steps else path
+    if not any((found / name).is_file() for name in ("config.json", "adapter_config.json")):
+        open_weights(found)
+    return found
 
 
 def read_about(directory: Path) -> dict[str, Any]:
