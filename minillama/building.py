@@ -3,7 +3,6 @@
 Everything a user can get wrong about a run is found here, before the first step.
 """
 
-import shlex
 from dataclasses import replace
 from pathlib import Path
 
@@ -175,6 +174,3 @@ def _say_what_was_cut(pieces: Pieces, max_length: int, mesh: Mesh) -> None:
                + (f"; {cut.without_target:,} left out: no target within max_length" if cut.without_target else ""))
 
 
-def typed_command(arguments: list[str], launcher: str = "python train.py") -> str:
-    """The command as the user typed it."""
-    return shlex.join([*launcher.split(), *arguments])
