@@ -5,7 +5,7 @@ where it accumulates), and 4 each of master and two moments; an fp32 parameter i
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from minillama.architecture import LlamaConfig
 from minillama.config import Settings
@@ -29,10 +29,9 @@ class Estimate:
 
 def trainable_count(config: LlamaConfig, lora: LoraConfig | None) -> int:
     """How many numbers training changes: all, or the adapters' factors and the modules trained whole."""
-    shapes = config.parameter_shapes()
     if lora is None:
         return config.parameter_count()
-    matched = {name: shape for name, shape in shapes.items() if name.split(".")[-2] in resolve_names(lora.targets) and len(shape) == 2}
+    matched = {name: shape for name, shape in config.parameter_shapes().items() if name.split(".")[-2] in resolve_names(lora.targets) and len(shape) == 2}
     factors = sum(lora.rank_of(name.removesuffix(".weight")) * (rows + columns) for name, (rows, columns) in matched.items())
     tied_to = {"lm_head": "embed_tokens"} if config.tie_embeddings else {}
     whole = {tied_to.get(name, name) for name in resolve_names(lora.modules_to_save)}
@@ -44,7 +43,7 @@ def estimate(config: LlamaConfig, settings: Settings, world_size: int = 1) -> Es
     lora = lora_config(settings) if settings.lora else None
     parameters, trainable = config.parameter_count(), trainable_count(config, lora)
     width = 4 if settings.precision == "fp32" else 2
-    whole = trainable if lora is None else trainable - _factor_count(config, lora)
+    whole = trainable if lora is None else trainable - trainable_count(config, replace(lora, modules_to_save=()))
     weights = parameters * width + (trainable - whole) * 4
     masters = 0 if width == 4 else whole * 4
     shard = world_size if settings.zero_stage >= 1 else 1
@@ -66,10 +65,6 @@ def activation_bytes(config: LlamaConfig, tokens: int, width: int, recompute: bo
     layer = (4 * C + 5 * D + 4 * F) * width + 4 * (config.n_heads + 2)  # and in fp32: log-sum-exps, two norms' statistics
     layers = config.n_layers * C * width + layer if recompute else config.n_layers * layer
     return tokens * (layers + C * width)  # and the last norm's input
-
-
-def _factor_count(config: LlamaConfig, lora: LoraConfig) -> int:
-    return trainable_count(config, LoraConfig(lora.rank, lora.alpha, targets=lora.targets, rank_pattern=lora.rank_pattern))
 
 
 def lora_config(settings: Settings) -> LoraConfig:
