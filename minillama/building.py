@@ -13,7 +13,7 @@ from minillama.architecture import LlamaConfig
 from minillama.checkpoint import directory as checkpoints
 from minillama.comm import Mesh, first_rank_first
 from minillama.config import Settings
-from minillama.data.batches import BatchPlan, Pieces, split_documents
+from minillama.data.batches import BatchPlan, Cut, Pieces, split_documents
 from minillama.data.build import open_data
 from minillama.data.demo import write_demo
 from minillama.device import compute_dtype
@@ -42,18 +42,17 @@ def with_embedded_data(settings: Settings, mesh: Mesh) -> Settings:
 
 def check_inputs(settings: Settings, command: str) -> None:
     """Refuse a run that lacks weights or data, with the complete command to type and where both are published."""
-    lacking = []
+    lacking = {}
     if settings.init == "pretrained" and not settings.ckpt:
-        lacking.append(("--ckpt LLAMA_DIR", "weights: a Hugging Face LLaMA directory, such as huggingface.co/meta-llama/Llama-2-7b-hf "
-                        "(Meta's own .pth files: convert.py meta)"))
+        lacking["--ckpt LLAMA_DIR"] = ("weights: a Hugging Face LLaMA directory, such as huggingface.co/meta-llama/Llama-2-7b-hf "
+                                       "(Meta's own .pth files: convert.py meta)")
     if settings.init == "scratch" and not settings.tokenizer and not settings.ckpt:
-        lacking.append(("--tokenizer tokenizer.model", "vocabulary: the tokenizer.model of any LLaMA checkpoint"))
+        lacking["--tokenizer tokenizer.model"] = "vocabulary: the tokenizer.model of any LLaMA checkpoint"
     if not settings.data:
-        lacking.append(("--data alpaca_data.json", "instruction data: Stanford Alpaca, alpaca_data.json at "
-                        "github.com/tatsu-lab/stanford_alpaca"))
+        lacking["--data alpaca_data.json"] = "instruction data: Stanford Alpaca, alpaca_data.json at github.com/tatsu-lab/stanford_alpaca"
     if lacking:
-        flags, sources = zip(*lacking, strict=True)
-        raise UserError(f"nothing to train {'from' if settings.data else 'on'}; type: {command} {' '.join(flags)}  ({'; '.join(sources)})")
+        raise UserError(f"nothing to train {'from' if settings.data else 'on'}; type: {command} {' '.join(lacking)}  "
+                        f"({'; '.join(lacking.values())})")
 
 
 def model_config(settings: Settings, vocab_size: int = 0) -> LlamaConfig:
@@ -70,8 +69,7 @@ def model_config(settings: Settings, vocab_size: int = 0) -> LlamaConfig:
             raise UserError(f"training from scratch needs a shape: --model 110m, or --{' --'.join(missing)}")
         C, H = given["dim"], given["n_heads"]
         config = LlamaConfig(C, given["n_layers"], H, H, C // H, architecture.ffn_width(C, 32), 32000, 2048, 1e-5, 10000.0)
-    config = replace(config, **given, max_seq_len=settings.context or config.max_seq_len,
-                     initializer_range=settings.initializer_range)
+    config = replace(config, **given, max_seq_len=settings.context or config.max_seq_len, initializer_range=settings.initializer_range)
     if "dim" in given or "n_heads" in given:
         if config.dim % config.n_heads:
             raise UserError(f"dim = {config.dim} is not a multiple of n_heads = {config.n_heads}")
@@ -90,10 +88,11 @@ def build_model(settings: Settings, tokenizer: Tokenizer, mesh: Mesh) -> tuple[L
         mesh.print(f"warning: {warning}")
     generator = torch.Generator().manual_seed(settings.seed)
     if settings.ckpt and settings.init == "pretrained":
-        path = checkpoints.find_checkpoint(Path(settings.ckpt))
-        if tokenizer.size > model_config(settings).vocab_size:
-            _check_growth(settings, tokenizer)
-        model = checkpoints.load_model(path, dtype, "cpu", settings.n_layers, tokenizer.size)
+        keeps_rows = settings.lora and not {"embed_tokens", "lm_head"} <= set(settings.modules_to_save)
+        if keeps_rows and tokenizer.size > model_config(settings).vocab_size:
+            raise UserError(f"{tokenizer.path} has {tokenizer.size} pieces, more than the checkpoint's embedding has rows; the new rows "
+                            "would never be trained: add --modules_to_save embed_tokens,lm_head")
+        model = checkpoints.load_model(checkpoints.find_checkpoint(Path(settings.ckpt)), dtype, "cpu", settings.n_layers, tokenizer.size)
     else:
         config = model_config(settings, tokenizer.size)
         if config.vocab_size < tokenizer.size:
@@ -109,12 +108,6 @@ def build_model(settings: Settings, tokenizer: Tokenizer, mesh: Mesh) -> tuple[L
     if settings.gradient_checkpointing:
         recompute_activations(model.model.layers)
     return model.to(mesh.device).train(), lora
-
-
-def _check_growth(settings: Settings, tokenizer: Tokenizer) -> None:
-    if settings.lora and not {"embed_tokens", "lm_head"} <= set(settings.modules_to_save):
-        raise UserError(f"{tokenizer.path} has {tokenizer.size} pieces, more than the checkpoint's embedding has rows; the new rows would "
-                        "never be trained: add --modules_to_save embed_tokens,lm_head")
 
 
 def build_optimizer(settings: Settings, model: Llama, mesh: Mesh) -> Optimizer:
@@ -152,28 +145,23 @@ def build_plans(settings: Settings, tokenizer: Tokenizer, config: LlamaConfig, m
     with first_rank_first(mesh):
         dataset = open_data(settings.data, tokenizer, settings.cache_dir, **options)
         held_out = open_data(settings.eval_data, tokenizer, settings.cache_dir, **options) if settings.eval_data else None
-    documents = None
+    documents, evaluation = None, Pieces(held_out, max_length) if held_out else None
     if held_out is None and settings.validation_split:
         documents, reserved = split_documents(len(dataset), settings.validation_split, settings.seed)
         evaluation = Pieces(dataset, max_length, reserved)
-    else:
-        evaluation = Pieces(held_out, max_length) if held_out else None
     pieces = Pieces(dataset, max_length, documents)
     micro = settings.per_device_train_batch_size
     plan = BatchPlan(pieces, max_length=max_length, rows_per_step=micro * settings.gradient_accumulation_steps * mesh.size,
                      rows_per_micro_batch=micro, seed=settings.seed, packing=settings.packing, epochs=settings.num_train_epochs,
                      max_steps=settings.max_steps)
-    _say_what_was_cut(pieces, max_length, mesh)
-    if evaluation is None:
-        return plan, None, dataset.meta.get("template") or template
-    eval_micro = settings.per_device_eval_batch_size
-    eval_plan = BatchPlan(evaluation, max_length=max_length, rows_per_step=eval_micro * mesh.size, rows_per_micro_batch=eval_micro,
-                          seed=0, packing=settings.packing, shuffle=False)
+    _say_what_was_cut(pieces.cut, max_length, mesh)
+    micro = settings.per_device_eval_batch_size
+    eval_plan = BatchPlan(evaluation, max_length=max_length, rows_per_step=micro * mesh.size, rows_per_micro_batch=micro, seed=0,
+                          packing=settings.packing, shuffle=False) if evaluation else None
     return plan, eval_plan, dataset.meta.get("template") or template
 
 
-def _say_what_was_cut(pieces: Pieces, max_length: int, mesh: Mesh) -> None:
-    cut = pieces.cut
+def _say_what_was_cut(cut: Cut, max_length: int, mesh: Mesh) -> None:
     mesh.print(f"data: {cut.documents:,} documents, {cut.tokens:,} tokens, {cut.targets:,} of them targets"
                + (f"; {cut.shortened:,} cut at max_length {max_length}" if cut.shortened else "")
                + (f"; {cut.without_target:,} left out: no target within max_length" if cut.without_target else ""))

@@ -22,8 +22,7 @@ from torch import Tensor
 from minillama import device as devices
 from minillama.errors import UserError
 
-# torch renamed it after 2.13
-_ALL_GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_ALL_GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # torch renamed it after 2.13
 
 
 @dataclass
@@ -64,8 +63,8 @@ def start(device_name: str = "auto", timeout_minutes: float = 30.0) -> Iterator[
     store, rank, _ = next(dist.rendezvous("env://"))
     # A restart by torchrun meets the addresses of the ranks that died in the same store: each attempt gets names of its own.
     store = dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
-    dist.init_process_group(devices.process_group_backend(device), store=store, rank=rank, world_size=size,
-                            timeout=timedelta(minutes=timeout_minutes))
+    backend = dist.get_default_backend_for_device(device)  # gloo, nccl, hccl, cncl, sccl
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timedelta(minutes=timeout_minutes))
     try:
         yield Mesh(rank, size, device, compares_calls=os.environ.get("MINILLAMA_DEBUG_COLLECTIVES") == "1")
     finally:
@@ -101,7 +100,7 @@ def all_reduce_sum(mesh: Mesh, tensor: Tensor) -> Tensor:
 
 def any_rank(mesh: Mesh, mine: bool) -> bool:
     """Whether it is so on any rank; every rank gets the same answer."""
-    return bool(all_reduce_sum(mesh, torch.tensor(float(mine), device=mesh.device))) if mesh.size > 1 else mine
+    return bool(all_reduce_sum(mesh, torch.tensor(float(mine), device=mesh.device)))
 
 
 @dataclass

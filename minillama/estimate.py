@@ -31,8 +31,9 @@ def trainable_count(config: LlamaConfig, lora: LoraConfig | None) -> int:
     """How many numbers training changes: all, or the adapters' factors and the modules trained whole."""
     if lora is None:
         return config.parameter_count()
-    matched = {name: shape for name, shape in config.parameter_shapes().items() if name.split(".")[-2] in resolve_names(lora.targets) and len(shape) == 2}
-    factors = sum(lora.rank_of(name.removesuffix(".weight")) * (rows + columns) for name, (rows, columns) in matched.items())
+    targets = resolve_names(lora.targets)
+    factors = sum(lora.rank_of(name.removesuffix(".weight")) * sum(shape) for name, shape in config.parameter_shapes().items()
+                  if name.split(".")[-2] in targets and len(shape) == 2)
     tied_to = {"lm_head": "embed_tokens"} if config.tie_embeddings else {}
     whole = {tied_to.get(name, name) for name in resolve_names(lora.modules_to_save)}
     return factors + sum(config.vocab_size * config.dim for name in whole if name in WHOLE)

@@ -45,8 +45,8 @@ def save_state(out_dir: Path, step: int, mesh: Mesh, slices: list[tuple[int, dic
         partial.mkdir(parents=True)
     comm.barrier(mesh)
     try:
-        if shutil.disk_usage(partial).free < needed:
-            raise OSError(28, f"{needed:,} bytes are needed for the optimizer's state alone, more than are free", str(partial))
+        if (free := shutil.disk_usage(partial).free) < needed:
+            raise OSError(28, f"{needed:,} bytes are needed for the optimizer's state alone, {free:,} are free", str(partial))
         for number, (start, tensors) in enumerate(slices):
             path = partial / f"state-{number}-{start:012d}.safetensors"
             write_safetensors(path, tensors)

@@ -57,7 +57,7 @@ class Optimizer:
 
     def zero_grad(self) -> None:
         for part in self.parts:
-            part.zero_grad()
+            part.gradients.clear()
 
     def backward(self, loss: Tensor | None, ranks_present: int) -> None:
         """Add the gradients of this rank's next micro-batch. None: it has none this time, but its peers do.

@@ -91,9 +91,6 @@ class ZeroAdamW:
         if self.stage:
             comm.all_gather_into(self.mesh, self.weights, self.weights[self.owned])
 
-    def zero_grad(self) -> None:
-        self.gradients.clear()
-
     def first_non_finite(self) -> str:
         """The first parameter whose gradient, as far as this rank keeps it, is not finite; or an empty string."""
         bad = (~self.gradients.reduced().isfinite()).nonzero()
