@@ -26,8 +26,7 @@ def parse(arguments: list[str]) -> tuple[config.Settings, object]:
     parser.add_argument("--dry_run", action="store_true", help="print parameters, memory per rank and tokens per step, and stop")
     parser.add_argument("--show_batch", action="store_true", help="print the first batch with the trained tokens marked, and stop")
     parser.add_argument("--world_size", type=int, default=0, metavar="N", help="with --dry_run: plan for N ranks")
-    parser.add_argument("--overwrite_output_dir", nargs="?", const=True, default=False, type=config.parse_bool, metavar="true|false",
-                        help="empty out_dir first")
+    parser.add_argument("--overwrite_output_dir", **config.BOOLEAN, default=False, help="empty out_dir first")
     parser.add_argument("--deepspeed", default="", metavar="FILE", help="take settings from a DeepSpeed JSON file")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     config.add_keys(parser)

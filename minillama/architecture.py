@@ -144,9 +144,7 @@ HF_NAMES = {
 
 def from_hf(raw: dict[str, Any]) -> LlamaConfig:
     """Hugging Face's `config.json` (either generation's spelling) as a `LlamaConfig`.
-
-    Raises UserError for whatever this network cannot honour, by key and value.
-    """
+    Raises UserError for whatever this network cannot honour, by key and value."""
     with parsing():
         _refuse_what_is_not_llama(raw)
         values = {ours: raw[theirs] for ours, theirs in HF_NAMES.items() if raw.get(theirs) is not None}
@@ -161,10 +159,9 @@ def from_hf(raw: dict[str, Any]) -> LlamaConfig:
 
 
 def _refuse_what_is_not_llama(raw: dict[str, Any]) -> None:
-    honoured = {
-        "model_type": ("llama", None), "hidden_act": ("silu", None), "attention_dropout": (0, None), "sliding_window": (None,),
-        "partial_rotary_factor": (1, None), "quantization_config": (None,), "num_experts": (0, None), "num_local_experts": (0, None),
-    }
+    honoured = {"model_type": ("llama", None), "hidden_act": ("silu", None), "attention_dropout": (0, None), "sliding_window": (None,),
+                "partial_rotary_factor": (1, None), "quantization_config": (None,), "num_experts": (0, None),
+                "num_local_experts": (0, None)}
     for key, allowed in honoured.items():
         if raw.get(key) not in allowed:
             shown = allowed[0] if allowed[0] is not None else "no such key"

@@ -71,10 +71,10 @@ def start(device_name: str = "auto", timeout_minutes: float = 30.0) -> Iterator[
         dist.destroy_process_group()
 
 
-def _call(mesh: Mesh, name: str, shape: Any, collective: Callable[[], Any]) -> Any:
+def _call(mesh: Mesh, name: str, what: Any, collective: Callable[[], Any]) -> Any:
     """Run a collective; its failure is a line that names this rank."""
     if mesh.compares_calls:
-        _compare_calls(mesh, f"{name} of {shape}")
+        _compare_calls(mesh, f"{name} of {tuple(what.shape) if isinstance(what, Tensor) else type(what).__name__}")
     try:
         return collective()
     except RuntimeError as error:
@@ -94,7 +94,7 @@ def all_reduce_sum(mesh: Mesh, tensor: Tensor) -> Tensor:
     """Replace `tensor`, in place, by its sum over the ranks."""
     if mesh.size > 1:
         mesh.traffic.elements += 2 * tensor.numel() * (mesh.size - 1) / mesh.size
-        _call(mesh, "all_reduce", tuple(tensor.shape), lambda: dist.all_reduce(tensor))
+        _call(mesh, "all_reduce", tensor, lambda: dist.all_reduce(tensor))
     return tensor
 
 
@@ -113,23 +113,20 @@ class Pending:
 
     def wait(self) -> Tensor:
         if self.work is not None:
-            _call(self.mesh, "reduce", tuple(self.result.shape), self.work.wait)
+            _call(self.mesh, "reduce", self.result, self.work.wait)
         return self.result
 
 
 def reduce_to(mesh: Mesh, tensor: Tensor, owner: int, pairwise_of: int | None = None) -> Pending:
     """Sum `tensor` over the ranks for `owner`; elsewhere the result means nothing, and `tensor` may be overwritten.
-
-    pairwise_of: add those of the first so many ranks in a fixed pairwise tree, ((0+1)+(2+3))+…, rather than as they come.
-    """
+    pairwise_of: add those of the first so many ranks in a fixed pairwise tree, ((0+1)+(2+3))+…, rather than as they come."""
     if mesh.size == 1:
         return Pending(mesh, None, tensor)
     mesh.traffic.elements += tensor.numel() if mesh.rank != owner else 0
-    shape = tuple(tensor.shape)
     if pairwise_of is None:
-        return Pending(mesh, _call(mesh, "reduce", shape, lambda: dist.reduce(tensor, owner, async_op=True)), tensor)
+        return Pending(mesh, _call(mesh, "reduce", tensor, lambda: dist.reduce(tensor, owner, async_op=True)), tensor)
     parts = [torch.empty_like(tensor) for _ in range(mesh.size)] if mesh.rank == owner else None
-    _call(mesh, "gather", shape, lambda: dist.gather(tensor, parts, owner))
+    _call(mesh, "gather", tensor, lambda: dist.gather(tensor, parts, owner))
     return Pending(mesh, None, pairwise_sum(parts[:pairwise_of]) if parts else tensor)
 
 
@@ -150,7 +147,7 @@ def all_gather_into(mesh: Mesh, whole: Tensor, part: Tensor) -> Tensor:
     if mesh.size > 1:
         mesh.traffic.elements += part.numel() * (mesh.size - 1)
         source = part.clone() if part.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr() else part
-        _call(mesh, "all_gather", tuple(part.shape), lambda: _ALL_GATHER(whole, source))
+        _call(mesh, "all_gather", part, lambda: _ALL_GATHER(whole, source))
     return whole
 
 
@@ -158,13 +155,13 @@ def gather_objects(mesh: Mesh, mine: Any) -> list[Any]:
     """Every rank's small Python object, in rank order."""
     found: list[Any] = [mine] * mesh.size
     if mesh.size > 1:
-        _call(mesh, "all_gather_object", type(mine).__name__, lambda: dist.all_gather_object(found, mine))
+        _call(mesh, "all_gather_object", mine, lambda: dist.all_gather_object(found, mine))
     return found
 
 
 def barrier(mesh: Mesh) -> None:
     if mesh.size > 1:
-        _call(mesh, "barrier", (), dist.barrier)
+        _call(mesh, "barrier", None, dist.barrier)
 
 
 @contextmanager

@@ -165,11 +165,13 @@ def _underscored(word: str) -> str:
 
 
 def parse_bool(text: str) -> bool:
-    if text.lower() in ("true", "1", "yes"):
-        return True
-    if text.lower() in ("false", "0", "no"):
-        return False
-    raise argparse.ArgumentTypeError(f"{text!r} is not true or false")
+    found = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}.get(text.lower())
+    if found is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is not true or false")
+    return found
+
+
+BOOLEAN = {"nargs": "?", "const": True, "type": parse_bool, "metavar": "true|false"}  # a flag that stands alone or with a value
 
 
 def parse_list(text: str) -> tuple[str, ...]:
@@ -187,14 +189,14 @@ def add_keys(parser: argparse.ArgumentParser) -> None:
         text = field.metadata["help"] + (f": {', '.join(choices)}" if choices else "") + f" [{shown}]"
         flags, common = [f"--{name}", *also[name]], {"dest": name, "default": argparse.SUPPRESS, "help": text.replace("%", "%%")}
         if field.type is bool:
-            group.add_argument(*flags, nargs="?", const=True, type=parse_bool, metavar="true|false", **common)
+            group.add_argument(*flags, **BOOLEAN, **common)
         elif isinstance(default, tuple):
             group.add_argument(*flags, type=parse_list, metavar="A,B", **common)
         else:
             group.add_argument(*flags, type=field.type, metavar=field.type.__name__, **common)
     add_flags(parser, parse_bool)
     for flag in ("fp16", "bf16"):
-        groups["train"].add_argument(f"--{flag}", nargs="?", const=True, type=parse_bool, metavar="true|false", help=f"precision {flag}")
+        groups["train"].add_argument(f"--{flag}", **BOOLEAN, help=f"precision {flag}")
 
 
 def resolve(source: str, flags: dict[str, Any]) -> Settings:

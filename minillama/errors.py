@@ -50,9 +50,7 @@ def parsing(where: Path | None = None) -> Iterator[None]:
 
 def run(main: Callable[[list[str]], int | None], argv: list[str] | None = None) -> None:
     """Run a script's `main` and exit: 0 done, 2 the user's mistake (one line on stderr), 130 interrupted.
-
-    `--debug` anywhere in the arguments shows the traceback of a user's mistake too.
-    """
+    `--debug` anywhere in the arguments shows the traceback of a user's mistake too."""
     argv = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in argv
     argv = [word for word in argv if word != "--debug"]

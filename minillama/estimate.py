@@ -57,11 +57,9 @@ def estimate(config: LlamaConfig, settings: Settings, world_size: int = 1) -> Es
 
 def activation_bytes(config: LlamaConfig, tokens: int, width: int, recompute: bool = False) -> int:
     """Bytes that a micro-batch of `tokens` tokens keeps for backward, with the fused ops and `width` bytes a number.
-
-    A layer keeps nine tensors of width C (its input, both norms' outputs, the stream between its halves, rotated queries, keys and
-    values of every query head, attention's output before and after it is put back in order) and four of width F (gate, up,
-    silu(gate), their product). Recomputation keeps each layer's input, and one layer whole at a time.
-    """
+    A layer keeps nine tensors of width C (its input, both norms' outputs, the stream between its halves, rotated queries, keys and values
+    of every query head, attention's output before and after it is put back in order) and four of width F (gate, up, silu(gate), their
+    product). Recomputation keeps each layer's input, and one layer whole at a time."""
     C, D, F = config.dim, config.n_heads * config.head_dim, config.ffn_dim
     layer = (4 * C + 5 * D + 4 * F) * width + 4 * (config.n_heads + 2)  # and in fp32: log-sum-exps, two norms' statistics
     layers = config.n_layers * C * width + layer if recompute else config.n_layers * layer
@@ -76,10 +74,8 @@ def lora_config(settings: Settings) -> LoraConfig:
 
 def training_flops(config: LlamaConfig, tokens: float, sequence: float, recompute: bool = False) -> float:
     """Floating-point operations to train on `tokens` tokens in documents of `sequence` tokens.
-
-    24 F T L C^2 (1 + S/(6 C) + V/(16 L C)), with F = 3 for forward and backward, 4 with activations recomputed: the formula by
-    which Megatron and AscendSpeed publish TFLOP/s (Narayanan et al. 2021, appendix). It assumes full-width attention and an MLP
-    of about 8/3 C; utilisation always counts F = 3.
-    """
+    24 F T L C^2 (1 + S/(6 C) + V/(16 L C)), with F = 3 for forward and backward, 4 with activations recomputed: the formula by which
+    Megatron and AscendSpeed publish TFLOP/s (Narayanan et al. 2021, appendix). It assumes full-width attention and an MLP of about 8/3 C;
+    utilisation always counts F = 3."""
     L, C, V = config.n_layers, config.dim, config.vocab_size
     return 24 * (4 if recompute else 3) * tokens * L * C**2 * (1 + sequence / (6 * C) + V / (16 * L * C))

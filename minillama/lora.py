@@ -95,9 +95,7 @@ def resolve_names(names: tuple[str, ...]) -> tuple[str, ...]:
 
 def add_lora(model: nn.Module, config: LoraConfig, generator: torch.Generator | None = None) -> None:
     """Freeze `model` and give each linear named in config.targets an adapter; modules_to_save stay trainable, whole.
-
-    A is drawn from U(-1/sqrt(in), 1/sqrt(in)), as PEFT does. Raises UserError for a target that names no linear.
-    """
+    A is drawn from U(-1/sqrt(in), 1/sqrt(in)), as PEFT does. Raises UserError for a target that names no linear."""
     model.requires_grad_(False)
     linears = {name: module for name, module in model.named_modules() if type(module) is not LoraLinear and isinstance(module, nn.Linear)}
     for target in config.targets:
@@ -105,12 +103,10 @@ def add_lora(model: nn.Module, config: LoraConfig, generator: torch.Generator | 
             known = sorted({name.rsplit(".", 1)[-1] for name in linears})
             raise UserError(f"lora_targets: {target!r} names no linear of this model{closest(target, known)}; linears: {', '.join(known)}")
     for name, linear in linears.items():
-        if not any(_named(name, target) for target in config.targets):
-            continue
-        adapted = LoraLinear(linear, config.rank_of(name), config.scale_of(name), config.dropout)
-        nn.init.kaiming_uniform_(adapted.lora_A, a=math.sqrt(5), generator=generator)
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, adapted)
+        if any(_named(name, target) for target in config.targets):
+            adapted = LoraLinear(linear, config.rank_of(name), config.scale_of(name), config.dropout)
+            nn.init.kaiming_uniform_(adapted.lora_A, a=math.sqrt(5), generator=generator)
+            model.set_submodule(name, adapted)
     for name in config.modules_to_save:
         if name not in WHOLE:
             raise UserError(f"modules_to_save: {name!r}{closest(name, WHOLE)}; choose from {', '.join(WHOLE)}")
@@ -124,12 +120,10 @@ def add_lora(model: nn.Module, config: LoraConfig, generator: torch.Generator | 
 def merge_lora(model: nn.Module) -> None:
     """Add every adapter to its weight and put plain linears back."""
     for name, module in list(model.named_modules()):
-        if not isinstance(module, LoraLinear):
-            continue
-        parent, _, child = name.rpartition(".")
-        plain = module.plain_class(module.in_features, module.out_features, bias=module.bias is not None, device="meta")
-        plain.weight, plain.bias = nn.Parameter(module.merged_weight(), requires_grad=False), module.bias
-        setattr(model.get_submodule(parent), child, plain)
+        if isinstance(module, LoraLinear):
+            plain = module.plain_class(module.in_features, module.out_features, bias=module.bias is not None, device="meta")
+            plain.weight, plain.bias = nn.Parameter(module.merged_weight(), requires_grad=False), module.bias
+            model.set_submodule(name, plain)
 
 
 def adapter_weights(model: nn.Module, config: LoraConfig) -> dict[str, nn.Parameter]:
@@ -176,9 +170,7 @@ def read_adapter_config(directory: Path) -> tuple[LoraConfig, str]:
 
 def load_adapter(model: nn.Module, directory: Path, dropout: float | None = None) -> LoraConfig:
     """Add the adapter in a PEFT directory to `model`, unmerged; returns its configuration.
-
-    dropout: in place of the one it was trained with. Every tensor must fit exactly one place, and every place get its tensor.
-    """
+    dropout: in place of the one it was trained with. Every tensor must fit exactly one place, and every place get its tensor."""
     config, _ = read_adapter_config(directory)
     config = config if dropout is None else replace(config, dropout=dropout)
     path = directory / "adapter_model.safetensors"

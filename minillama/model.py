@@ -120,10 +120,8 @@ class Llama(nn.Module):
 
     def forward(self, tokens: Tensor, documents: ops.Documents | None = None, cache: KeyValueCache | None = None) -> Tensor:
         """tokens (B, T) -> hidden (B, T, C), normed and ready for `logits` or the loss.
-
         documents: the B·T tokens are these documents end to end; positions restart in each and none sees another.
-        cache: keys and values of the tokens before these.
-        """
+        cache: keys and values of the tokens before these."""
         B, T = tokens.shape
         if cache is not None:
             positions, length = cache.positions, cache.capacity

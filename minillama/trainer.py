@@ -39,9 +39,7 @@ MAX_SKIPPED_IN_A_ROW = 5
 
 def learning_rate(step: int, total: int, settings: Settings) -> float:
     """The rate of update `step`, counted from 0, of `total`: transformers' rule, where the first update of a warm-up is at 0.
-
-    1. warm-up: a straight line from 0;  2. constant: stay;  3. linear or cosine: down to min_learning_rate at `total`.
-    """
+    1. warm-up: a straight line from 0;  2. constant: stay;  3. linear or cosine: down to min_learning_rate at `total`."""
     peak, low, kind = settings.learning_rate, settings.min_learning_rate, settings.lr_scheduler_type
     warmup = 0 if kind == "constant" else settings.warmup_steps or math.ceil(total * settings.warmup_ratio)
     if step < warmup:
@@ -122,10 +120,8 @@ class Trainer:
 
     def update(self, batches: list[Batch], rate: float) -> tuple[float, float] | None:
         """One optimizer step on a global batch; returns (mean loss per target, gradient norm before clipping).
-
-        A loss or norm that is not finite leaves the weights as they were, and is returned as it is. None: a signal reached some
-        rank, so all ranks gave the step up between two micro-batches.
-        """
+        A loss or norm that is not finite leaves the weights as they were, and is returned as it is. None: a signal reached some rank, so
+        all ranks gave the step up between two micro-batches."""
         targets, size = max(1, sum(batch.targets for batch in batches)), self.mesh.size
         self.optimizer.zero_grad()
         losses = torch.zeros(len(batches), dtype=torch.float64, device=self.mesh.device)
@@ -155,10 +151,9 @@ class Trainer:
         self.model.eval()
         total, targets = torch.zeros((), dtype=torch.float64), 0
         for step in range(self.eval_plan.total_steps):
-            for number, batch in enumerate(self.eval_plan.micro_batches(step)):
-                targets += batch.targets
-                if number % self.mesh.size == self.mesh.rank:
-                    total += float(self._loss_sum(batch))
+            batches = self.eval_plan.micro_batches(step)
+            targets += sum(batch.targets for batch in batches)
+            total += sum(float(self._loss_sum(batch)) for batch in batches[self.mesh.rank::self.mesh.size])
         self.model.train()
         return float(comm.all_reduce_sum(self.mesh, total)) / targets
 
@@ -207,9 +202,7 @@ class Trainer:
 
 def train(settings: Settings, mesh: Mesh, overwrite: bool = False) -> dict[str, Any] | None:
     """Run, or go on with, the training that `settings` describe; returns the summary, which is also in out_dir/summary.json.
-
-    None: a signal stopped the run, and its state is saved.
-    """
+    None: a signal stopped the run, and its state is saved."""
     checkpoint, finished = prepare_directory(settings, mesh, overwrite)
     if finished is not None:
         mesh.print(f"{settings.out_dir}: this run is finished; --overwrite_output_dir starts it over")

@@ -33,9 +33,7 @@ from minillama.errors import UserError
 def save_state(out_dir: Path, step: int, mesh: Mesh, slices: list[tuple[int, dict[str, Tensor]]], state: dict[str, Any],
                write_model: Callable[[Path], None], keep: int) -> str:
     """Write checkpoints/step-N and delete all but the newest `keep` (0: none). Returns "", or why nothing was written.
-
-    slices: for each flat vector, the position this rank's slice begins at, and its tensors. write_model is called on rank 0.
-    """
+    slices: for each flat vector, the position this rank's slice begins at, and its tensors. write_model is called on rank 0."""
     final = out_dir / "checkpoints" / f"step-{step:06d}"
     partial = final.with_name(final.name + ".partial")
     needed = mesh.size * sum(tensor.nbytes for _, tensors in slices for tensor in tensors.values())

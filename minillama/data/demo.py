@@ -54,9 +54,7 @@ def is_held_out(prompt: str) -> bool:
 
 def records(kinds: tuple[str, ...], count: int, seed: int, held_out: bool) -> list[dict[str, str]]:
     """`count` alpaca records, the kinds in turn, all on the asked-for side; held-out prompts are distinct.
-
-    Each has `kind` beside `instruction`, `input` (empty) and `output`.
-    """
+    Each has `kind` beside `instruction`, `input` (empty) and `output`."""
     rng = random.Random(seed)
     made: list[dict[str, str]] = []
     seen: set[str] = set()
