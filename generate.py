@@ -90,9 +90,8 @@ def answer_one(session, prompt: str | list[int], options) -> dict:
     from minillama.generation.session import Answer
 
     ids = prompt if isinstance(prompt, list) else session.encode_prompt(prompt)
-    unknown = [token for token in ids if token >= session.model.config.vocab_size]
-    if unknown:
-        raise errors.UserError(f"--prompt_ids: {unknown[0]} is beyond the vocabulary of {session.model.config.vocab_size}")
+    if ids and max(ids) >= session.model.config.vocab_size:
+        raise errors.UserError(f"--prompt_ids: {max(ids)} is beyond the vocabulary of {session.model.config.vocab_size}")
     answer, began = Answer(ids), time.perf_counter()
     for text in session.stream(answer, options.seed):
         print(text if options.stream else "", end="", flush=True)

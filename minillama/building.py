@@ -30,9 +30,9 @@ SHAPE_KEYS = ("n_layers", "dim", "n_heads", "n_kv_heads", "ffn_dim", "vocab_size
 
 def with_embedded_data(settings: Settings, mesh: Mesh) -> Settings:
     """Replace the names `demo` and `demo_lora` in data and tokenizer by files that the package writes into the run directory."""
-    if not (set(settings.data) & set(EMBEDDED) or settings.tokenizer in EMBEDDED):
+    name = next((name for name in (*settings.data, settings.tokenizer) if name in EMBEDDED), None)
+    if name is None:
         return settings
-    name = next(name for name in (*settings.data, settings.tokenizer) if name in EMBEDDED)
     with first_rank_first(mesh):
         data, vocabulary = write_demo(name, Path(settings.out_dir) / "data")
     return replace(settings, data=tuple(str(data) if part in EMBEDDED else part for part in settings.data),
@@ -139,9 +139,8 @@ def build_plans(settings: Settings, tokenizer: Tokenizer, config: LlamaConfig, m
         raise UserError(f"max_length = {max_length} exceeds the model's context of {config.max_seq_len}")
     about = checkpoints.read_about(checkpoints.find_checkpoint(Path(settings.ckpt))) if settings.ckpt else {}
     template = settings.template or about.get("template") or "alpaca"
-    options = {"data_format": settings.data_format, "template": template, "append_eod": settings.append_eod,
-               "skip_bad_records": settings.skip_bad_records, "quiet": not mesh.is_first, "workers": settings.workers,
-               "dataset_dir": settings.dataset_dir}
+    options = {"template": template, "quiet": not mesh.is_first} | {
+        name: getattr(settings, name) for name in ("data_format", "append_eod", "skip_bad_records", "workers", "dataset_dir")}
     with first_rank_first(mesh):
         dataset = open_data(settings.data, tokenizer, settings.cache_dir, **options)
         held_out = open_data(settings.eval_data, tokenizer, settings.cache_dir, **options) if settings.eval_data else None

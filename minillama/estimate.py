@@ -45,14 +45,13 @@ def estimate(config: LlamaConfig, settings: Settings, world_size: int = 1) -> Es
     parameters, trainable = config.parameter_count(), trainable_count(config, lora)
     width = 4 if settings.precision == "fp32" else 2
     whole = trainable if lora is None else trainable - trainable_count(config, replace(lora, modules_to_save=()))
-    weights = parameters * width + (trainable - whole) * 4
+    factors, exact = trainable - whole, settings.reduction == "exact"
     masters = 0 if width == 4 else whole * 4
-    shard = world_size if settings.zero_stage >= 1 else 1
-    optimizer = math.ceil((masters + trainable * 8) / shard)
-    accumulates = settings.gradient_accumulation_steps > 1 or settings.reduction == "exact"
-    shard = world_size if settings.zero_stage >= 2 or (settings.reduction == "exact" and settings.zero_stage) else 1
-    gradients = math.ceil((whole * (4 if accumulates else width) + (trainable - whole) * 4) / shard)
-    return Estimate(parameters + (trainable - whole if lora else 0), trainable, weights, gradients, optimizer)
+    optimizer = math.ceil((masters + trainable * 8) / (world_size if settings.zero_stage else 1))
+    gradient_width = 4 if settings.gradient_accumulation_steps > 1 or exact else width
+    shards = world_size if settings.zero_stage == 2 or (exact and settings.zero_stage) else 1
+    gradients = math.ceil((whole * gradient_width + factors * 4) / shards)
+    return Estimate(parameters + factors, trainable, parameters * width + factors * 4, gradients, optimizer)
 
 
 def activation_bytes(config: LlamaConfig, tokens: int, width: int, recompute: bool = False) -> int:
