@@ -17,20 +17,14 @@ TASKS = {"demo": "embedded questions of the kinds `python train.py` learns; need
 
 def parse(arguments: list[str]):
     parser = config.Parser(prog="eval.py", description=__doc__ + "\n" + EXAMPLES, usage="python eval.py --task NAME --ckpt DIR [options]")
+    parser.add_model_flags()
     add = parser.add_argument
     add("--task", default="", metavar="NAME", help=f"what to score on: {', '.join(TASKS)}")
     add("--list_tasks", action="store_true", help="print the tasks and the files each one reads")
-    add("--ckpt", default="", metavar="DIR", help="checkpoint, run or adapter directory")
-    add("--base", default="", metavar="DIR", help="base model of an adapter")
-    add("--lora", action="append", default=[], metavar="DIR", help="adapter to add unmerged; may repeat")
-    add("--tokenizer", default="", metavar="FILE", help="tokenizer.model or tokenizer.json, where the checkpoint has none")
     add("--subjects", type=config.parse_list, default=(), metavar="A,B", help="only these subjects")
     add("--limit", type=int, default=300, metavar="N", help="questions [300]")
     add("--out", default="", metavar="DIR", help="write summary.json and predictions.jsonl there")
     add("--seed", type=int, default=0, metavar="N", help="seed of the untrained model that is printed beside [0]")
-    add("--device", default="auto", choices=("auto", "cpu", "cuda", "npu", "mlu", "tpu"), help="[auto]")
-    add("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="[float32]")
-    add("--debug", action="store_true", help="show the traceback of an error")
     return parser.parse_args(arguments)
 
 
@@ -54,30 +48,26 @@ def evaluate_demo(options) -> None:
     from minillama.data import demo
     from minillama.evaluation.demo import score
     from minillama.generation.loading import load_session
+    from minillama.generation.sampling import Sampling
     from minillama.model import Llama
 
     unknown = [name for name in options.subjects if name not in demo.KINDS]
     if unknown:
         raise errors.UserError(f"no subject {unknown[0]!r}{errors.closest(unknown[0], demo.KINDS)}; subjects: {', '.join(demo.KINDS)}")
     began = time.perf_counter()
-    for name, value in {"template": "", "ignore_eos": False, "greedy": True, "temperature": 0.0, "top_k": 0, "top_p": 1.0,
-                        "repetition_penalty": 1.0, "max_new_tokens": 16, "stop": []}.items():
-        setattr(options, name, value)
-    session, path = load_session(options)
+    session, path = load_session(options, Sampling(temperature=0.0), max_new_tokens=16)
     kinds = options.subjects or demo.DEMO + (demo.DEMO_LORA if (path / "adapter_config.json").is_file() else ())
     scores, predictions = score(session, kinds, options.limit, str(path))
     fresh = Llama(session.model.config).initialise(torch.Generator().manual_seed(options.seed)).to(session.model.lm_head.weight.device)
     before, _ = score(replace(session, model=fresh.eval()), kinds, min(options.limit, 10 * len(kinds)), "untrained")
-    n, correct = sum(s.questions for s in scores), sum(s.correct for s in scores)
     print(f"{'questions about':16}{'n':>5}{'correct':>10}{'untrained':>12}")
-    for trained, untrained in zip(scores, before, strict=True):
-        print(f"{trained.kind:16}{trained.questions:>5}{trained.accuracy:>10.1%}{untrained.accuracy:>12.1%}")
-    untrained_accuracy = sum(s.correct for s in before) / sum(s.questions for s in before)
-    print(f"{'total':16}{n:>5}{correct / n:>10.1%}{untrained_accuracy:>12.1%}")
+    for kind, trained in scores.items():
+        print(f"{kind:16}{trained.questions:>5}{trained.accuracy:>10.1%}{before[kind].accuracy:>12.1%}")
     if options.out:
-        summary = {"task": "demo", "protocol": "exact match of the greedy answer", "n_shots": 0, "n": n, "accuracy": correct / n,
-                   "stderr": (correct / n * (1 - correct / n) / n) ** 0.5, "untrained": untrained_accuracy,
-                   "subjects": {s.kind: {"n": s.questions, "accuracy": s.accuracy} for s in scores},
+        n, accuracy = scores["total"].questions, scores["total"].accuracy
+        summary = {"task": "demo", "protocol": "exact match of the greedy answer", "n_shots": 0, "n": n, "accuracy": accuracy,
+                   "stderr": (accuracy * (1 - accuracy) / n) ** 0.5, "untrained": before["total"].accuracy,
+                   "subjects": {kind: {"n": scores[kind].questions, "accuracy": scores[kind].accuracy} for kind in kinds},
                    "seconds": round(time.perf_counter() - began, 2), "model": str(path), "data_sha256": None}
         out = Path(options.out)
         out.mkdir(parents=True, exist_ok=True)

@@ -19,11 +19,8 @@ In --chat: q, quit or exit ends; clear or new starts over; Ctrl-C stops."""
 
 def parse(arguments: list[str]):
     parser = config.Parser(prog="generate.py", description=__doc__ + "\n" + EXAMPLES, usage="python generate.py --ckpt DIR [options]")
+    parser.add_model_flags()
     add = parser.add_argument
-    add("--ckpt", default="", metavar="DIR", help="checkpoint, run or adapter directory")
-    add("--base", default="", metavar="DIR", help="base model of an adapter, where its own config does not say or is wrong")
-    add("--lora", action="append", default=[], metavar="DIR", help="adapter to add unmerged; may repeat")
-    add("--tokenizer", default="", metavar="FILE", help="tokenizer.model or tokenizer.json, where the checkpoint has none")
     add("--prompt", action="append", default=[], metavar="TEXT", help="a prompt; may repeat")
     add("--prompt_ids", action="append", default=[], metavar='"1 15043"', help="a prompt as token ids; may repeat")
     add("--prompt_file", default="", metavar="FILE", help='prompts, one a line, or .jsonl records with "prompt"')
@@ -41,9 +38,6 @@ def parse(arguments: list[str]):
     add("--stream", action="store_true", help="print text as it comes")
     add("--output", default="", metavar="FILE.jsonl", help="write a record for each prompt")
     add("--seed", type=int, default=None, metavar="N", help="the same seed gives the same text")
-    add("--device", default="auto", choices=("auto", "cpu", "cuda", "npu", "mlu", "tpu"), help="[auto]")
-    add("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="[float32]")
-    add("--debug", action="store_true", help="show the traceback of an error")
     return parser.parse_args(arguments)
 
 
@@ -54,8 +48,10 @@ def main(arguments: list[str]) -> None:
     if not (options.chat or options.prompt or options.prompt_ids or options.prompt_file):
         raise errors.UserError("nothing to answer; give --prompt TEXT, --prompt_ids, --prompt_file FILE or --chat")
     from minillama.generation.loading import load_session
+    from minillama.generation.sampling import Sampling
 
-    session, path = load_session(options)
+    sampling = Sampling(0.0 if options.greedy else options.temperature, options.top_k, options.top_p, options.repetition_penalty)
+    session, path = load_session(options, sampling, options.max_new_tokens, options.template, options.ignore_eos, tuple(options.stop))
     print(f"{path} (template: {session.template})", file=sys.stderr)
     if options.chat:
         from minillama.generation.terminal import chat_in_terminal
@@ -73,17 +69,16 @@ def read_prompts(options) -> list[str | list[int]]:
         if not all(word.isdigit() for word in ids.split()):
             raise errors.UserError(f"--prompt_ids {ids!r}: expected whole numbers, such as \"1 15043 3186\"")
         prompts.append([int(word) for word in ids.split()])
-    if options.prompt_file:
-        path = Path(options.prompt_file)
-        if not path.is_file():
-            raise errors.UserError(f"{path}: no such file")
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-            if line.strip():
-                prompts.append(_prompt_of(line, path, number) if path.suffix == ".jsonl" else line)
-    return prompts
+    path = Path(options.prompt_file)
+    if options.prompt_file and not path.is_file():
+        raise errors.UserError(f"{path}: no such file")
+    lines = path.read_text(encoding="utf-8").splitlines() if options.prompt_file else []
+    return prompts + [_prompt_of(line, path, number) for number, line in enumerate(lines, 1) if line.strip()]
 
 
 def _prompt_of(line: str, path: Path, number: int) -> str:
+    if path.suffix != ".jsonl":
+        return line
     try:
         return json.loads(line)["prompt"]
     except (ValueError, KeyError, TypeError):
@@ -95,9 +90,8 @@ def answer_one(session, prompt: str | list[int], options) -> dict:
     from minillama.generation.session import Answer
 
     ids = prompt if isinstance(prompt, list) else session.encode_prompt(prompt)
-    unknown = [token for token in ids if token >= session.model.config.vocab_size]
-    if unknown:
-        raise errors.UserError(f"--prompt_ids: {unknown[0]} is beyond the vocabulary of {session.model.config.vocab_size}")
+    if ids and max(ids) >= session.model.config.vocab_size:
+        raise errors.UserError(f"--prompt_ids: {max(ids)} is beyond the vocabulary of {session.model.config.vocab_size}")
     answer, began = Answer(ids), time.perf_counter()
     for text in session.stream(answer, options.seed):
         print(text if options.stream else "", end="", flush=True)

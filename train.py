@@ -1,6 +1,7 @@
 """Train a LLaMA: from scratch, all of it, or low-rank adapters; on one device or many."""
 
 import os
+import shlex
 import sys
 from pathlib import Path
 
@@ -18,25 +19,24 @@ The same command continues an interrupted run. Lists are comma-separated; [brack
 
 
 def parse(arguments: list[str]) -> tuple[config.Settings, object]:
-    parser = config.Parser(prog="train.py", description=__doc__ + "\n" + EXAMPLES,
-                           usage="python train.py [--config NAME|FILE] [--KEY VALUE …]")
+    usage = "python train.py [--config NAME|FILE] [--KEY VALUE …]"
+    parser = config.Parser(prog="train.py", description=__doc__ + "\n" + EXAMPLES, usage=usage)
     parser.add_argument("--config", default="", metavar="NAME|FILE", help="a preset (see --list_configs), a .toml, or a train_config.json")
     parser.add_argument("--list_configs", action="store_true", help="print the presets, a line each")
     parser.add_argument("--dry_run", action="store_true", help="print parameters, memory per rank and tokens per step, and stop")
     parser.add_argument("--show_batch", action="store_true", help="print the first batch with the trained tokens marked, and stop")
     parser.add_argument("--world_size", type=int, default=0, metavar="N", help="with --dry_run: plan for N ranks")
-    parser.add_argument("--overwrite_output_dir", nargs="?", const=True, default=False, type=config.parse_bool, metavar="true|false",
-                        help="empty out_dir first")
+    parser.add_argument("--overwrite_output_dir", **config.BOOLEAN, default=False, help="empty out_dir first")
     parser.add_argument("--deepspeed", default="", metavar="FILE", help="take settings from a DeepSpeed JSON file")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     config.add_keys(parser)
     found = parser.parse_args(arguments)
     flags = vars(found)
+    found.world_size = found.world_size or int(os.environ.get("WORLD_SIZE", "1"))
     brings_its_own = any(name in flags for name in ("ckpt", "data", "model", "init", "tokenizer", "dim"))
     source = flags["config"] or ("" if brings_its_own else "demo")
     if found.deepspeed:
-        ranks = found.world_size or int(os.environ.get("WORLD_SIZE", "1"))
-        flags = deepspeed.read(Path(found.deepspeed), ranks) | flags
+        flags = deepspeed.read(Path(found.deepspeed), found.world_size) | flags
     return config.resolve(source, flags), found
 
 
@@ -49,11 +49,11 @@ def main(arguments: list[str]) -> None:
     from minillama import building, comm, planning, trainer
 
     if found.dry_run:
-        print(planning.describe(settings, found.world_size or int(os.environ.get("WORLD_SIZE", "1"))))
+        print(planning.describe(settings, found.world_size))
         return
     ranks = os.environ.get("LOCAL_WORLD_SIZE")
     launcher = f"torchrun --nproc_per_node {ranks} train.py" if ranks else "python train.py"
-    building.check_inputs(settings, building.typed_command(arguments, launcher))
+    building.check_inputs(settings, shlex.join([*launcher.split(), *arguments]))
     if not settings.out_dir:
         raise errors.UserError("name a run directory with --out_dir runs/NAME")
     planning.refuse_what_cannot_fit(settings)

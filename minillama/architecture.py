@@ -8,13 +8,12 @@ something this network does not do is refused by name.
 Left out on purpose: sliding windows, experts, quantized weights, attention dropout.
 """
 
-import json
 import math
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from minillama.errors import UserError, closest
+from minillama.errors import UserError, closest, parsing, read_json
 
 
 @dataclass(frozen=True)
@@ -70,30 +69,18 @@ class LlamaConfig:
 
     def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
         """Every parameter's Hugging Face name and shape, in the model's order. Allocates nothing."""
-        C, F, D = self.dim, self.ffn_dim, self.head_dim
-        q, kv = self.n_heads * D, self.n_kv_heads * D
+        C, F, q, kv = self.dim, self.ffn_dim, self.n_heads * self.head_dim, self.n_kv_heads * self.head_dim
+        linears = {"self_attn.q_proj": (q, C), "self_attn.k_proj": (kv, C), "self_attn.v_proj": (kv, C), "self_attn.o_proj": (C, q),
+                   "mlp.gate_proj": (F, C), "mlp.up_proj": (F, C), "mlp.down_proj": (C, F)}
         shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (self.vocab_size, C)}
-
-        def linear(name: str, rows: int, columns: int, bias: bool) -> None:
-            shapes[f"{name}.weight"] = (rows, columns)
-            if bias:
-                shapes[f"{name}.bias"] = (rows,)
-
-        for i in range(self.n_layers):
-            layer = f"model.layers.{i}"
-            linear(f"{layer}.self_attn.q_proj", q, C, self.attention_bias)
-            linear(f"{layer}.self_attn.k_proj", kv, C, self.attention_bias)
-            linear(f"{layer}.self_attn.v_proj", kv, C, self.attention_bias)
-            linear(f"{layer}.self_attn.o_proj", C, q, self.attention_bias)
-            linear(f"{layer}.mlp.gate_proj", F, C, self.mlp_bias)
-            linear(f"{layer}.mlp.up_proj", F, C, self.mlp_bias)
-            linear(f"{layer}.mlp.down_proj", C, F, self.mlp_bias)
-            shapes[f"{layer}.input_layernorm.weight"] = (C,)
-            shapes[f"{layer}.post_attention_layernorm.weight"] = (C,)
+        for layer in (f"model.layers.{i}" for i in range(self.n_layers)):
+            for name, shape in linears.items():
+                shapes[f"{layer}.{name}.weight"] = shape
+                if self.attention_bias if name.startswith("self_attn") else self.mlp_bias:
+                    shapes[f"{layer}.{name}.bias"] = shape[:1]
+            shapes[f"{layer}.input_layernorm.weight"] = shapes[f"{layer}.post_attention_layernorm.weight"] = (C,)
         shapes["model.norm.weight"] = (C,)
-        if not self.tie_embeddings:
-            shapes["lm_head.weight"] = (self.vocab_size, C)
-        return shapes
+        return shapes if self.tie_embeddings else shapes | {"lm_head.weight": (self.vocab_size, C)}
 
     def parameter_count(self) -> int:
         return sum(math.prod(shape) for shape in self.parameter_shapes().values())
@@ -102,8 +89,7 @@ class LlamaConfig:
 def ffn_width(dim: int, multiple_of: int, multiplier: float | None = None) -> int:
     """Meta's rule for F: 8/3 of the width, times a multiplier, rounded up to a multiple. The truncations come in this order."""
     width = int(8 * dim / 3)
-    if multiplier is not None:
-        width = int(multiplier * width)
+    width = width if multiplier is None else int(multiplier * width)
     return multiple_of * -(-width // multiple_of)
 
 
@@ -133,68 +119,49 @@ def published(name: str) -> LlamaConfig:
     """The config of a published size ("7b"), or of a `config.json` (a file, or a directory that holds one)."""
     if name in PUBLISHED:
         return PUBLISHED[name]
-    path = Path(name)
-    if path.is_dir() or path.is_file():
-        return read_config(path)
-    known = ", ".join(PUBLISHED)
-    raise UserError(f"model {name!r} is neither a published size nor a config.json{closest(name, PUBLISHED)}; known sizes: {known}")
+    if Path(name).exists():
+        return read_config(Path(name))
+    raise UserError(f"model {name!r} is neither a published size nor a config.json{closest(name, PUBLISHED)}; "
+                    f"known sizes: {', '.join(PUBLISHED)}")
 
 
 def read_config(path: Path) -> LlamaConfig:
     """Read `config.json`, given as the file or the directory that holds it."""
     path = path / "config.json" if path.is_dir() else path
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; a checkpoint is a directory with config.json and model*.safetensors") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not valid JSON ({error})") from None
-    try:
+    raw = read_json(path, "a checkpoint is a directory with config.json and model*.safetensors")
+    with parsing(path):
         return from_hf(raw)
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
+
+
+# Our names of the numbers, and those of Hugging Face's config.json.
+HF_NAMES = {
+    "dim": "hidden_size", "n_layers": "num_hidden_layers", "n_heads": "num_attention_heads", "n_kv_heads": "num_key_value_heads",
+    "head_dim": "head_dim", "ffn_dim": "intermediate_size", "vocab_size": "vocab_size", "max_seq_len": "max_position_embeddings",
+    "norm_eps": "rms_norm_eps", "rope_theta": "rope_theta", "tie_embeddings": "tie_word_embeddings", "attention_bias": "attention_bias",
+    "mlp_bias": "mlp_bias", "initializer_range": "initializer_range", "bos_id": "bos_token_id",
+}
 
 
 def from_hf(raw: dict[str, Any]) -> LlamaConfig:
     """Hugging Face's `config.json` (either generation's spelling) as a `LlamaConfig`.
-
-    Raises UserError for whatever this network cannot honour, by key and value.
-    """
-    _refuse_what_is_not_llama(raw)
-    try:
-        dim, n_heads = raw["hidden_size"], raw["num_attention_heads"]
-        theta, scaling = _read_rope(raw)
-        eos = raw.get("eos_token_id", 2)
-        return LlamaConfig(
-            dim=dim,
-            n_layers=raw["num_hidden_layers"],
-            n_heads=n_heads,
-            n_kv_heads=raw.get("num_key_value_heads") or n_heads,
-            head_dim=raw.get("head_dim") or dim // n_heads,
-            ffn_dim=raw["intermediate_size"],
-            vocab_size=raw["vocab_size"],
-            max_seq_len=raw.get("max_position_embeddings") or 2048,
-            norm_eps=float(raw["rms_norm_eps"]),
-            rope_theta=theta,
-            rope_scaling=scaling,
-            tie_embeddings=bool(raw.get("tie_word_embeddings", False)),
-            attention_bias=bool(raw.get("attention_bias", False)),
-            mlp_bias=bool(raw.get("mlp_bias", False)),
-            initializer_range=float(raw.get("initializer_range", 0.02)),
-            bos_id=1 if raw.get("bos_token_id") is None else raw["bos_token_id"],
-            eos_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
-        )
-    except KeyError as error:
-        raise UserError(f"key {error.args[0]!r} is missing; is this the config.json of a LLaMA?") from None
-    except (TypeError, ValueError) as error:
-        raise UserError(f"a value has the wrong type ({error})") from None
+    Raises UserError for whatever this network cannot honour, by key and value."""
+    with parsing():
+        _refuse_what_is_not_llama(raw)
+        values = {ours: raw[theirs] for ours, theirs in HF_NAMES.items() if raw.get(theirs) is not None}
+        missing = [HF_NAMES[name] for name in ("dim", "n_layers", "n_heads", "ffn_dim", "vocab_size", "norm_eps") if name not in values]
+        if missing:
+            raise UserError(f"key {missing[0]!r} is missing; is this the config.json of a LLaMA?")
+        dim, n_heads, eos = values["dim"], values["n_heads"], raw.get("eos_token_id", 2)
+        values = {"n_kv_heads": n_heads, "head_dim": dim // n_heads, "max_seq_len": 2048} | values
+        values["norm_eps"] = float(values["norm_eps"])
+        values["rope_theta"], values["rope_scaling"] = _read_rope(raw)
+        return LlamaConfig(**values, eos_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,))
 
 
 def _refuse_what_is_not_llama(raw: dict[str, Any]) -> None:
-    honoured = {
-        "model_type": ("llama", None), "hidden_act": ("silu", None), "attention_dropout": (0, None), "sliding_window": (None,),
-        "partial_rotary_factor": (1, None), "quantization_config": (None,), "num_experts": (0, None), "num_local_experts": (0, None),
-    }
+    honoured = {"model_type": ("llama", None), "hidden_act": ("silu", None), "attention_dropout": (0, None), "sliding_window": (None,),
+                "partial_rotary_factor": (1, None), "quantization_config": (None,), "num_experts": (0, None),
+                "num_local_experts": (0, None)}
     for key, allowed in honoured.items():
         if raw.get(key) not in allowed:
             shown = allowed[0] if allowed[0] is not None else "no such key"
@@ -211,17 +178,15 @@ def _read_rope(raw: dict[str, Any]) -> tuple[float, RopeScaling | None]:
     spec.pop("type", None)
     if kind == "default":
         return theta, None
-    names = {"original_max_position_embeddings": "original_max_seq_len"}
     if kind not in ("linear", "dynamic", "llama3", "yarn"):
         raise UserError(f"rope scaling {kind!r} is not supported (supported: linear, dynamic, llama3, yarn)")
-    values = {names.get(key, key): value for key, value in spec.items()}
-    try:
-        scaling = RopeScaling(kind, float(values.pop("factor")), **values)
-    except KeyError:
-        raise UserError(f"rope scaling {kind!r} has no factor") from None
-    except TypeError:
-        unknown = sorted(set(values) - set(RopeScaling.__dataclass_fields__))
-        raise UserError(f"rope scaling {kind!r}: unknown key {unknown}") from None
+    if "factor" not in spec:
+        raise UserError(f"rope scaling {kind!r} has no factor")
+    values = {key.replace("max_position_embeddings", "max_seq_len"): value for key, value in spec.items()}
+    unknown = sorted(set(values) - set(RopeScaling.__dataclass_fields__))
+    if unknown:
+        raise UserError(f"rope scaling {kind!r}: unknown key {unknown}")
+    scaling = RopeScaling(kind, **values | {"factor": float(values["factor"])})
     if not scaling.factor > 0:
         raise UserError(f"rope scaling {kind!r}: factor = {scaling.factor} must be above 0")
     if kind == "llama3" and not scaling.original_max_seq_len:
@@ -234,19 +199,13 @@ def to_hf(config: LlamaConfig, dtype: str = "float32") -> dict[str, Any]:
     scaling = None
     if config.rope_scaling:
         kept = {key: value for key, value in asdict(config.rope_scaling).items() if value is not None}
-        irrelevant = {"linear": "all", "dynamic": "all", "llama3": ("beta", "truncate", "mscale"), "yarn": ("low", "high")}[kept["kind"]]
-        scaling = {"rope_type": kept.pop("kind"), "factor": kept.pop("factor")}
-        if irrelevant != "all":
-            scaling |= {key.replace("max_seq_len", "max_position_embeddings"): value for key, value in kept.items()
-                        if not key.startswith(irrelevant)}
+        kind, factor = kept.pop("kind"), kept.pop("factor")
+        of_others = {"llama3": ("beta", "truncate", "mscale"), "yarn": ("low", "high")}.get(kind, "")  # "" begins every key
+        scaling = {"rope_type": kind, "factor": factor} | {
+            key.replace("max_seq_len", "max_position_embeddings"): kept[key] for key in kept if not key.startswith(of_others)}
     return {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
-        "hidden_size": config.dim, "num_hidden_layers": config.n_layers, "num_attention_heads": config.n_heads,
-        "num_key_value_heads": config.n_kv_heads, "head_dim": config.head_dim, "intermediate_size": config.ffn_dim,
-        "vocab_size": config.vocab_size, "max_position_embeddings": config.max_seq_len, "rms_norm_eps": config.norm_eps,
-        "rope_theta": config.rope_theta, "rope_scaling": scaling, "tie_word_embeddings": config.tie_embeddings,
-        "attention_bias": config.attention_bias, "mlp_bias": config.mlp_bias, "attention_dropout": 0.0,
-        "initializer_range": config.initializer_range, "bos_token_id": config.bos_id,
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "attention_dropout": 0.0,
+        **{theirs: getattr(config, ours) for ours, theirs in HF_NAMES.items()}, "rope_scaling": scaling,
         "eos_token_id": config.eos_ids[0] if len(config.eos_ids) == 1 else list(config.eos_ids) or None,
         "torch_dtype": dtype, "use_cache": True,
     }

@@ -3,7 +3,6 @@
 Everything a user can get wrong about a run is found here, before the first step.
 """
 
-import shlex
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,14 +13,14 @@ from minillama.architecture import LlamaConfig
 from minillama.checkpoint import directory as checkpoints
 from minillama.comm import Mesh, first_rank_first
 from minillama.config import Settings
-from minillama.data.batches import BatchPlan, Pieces, split_documents
+from minillama.data.batches import BatchPlan, Cut, Pieces, split_documents
 from minillama.data.build import open_data
 from minillama.data.demo import write_demo
 from minillama.device import compute_dtype
 from minillama.errors import UserError
 from minillama.lora import LoraConfig, add_lora, load_adapter
 from minillama.model import Llama
-from minillama.parallel.optimizer import LossScale
+from minillama.parallel.optimizer import LossScale, Optimizer
 from minillama.recompute import recompute_activations
 from minillama.tokenizer import Tokenizer, open_tokenizer
 
@@ -31,9 +30,9 @@ SHAPE_KEYS = ("n_layers", "dim", "n_heads", "n_kv_heads", "ffn_dim", "vocab_size
 
 def with_embedded_data(settings: Settings, mesh: Mesh) -> Settings:
     """Replace the names `demo` and `demo_lora` in data and tokenizer by files that the package writes into the run directory."""
-    if not (set(settings.data) & set(EMBEDDED) or settings.tokenizer in EMBEDDED):
+    name = next((name for name in (*settings.data, settings.tokenizer) if name in EMBEDDED), None)
+    if name is None:
         return settings
-    name = next(name for name in (*settings.data, settings.tokenizer) if name in EMBEDDED)
     with first_rank_first(mesh):
         data, vocabulary = write_demo(name, Path(settings.out_dir) / "data")
     return replace(settings, data=tuple(str(data) if part in EMBEDDED else part for part in settings.data),
@@ -43,18 +42,17 @@ def with_embedded_data(settings: Settings, mesh: Mesh) -> Settings:
 
 def check_inputs(settings: Settings, command: str) -> None:
     """Refuse a run that lacks weights or data, with the complete command to type and where both are published."""
-    lacking = []
+    lacking = {}
     if settings.init == "pretrained" and not settings.ckpt:
-        lacking.append(("--ckpt LLAMA_DIR", "weights: a Hugging Face LLaMA directory, such as huggingface.co/meta-llama/Llama-2-7b-hf "
-                        "(Meta's own .pth files: convert.py meta)"))
+        lacking["--ckpt LLAMA_DIR"] = ("weights: a Hugging Face LLaMA directory, such as huggingface.co/meta-llama/Llama-2-7b-hf "
+                                       "(Meta's own .pth files: convert.py meta)")
     if settings.init == "scratch" and not settings.tokenizer and not settings.ckpt:
-        lacking.append(("--tokenizer tokenizer.model", "vocabulary: the tokenizer.model of any LLaMA checkpoint"))
+        lacking["--tokenizer tokenizer.model"] = "vocabulary: the tokenizer.model of any LLaMA checkpoint"
     if not settings.data:
-        lacking.append(("--data alpaca_data.json", "instruction data: Stanford Alpaca, alpaca_data.json at "
-                        "github.com/tatsu-lab/stanford_alpaca"))
+        lacking["--data alpaca_data.json"] = "instruction data: Stanford Alpaca, alpaca_data.json at github.com/tatsu-lab/stanford_alpaca"
     if lacking:
-        flags, sources = zip(*lacking, strict=True)
-        raise UserError(f"nothing to train {'from' if settings.data else 'on'}; type: {command} {' '.join(flags)}  ({'; '.join(sources)})")
+        raise UserError(f"nothing to train {'from' if settings.data else 'on'}; type: {command} {' '.join(lacking)}  "
+                        f"({'; '.join(lacking.values())})")
 
 
 def model_config(settings: Settings, vocab_size: int = 0) -> LlamaConfig:
@@ -71,8 +69,7 @@ def model_config(settings: Settings, vocab_size: int = 0) -> LlamaConfig:
             raise UserError(f"training from scratch needs a shape: --model 110m, or --{' --'.join(missing)}")
         C, H = given["dim"], given["n_heads"]
         config = LlamaConfig(C, given["n_layers"], H, H, C // H, architecture.ffn_width(C, 32), 32000, 2048, 1e-5, 10000.0)
-    config = replace(config, **given, max_seq_len=settings.context or config.max_seq_len,
-                     initializer_range=settings.initializer_range)
+    config = replace(config, **given, max_seq_len=settings.context or config.max_seq_len, initializer_range=settings.initializer_range)
     if "dim" in given or "n_heads" in given:
         if config.dim % config.n_heads:
             raise UserError(f"dim = {config.dim} is not a multiple of n_heads = {config.n_heads}")
@@ -91,10 +88,11 @@ def build_model(settings: Settings, tokenizer: Tokenizer, mesh: Mesh) -> tuple[L
         mesh.print(f"warning: {warning}")
     generator = torch.Generator().manual_seed(settings.seed)
     if settings.ckpt and settings.init == "pretrained":
-        path = checkpoints.find_checkpoint(Path(settings.ckpt))
-        if tokenizer.size > model_config(settings).vocab_size:
-            _check_growth(settings, tokenizer)
-        model = checkpoints.load_model(path, dtype, "cpu", settings.n_layers, tokenizer.size)
+        keeps_rows = settings.lora and not {"embed_tokens", "lm_head"} <= set(settings.modules_to_save)
+        if keeps_rows and tokenizer.size > model_config(settings).vocab_size:
+            raise UserError(f"{tokenizer.path} has {tokenizer.size} pieces, more than the checkpoint's embedding has rows; the new rows "
+                            "would never be trained: add --modules_to_save embed_tokens,lm_head")
+        model = checkpoints.load_model(checkpoints.find_checkpoint(Path(settings.ckpt)), dtype, "cpu", settings.n_layers, tokenizer.size)
     else:
         config = model_config(settings, tokenizer.size)
         if config.vocab_size < tokenizer.size:
@@ -112,16 +110,15 @@ def build_model(settings: Settings, tokenizer: Tokenizer, mesh: Mesh) -> tuple[L
     return model.to(mesh.device).train(), lora
 
 
-def _check_growth(settings: Settings, tokenizer: Tokenizer) -> None:
-    if settings.lora and not {"embed_tokens", "lm_head"} <= set(settings.modules_to_save):
-        raise UserError(f"{tokenizer.path} has {tokenizer.size} pieces, more than the checkpoint's embedding has rows; the new rows would "
-                        "never be trained: add --modules_to_save embed_tokens,lm_head")
-
-
-def loss_scale(settings: Settings) -> LossScale:
-    """The dynamic loss scale of an fp16 run."""
+def build_optimizer(settings: Settings, model: Llama, mesh: Mesh) -> Optimizer:
+    """AdamW over what is trained of `model`, with a dynamic loss scale where it computes in fp16."""
     patience = settings.loss_scale_hysteresis
-    return LossScale(2.0**settings.initial_scale_power, settings.loss_scale_window, patience, settings.min_loss_scale, patience)
+    scale = LossScale(2.0**settings.initial_scale_power, settings.loss_scale_window, patience, settings.min_loss_scale, patience)
+    return Optimizer(
+        model.named_parameters(), mesh, scale if model.lm_head.weight.dtype == torch.float16 else None, stage=settings.zero_stage,
+        exact=settings.reduction == "exact", bucket_elements=settings.bucket_elements,
+        accumulates=settings.gradient_accumulation_steps > 1, beta1=settings.adam_beta1, beta2=settings.adam_beta2,
+        epsilon=settings.adam_epsilon, weight_decay=settings.weight_decay)
 
 
 def with_global_batch(settings: Settings, mesh: Mesh, rows_per_step: int) -> Settings:
@@ -142,39 +139,30 @@ def build_plans(settings: Settings, tokenizer: Tokenizer, config: LlamaConfig, m
         raise UserError(f"max_length = {max_length} exceeds the model's context of {config.max_seq_len}")
     about = checkpoints.read_about(checkpoints.find_checkpoint(Path(settings.ckpt))) if settings.ckpt else {}
     template = settings.template or about.get("template") or "alpaca"
-    options = {"data_format": settings.data_format, "template": settings.template, "default_template": template,
-               "append_eod": settings.append_eod, "skip_bad_records": settings.skip_bad_records, "quiet": not mesh.is_first,
-               "workers": settings.workers, "dataset_dir": settings.dataset_dir}
+    options = {"template": settings.template, "default_template": template, "quiet": not mesh.is_first} | {
+        name: getattr(settings, name) for name in ("data_format", "append_eod", "skip_bad_records", "workers", "dataset_dir")}
     with first_rank_first(mesh):
         dataset = open_data(settings.data, tokenizer, settings.cache_dir, **options)
         held_out = open_data(settings.eval_data, tokenizer, settings.cache_dir, **options) if settings.eval_data else None
-    documents = None
+    documents, evaluation = None, Pieces(held_out, max_length) if held_out else None
     if held_out is None and settings.validation_split:
         documents, reserved = split_documents(len(dataset), settings.validation_split, settings.seed)
         evaluation = Pieces(dataset, max_length, reserved)
-    else:
-        evaluation = Pieces(held_out, max_length) if held_out else None
     pieces = Pieces(dataset, max_length, documents)
     micro = settings.per_device_train_batch_size
     plan = BatchPlan(pieces, max_length=max_length, rows_per_step=micro * settings.gradient_accumulation_steps * mesh.size,
                      rows_per_micro_batch=micro, seed=settings.seed, packing=settings.packing, epochs=settings.num_train_epochs,
                      max_steps=settings.max_steps)
-    _say_what_was_cut(pieces, max_length, mesh)
-    if evaluation is None:
-        return plan, None, dataset.meta.get("template") or template
-    eval_micro = settings.per_device_eval_batch_size
-    eval_plan = BatchPlan(evaluation, max_length=max_length, rows_per_step=eval_micro * mesh.size, rows_per_micro_batch=eval_micro,
-                          seed=0, packing=settings.packing, shuffle=False)
+    _say_what_was_cut(pieces.cut, max_length, mesh)
+    micro = settings.per_device_eval_batch_size
+    eval_plan = BatchPlan(evaluation, max_length=max_length, rows_per_step=micro * mesh.size, rows_per_micro_batch=micro, seed=0,
+                          packing=settings.packing, shuffle=False) if evaluation else None
     return plan, eval_plan, dataset.meta.get("template") or template
 
 
-def _say_what_was_cut(pieces: Pieces, max_length: int, mesh: Mesh) -> None:
-    cut = pieces.cut
+def _say_what_was_cut(cut: Cut, max_length: int, mesh: Mesh) -> None:
     mesh.print(f"data: {cut.documents:,} documents, {cut.tokens:,} tokens, {cut.targets:,} of them targets"
                + (f"; {cut.shortened:,} cut at max_length {max_length}" if cut.shortened else "")
                + (f"; {cut.without_target:,} left out: no target within max_length" if cut.without_target else ""))
 
 
-def typed_command(arguments: list[str], launcher: str = "python train.py") -> str:
-    """The command as the user typed it."""
-    return shlex.join([*launcher.split(), *arguments])

@@ -22,8 +22,7 @@ from torch import Tensor
 from minillama import device as devices
 from minillama.errors import UserError
 
-# torch renamed it after 2.13
-_ALL_GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_ALL_GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # torch renamed it after 2.13
 
 
 @dataclass
@@ -64,18 +63,18 @@ def start(device_name: str = "auto", timeout_minutes: float = 30.0) -> Iterator[
     store, rank, _ = next(dist.rendezvous("env://"))
     # A restart by torchrun meets the addresses of the ranks that died in the same store: each attempt gets names of its own.
     store = dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
-    dist.init_process_group(devices.process_group_backend(device), store=store, rank=rank, world_size=size,
-                            timeout=timedelta(minutes=timeout_minutes))
+    backend = dist.get_default_backend_for_device(device)  # gloo, nccl, hccl, cncl, sccl
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timedelta(minutes=timeout_minutes))
     try:
         yield Mesh(rank, size, device, compares_calls=os.environ.get("MINILLAMA_DEBUG_COLLECTIVES") == "1")
     finally:
         dist.destroy_process_group()
 
 
-def _call(mesh: Mesh, name: str, shape: Any, collective: Callable[[], Any]) -> Any:
+def _call(mesh: Mesh, name: str, what: Any, collective: Callable[[], Any]) -> Any:
     """Run a collective; its failure is a line that names this rank."""
     if mesh.compares_calls:
-        _compare_calls(mesh, f"{name} of {shape}")
+        _compare_calls(mesh, f"{name} of {tuple(what.shape) if isinstance(what, Tensor) else type(what).__name__}")
     try:
         return collective()
     except RuntimeError as error:
@@ -95,13 +94,13 @@ def all_reduce_sum(mesh: Mesh, tensor: Tensor) -> Tensor:
     """Replace `tensor`, in place, by its sum over the ranks."""
     if mesh.size > 1:
         mesh.traffic.elements += 2 * tensor.numel() * (mesh.size - 1) / mesh.size
-        _call(mesh, "all_reduce", tuple(tensor.shape), lambda: dist.all_reduce(tensor))
+        _call(mesh, "all_reduce", tensor, lambda: dist.all_reduce(tensor))
     return tensor
 
 
 def any_rank(mesh: Mesh, mine: bool) -> bool:
     """Whether it is so on any rank; every rank gets the same answer."""
-    return bool(all_reduce_sum(mesh, torch.tensor(float(mine), device=mesh.device))) if mesh.size > 1 else mine
+    return bool(all_reduce_sum(mesh, torch.tensor(float(mine), device=mesh.device)))
 
 
 @dataclass
@@ -114,23 +113,20 @@ class Pending:
 
     def wait(self) -> Tensor:
         if self.work is not None:
-            _call(self.mesh, "reduce", tuple(self.result.shape), self.work.wait)
+            _call(self.mesh, "reduce", self.result, self.work.wait)
         return self.result
 
 
 def reduce_to(mesh: Mesh, tensor: Tensor, owner: int, pairwise_of: int | None = None) -> Pending:
     """Sum `tensor` over the ranks for `owner`; elsewhere the result means nothing, and `tensor` may be overwritten.
-
-    pairwise_of: add those of the first so many ranks in a fixed pairwise tree, ((0+1)+(2+3))+…, rather than as they come.
-    """
+    pairwise_of: add those of the first so many ranks in a fixed pairwise tree, ((0+1)+(2+3))+…, rather than as they come."""
     if mesh.size == 1:
         return Pending(mesh, None, tensor)
     mesh.traffic.elements += tensor.numel() if mesh.rank != owner else 0
-    shape = tuple(tensor.shape)
     if pairwise_of is None:
-        return Pending(mesh, _call(mesh, "reduce", shape, lambda: dist.reduce(tensor, owner, async_op=True)), tensor)
+        return Pending(mesh, _call(mesh, "reduce", tensor, lambda: dist.reduce(tensor, owner, async_op=True)), tensor)
     parts = [torch.empty_like(tensor) for _ in range(mesh.size)] if mesh.rank == owner else None
-    _call(mesh, "gather", shape, lambda: dist.gather(tensor, parts, owner))
+    _call(mesh, "gather", tensor, lambda: dist.gather(tensor, parts, owner))
     return Pending(mesh, None, pairwise_sum(parts[:pairwise_of]) if parts else tensor)
 
 
@@ -151,7 +147,7 @@ def all_gather_into(mesh: Mesh, whole: Tensor, part: Tensor) -> Tensor:
     if mesh.size > 1:
         mesh.traffic.elements += part.numel() * (mesh.size - 1)
         source = part.clone() if part.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr() else part
-        _call(mesh, "all_gather", tuple(part.shape), lambda: _ALL_GATHER(whole, source))
+        _call(mesh, "all_gather", part, lambda: _ALL_GATHER(whole, source))
     return whole
 
 
@@ -159,13 +155,13 @@ def gather_objects(mesh: Mesh, mine: Any) -> list[Any]:
     """Every rank's small Python object, in rank order."""
     found: list[Any] = [mine] * mesh.size
     if mesh.size > 1:
-        _call(mesh, "all_gather_object", type(mine).__name__, lambda: dist.all_gather_object(found, mine))
+        _call(mesh, "all_gather_object", mine, lambda: dist.all_gather_object(found, mine))
     return found
 
 
 def barrier(mesh: Mesh) -> None:
     if mesh.size > 1:
-        _call(mesh, "barrier", (), dist.barrier)
+        _call(mesh, "barrier", None, dist.barrier)
 
 
 @contextmanager

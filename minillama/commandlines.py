@@ -58,9 +58,8 @@ def add_flags(parser: argparse.ArgumentParser, parse_bool: Callable[[str], bool]
 def settings_from(flags: dict[str, Any]) -> dict[str, Any]:
     """What the other systems' flags say in keys of ours. Raises UserError for a value that cannot be honoured, by name."""
     for flag, (allowed, why) in ONLY.items():
-        given = flags.get(flag)
-        value = None if given is None else " ".join(given).lower() or "true"
-        if value is not None and value not in allowed:
+        value = None if flags.get(flag) is None else " ".join(flags[flag]).lower() or "true"
+        if value not in (None, *allowed):
             raise UserError(f"--{flag} {value} is not supported: {why}")
     found: dict[str, Any] = {}
     if flags.get("finetuning_type") is not None:

@@ -18,6 +18,8 @@ from minillama.commandlines import RENAMED, add_flags, settings_from
 from minillama.errors import UserError, closest
 
 PRESETS = Path(__file__).parent / "configs"
+DEVICES = ("auto", "cpu", "cuda", "npu", "mlu", "tpu")
+PRECISIONS = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}  # torch's names -> ours
 
 
 def key(section: str, default: Any, help: str, choices: Sequence[str] = ()) -> Any:
@@ -42,7 +44,7 @@ class Settings:
     context: int = key("model", 0, "longest sequence the model is made for, from scratch")
     initializer_range: float = key("model", 0.02, "standard deviation of the first weights, from scratch")
 
-    data: tuple[str, ...] = key("data", (), "training data: files, folders, names in dataset_info.json, or a prefix made by `convert.py data`")
+    data: tuple[str, ...] = key("data", (), "training data: files, folders, names in dataset_info.json, or a prefix of `convert.py data`")
     eval_data: tuple[str, ...] = key("data", (), "validation data, likewise")
     validation_split: float = key("data", 0.0, "fraction of the training documents held out for validation, without eval_data")
     dataset_dir: str = key("data", "data", "folder of the dataset_info.json that gives names of data sets meaning")
@@ -71,8 +73,7 @@ class Settings:
     gradient_accumulation_steps: int = key("train", 1, "micro-batches a rank adds up before an update")
     learning_rate: float = key("train", 5e-5, "peak learning rate")
     min_learning_rate: float = key("train", 0.0, "where the cosine and linear schedules end")
-    lr_scheduler_type: str = key("train", "linear", "schedule after warm-up",
-                                 ("linear", "cosine", "constant", "constant_with_warmup"))
+    lr_scheduler_type: str = key("train", "linear", "schedule after warm-up", ("linear", "cosine", "constant", "constant_with_warmup"))
     warmup_ratio: float = key("train", 0.0, "share of the updates spent warming up")
     warmup_steps: int = key("train", 0, "updates spent warming up; wins over warmup_ratio")
     weight_decay: float = key("train", 0.0, "decay of matrices; norms and biases never decay")
@@ -81,7 +82,7 @@ class Settings:
     adam_epsilon: float = key("train", 1e-8, "AdamW's epsilon")
     max_grad_norm: float = key("train", 1.0, "clip the global gradient norm to this (0: do not)")
     gradient_checkpointing: bool = key("train", False, "recompute activations in backward: less memory, about a third more time")
-    precision: str = key("train", "fp32", "dtype of the computation; trained weights keep fp32 masters", ("fp32", "bf16", "fp16"))
+    precision: str = key("train", "fp32", "dtype of the computation; trained weights keep fp32 masters", tuple(PRECISIONS.values()))
     initial_scale_power: int = key("train", 16, "fp16: the loss is first multiplied by 2 to this power")
     loss_scale_window: int = key("train", 1000, "fp16: double the loss scale after this many updates without overflow")
     loss_scale_hysteresis: int = key("train", 2, "fp16: overflows before the loss scale is halved")
@@ -98,7 +99,7 @@ class Settings:
     resume: str = key("train", "auto", "auto: go on from the newest checkpoint in out_dir; none; or a checkpoint directory")
     plot_loss: bool = key("train", False, "insist on loss.png (drawn anyway where matplotlib is installed)")
     peak_tflops: float = key("train", 0.0, "the device's peak TFLOP/s, to report model-FLOPs utilisation against")
-    device: str = key("train", "auto", "device", ("auto", "cpu", "cuda", "npu", "mlu", "tpu"))
+    device: str = key("train", "auto", "device", DEVICES)
     threads: int = key("train", 0, "processor threads a rank uses (0: torch's choice)")
 
     zero_stage: int = key("parallel", 0, "0: replicate; 1: shard optimizer state; 2: shard gradients too")
@@ -126,8 +127,6 @@ class Settings:
 
 KEYS = {field.name: field for field in dataclasses.fields(Settings)}
 
-PRECISIONS = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
-
 
 class Parser(argparse.ArgumentParser):
     """argparse with this project's manners: `-` and `_` alike in flags, no abbreviations, mistakes as one UserError line."""
@@ -148,20 +147,31 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; --help lists every flag")
 
+    def add_model_flags(self) -> None:
+        """Which model to load, and how: the same flags for every script that uses one."""
+        add = self.add_argument
+        add("--ckpt", default="", metavar="DIR", help="checkpoint, run or adapter directory")
+        add("--base", default="", metavar="DIR", help="base model of an adapter, where its own config does not say or is wrong")
+        add("--lora", action="append", default=[], metavar="DIR", help="adapter to add unmerged; may repeat")
+        add("--tokenizer", default="", metavar="FILE", help="tokenizer.model or tokenizer.json, where the checkpoint has none")
+        add("--device", default="auto", choices=DEVICES, help="[auto]")
+        add("--dtype", default="float32", choices=tuple(PRECISIONS), help="[float32]")
+        add("--debug", action="store_true", help="show the traceback of an error")
+
 
 def _underscored(word: str) -> str:
-    if not word.startswith("--"):
-        return word
     flag, equals, value = word.partition("=")
-    return "--" + flag[2:].replace("-", "_") + equals + value
+    return "--" + flag[2:].replace("-", "_") + equals + value if word.startswith("--") else word
 
 
 def parse_bool(text: str) -> bool:
-    if text.lower() in ("true", "1", "yes"):
-        return True
-    if text.lower() in ("false", "0", "no"):
-        return False
-    raise argparse.ArgumentTypeError(f"{text!r} is not true or false")
+    found = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}.get(text.lower())
+    if found is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is not true or false")
+    return found
+
+
+BOOLEAN = {"nargs": "?", "const": True, "type": parse_bool, "metavar": "true|false"}  # a flag that stands alone or with a value
 
 
 def parse_list(text: str) -> tuple[str, ...]:
@@ -179,14 +189,14 @@ def add_keys(parser: argparse.ArgumentParser) -> None:
         text = field.metadata["help"] + (f": {', '.join(choices)}" if choices else "") + f" [{shown}]"
         flags, common = [f"--{name}", *also[name]], {"dest": name, "default": argparse.SUPPRESS, "help": text.replace("%", "%%")}
         if field.type is bool:
-            group.add_argument(*flags, nargs="?", const=True, type=parse_bool, metavar="true|false", **common)
-        elif default == () or isinstance(default, tuple):
+            group.add_argument(*flags, **BOOLEAN, **common)
+        elif isinstance(default, tuple):
             group.add_argument(*flags, type=parse_list, metavar="A,B", **common)
         else:
             group.add_argument(*flags, type=field.type, metavar=field.type.__name__, **common)
     add_flags(parser, parse_bool)
     for flag in ("fp16", "bf16"):
-        groups["train"].add_argument(f"--{flag}", nargs="?", const=True, type=parse_bool, metavar="true|false", help=f"precision {flag}")
+        groups["train"].add_argument(f"--{flag}", **BOOLEAN, help=f"precision {flag}")
 
 
 def resolve(source: str, flags: dict[str, Any]) -> Settings:
@@ -195,10 +205,8 @@ def resolve(source: str, flags: dict[str, Any]) -> Settings:
     precisions = {name for name in ("fp16", "bf16") if flags.get(name)}
     if len(precisions) == 2:
         raise UserError("--fp16 and --bf16 exclude each other; give one")
-    values |= settings_from(flags)
-    values |= {name: value for name, value in flags.items() if name in KEYS}
-    if precisions:
-        values["precision"] = precisions.pop()
+    values |= settings_from(flags) | {name: value for name, value in flags.items() if name in KEYS}
+    values |= {"precision": precisions.pop()} if precisions else {}
     values["precision"] = PRECISIONS.get(values.get("precision"), values.get("precision", "fp32"))
     if source and not values.get("out_dir"):
         values["out_dir"] = f"runs/{Path(source).stem}"
@@ -207,12 +215,10 @@ def resolve(source: str, flags: dict[str, Any]) -> Settings:
 
 def read_source(source: str) -> dict[str, Any]:
     """The keys of a preset (by name), of a .toml file (sections flattened), or of a train_config.json."""
-    path = PRESETS / f"{source}.toml"
-    if not path.is_file():
-        path = Path(source)
-        if not path.is_file():
-            known = list_presets()
-            raise UserError(f"no preset or file {source!r}{closest(source, known)}; presets: {', '.join(known)}")
+    path = next((path for path in (PRESETS / f"{source}.toml", Path(source)) if path.is_file()), None)
+    if path is None:
+        known = list_presets()
+        raise UserError(f"no preset or file {source!r}{closest(source, known)}; presets: {', '.join(known)}")
     try:
         text = path.read_text(encoding="utf-8")
         tree = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
@@ -220,14 +226,15 @@ def read_source(source: str) -> dict[str, Any]:
         raise UserError(f"{path}: {error}") from None
     values: dict[str, Any] = {}
     for name, value in tree.items():
-        inner = value if isinstance(value, dict) else {name: value}
-        for inner_name, inner_value in inner.items():
-            place = f"{path}: [{name}] {inner_name}" if isinstance(value, dict) else f"{path}: {name}"
+        section = f"[{name}] " if isinstance(value, dict) else ""
+        for inner_name, inner_value in (value if section else {name: value}).items():
             target = RENAMED.get(inner_name, inner_name)
             if target not in KEYS:
-                raise UserError(f"{place}: unknown key{closest(inner_name, KEYS)}; `train.py --help` lists every key")
-            if isinstance(value, dict) and KEYS[target].metadata["section"] != name:
-                raise UserError(f"{place}: this key belongs to section [{KEYS[target].metadata['section']}]")
+                raise UserError(f"{path}: {section}{inner_name}: unknown key{closest(inner_name, KEYS)}; "
+                                "`train.py --help` lists every key")
+            belongs = KEYS[target].metadata["section"]
+            if section and belongs != name:
+                raise UserError(f"{path}: {section}{inner_name}: this key belongs to section [{belongs}]")
             values[target] = inner_value
     return values
 
@@ -237,10 +244,10 @@ def _typed(name: str, value: Any, source: str) -> Any:
     wanted = type(KEYS[name].default)
     if wanted is float and type(value) is int:
         return float(value)
-    if wanted is tuple and isinstance(value, (list, tuple)) and all(isinstance(part, str) for part in value):
-        return tuple(value)
     if wanted is tuple and isinstance(value, str):
         return parse_list(value)
+    if wanted is tuple and isinstance(value, (list, tuple)) and all(isinstance(part, str) for part in value):
+        return tuple(value)
     if type(value) is not wanted:
         raise UserError(f"{source or 'command line'}: {name} = {value!r}: expected {wanted.__name__}, found {type(value).__name__}")
     return value

@@ -4,11 +4,10 @@
 are passed over; everything else that is not in the table is an error.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
-from minillama.errors import UserError, closest
+from minillama.errors import UserError, closest, read_json
 
 # a key of the file, dotted -> the setting it becomes
 MAPPED = {
@@ -31,11 +30,7 @@ HARMLESS = ("steps_per_print", "wall_clock_breakdown", "zero_optimization.overla
 
 def read(path: Path, world_size: int) -> dict[str, Any]:
     """The settings that the file fixes. Raises UserError for what cannot be honoured, and for batch sizes that disagree."""
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"--deepspeed {path}: {error}") from None
-    settings: dict[str, Any] = {}
+    raw, settings = read_json(path, "--deepspeed takes a DeepSpeed JSON file"), {}
     for key, value in _flattened(raw).items():
         if value == "auto" or key in HARMLESS:
             continue
@@ -46,21 +41,15 @@ def read(path: Path, world_size: int) -> dict[str, Any]:
         elif key in ("fp16.enabled", "bf16.enabled"):
             settings |= {"precision": key[:4]} if value else {}
         elif key not in FIXED:
-            known = (*MAPPED, *FIXED, *HARMLESS)
-            raise UserError(f"{path}: {key} = {value!r} is not supported{closest(key, known)}")
+            raise UserError(f"{path}: {key} = {value!r} is not supported{closest(key, (*MAPPED, *FIXED, *HARMLESS))}")
         elif value not in FIXED[key]:
             raise UserError(f"{path}: {key} = {value!r} is not supported; supported: {', '.join(map(repr, FIXED[key]))}")
     if settings.get("zero_stage", 0) > 2:
         raise UserError(f"{path}: zero_optimization.stage = {settings['zero_stage']}: weights are not sharded here; use stage 1 or 2")
-    _check_batch(raw, settings, world_size, path)
-    return settings
-
-
-def _check_batch(raw: dict[str, Any], settings: dict[str, Any], world_size: int, path: Path) -> None:
-    total, micro = raw.get("train_batch_size", "auto"), settings.get("per_device_train_batch_size")
+    total, micro = raw.get("train_batch_size"), settings.get("per_device_train_batch_size")
     accumulation = settings.get("gradient_accumulation_steps")
-    if "auto" in (total, micro or "auto", accumulation or "auto") or total == micro * accumulation * world_size:
-        return
+    if total in (None, "auto") or not micro or not accumulation or total == micro * accumulation * world_size:
+        return settings
     raise UserError(f"{path}: train_batch_size = {total} is not train_micro_batch_size_per_gpu {micro} × gradient_accumulation_steps "
                     f"{accumulation} × {world_size} ranks = {micro * accumulation * world_size}")
 

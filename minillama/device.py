@@ -23,8 +23,7 @@ def pick(name: str = "auto", local_rank: int = 0) -> torch.device:
     """The device called `name`; "auto" takes torch's accelerator where there is one, else the processor."""
     found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     kind = found.type if found else "cpu"
-    if name == "auto":
-        name = kind
+    name = kind if name == "auto" else name
     if name == "cpu":
         return torch.device("cpu")
     if name != kind:
@@ -32,17 +31,6 @@ def pick(name: str = "auto", local_rank: int = 0) -> torch.device:
     device = torch.device(name, local_rank)
     torch.accelerator.set_device_index(local_rank)
     return device
-
-
-def process_group_backend(device: torch.device) -> str:
-    """The name of the collectives library for this device: gloo, nccl, hccl, cncl, sccl."""
-    return torch.distributed.get_default_backend_for_device(device)
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait for the device to finish what was asked of it."""
-    if device.type != "cpu":
-        torch.accelerator.synchronize()
 
 
 def allow_tf32(allowed: bool) -> None:
@@ -62,17 +50,3 @@ def compute_dtype(precision: str, device: torch.device) -> tuple[torch.dtype, st
     if precision in ("fp16", "float16") and device.type == "cpu":
         return torch.float32, "fp16 is not computed on the processor; using fp32 instead"
     return DTYPES[precision], ""
-
-
-def rng_state(device: torch.device) -> dict[str, torch.Tensor]:
-    """The state of the random generators that dropout and sampling draw from."""
-    states = {"cpu": torch.get_rng_state()}
-    if device.type != "cpu":
-        states[device.type] = torch.get_device_module(device).get_rng_state()
-    return states
-
-
-def set_rng_state(device: torch.device, states: dict[str, torch.Tensor]) -> None:
-    torch.set_rng_state(states["cpu"])
-    if device.type in states and device.type != "cpu":
-        torch.get_device_module(device).set_rng_state(states[device.type])

@@ -5,9 +5,13 @@ is a defect of ours and keeps its traceback. `run` is the only place that turns 
 """
 
 import difflib
+import json
 import signal
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 
 class UserError(Exception):
@@ -20,16 +24,38 @@ def closest(name: str, known: Iterable[str]) -> str:
     return f" (did you mean {match[0]!r}?)" if match else ""
 
 
+def read_json(path: Path, remedy: str = "") -> Any:
+    """What a JSON file of the user's holds. Raises UserError where it is missing (with `remedy`) or damaged."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file" + (f"; {remedy}" if remedy else "")) from None
+    except ValueError as error:
+        raise UserError(f"{path}: not valid JSON ({error})") from None
+
+
+@contextmanager
+def parsing(where: Path | None = None) -> Iterator[None]:
+    """What the body cannot read of a file becomes one line, which begins with the file."""
+    place = f"{where}: " if where else ""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{place}{error}") from None
+    except KeyError as error:
+        raise UserError(f"{place}key {error.args[0]!r} is missing") from None
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{place}a value has the wrong type ({error})") from None
+
+
 def run(main: Callable[[list[str]], int | None], argv: list[str] | None = None) -> None:
     """Run a script's `main` and exit: 0 done, 2 the user's mistake (one line on stderr), 130 interrupted.
-
-    `--debug` anywhere in the arguments shows the traceback of a user's mistake too.
-    """
+    `--debug` anywhere in the arguments shows the traceback of a user's mistake too."""
     argv = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in argv
-    if debug:
-        argv.remove("--debug")
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL) if hasattr(signal, "SIGPIPE") else None
+    argv = [word for word in argv if word != "--debug"]
+    if hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     try:
         sys.exit(main(argv) or 0)
     except UserError as error:

@@ -5,7 +5,7 @@ where it accumulates), and 4 each of master and two moments; an fp32 parameter i
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from minillama.architecture import LlamaConfig
 from minillama.config import Settings
@@ -29,11 +29,11 @@ class Estimate:
 
 def trainable_count(config: LlamaConfig, lora: LoraConfig | None) -> int:
     """How many numbers training changes: all, or the adapters' factors and the modules trained whole."""
-    shapes = config.parameter_shapes()
     if lora is None:
         return config.parameter_count()
-    matched = {name: shape for name, shape in shapes.items() if name.split(".")[-2] in resolve_names(lora.targets) and len(shape) == 2}
-    factors = sum(lora.rank_of(name.removesuffix(".weight")) * (rows + columns) for name, (rows, columns) in matched.items())
+    targets = resolve_names(lora.targets)
+    factors = sum(lora.rank_of(name.removesuffix(".weight")) * sum(shape) for name, shape in config.parameter_shapes().items()
+                  if name.split(".")[-2] in targets and len(shape) == 2)
     tied_to = {"lm_head": "embed_tokens"} if config.tie_embeddings else {}
     whole = {tied_to.get(name, name) for name in resolve_names(lora.modules_to_save)}
     return factors + sum(config.vocab_size * config.dim for name in whole if name in WHOLE)
@@ -44,32 +44,25 @@ def estimate(config: LlamaConfig, settings: Settings, world_size: int = 1) -> Es
     lora = lora_config(settings) if settings.lora else None
     parameters, trainable = config.parameter_count(), trainable_count(config, lora)
     width = 4 if settings.precision == "fp32" else 2
-    whole = trainable if lora is None else trainable - _factor_count(config, lora)
-    weights = parameters * width + (trainable - whole) * 4
+    whole = trainable if lora is None else trainable - trainable_count(config, replace(lora, modules_to_save=()))
+    factors, exact = trainable - whole, settings.reduction == "exact"
     masters = 0 if width == 4 else whole * 4
-    shard = world_size if settings.zero_stage >= 1 else 1
-    optimizer = math.ceil((masters + trainable * 8) / shard)
-    accumulates = settings.gradient_accumulation_steps > 1 or settings.reduction == "exact"
-    shard = world_size if settings.zero_stage >= 2 or (settings.reduction == "exact" and settings.zero_stage) else 1
-    gradients = math.ceil((whole * (4 if accumulates else width) + (trainable - whole) * 4) / shard)
-    return Estimate(parameters + (trainable - whole if lora else 0), trainable, weights, gradients, optimizer)
+    optimizer = math.ceil((masters + trainable * 8) / (world_size if settings.zero_stage else 1))
+    gradient_width = 4 if settings.gradient_accumulation_steps > 1 or exact else width
+    shards = world_size if settings.zero_stage == 2 or (exact and settings.zero_stage) else 1
+    gradients = math.ceil((whole * gradient_width + factors * 4) / shards)
+    return Estimate(parameters + factors, trainable, parameters * width + factors * 4, gradients, optimizer)
 
 
 def activation_bytes(config: LlamaConfig, tokens: int, width: int, recompute: bool = False) -> int:
     """Bytes that a micro-batch of `tokens` tokens keeps for backward, with the fused ops and `width` bytes a number.
-
-    A layer keeps nine tensors of width C (its input, both norms' outputs, the stream between its halves, rotated queries, keys and
-    values of every query head, attention's output before and after it is put back in order) and four of width F (gate, up,
-    silu(gate), their product). Recomputation keeps each layer's input, and one layer whole at a time.
-    """
+    A layer keeps nine tensors of width C (its input, both norms' outputs, the stream between its halves, rotated queries, keys and values
+    of every query head, attention's output before and after it is put back in order) and four of width F (gate, up, silu(gate), their
+    product). Recomputation keeps each layer's input, and one layer whole at a time."""
     C, D, F = config.dim, config.n_heads * config.head_dim, config.ffn_dim
     layer = (4 * C + 5 * D + 4 * F) * width + 4 * (config.n_heads + 2)  # and in fp32: log-sum-exps, two norms' statistics
     layers = config.n_layers * C * width + layer if recompute else config.n_layers * layer
     return tokens * (layers + C * width)  # and the last norm's input
-
-
-def _factor_count(config: LlamaConfig, lora: LoraConfig) -> int:
-    return trainable_count(config, LoraConfig(lora.rank, lora.alpha, targets=lora.targets, rank_pattern=lora.rank_pattern))
 
 
 def lora_config(settings: Settings) -> LoraConfig:
@@ -80,10 +73,8 @@ def lora_config(settings: Settings) -> LoraConfig:
 
 def training_flops(config: LlamaConfig, tokens: float, sequence: float, recompute: bool = False) -> float:
     """Floating-point operations to train on `tokens` tokens in documents of `sequence` tokens.
-
-    24 F T L C^2 (1 + S/(6 C) + V/(16 L C)), with F = 3 for forward and backward, 4 with activations recomputed: the formula by
-    which Megatron and AscendSpeed publish TFLOP/s (Narayanan et al. 2021, appendix). It assumes full-width attention and an MLP
-    of about 8/3 C; utilisation always counts F = 3.
-    """
+    24 F T L C^2 (1 + S/(6 C) + V/(16 L C)), with F = 3 for forward and backward, 4 with activations recomputed: the formula by which
+    Megatron and AscendSpeed publish TFLOP/s (Narayanan et al. 2021, appendix). It assumes full-width attention and an MLP of about 8/3 C;
+    utilisation always counts F = 3."""
     L, C, V = config.n_layers, config.dim, config.vocab_size
     return 24 * (4 if recompute else 3) * tokens * L * C**2 * (1 + sequence / (6 * C) + V / (16 * L * C))

@@ -13,7 +13,7 @@ would change the arithmetic and is not known here is refused; a tensor that fits
 import json
 import math
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from minillama import ops
-from minillama.errors import UserError, closest
+from minillama.errors import UserError, closest, parsing, read_json
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 # What Megatron and AscendSpeed call them; their fused modules are several of ours.
@@ -32,14 +32,14 @@ MEGATRON = {
     "all": LINEARS,
 }
 WHOLE = ("embed_tokens", "lm_head")
-# Keys that change the arithmetic, with the values at which they do nothing.
-MUST_BE = {"peft_type": ("LORA",), "bias": ("none", None), "use_dora": (False, None), "fan_in_fan_out": (False, None),
-           "layers_to_transform": (None,), "layer_replication": (None,), "use_qalora": (False, None), "trainable_token_indices": (None,),
-           "target_parameters": (None,), "exclude_modules": (None,), "lora_bias": (False, None), "enable_lora": (None,),
-           "alora_invocation_tokens": (None,), "use_bdlora": (False, None), "arrow_config": (None,), "kasa_config": (None,),
-           "monteclora_config": (None,),
-           # the others (pissa, olora, loftq, …) also change the base weights, which an adapter's file does not hold
-           "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal")}
+# Keys that change the arithmetic, with the values at which they do nothing. Other init_lora_weights (pissa, olora, loftq, …) also
+# change the base weights, which an adapter's file does not hold.
+MUST_BE = {
+    "peft_type": ("LORA",), "bias": ("none", None), "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal"),
+    **dict.fromkeys(("use_dora", "fan_in_fan_out", "use_qalora", "lora_bias", "use_bdlora"), (False, None)),
+    **dict.fromkeys(("layers_to_transform", "layer_replication", "trainable_token_indices", "target_parameters", "exclude_modules",
+                     "enable_lora", "alora_invocation_tokens", "arrow_config", "kasa_config", "monteclora_config"), (None,)),
+}
 
 
 @dataclass(frozen=True)
@@ -95,9 +95,7 @@ def resolve_names(names: tuple[str, ...]) -> tuple[str, ...]:
 
 def add_lora(model: nn.Module, config: LoraConfig, generator: torch.Generator | None = None) -> None:
     """Freeze `model` and give each linear named in config.targets an adapter; modules_to_save stay trainable, whole.
-
-    A is drawn from U(-1/sqrt(in), 1/sqrt(in)), as PEFT does. Raises UserError for a target that names no linear.
-    """
+    A is drawn from U(-1/sqrt(in), 1/sqrt(in)), as PEFT does. Raises UserError for a target that names no linear."""
     model.requires_grad_(False)
     linears = {name: module for name, module in model.named_modules() if type(module) is not LoraLinear and isinstance(module, nn.Linear)}
     for target in config.targets:
@@ -105,12 +103,10 @@ def add_lora(model: nn.Module, config: LoraConfig, generator: torch.Generator | 
             known = sorted({name.rsplit(".", 1)[-1] for name in linears})
             raise UserError(f"lora_targets: {target!r} names no linear of this model{closest(target, known)}; linears: {', '.join(known)}")
     for name, linear in linears.items():
-        if not any(_named(name, target) for target in config.targets):
-            continue
-        adapted = LoraLinear(linear, config.rank_of(name), config.scale_of(name), config.dropout)
-        nn.init.kaiming_uniform_(adapted.lora_A, a=math.sqrt(5), generator=generator)
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, adapted)
+        if any(_named(name, target) for target in config.targets):
+            adapted = LoraLinear(linear, config.rank_of(name), config.scale_of(name), config.dropout)
+            nn.init.kaiming_uniform_(adapted.lora_A, a=math.sqrt(5), generator=generator)
+            model.set_submodule(name, adapted)
     for name in config.modules_to_save:
         if name not in WHOLE:
             raise UserError(f"modules_to_save: {name!r}{closest(name, WHOLE)}; choose from {', '.join(WHOLE)}")
@@ -124,90 +120,65 @@ def add_lora(model: nn.Module, config: LoraConfig, generator: torch.Generator | 
 def merge_lora(model: nn.Module) -> None:
     """Add every adapter to its weight and put plain linears back."""
     for name, module in list(model.named_modules()):
-        if not isinstance(module, LoraLinear):
-            continue
-        parent, _, child = name.rpartition(".")
-        plain = module.plain_class(module.in_features, module.out_features, bias=module.bias is not None, device="meta")
-        plain.weight, plain.bias = nn.Parameter(module.merged_weight(), requires_grad=False), module.bias
-        setattr(model.get_submodule(parent), child, plain)
-
-
-def adapter_tensors(model: nn.Module, config: LoraConfig) -> dict[str, Tensor]:
-    """The adapter's tensors under PEFT's file names."""
-    tensors: dict[str, Tensor] = {}
-    for name, module in model.named_modules():
         if isinstance(module, LoraLinear):
-            tensors[f"base_model.model.{name}.lora_A.weight"] = module.lora_A
-            tensors[f"base_model.model.{name}.lora_B.weight"] = module.lora_B
-    for name in config.modules_to_save:
-        module_name = _whole_module(name)
-        tensors[f"base_model.model.{module_name}.weight"] = model.get_submodule(module_name).weight
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+            plain = module.plain_class(module.in_features, module.out_features, bias=module.bias is not None, device="meta")
+            plain.weight, plain.bias = nn.Parameter(module.merged_weight(), requires_grad=False), module.bias
+            model.set_submodule(name, plain)
+
+
+def adapter_weights(model: nn.Module, config: LoraConfig) -> dict[str, nn.Parameter]:
+    """What an adapter's file holds, by the name in the file without PEFT's `base_model.model.`: factors, and modules trained whole."""
+    factors = {f"{name}.{factor}.weight": getattr(module, factor) for name, module in model.named_modules()
+               if isinstance(module, LoraLinear) for factor in ("lora_A", "lora_B")}
+    return factors | {f"{_whole_module(name)}.weight": model.get_submodule(_whole_module(name)).weight for name in config.modules_to_save}
 
 
 def save_adapter(model: nn.Module, config: LoraConfig, directory: Path, base: str) -> None:
     """Write a PEFT adapter directory. base: where its base model is, for adapter_config.json."""
     directory.mkdir(parents=True, exist_ok=True)
-    tensors = adapter_tensors(model, config)
+    tensors = {f"base_model.model.{name}": weight.detach().cpu().contiguous() for name, weight in adapter_weights(model, config).items()}
     if len({tensor.data_ptr() for tensor in tensors.values()}) < len(tensors):
         tensors = {name: tensor.clone() for name, tensor in tensors.items()}  # a tied head: safetensors keeps no shared storage
     save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
+    pattern = config.targets[0]
     about = {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "r": config.rank, "lora_alpha": config.alpha,
-        "lora_dropout": config.dropout, "target_modules": _written_targets(config.targets),
-        "modules_to_save": list(config.modules_to_save) or None,
-        "bias": "none", "fan_in_fan_out": False, "use_rslora": config.use_rslora, "rank_pattern": config.rank_pattern,
-        "alpha_pattern": config.alpha_pattern, "inference_mode": True, "init_lora_weights": True,
+        "lora_dropout": config.dropout, "target_modules": pattern[3:] if pattern.startswith("re:") else list(config.targets),
+        "modules_to_save": list(config.modules_to_save) or None, "bias": "none", "fan_in_fan_out": False,
+        "use_rslora": config.use_rslora, "rank_pattern": config.rank_pattern, "alpha_pattern": config.alpha_pattern,
+        "inference_mode": True, "init_lora_weights": True,
     }
     (directory / "adapter_config.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
-
-
-def _written_targets(targets: tuple[str, ...]) -> str | list[str]:
-    return targets[0][3:] if targets[0].startswith("re:") else list(targets)
 
 
 def read_adapter_config(directory: Path) -> tuple[LoraConfig, str]:
     """(configuration, base model) of a PEFT adapter directory. Raises UserError for what would change the arithmetic."""
     path = directory / "adapter_config.json"
-    try:
-        raw: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; an adapter is a directory with adapter_config.json and adapter_model.safetensors") from None
-    except ValueError as error:
-        raise UserError(f"{path}: not valid JSON ({error})") from None
+    raw = read_json(path, "an adapter is a directory with adapter_config.json and adapter_model.safetensors")
     for key, harmless in MUST_BE.items():
         if key in raw and raw[key] not in harmless:
             raise UserError(f"{path}: {key} = {raw[key]!r} is not supported")
     targets = raw.get("target_modules") or []
-    try:
+    with parsing(path):
         config = LoraConfig(
             rank=int(raw["r"]), alpha=float(raw["lora_alpha"]), dropout=float(raw.get("lora_dropout") or 0.0),
             targets=(f"re:{targets}",) if isinstance(targets, str) else tuple(sorted(targets)),
             modules_to_save=tuple(raw.get("modules_to_save") or ()), use_rslora=bool(raw.get("use_rslora")),
             rank_pattern=raw.get("rank_pattern") or {}, alpha_pattern=raw.get("alpha_pattern") or {})
-    except KeyError as error:
-        raise UserError(f"{path}: key {error.args[0]!r} is missing") from None
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{path}: a value has the wrong type ({error})") from None
     return config, raw.get("base_model_name_or_path") or ""
 
 
 def load_adapter(model: nn.Module, directory: Path, dropout: float | None = None) -> LoraConfig:
     """Add the adapter in a PEFT directory to `model`, unmerged; returns its configuration.
-
-    dropout: in place of the one it was trained with. Every tensor must fit exactly one place, and every place get its tensor.
-    """
+    dropout: in place of the one it was trained with. Every tensor must fit exactly one place, and every place get its tensor."""
     config, _ = read_adapter_config(directory)
-    if dropout is not None:
-        config = LoraConfig(**{**config.__dict__, "dropout": dropout})
+    config = config if dropout is None else replace(config, dropout=dropout)
     path = directory / "adapter_model.safetensors"
     if not path.is_file():
         raise UserError(f"{path}: no such file")
     tensors = {_plain_name(name): tensor for name, tensor in load_file(path).items()}
     add_lora(model, config)
-    places = {f"{name}.{factor}.weight": getattr(module, factor) for name, module in model.named_modules()
-              if isinstance(module, LoraLinear) for factor in ("lora_A", "lora_B")}
-    places |= {f"{_whole_module(name)}.weight": model.get_submodule(_whole_module(name)).weight for name in config.modules_to_save}
+    places = adapter_weights(model, config)
     problems = [f"{name} fits no module" for name in tensors if name not in places]
     problems += [f"{name} is missing" for name in places if name not in tensors]
     problems += [f"{name} is {tuple(tensors[name].shape)}, the model wants {tuple(place.shape)}"

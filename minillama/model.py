@@ -120,18 +120,16 @@ class Llama(nn.Module):
 
     def forward(self, tokens: Tensor, documents: ops.Documents | None = None, cache: KeyValueCache | None = None) -> Tensor:
         """tokens (B, T) -> hidden (B, T, C), normed and ready for `logits` or the loss.
-
         documents: the B·T tokens are these documents end to end; positions restart in each and none sees another.
-        cache: keys and values of the tokens before these.
-        """
+        cache: keys and values of the tokens before these."""
         B, T = tokens.shape
         if cache is not None:
-            cos, sin = (table[cache.positions] for table in self.rope_tables(cache.capacity, tokens.device))
+            positions, length = cache.positions, cache.capacity
         elif documents is not None:
-            positions = documents.positions.view(B, T)
-            cos, sin = (table[positions] for table in self.rope_tables(max(documents.lengths), tokens.device))  # (B, T, D/2)
+            positions, length = documents.positions.view(B, T), max(documents.lengths)
         else:
-            cos, sin = (table[:T] for table in self.rope_tables(T, tokens.device))  # (T, D/2)
+            positions, length = slice(T), T
+        cos, sin = (table[positions] for table in self.rope_tables(length, tokens.device))  # (T, D/2) or (B, T, D/2)
         x = self.model.embed_tokens(tokens)  # (B, T, C)
         for layer in self.model.layers:
             x = layer(x, cos, sin, documents, cache)

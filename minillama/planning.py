@@ -19,7 +19,7 @@ def describe(settings: Settings, world_size: int) -> str:
     length = settings.max_length or min(config.max_seq_len, 1024)
     rows = settings.per_device_train_batch_size * settings.gradient_accumulation_steps * world_size
     micro = settings.per_device_train_batch_size * length
-    lines = [
+    return "\n".join([
         f"model       {config.n_layers} layers, width {config.dim}, {config.n_heads} heads ({config.n_kv_heads} key/value), "
         f"MLP {config.ffn_dim}, vocabulary {config.vocab_size:,}",
         f"parameters  {config.parameter_count():,}; trained: {e.trainable:,} ({e.trainable / config.parameter_count():.2%})",
@@ -29,8 +29,7 @@ def describe(settings: Settings, world_size: int) -> str:
         f"disk        {_gb(config.parameter_count() * width * (not settings.lora) + e.trainable * 12)} a checkpoint",
         f"a step      {rows} rows of up to {length:,} tokens = up to {rows * length:,} tokens on all ranks",
         f"schedule    {_schedule(settings)}",
-    ]
-    return "\n".join(lines)
+    ])
 
 
 def _schedule(settings: Settings) -> str:
@@ -41,12 +40,9 @@ def _schedule(settings: Settings) -> str:
 
 def refuse_what_cannot_fit(settings: Settings) -> None:
     """Refuse models whose frozen weights every rank would have to hold whole."""
-    if not settings.model and not settings.ckpt:
-        return
-    config = building.model_config(settings)
-    e = estimate(config, settings)
-    if e.weights > LARGEST_REPLICATED:
-        raise UserError(f"the model's weights alone are {e.weights:,} bytes ({_gb(e.weights)}) on every rank: data parallelism replicates "
+    weights = estimate(building.model_config(settings), settings).weights if settings.model or settings.ckpt else 0
+    if weights > LARGEST_REPLICATED:
+        raise UserError(f"the model's weights alone are {weights:,} bytes ({_gb(weights)}) on every rank: data parallelism replicates "
                         f"them, and tensor parallelism does not exist here yet; {_gb(LARGEST_REPLICATED)} is the most")
 
 

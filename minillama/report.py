@@ -18,14 +18,9 @@ class Report:
     def __init__(self, out_dir: Path, total_steps: int, first_step: int, enabled: bool) -> None:
         self.path, self.enabled, self.began = out_dir / "metrics.jsonl", enabled, time.perf_counter()
         self.bar = tqdm(total=total_steps, initial=first_step, unit="step", desc="training", disable=not enabled, dynamic_ncols=True)
-        if enabled:
-            self._forget_after(first_step)
-
-    def _forget_after(self, step: int) -> None:
-        """Drop records of steps that a resumed run will take again."""
-        lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.is_file() else []
-        kept = [line for line in lines if json.loads(line)["step"] <= step]
-        self.path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        if enabled:  # drop records of steps that a resumed run will take again
+            lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True) if self.path.is_file() else []
+            self.path.write_text("".join(line for line in lines if json.loads(line)["step"] <= first_step), encoding="utf-8")
 
     def record(self, values: dict[str, Any]) -> None:
         """Append one record to metrics.jsonl."""
@@ -88,9 +83,7 @@ def plot_loss(out_dir: Path, insist: bool = False) -> Path | None:
     axes.plot(steps, smoothed(list(losses)), label="smoothed")
     if held_out:
         axes.plot(*zip(*held_out, strict=True), "o-", markersize=3, label="validation")
-    axes.set_xlabel("step")
-    axes.set_ylabel("loss per target token")
-    axes.set_title(f"training loss of {out_dir.name}")
+    axes.set(xlabel="step", ylabel="loss per target token", title=f"training loss of {out_dir.name}")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
     figure.tight_layout()

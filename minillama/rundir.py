@@ -10,7 +10,7 @@ from minillama import comm, config
 from minillama.checkpoint import train_state
 from minillama.comm import Mesh
 from minillama.config import Settings
-from minillama.errors import UserError
+from minillama.errors import UserError, read_json
 
 # What may differ between the parts of one run without changing its result.
 HARMLESS = {"out_dir", "resume", "device", "threads", "logging_steps", "eval_strategy", "eval_steps", "per_device_eval_batch_size",
@@ -28,9 +28,8 @@ def prepare_directory(settings: Settings, mesh: Mesh, overwrite: bool) -> tuple[
             shutil.rmtree(out_dir, ignore_errors=True)
     comm.barrier(mesh)
     _refuse_another_run(settings, out_dir)
-    summary = out_dir / "summary.json"
-    if settings.resume == "auto" and summary.is_file():
-        return None, json.loads(summary.read_text(encoding="utf-8"))
+    if settings.resume == "auto" and (out_dir / "summary.json").is_file():
+        return None, read_json(out_dir / "summary.json")
     checkpoint = _checkpoint(settings, out_dir, mesh)
     comm.barrier(mesh)
     if mesh.is_first:
@@ -44,13 +43,10 @@ def prepare_directory(settings: Settings, mesh: Mesh, overwrite: bool) -> tuple[
 
 
 def _refuse_another_run(settings: Settings, out_dir: Path) -> None:
-    saved = out_dir / "train_config.json"
-    if not saved.is_file():
-        _refuse_foreign_files(out_dir)
-        return
-    before, now = json.loads(saved.read_text(encoding="utf-8")), json.loads(json.dumps(asdict(settings)))
+    _refuse_foreign_files(out_dir)
     if not (out_dir / "metrics.jsonl").is_file():
         return  # it never came to a first step: a mistake mended, nothing to protect
+    before, now = read_json(out_dir / "train_config.json"), json.loads(json.dumps(asdict(settings)))
     changed = [name for name in now if name not in HARMLESS and name in before and before[name] != now[name]]
     if changed:
         shown = ", ".join(f"{name} was {before[name]!r}, is {now[name]!r}" for name in changed)
@@ -63,9 +59,7 @@ def _refuse_foreign_files(out_dir: Path) -> None:
 
 
 def _checkpoint(settings: Settings, out_dir: Path, mesh: Mesh) -> Path | None:
-    if settings.resume == "none":
-        return None
     if settings.resume != "auto":
-        return Path(settings.resume)
+        return None if settings.resume == "none" else Path(settings.resume)
     found = train_state.newest_intact(out_dir, mesh.print) if mesh.is_first else None
     return comm.gather_objects(mesh, found)[0]

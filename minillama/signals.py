@@ -20,9 +20,8 @@ class StopRequest:
 @contextmanager
 def listening() -> Iterator[StopRequest]:
     """Listen for SIGTERM and SIGINT while the body runs."""
-    request, before = StopRequest(), {}
-    for number in (signal.SIGTERM, signal.SIGINT):
-        before[number] = signal.signal(number, request)
+    request = StopRequest()
+    before = {number: signal.signal(number, request) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield request
     finally:

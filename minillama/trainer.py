@@ -29,7 +29,7 @@ from minillama.errors import UserError
 from minillama.estimate import training_flops
 from minillama.lora import save_adapter
 from minillama.ops import Documents
-from minillama.parallel.optimizer import LossScale, Optimizer
+from minillama.parallel.optimizer import LossScale
 from minillama.rundir import prepare_directory
 from minillama.signals import StopRequest, listening
 from minillama.tokenizer import Tokenizer
@@ -39,11 +39,8 @@ MAX_SKIPPED_IN_A_ROW = 5
 
 def learning_rate(step: int, total: int, settings: Settings) -> float:
     """The rate of update `step`, counted from 0, of `total`: transformers' rule, where the first update of a warm-up is at 0.
-
-    1. warm-up: a straight line from 0;  2. constant: stay;  3. linear or cosine: down to min_learning_rate at `total`.
-    """
-    peak, low = settings.learning_rate, settings.min_learning_rate
-    kind = settings.lr_scheduler_type
+    1. warm-up: a straight line from 0;  2. constant: stay;  3. linear or cosine: down to min_learning_rate at `total`."""
+    peak, low, kind = settings.learning_rate, settings.min_learning_rate, settings.lr_scheduler_type
     warmup = 0 if kind == "constant" else settings.warmup_steps or math.ceil(total * settings.warmup_ratio)
     if step < warmup:
         return peak * step / warmup
@@ -66,12 +63,7 @@ class Trainer:
         self.tokenizer: Tokenizer = building.build_tokenizer(settings)
         self.model, self.lora = building.build_model(settings, self.tokenizer, mesh)
         self.plan, self.eval_plan, self.template = building.build_plans(settings, self.tokenizer, self.model.config, mesh)
-        half = self.model.lm_head.weight.dtype == torch.float16
-        self.optimizer = Optimizer(
-            self.model.named_parameters(), mesh, building.loss_scale(settings) if half else None, stage=settings.zero_stage,
-            exact=settings.reduction == "exact", bucket_elements=settings.bucket_elements,
-            accumulates=settings.gradient_accumulation_steps > 1, beta1=settings.adam_beta1, beta2=settings.adam_beta2,
-            epsilon=settings.adam_epsilon, weight_decay=settings.weight_decay)
+        self.optimizer = building.build_optimizer(settings, self.model, mesh)
         self.step = self.tokens = self.skipped = self.saved_step = 0
         self.base = str(checkpoints.find_checkpoint(Path(settings.ckpt)).resolve()) if settings.ckpt else ""
 
@@ -88,29 +80,27 @@ class Trainer:
     def run(self, log: report.Report) -> dict[str, Any] | None:
         """Train to the last step, save final/, and return the summary; None where a signal stopped the run, its state saved."""
         settings, total, losses, durations = self.settings, self.plan.total_steps, [], []
-        started_tokens, eval_loss, skipped_in_a_row = self.tokens, None, 0
-        epoch = self.plan.locate(self.step)[0]
+        started_tokens, eval_loss, skipped_in_a_row, epoch = self.tokens, None, 0, self.plan.locate(self.step)[0]
         while self.step < total:
             began = time.perf_counter()
-            batches = self.plan.micro_batches(self.step)
-            rate = learning_rate(self.step, total, settings)
+            batches, rate = self.plan.micro_batches(self.step), learning_rate(self.step, total, settings)
             result = self.update(batches, rate)
             if result is None:
                 self.save_checkpoint(log)
                 log.close()
                 return None
             loss, norm = result
-            seconds = time.perf_counter() - began
+            losses.append(loss)
+            durations.append(time.perf_counter() - began)
             skipped_in_a_row = 0 if math.isfinite(loss) and math.isfinite(norm) else skipped_in_a_row + 1
             self._stop_if_lost(skipped_in_a_row, loss)
             tokens = sum(len(batch.tokens) for batch in batches)
             self.step, self.tokens = self.step + 1, self.tokens + tokens
-            durations.append(seconds)
-            losses.append(loss)
-            speed = tokens / seconds / self.mesh.size
+            speed = tokens / durations[-1] / self.mesh.size
             log.step(loss, speed)
             if self.step % settings.logging_steps == 0 or self.step in (1, total):
-                log.record(self._record(loss, rate, norm, speed, batches))
+                log.record({"step": self.step, "epoch": round(self.plan.epoch_at(self.step), 4), "loss": loss, "learning_rate": rate,
+                            "grad_norm": norm, "skipped": self.skipped, **self._rates(speed, [n for b in batches for n in b.lengths])})
             epoch, new_epoch = self.plan.locate(self.step)[0], epoch != self.plan.locate(self.step)[0]
             if self.eval_plan and self._is_due(settings.eval_strategy, settings.eval_steps, new_epoch):
                 eval_loss = self.evaluate()
@@ -120,14 +110,18 @@ class Trainer:
                 self.save_checkpoint(log)
         eval_loss = self.evaluate() if self.eval_plan else eval_loss
         self.save_model(self.out_dir / "final")
-        return self._summary(losses, durations, self.tokens - started_tokens, eval_loss, log.close())
+        finite = [loss for loss in losses if math.isfinite(loss)]
+        return {
+            "train_loss": sum(finite) / len(finite) if finite else None, "last_loss": finite[-1] if finite else None,
+            "eval_loss": eval_loss, "steps": self.step, "step_seconds": round(sum(durations) / max(1, len(durations)), 4),
+            "skipped_steps": self.skipped, "seconds": round(log.close(), 2), "trainable_parameters": self.optimizer.trained,
+            **self._rates((self.tokens - started_tokens) / max(sum(durations), 1e-9) / self.mesh.size, self.plan.pieces.length.tolist()),
+        }
 
     def update(self, batches: list[Batch], rate: float) -> tuple[float, float] | None:
         """One optimizer step on a global batch; returns (mean loss per target, gradient norm before clipping).
-
-        A loss or norm that is not finite leaves the weights as they were, and is returned as it is. None: a signal reached some
-        rank, so all ranks gave the step up between two micro-batches.
-        """
+        A loss or norm that is not finite leaves the weights as they were, and is returned as it is. None: a signal reached some rank, so
+        all ranks gave the step up between two micro-batches."""
         targets, size = max(1, sum(batch.targets for batch in batches)), self.mesh.size
         self.optimizer.zero_grad()
         losses = torch.zeros(len(batches), dtype=torch.float64, device=self.mesh.device)
@@ -157,10 +151,9 @@ class Trainer:
         self.model.eval()
         total, targets = torch.zeros((), dtype=torch.float64), 0
         for step in range(self.eval_plan.total_steps):
-            for number, batch in enumerate(self.eval_plan.micro_batches(step)):
-                targets += batch.targets
-                if number % self.mesh.size == self.mesh.rank:
-                    total += float(self._loss_sum(batch))
+            batches = self.eval_plan.micro_batches(step)
+            targets += sum(batch.targets for batch in batches)
+            total += sum(float(self._loss_sum(batch)) for batch in batches[self.mesh.rank::self.mesh.size])
         self.model.train()
         return float(comm.all_reduce_sum(self.mesh, total)) / targets
 
@@ -174,20 +167,12 @@ class Trainer:
     def _is_due(self, strategy: str, every: int, new_epoch: bool) -> bool:
         return self.step % every == 0 if strategy == "steps" else strategy == "epoch" and new_epoch
 
-    def _record(self, loss: float, rate: float, norm: float, speed: float, batches: list[Batch]) -> dict[str, Any]:
-        return {
-            "step": self.step, "epoch": round(self.plan.epoch_at(self.step), 4), "loss": loss, "learning_rate": rate, "grad_norm": norm,
-            "tokens": self.tokens, "tokens_per_second": round(speed, 2), "mfu": self._utilisation(speed, batches),
-            "peak_memory_bytes": device.peak_memory_bytes(self.mesh.device), "skipped": self.skipped,
-        }
-
-    def _flops_per_token(self, lengths: list[int]) -> float:
+    def _rates(self, speed: float, lengths: list[int]) -> dict[str, Any]:
+        """What records and the summary both tell. speed: tokens a second on each device, in documents of these lengths."""
         sequence = sum(n * n for n in lengths) / sum(lengths)  # the document length that a token sees, on average
-        return training_flops(self.model.config, 1.0, sequence)
-
-    def _utilisation(self, speed: float, batches: list[Batch]) -> float | None:
-        peak = self.settings.peak_tflops * 1e12
-        return speed * self._flops_per_token([n for batch in batches for n in batch.lengths]) / peak if peak else None
+        tflops, peak = speed * training_flops(self.model.config, 1.0, sequence) / 1e12, self.settings.peak_tflops
+        return {"tokens": self.tokens, "tokens_per_second": round(speed, 2), "tflops": round(tflops, 4),
+                "mfu": tflops / peak if peak else None, "peak_memory_bytes": device.peak_memory_bytes(self.mesh.device)}
 
     def save_checkpoint(self, log: report.Report) -> None:
         """Write checkpoints/step-N; where that fails, say so loudly and go on: the checkpoints before it are still there."""
@@ -214,25 +199,10 @@ class Trainer:
         checkpoints.copy_tokenizer(self.tokenizer, path)
         checkpoints.write_json(path / "minillama.json", about)
 
-    def _summary(self, losses: list[float], durations: list[float], tokens: int, eval_loss: float | None, seconds: float) -> dict[str, Any]:
-        finite = [loss for loss in losses if math.isfinite(loss)]
-        speed = tokens / max(sum(durations), 1e-9) / self.mesh.size
-        flops = speed * self._flops_per_token(self.plan.pieces.length.tolist())
-        peak = self.settings.peak_tflops
-        return {
-            "train_loss": sum(finite) / len(finite) if finite else None, "last_loss": finite[-1] if finite else None,
-            "eval_loss": eval_loss, "steps": self.step, "tokens": self.tokens, "tokens_per_second": round(speed, 2),
-            "step_seconds": round(sum(durations) / max(1, len(durations)), 4), "tflops": round(flops / 1e12, 4),
-            "mfu": flops / 1e12 / peak if peak else None, "peak_memory_bytes": device.peak_memory_bytes(self.mesh.device),
-            "skipped_steps": self.skipped, "seconds": round(seconds, 2), "trainable_parameters": self.optimizer.trained,
-        }
-
 
 def train(settings: Settings, mesh: Mesh, overwrite: bool = False) -> dict[str, Any] | None:
     """Run, or go on with, the training that `settings` describe; returns the summary, which is also in out_dir/summary.json.
-
-    None: a signal stopped the run, and its state is saved.
-    """
+    None: a signal stopped the run, and its state is saved."""
     checkpoint, finished = prepare_directory(settings, mesh, overwrite)
     if finished is not None:
         mesh.print(f"{settings.out_dir}: this run is finished; --overwrite_output_dir starts it over")
@@ -253,9 +223,8 @@ def show_first_batch(settings: Settings, mesh: Mesh) -> str:
 
 def _run(settings: Settings, mesh: Mesh, checkpoint: Path | None, stop: StopRequest) -> dict[str, Any] | None:
     trainer = Trainer(settings, mesh, stop)
-    trainable, whole = trainer.optimizer.trained, sum(p.numel() for p in trainer.model.parameters())
-    mesh.print(f"model: {whole:,} parameters, {trainable:,} trained; {trainer.plan.total_steps:,} steps "
-               f"on {mesh.size} × {mesh.device.type}")
+    mesh.print(f"model: {sum(p.numel() for p in trainer.model.parameters()):,} parameters, {trainer.optimizer.trained:,} trained; "
+               f"{trainer.plan.total_steps:,} steps on {mesh.size} × {mesh.device.type}")
     if checkpoint:
         trainer.resume(checkpoint)
         mesh.print(f"resuming {checkpoint} at step {trainer.step}, {trainer.tokens:,} tokens")

@@ -33,19 +33,18 @@ from minillama.errors import UserError
 def save_state(out_dir: Path, step: int, mesh: Mesh, slices: list[tuple[int, dict[str, Tensor]]], state: dict[str, Any],
                write_model: Callable[[Path], None], keep: int) -> str:
     """Write checkpoints/step-N and delete all but the newest `keep` (0: none). Returns "", or why nothing was written.
-
-    slices: for each flat vector, the position this rank's slice begins at, and its tensors. write_model is called on rank 0.
-    """
+    slices: for each flat vector, the position this rank's slice begins at, and its tensors. write_model is called on rank 0."""
     final = out_dir / "checkpoints" / f"step-{step:06d}"
     partial = final.with_name(final.name + ".partial")
-    needed = sum(tensor.nbytes for _, tensors in slices for tensor in tensors.values())
+    needed = mesh.size * sum(tensor.nbytes for _, tensors in slices for tensor in tensors.values())
     problem, hashes = "", {}
     if mesh.is_first:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     comm.barrier(mesh)
     try:
-        _check_space(partial, needed * mesh.size)
+        if (free := shutil.disk_usage(partial).free) < needed:
+            raise OSError(28, f"{needed:,} bytes are needed for the optimizer's state alone, {free:,} are free", str(partial))
         for number, (start, tensors) in enumerate(slices):
             path = partial / f"state-{number}-{start:012d}.safetensors"
             write_safetensors(path, tensors)
@@ -57,7 +56,7 @@ def save_state(out_dir: Path, step: int, mesh: Mesh, slices: list[tuple[int, dic
     except OSError as error:
         problem = f"rank {mesh.rank}: {error.strerror or error} ({error.filename or partial})"
     said = comm.gather_objects(mesh, (problem, hashes))
-    problems = [rank_problem for rank_problem, _ in said if rank_problem]
+    problems = [other for other, _ in said if other]
     if mesh.is_first and problems:
         shutil.rmtree(partial, ignore_errors=True)
     elif mesh.is_first:
@@ -67,12 +66,6 @@ def save_state(out_dir: Path, step: int, mesh: Mesh, slices: list[tuple[int, dic
             shutil.rmtree(old)
     comm.barrier(mesh)
     return "; ".join(problems)
-
-
-def _check_space(directory: Path, needed: int) -> None:
-    free = shutil.disk_usage(directory).free
-    if free < needed:
-        raise OSError(28, f"{needed:,} bytes are needed for the optimizer's state alone, {free:,} are free", str(directory))
 
 
 def flush_and_hash(path: Path) -> str:
@@ -123,17 +116,15 @@ def newest_intact(out_dir: Path, warn: Callable[[str], None]) -> Path | None:
 
 def read_state(directory: Path) -> dict[str, Any]:
     """state.json of a checkpoint. Raises UserError where the checkpoint is not whole."""
-    problem = damage(directory)
-    if problem:
+    if problem := damage(directory):
         raise UserError(f"{problem}; name another checkpoint with --resume DIR")
     return json.loads((directory / "state.json").read_text(encoding="utf-8"))
 
 
 def slice_reader(directory: Path, number: int, total: int) -> Callable[[str, int, int], Tensor]:
     """read(name, start, stop): a stretch of flat vector `number` of a checkpoint, whoever wrote it. `total`: its length."""
-    pieces: list[tuple[int, dict[str, Entry]]] = []
-    for path in sorted(directory.glob(f"state-{number}-*.safetensors")):
-        pieces.append((int(path.stem.rsplit("-", 1)[1]), read_safetensors(path)))
+    paths = sorted(directory.glob(f"state-{number}-*.safetensors"))
+    pieces = [(int(path.stem.rsplit("-", 1)[1]), read_safetensors(path)) for path in paths]
     held = sum(entries["m"].shape[0] for _, entries in pieces)
     if held != total:
         raise UserError(f"{directory}: holds {held:,} trained numbers, this run has {total:,}; it belongs to another run")

@@ -8,6 +8,7 @@ prompt can be on both sides, whatever the seed or the number of records.
 import hashlib
 import json
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 from minillama.tokenizer import train_tokenizer
@@ -18,19 +19,16 @@ WORDS = (
 ).split()
 
 
-def _first(rng: random.Random) -> tuple[str, str]:
-    words = rng.sample(WORDS, rng.randint(3, 5))
-    return f"What is the first word in {_listed(words)}?", words[0]
-
-
-def _last(rng: random.Random) -> tuple[str, str]:
-    words = rng.sample(WORDS, rng.randint(3, 5))
-    return f"What is the last word in {_listed(words)}?", words[-1]
+def _nth(name: str, place: int) -> Callable[[random.Random], tuple[str, str]]:
+    def question(rng: random.Random) -> tuple[str, str]:
+        words = rng.sample(WORDS, rng.randint(3, 5))
+        return f"What is the {name} word in {', '.join(words)}?", words[place]
+    return question
 
 
 def _repeat(rng: random.Random) -> tuple[str, str]:
-    words = rng.sample(WORDS, rng.randint(2, 4))
-    return f"Please repeat {_listed(words)}.", _listed(words)
+    words = ", ".join(rng.sample(WORDS, rng.randint(2, 4)))
+    return f"Please repeat {words}.", words
 
 
 def _larger(rng: random.Random) -> tuple[str, str]:
@@ -38,26 +36,13 @@ def _larger(rng: random.Random) -> tuple[str, str]:
     return f"Which number is larger, {a} or {b}?", str(max(a, b))
 
 
-def _second(rng: random.Random) -> tuple[str, str]:
-    words = rng.sample(WORDS, rng.randint(3, 5))
-    return f"What is the second word in {_listed(words)}?", words[1]
-
-
 def _count(rng: random.Random) -> tuple[str, str]:
     words = rng.sample(WORDS, rng.randint(2, 6))
-    return f"How many words are in {_listed(words)}?", ("two", "three", "four", "five", "six")[len(words) - 2]
+    return f"How many words are in {', '.join(words)}?", ("two", "three", "four", "five", "six")[len(words) - 2]
 
 
-def _third(rng: random.Random) -> tuple[str, str]:
-    words = rng.sample(WORDS, rng.randint(3, 5))
-    return f"What is the third word in {_listed(words)}?", words[2]
-
-
-def _listed(words: list[str]) -> str:
-    return ", ".join(words)
-
-
-KINDS = {"first": _first, "second": _second, "last": _last, "repeat": _repeat, "count": _count, "larger": _larger, "third": _third}
+KINDS = {"first": _nth("first", 0), "second": _nth("second", 1), "last": _nth("last", -1), "repeat": _repeat, "count": _count,
+         "larger": _larger, "third": _nth("third", 2)}  # question and answer, drawn
 DEMO = ("first", "second", "last", "repeat", "count", "larger")  # what the preset `demo` learns
 DEMO_LORA = ("third",)                                           # what the preset `demo_lora` adds
 
@@ -69,9 +54,7 @@ def is_held_out(prompt: str) -> bool:
 
 def records(kinds: tuple[str, ...], count: int, seed: int, held_out: bool) -> list[dict[str, str]]:
     """`count` alpaca records, the kinds in turn, all on the asked-for side; held-out prompts are distinct.
-
-    Each has `kind` beside `instruction`, `input` (empty) and `output`.
-    """
+    Each has `kind` beside `instruction`, `input` (empty) and `output`."""
     rng = random.Random(seed)
     made: list[dict[str, str]] = []
     seen: set[str] = set()

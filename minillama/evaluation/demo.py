@@ -10,7 +10,6 @@ from minillama.generation.session import Session
 
 @dataclass(frozen=True)
 class Score:
-    kind: str
     questions: int
     correct: int
 
@@ -19,15 +18,11 @@ class Score:
         return self.correct / self.questions
 
 
-def score(session: Session, kinds: tuple[str, ...], questions: int, label: str) -> tuple[list[Score], list[dict]]:
-    """(a score for each kind of question, a prediction for each held-out prompt), by exact match of the greedy answer."""
+def score(session: Session, kinds: tuple[str, ...], questions: int, label: str) -> tuple[dict[str, Score], list[dict]]:
+    """(a score for each kind of question and one named `total`, a prediction for each held-out prompt): exact match, greedy."""
     predictions = []
     for number, record in enumerate(tqdm(demo.records(kinds, questions, seed=1, held_out=True), desc=label, unit="question", leave=False)):
-        predicted = session.answer(record["instruction"]).text.strip()
         predictions.append({"id": number, "subject": record["kind"], "question": record["instruction"], "gold": record["output"],
-                            "predicted": predicted})
-    scores = []
-    for kind in kinds:
-        own = [p for p in predictions if p["subject"] == kind]
-        scores.append(Score(kind, len(own), sum(p["gold"] == p["predicted"] for p in own)))
-    return scores, predictions
+                            "predicted": session.answer(record["instruction"]).text.strip()})
+    right = {kind: [p["gold"] == p["predicted"] for p in predictions if kind in (p["subject"], "total")] for kind in (*kinds, "total")}
+    return {kind: Score(len(answers), sum(answers)) for kind, answers in right.items()}, predictions

@@ -14,9 +14,7 @@ from minillama.model import Llama
 def generate(model: Llama, prompt: list[int], max_new_tokens: int, sampling: Sampling, stop: tuple[int, ...] = (),
              seed: int | None = None) -> Iterator[int]:
     """Yield the ids that follow `prompt`, until one of `stop` (not yielded) or max_new_tokens.
-
-    seed: of the draws; the same seed gives the same text. Raises UserError where prompt and new tokens exceed the context.
-    """
+    seed: of the draws; the same seed gives the same text. Raises UserError where prompt and new tokens exceed the context."""
     check_fits(model, len(prompt), max_new_tokens)
     device = model.lm_head.weight.device
     generator = None if seed is None else torch.Generator(device).manual_seed(seed)

@@ -12,21 +12,21 @@ from minillama.lora import load_adapter, read_adapter_config
 from minillama.model import Llama
 
 
-def load_session(options: Namespace) -> tuple[Session, Path]:
-    """(session, the directory in use) for a script's options: ckpt, base, lora, tokenizer, template, device, dtype, and sampling's."""
+def load_session(options: Namespace, sampling: Sampling, max_new_tokens: int = 0, template: str = "", ignore_eos: bool = False,
+                 stop: tuple[str, ...] = ()) -> tuple[Session, Path]:
+    """(session, the directory in use) for a script's `Parser.add_model_flags`. template "": the checkpoint's own."""
     path = checkpoints.find_checkpoint(Path(options.ckpt))
     model, base = load_with_adapters(path, options.base, options.lora, options.dtype, options.device)
     tokenizer = checkpoints.tokenizer_for(path if any((path / n).is_file() for n in checkpoints.TOKENIZER_FILES[:2]) else base,
                                           options.tokenizer)
-    template = options.template or checkpoints.read_about(path).get("template") or "none"
+    template = template or checkpoints.read_about(path).get("template") or "none"
     if template not in (*chat.TEMPLATES, "none"):
         raise UserError(f"no template {template!r}{closest(template, chat.TEMPLATES)}; templates: none, {', '.join(chat.TEMPLATES)}")
-    stop = () if options.ignore_eos else checkpoints.stop_ids(base, model.config)
-    sampling = Sampling(0.0 if options.greedy else options.temperature, options.top_k, options.top_p, options.repetition_penalty)
+    stop_ids = () if ignore_eos else checkpoints.stop_ids(base, model.config)
     if tokenizer.size > model.config.vocab_size:
         raise UserError(f"{tokenizer.path} has {tokenizer.size} pieces, the model's embedding {model.config.vocab_size} rows; "
                         "name the tokenizer it was trained with: --tokenizer FILE")
-    return Session(model, tokenizer, template, sampling, options.max_new_tokens, stop, tuple(options.stop)), path
+    return Session(model, tokenizer, template, sampling, max_new_tokens, stop_ids, stop), path
 
 
 def load_with_adapters(path: Path, base_named: str, adapters: list[str], dtype: str, device_name: str) -> tuple[Llama, Path]:

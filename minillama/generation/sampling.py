@@ -48,9 +48,7 @@ def penalise(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
 
 def keep_top_k(logits: Tensor, k: int) -> Tensor:
     """Logits (V,) with all but the k largest at -inf; 0 keeps all."""
-    if k == 0 or k >= len(logits):
-        return logits
-    return logits.masked_fill(logits < logits.topk(k).values[-1], -torch.inf)
+    return logits.masked_fill(logits < logits.topk(k).values[-1], -torch.inf) if 0 < k < len(logits) else logits
 
 
 def keep_top_p(logits: Tensor, p: float) -> Tensor:

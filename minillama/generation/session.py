@@ -35,41 +35,34 @@ class Session:
     stop_texts: tuple[str, ...] = ()
 
     def encode_prompt(self, text: str) -> list[int]:
-        pieces = [chat.BOS, chat.Piece(text)] if self.template == "none" else chat.prompt(self.template, text)
-        if self.template == "none" and self.tokenizer.bos_id is None:
-            pieces = pieces[1:]
-        return encode_pieces(self.tokenizer, pieces)[0]
+        if self.template != "none":
+            return encode_pieces(self.tokenizer, chat.prompt(self.template, text))[0]
+        begin = [] if self.tokenizer.bos_id is None else [chat.BOS]
+        return encode_pieces(self.tokenizer, [*begin, chat.Piece(text)])[0]
 
     def new_tokens(self, prompt_tokens: int) -> int:
         """How many tokens may follow a prompt."""
         return self.max_new_tokens or max(1, min(256, self.model.config.max_seq_len - prompt_tokens))
 
     def stream(self, answer: Answer, seed: int | None) -> Iterator[str]:
-        """Answer `answer.prompt_ids`, yielding text as it becomes certain; `answer` holds the whole afterwards.
-
-        Text that may be the beginning of a stop text is held back until it is not.
-        """
+        """Answer `answer.prompt_ids`, yielding text as it becomes certain (not the beginning of a stop text); `answer` holds it all."""
         decoder, held, most = self.tokenizer.stream(), "", self.new_tokens(len(answer.prompt_ids))
         for token in generate(self.model, answer.prompt_ids, most, self.sampling, self.stop_ids, seed):
             answer.ids.append(token)
             held += decoder.push(token)
-            cut = min((held.find(text) for text in self.stop_texts if text in held), default=-1)
-            if cut >= 0:
-                answer.finish_reason = "stop"
-                answer.text += held[:cut]
-                yield held[:cut]
-                return
-            sure = held[:len(held) - _possible_beginning(held, self.stop_texts)]
+            stop = min((held.find(text) for text in self.stop_texts if text in held), default=None)
+            sure = held[:len(held) - _possible_beginning(held, self.stop_texts) if stop is None else stop]
             held = held[len(sure):]
             answer.text += sure
-            if sure:
-                yield sure
+            yield sure
+            if stop is not None:
+                answer.finish_reason = "stop"
+                return
         if len(answer.ids) < most:
             answer.finish_reason = "eos"
         rest = held + decoder.flush()
         answer.text += rest
-        if rest:
-            yield rest
+        yield rest
 
     def answer(self, text: str, seed: int | None = None) -> Answer:
         """The whole answer to one prompt."""
@@ -99,15 +92,15 @@ class Dialogue:
     def prompt_ids(self, text: str) -> tuple[list[int], int]:
         """Ids of the conversation so far plus an open question, and how many rounds had to be dropped."""
         s = self.session
+        template = "raw" if s.template == "none" else s.template
+        room, context = s.max_new_tokens or self.ROOM, s.model.config.max_seq_len
         for dropped in range(len(self.turns) + 1):
             turns = (*self.turns[dropped:], chat.Turn(text, None))
-            template = "raw" if s.template == "none" else s.template
             ids, _ = encode_pieces(s.tokenizer, chat.render(template, chat.Conversation(turns, self.system)))
-            if len(ids) + (s.max_new_tokens or self.ROOM) <= s.model.config.max_seq_len:
+            if len(ids) + room <= context:
                 self.turns = self.turns[dropped:]
                 return ids, dropped
-        raise UserError(f"this question alone has {len(ids)} tokens; with {s.max_new_tokens or self.ROOM} new ones that exceeds the "
-                        f"model's context of {s.model.config.max_seq_len}")
+        raise UserError(f"this question alone has {len(ids)} tokens; with {room} new ones that exceeds the model's context of {context}")
 
     def ask(self, text: str, answer: Answer, seed: int | None = None) -> Iterator[str]:
         """Stream the answer to `text` (prepared by `prompt_ids`) and remember the round."""

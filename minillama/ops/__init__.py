@@ -1,4 +1,4 @@
-"""One table of ops, one lookup: what the rest of the package calls.
+"""One table of ops, one lookup: `ops.rms_norm(x, weight, eps)` calls the implementation in use of what `ops.reference` specifies.
 
 Each op has its formula (`reference`) and a faster form (`fused`). `MINILLAMA_OPS=reference|fused`, or per op
 (`MINILLAMA_OPS=rms_norm=reference,attention=fused`), chooses; the default is what measuring says.
@@ -8,15 +8,12 @@ import os
 from collections.abc import Callable
 from functools import cache
 
-from torch import Tensor
-
 from minillama.errors import UserError, closest
 from minillama.ops import fused, reference
 from minillama.ops.documents import Documents
 from minillama.ops.reference import IGNORE, rope_tables
 
-__all__ = ["IGNORE", "Documents", "adamw", "attention", "exact_adamw", "linear", "linear_cross_entropy", "rms_norm", "rope",
-           "rope_tables", "swiglu"]
+__all__ = ["IGNORE", "Documents", "rope_tables"]
 
 # op: implementation by name, the default first
 TABLE: dict[str, dict[str, Callable]] = {
@@ -28,6 +25,13 @@ TABLE: dict[str, dict[str, Callable]] = {
     "linear_cross_entropy": {"fused": fused.linear_cross_entropy, "reference": reference.linear_cross_entropy},
     "adamw": {"fused": fused.adamw, "reference": reference.adamw},
 }
+
+
+def __getattr__(op: str) -> Callable:
+    """`ops.NAME` for a name of the table."""
+    if op not in TABLE:
+        raise AttributeError(f"module {__name__!r} has no op {op!r}")
+    return implementation(op)
 
 
 @cache
@@ -50,38 +54,3 @@ def _requests(spec: str) -> dict[str, str]:
         if name not in ("auto", "fused", "reference"):
             raise UserError(f"MINILLAMA_OPS: {op}={name!r}; choose auto, fused or reference")
     return requests
-
-
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    return implementation("rms_norm")(x, weight, eps)
-
-
-def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    return implementation("rope")(x, cos, sin)
-
-
-def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    return implementation("swiglu")(gate, up)
-
-
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    if x.device.type != "cpu":
-        return reference.linear(x, weight, bias)
-    return implementation("linear")(x, weight, bias)
-
-
-def attention(q: Tensor, k: Tensor, v: Tensor, documents: Documents | None = None) -> Tensor:
-    return implementation("attention")(q, k, v, documents)
-
-
-def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    return implementation("linear_cross_entropy")(hidden, weight, labels)
-
-
-def adamw(weight: Tensor, grad: Tensor, m: Tensor, v: Tensor, step: int, **settings: float) -> None:
-    implementation("adamw")(weight, grad, m, v, step, **settings)
-
-
-def exact_adamw(weight: Tensor, grad: Tensor, m: Tensor, v: Tensor, step: int, **settings: float) -> None:
-    """AdamW whose result does not depend on how the vector is cut: fused kernels round the ends of a stretch otherwise."""
-    reference.adamw(weight, grad, m, v, step, **settings)

@@ -46,31 +46,30 @@ class Documents:
         """(documents, padded length) of each group."""
         return [(len(group), self.lengths[group[0]]) for group in self.groups]
 
-    @cached_property
+    @property
     def slots(self) -> Tensor:
         """The token in each slot of the padded rows; a hole repeats its document's last token."""
-        return self._layout[0].to(self.device)
+        return self._layout[0]
 
-    @cached_property
+    @property
     def back(self) -> Tensor:
         """The slot of each token: slots[back] is 0, 1, 2, …"""
-        return self._layout[1].to(self.device)
+        return self._layout[1]
 
-    @cached_property
+    @property
     def holes(self) -> Tensor:
         """The slots that are padding."""
-        return self._layout[2].to(self.device)
+        return self._layout[2]
 
     @cached_property
     def _layout(self) -> tuple[Tensor, Tensor, Tensor]:
         lengths = torch.tensor(self.lengths)
-        starts = lengths.cumsum(0) - lengths
-        slots, real = [], []
+        starts, slots, real = lengths.cumsum(0) - lengths, [], []
         for group, (_, padded) in zip(self.groups, self.group_shapes, strict=True):
-            length, place = lengths[group].unsqueeze(1), torch.arange(padded).unsqueeze(0)
+            length, place = lengths[group].unsqueeze(1), torch.arange(padded)
             slots.append((starts[group].unsqueeze(1) + torch.minimum(place, length - 1)).flatten())
             real.append((place < length).flatten())
         all_slots, is_real = torch.cat(slots), torch.cat(real)
         back = torch.empty(int(lengths.sum()), dtype=torch.int64)
         back[all_slots[is_real]] = is_real.nonzero().squeeze(1)
-        return all_slots, back, (~is_real).nonzero().squeeze(1)
+        return all_slots.to(self.device), back.to(self.device), (~is_real).nonzero().squeeze(1).to(self.device)

@@ -61,8 +61,8 @@ class _Linear16(torch.autograd.Function):
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`reference.linear`; for 16-bit data, fp32 products rounded once: processors without 16-bit units are many times faster so."""
-    if x.dtype == torch.float32:
+    """`reference.linear`; of 16-bit data on a processor, fp32 products rounded once: without 16-bit units that is many times faster."""
+    if x.dtype == torch.float32 or x.device.type != "cpu":
         return F.linear(x, weight, bias)
     return _Linear16.apply(x, weight, bias)
 
@@ -83,11 +83,9 @@ class _Rearrange(torch.autograd.Function):
 
 def attention(q: Tensor, k: Tensor, v: Tensor, documents: Documents | None = None) -> Tensor:
     """`reference.attention` by torch's scaled_dot_product_attention, which never holds the T x S scores.
-
-    Documents of like length are rows of one call (`ops.documents` has the picture), so a run of them costs about the sum of their
-    squared lengths. A single query (cached decoding) takes its group of heads as if they were positions: keys and values are
-    read once and never expanded.
-    """
+    Documents of like length are rows of one call (`ops.documents` has the picture), so a run of them costs about the sum of their squared
+    lengths. A single query (cached decoding) takes its group of heads as if they were positions: keys and values are read once and never
+    expanded."""
     if documents is None:
         return _causal(q, k, v)
     B, T, H, D = q.shape
@@ -117,9 +115,7 @@ def _causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 class _LinearCrossEntropy(torch.autograd.Function):
     """Per chunk of positions: z = h W^T, p = softmax(z), loss += lse(z) - z[label]; with d = p - onehot: dh = d W, dW += d^T h.
-
-    The gradients are formed in forward, while the chunk's logits exist, and only scaled in backward.
-    """
+    The gradients are formed in forward, while the chunk's logits exist, and only scaled in backward."""
 
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:

@@ -19,9 +19,7 @@ IGNORE = -100  # the label of a position that is not trained on
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """y = x / sqrt(mean(x^2) + eps) * weight over the last dimension (Zhang & Sennrich 2019, eq. 4).
-
-    x (..., C), weight (C,). The normalized x is rounded to x's dtype before the product, as Hugging Face's LLaMA does.
-    """
+    x (..., C), weight (C,). The normalized x is rounded to x's dtype before the product, as Hugging Face's LLaMA does."""
     x32 = x.float()
     r = torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)  # (..., 1)
     return (x32 * r).to(x.dtype) * weight
@@ -39,9 +37,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def rope_frequencies(config: LlamaConfig, length: int) -> tuple[Tensor, float]:
     """The angle each pair of dimensions turns per position, (D/2,) fp32, and the factor on cos and sin.
-
-    Pair i turns by theta^(-2i/D) (Su et al. 2021, eq. 15). `length`, the longest position in use, matters to "dynamic" only.
-    """
+    Pair i turns by theta^(-2i/D) (Su et al. 2021, eq. 15). `length`, the longest position in use, matters to "dynamic" only."""
     D, theta, scaling = config.head_dim, config.rope_theta, config.rope_scaling
     if scaling and scaling.kind == "dynamic":  # NTK: enlarge theta so that the slowest pair just covers `length`
         stretch = scaling.factor * max(length, config.max_seq_len) / config.max_seq_len - (scaling.factor - 1)
@@ -97,9 +93,7 @@ def rope_tables(config: LlamaConfig, length: int) -> tuple[Tensor, Tensor]:
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn each pair (x_i, x_{i + D/2}) of every head by its position's angle: Hugging Face's rotate-half layout.
-
-    x (B, T, H, D); cos and sin (T, D/2), or (B, T, D/2) where the rows of the batch stand at different positions.
-    """
+    x (B, T, H, D); cos and sin (T, D/2), or (B, T, D/2) where the rows of the batch stand at different positions."""
     cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)  # (..., T, 1, D/2)
     x1, x2 = x.float().chunk(2, dim=-1)
     return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1).to(x.dtype)
@@ -107,10 +101,8 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def attention(q: Tensor, k: Tensor, v: Tensor, documents: Documents | None = None) -> Tensor:
     """Causal softmax(q k^T / sqrt(D)) v (Vaswani et al. 2017, eq. 1), with K <= H key/value heads shared by groups (GQA).
-
     q (B, T, H, D); k, v (B, S, K, D) with S >= T: the queries stand at the last T of the S positions. Returns (B, T, H, D).
-    documents: the B·T positions are a run of these documents, and none sees another (then S = T).
-    """
+    documents: the B·T positions are a run of these documents, and none sees another (then S = T)."""
     B, T, H, D = q.shape
     S, K = k.shape[1], k.shape[2]
     if documents is not None:
@@ -130,10 +122,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, documents: Documents | None = Non
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     """The *sum* over labelled positions of -log softmax(hidden W^T)[label]: a scalar, fp32.
-
-    hidden (..., C), weight (V, C), labels (...) with IGNORE where nothing is predicted. A sum, because only the caller knows
-    how many targets the whole global batch has; no labelled position gives 0, not nan.
-    """
+    hidden (..., C), weight (V, C), labels (...) with IGNORE where nothing is predicted. A sum, because only the caller knows how many
+    targets the whole global batch has; no labelled position gives 0, not nan."""
     logits = F.linear(hidden, weight).float().flatten(0, -2)  # (N, V)
     return F.cross_entropy(logits, labels.flatten(), ignore_index=IGNORE, reduction="sum")
 

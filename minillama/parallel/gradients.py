@@ -27,13 +27,10 @@ class Gradients:
 
     def __init__(self, named: list[tuple[str, nn.Parameter]], mesh: Mesh, slice_size: int, stage: int, exact: bool,
                  bucket_elements: int, dtype: torch.dtype) -> None:
-        self.mesh, self.stage, self.exact, self.slice_size, self.dtype = mesh, stage, exact, slice_size, dtype
-        self.named, self.at_once, self.present = named, stage == 2 or exact, mesh.size
-        self.device = named[0][1].device
-        self.total = sum(p.numel() for _, p in named)
+        self.mesh, self.stage, self.exact, self.slice_size = mesh, stage, exact, slice_size
+        self.named, self.device, self.at_once, self.present = named, named[0][1].device, stage == 2 or exact, mesh.size
         self._plan_buckets(bucket_elements)
-        whole = slice_size * mesh.size
-        self.sum = torch.zeros(slice_size if self.at_once else whole, dtype=dtype, device=self.device)
+        self.sum = torch.zeros(slice_size if self.at_once else slice_size * mesh.size, dtype=dtype, device=self.device)
         self.levels: list[tuple[int, Tensor]] = []  # exact: (how many micro-batches, their sum), ever fewer
         self.result: Tensor | None = None
         for i, (_, parameter) in enumerate(named):
@@ -74,21 +71,25 @@ class Gradients:
 
     def _fill(self, i: int, gradient: Tensor) -> None:
         bucket = self.bucket_of[i]
-        start, stop, _ = self.buckets[bucket]
-        if bucket not in self.filled:
-            self.filled[bucket] = torch.zeros(stop - start, dtype=torch.float32 if self.exact else gradient.dtype, device=self.device)
-        offset = self.starts[i] - start
-        self.filled[bucket][offset:offset + gradient.numel()] += gradient.flatten()
+        offset = self.starts[i] - self.buckets[bucket][0]
+        self._values(bucket)[offset:offset + gradient.numel()] += gradient.flatten()
         self.waiting_for[bucket] -= 1
         while self.next_bucket < len(self.buckets) and self.waiting_for[self.next_bucket] == 0:
             self._send(self.next_bucket)
 
+    def _values(self, bucket: int) -> Tensor:
+        """What has come of a bucket in this micro-batch; zeros at first."""
+        if bucket not in self.filled:
+            start, stop, _ = self.buckets[bucket]
+            dtype = torch.float32 if self.exact else self.named[0][1].dtype
+            self.filled[bucket] = torch.zeros(stop - start, dtype=dtype, device=self.device)
+        return self.filled[bucket]
+
     def _send(self, bucket: int) -> None:
         """Reduce a bucket to its owners; every rank sends its buckets in the same order."""
         start, stop, _ = self.buckets[bucket]
-        values = self.filled.pop(bucket, None)
-        if values is None:  # no gradient this time
-            values = torch.zeros(stop - start, dtype=torch.float32 if self.exact else self.named[0][1].dtype, device=self.device)
+        values = self._values(bucket)
+        del self.filled[bucket]
         for owner in range(start // self.slice_size, -(-stop // self.slice_size)):
             first, last = max(start, owner * self.slice_size), min(stop, (owner + 1) * self.slice_size)
             part = values[first - start:last - start]
@@ -136,14 +137,14 @@ class Gradients:
         elif self.stage == 0:
             self.result = comm.all_reduce_sum(self.mesh, self.sum)
         elif self.stage == 1:
-            for owner in range(self.mesh.size):
-                comm.reduce_to(self.mesh, self.sum[owner * self.slice_size:(owner + 1) * self.slice_size], owner, None).wait()
-            self.result = self.sum[self.mesh.rank * self.slice_size:(self.mesh.rank + 1) * self.slice_size]
+            slices = self.sum.split(self.slice_size)
+            for owner, part in enumerate(slices):
+                comm.reduce_to(self.mesh, part, owner).wait()
+            self.result = slices[self.mesh.rank]
         else:
             self.result = self.sum
         return self.result
 
     def clear(self) -> None:
-        """Forget the step's gradients."""
         self.sum.zero_()
         self.levels, self.result = [], None

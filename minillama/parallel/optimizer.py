@@ -57,13 +57,11 @@ class Optimizer:
 
     def zero_grad(self) -> None:
         for part in self.parts:
-            part.zero_grad()
+            part.gradients.clear()
 
     def backward(self, loss: Tensor | None, ranks_present: int) -> None:
         """Add the gradients of this rank's next micro-batch. None: it has none this time, but its peers do.
-
-        ranks_present: how many ranks, from rank 0 on, have one.
-        """
+        ranks_present: how many ranks, from rank 0 on, have one."""
         for part in self.parts:
             part.gradients.present = ranks_present
         if loss is not None:
@@ -73,9 +71,7 @@ class Optimizer:
 
     def step(self, learning_rate: float, max_norm: float, loss_is_finite: bool = True) -> tuple[float, bool]:
         """(norm of the whole gradient before clipping, whether the weights were updated). max_norm 0: do not clip.
-
-        A gradient or loss that is not finite leaves the weights as they are, on every rank alike.
-        """
+        A gradient or loss that is not finite leaves the weights as they are, on every rank alike."""
         unscale = 1.0 / self.loss_scale.scale if self.loss_scale else 1.0
         norm = math.sqrt(float(sum(part.squared_norm() for part in self.parts))) * unscale
         if not (math.isfinite(norm) and loss_is_finite):

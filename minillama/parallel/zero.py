@@ -19,6 +19,7 @@ same bytes, at the price of reducing every micro-batch and of a partial sum per 
 """
 
 from collections.abc import Callable, Iterable
+from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
@@ -43,7 +44,8 @@ class ZeroAdamW:
         self.named = sorted(named, key=lambda item: item[1].ndim <= 1)  # stable: matrices first
         self.mesh, self.stage, self.exact, self.steps, self.weight_decay = mesh, stage, exact, 0, weight_decay
         self.adam = {"beta1": beta1, "beta2": beta2, "epsilon": epsilon}
-        self.update = ops.exact_adamw if exact else ops.adamw
+        # fused kernels round the ends of a stretch otherwise, so their result depends on how the vector is cut
+        self.update = ops.reference.adamw if exact else ops.adamw
         self.total = sum(p.numel() for _, p in self.named)
         self.decayed = sum(p.numel() for _, p in self.named if p.ndim > 1)
         size = -(-self.total // (CHUNK * mesh.size)) * CHUNK  # of a slice
@@ -91,18 +93,13 @@ class ZeroAdamW:
         if self.stage:
             comm.all_gather_into(self.mesh, self.weights, self.weights[self.owned])
 
-    def zero_grad(self) -> None:
-        self.gradients.clear()
-
     def first_non_finite(self) -> str:
         """The first parameter whose gradient, as far as this rank keeps it, is not finite; or an empty string."""
         bad = (~self.gradients.reduced().isfinite()).nonzero()
-        place = int(bad[0]) + self.kept.start if len(bad) else -1
-        for name, parameter in self.named if len(bad) else ():
-            place -= parameter.numel()
-            if place < 0:
-                return name
-        return ""
+        if not len(bad):
+            return ""
+        ends = accumulate(parameter.numel() for _, parameter in self.named)
+        return next((name for (name, _), end in zip(self.named, ends, strict=True) if int(bad[0]) + self.kept.start < end), "")
 
     def state(self) -> dict[str, Tensor]:
         """What this rank owns: master, m and v from position `owned.start` on, cut after the last parameter."""
