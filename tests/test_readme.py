@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from minillama.errors import UserError
+
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -45,6 +47,14 @@ def test_every_training_command_resolves_and_can_be_planned(command):
 def test_every_other_command_is_understood_by_its_script(command):
     name, arguments = script_and_arguments(command)
     assert runpy.run_path(str(ROOT / name))["parse"](arguments).ckpt
+
+
+@pytest.mark.parametrize("command", [c for c in commands() if script_and_arguments(c)[0] == "convert.py"])
+def test_every_conversion_is_understood_and_misses_only_the_readers_files(command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    main = runpy.run_path(str(ROOT / "convert.py"))["main"]
+    with pytest.raises(UserError, match=r"(_DIR|alpaca_data\.json|tokenizer\.model).*(no such|not there|missing|does not exist|holds no)"):
+        main(script_and_arguments(command)[1])
 
 
 @pytest.mark.parametrize("command", [c for c in commands() if " pip install" in c])
