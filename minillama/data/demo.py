@@ -69,11 +69,11 @@ def records(kinds: tuple[str, ...], count: int, seed: int, held_out: bool) -> li
 
 
 def conversations(questions: list[dict[str, str]], seed: int) -> list[dict]:
-    """The same questions as alpaca records of one to four rounds, most of one, so that the model also learns to go on after an answer."""
+    """The same questions as alpaca records of one to three rounds, mostly one, so that the model also learns to go on after an answer."""
     rng = random.Random(seed)
     shuffled, made = rng.sample(questions, len(questions)), []
     while shuffled:
-        rounds = [shuffled.pop() for _ in range(min(rng.choice((1, 1, 1, 1, 1, 2, 3, 4)), len(shuffled)))]
+        rounds = [shuffled.pop() for _ in range(min(rng.choice((1,) * 14 + (2, 3)), len(shuffled)))]
         history = [[question["instruction"], question["output"]] for question in rounds[:-1]]
         made.append({name: rounds[-1][name] for name in ("instruction", "input", "output")} | {"history": history})
     return made
