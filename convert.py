@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from minillama import errors
+from minillama.commandlines import CONVERSION
 from minillama.config import Parser, parse_bool
 from minillama.errors import UserError, closest
 
@@ -108,14 +109,16 @@ def merge_lora(argv: list[str]) -> None:
     parser = _parser(merge_lora, True, base="the model the first adapter was trained on")
     add = parser.add_argument
     add("--lora", type=Path, action="append", required=True, metavar="DIR", help="adapter; repeat for several")
-    add("--format", choices=("hf", "meta"), default="hf", help="layout of the output: hf, meta [hf]")
+    add("--format", choices=("hf", "meta"), default="hf", help="layout of the output: hf, meta [hf]",
+        type=lambda name: {"huggingface": "hf", "pth": "meta"}.get(name, name))
     add("--shards", type=_positive, default=0, metavar="N", help="with --format meta: files [as Meta does]")
     add("--device", default="auto", choices=("auto", "cpu", "cuda", "npu", "mlu", "tpu"), help="where B·A is computed [auto]")
     add("--seed", type=int, default=0, help="of the random hidden states of the check [0]")
     flags = parser.parse_args(argv)
     from minillama import device
     from minillama.conversion import merge
-    merge.merge_lora(flags.base, flags.lora, _output(flags), meta=flags.format == "meta", shards=flags.shards,
+    adapters = [Path(name) for given in flags.lora for name in str(given).split(",")]
+    merge.merge_lora(flags.base, adapters, _output(flags), meta=flags.format == "meta", shards=flags.shards,
                      device=device.pick(flags.device), seed=flags.seed)
 
 
@@ -202,7 +205,8 @@ SUBCOMMANDS = {"meta": meta, "apply-delta": apply_delta, "make-delta": make_delt
 
 def _parser(subcommand: Callable[[list[str]], None], writes_weights: bool = False, **inputs: str) -> Parser:
     """A parser whose help is the subcommand's docstring. inputs: the paths it must be given, and what they are."""
-    parser = Parser(prog=f"convert.py {subcommand.__name__.replace('_', '-')}", description=inspect.cleandoc(subcommand.__doc__))
+    name = subcommand.__name__
+    parser = Parser(CONVERSION.get(name), prog=f"convert.py {name.replace('_', '-')}", description=inspect.cleandoc(subcommand.__doc__))
     add = parser.add_argument
     if writes_weights:
         add("--output", type=Path, required=True, metavar="DIR", help="directory to write; complete or absent")

@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 from minillama import config, errors
+from minillama.commandlines import GENERATION
 
 EXAMPLES = """
   python generate.py --ckpt runs/demo --chat
@@ -18,7 +19,8 @@ In --chat: q, quit or exit ends; clear or new starts over; Ctrl-C stops."""
 
 
 def parse(arguments: list[str]):
-    parser = config.Parser(prog="generate.py", description=__doc__ + "\n" + EXAMPLES, usage="python generate.py --ckpt DIR [options]")
+    parser = config.Parser(GENERATION, prog="generate.py", description=__doc__ + "\n" + EXAMPLES,
+                           usage="python generate.py --ckpt DIR [options]")
     parser.add_model_flags()
     add = parser.add_argument
     add("--prompt", action="append", default=[], metavar="TEXT", help="a prompt; may repeat")

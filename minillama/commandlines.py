@@ -47,6 +47,19 @@ HARMLESS = ("lazy_preprocess", "do_eval", "logging_first_step", "logging_strateg
             "distributed_backend", "local_rank", "tokenizer_type", "tokenizer_not_use_fast", "use_fast_tokenizer",
             "overwrite_cache")  # the cache of tokenized data is keyed by what it was made from, so it is never stale
 
+# generate.py, from FastChat's cli and Chinese-LLaMA-Alpaca's inference scripts: their flag -> ours, with a value where it is fixed
+GENERATION = {
+    "model_path": "ckpt", "model_name_or_path": "ckpt", "base_model": "ckpt", "lora_model": "lora", "tokenizer_path": "tokenizer",
+    "conv_template": "template", "with_prompt": "template=chinese_alpaca_2", "interactive": "chat", "data_file": "prompt_file",
+    "predictions_file": "output", "system_prompt": "system",
+}
+# convert.py, by subcommand, from FastChat's apply_delta and make_delta, Chinese-LLaMA-Alpaca's merge, and transformers' converter
+CONVERSION = {
+    "apply_delta": {"base_model_path": "base", "delta_path": "delta", "target": "output", "target_model_path": "output"},
+    "make_delta": {"base_model_path": "base", "target_model_path": "target", "delta": "output", "delta_path": "output"},
+    "merge_lora": {"base_model": "base", "lora_model": "lora", "output_type": "format", "output_dir": "output"},
+    "meta": {"input_dir": "input", "output_dir": "output"},
+}
 
 def add_flags(parser: argparse.ArgumentParser, parse_bool: Callable[[str], bool]) -> None:
     """Accept the flags of the other systems that are not just other names; they are left out of `--help`."""

@@ -131,11 +131,13 @@ KEYS = {field.name: field for field in dataclasses.fields(Settings)}
 class Parser(argparse.ArgumentParser):
     """argparse with this project's manners: `-` and `_` alike in flags, no abbreviations, mistakes as one UserError line."""
 
-    def __init__(self, **settings: Any) -> None:
+    def __init__(self, renamed: dict[str, str] | None = None, **settings: Any) -> None:
+        """renamed: flags of other systems -> ours, by name."""
+        self.renamed = renamed or {}
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **settings)
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> tuple[Any, list[str]]:
-        return super().parse_known_args([_underscored(word) for word in args or ()], namespace)
+        return super().parse_known_args([_our_flag(word, self.renamed) for word in args or ()], namespace)
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
         found, unknown = self.parse_known_args(args, namespace)
@@ -159,9 +161,12 @@ class Parser(argparse.ArgumentParser):
         add("--debug", action="store_true", help="show the traceback of an error")
 
 
-def _underscored(word: str) -> str:
-    flag, equals, value = word.partition("=")
-    return "--" + flag[2:].replace("-", "_") + equals + value if word.startswith("--") else word
+def _our_flag(word: str, renamed: dict[str, str]) -> str:
+    if not word.startswith("--"):
+        return word
+    flag, equals, value = word[2:].partition("=")
+    name = flag.replace("-", "_")
+    return f"--{renamed.get(name, name)}{equals}{value}"
 
 
 def parse_bool(text: str) -> bool:

@@ -3,6 +3,7 @@
 Everything is loaded on the host first and moved; nothing else in the package names a vendor.
 """
 
+import os
 import resource
 
 import torch
@@ -21,6 +22,8 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16,
 
 def pick(name: str = "auto", local_rank: int = 0) -> torch.device:
     """The device called `name`; "auto" takes torch's accelerator where there is one, else the processor."""
+    if int(os.environ.get("SOPHGO_SPLIT") or 1) > 1:
+        raise UserError(f"SOPHGO_SPLIT={os.environ['SOPHGO_SPLIT']}: layers are not placed on several chips here yet; unset it")
     found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     kind = found.type if found else "cpu"
     name = kind if name == "auto" else name

@@ -98,9 +98,11 @@ class Trainer:
             self.step, self.tokens = self.step + 1, self.tokens + tokens
             speed = tokens / durations[-1] / self.mesh.size
             log.step(loss, speed)
+            scale = {"loss_scale": self.optimizer.loss_scale.scale} if self.optimizer.loss_scale else {}
             if self.step % settings.logging_steps == 0 or self.step in (1, total):
                 log.record({"step": self.step, "epoch": round(self.plan.epoch_at(self.step), 4), "loss": loss, "learning_rate": rate,
-                            "grad_norm": norm, "skipped": self.skipped, **self._rates(speed, [n for b in batches for n in b.lengths])})
+                            "grad_norm": norm, "skipped": self.skipped, **scale,
+                            **self._rates(speed, [n for batch in batches for n in batch.lengths])})
             epoch, new_epoch = self.plan.locate(self.step)[0], epoch != self.plan.locate(self.step)[0]
             if self.eval_plan and self._is_due(settings.eval_strategy, settings.eval_steps, new_epoch):
                 eval_loss = self.evaluate()

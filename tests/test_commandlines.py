@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from minillama import deepspeed, planning
+from minillama import deepspeed, device, planning
 from minillama.errors import UserError
+from minillama.lora import LoraConfig, add_lora, save_adapter
+from tests.conftest import random_model
 
 ROOT = Path(__file__).parents[1]
 PARSE = runpy.run_path(str(ROOT / "train.py"))["parse"]
@@ -76,6 +78,40 @@ def test_their_training_commands_resolve_and_can_be_planned(text, config, expect
     settings = resolved(text, tmp_path, tiny_checkpoint(), config)
     assert {name: getattr(settings, name) for name in expected} == expected
     assert "parameters" in planning.describe(settings, world_size=8)
+
+
+@pytest.mark.parametrize(("flags", "expected"), [
+    ("--model-path vicuna-7b --conv-template vicuna_v1.1 --temperature 0.7 --max-new-tokens 512 --chat",
+     {"ckpt": "vicuna-7b", "template": "vicuna_v1.1", "temperature": 0.7, "max_new_tokens": 512, "chat": True}),
+    ("--base_model llama --lora_model adapter --tokenizer_path t.model --with_prompt --interactive",
+     {"ckpt": "llama", "lora": ["adapter"], "tokenizer": "t.model", "template": "chinese_alpaca_2", "chat": True}),
+    ("--base_model llama --data_file in.txt --predictions_file out.jsonl", {"prompt_file": "in.txt", "output": "out.jsonl"}),
+], ids=["fastchat", "chinese chat", "chinese batch"])
+def test_their_generation_commands_are_understood(flags, expected):
+    options = runpy.run_path(str(ROOT / "generate.py"))["parse"](shlex.split(flags))
+    assert {name: getattr(options, name) for name in expected} == expected
+
+
+def test_their_conversion_commands_convert(tmp_path, tiny_checkpoint):
+    """FastChat's make_delta and apply_delta, both spellings of the flags, and Chinese-LLaMA-Alpaca's merge."""
+    convert = runpy.run_path(str(ROOT / "convert.py"))["main"]
+    base, target = str(tiny_checkpoint("base")), str(tiny_checkpoint("target", seed=1))
+    convert(["make-delta", "--base-model-path", base, "--target-model-path", target, "--delta-path", str(tmp_path / "delta")])
+    convert(["apply-delta", "--base", base, "--target", str(tmp_path / "applied"), "--delta", str(tmp_path / "delta")])
+    assert (tmp_path / "applied" / "model.safetensors").is_file()
+    for name, seed in (("a", 2), ("b", 3)):
+        model = random_model(seed)
+        add_lora(model, LoraConfig(rank=2))
+        save_adapter(model, LoraConfig(rank=2), tmp_path / name, base)
+    convert(["merge-lora", "--base_model", base, "--lora_model", f"{tmp_path / 'a'},{tmp_path / 'b'}", "--output_type", "huggingface",
+             "--output_dir", str(tmp_path / "merged")])
+    assert (tmp_path / "merged" / "config.json").is_file()
+
+
+def test_chips_are_not_split_yet(monkeypatch):
+    monkeypatch.setenv("SOPHGO_SPLIT", "4")
+    with pytest.raises(UserError, match="SOPHGO_SPLIT=4: layers are not placed"):
+        device.pick("cpu")
 
 
 @pytest.mark.parametrize(("flags", "named"), [
