@@ -50,7 +50,7 @@ def transformers_meta(source: Path, _: Path, out: Path) -> None:
     from minillama.conversion.meta import _names
 
     params, staging = json.loads((source / "params.json").read_text()), out / "tmp"
-    loaded = torch.load(source / "consolidated.00.pth")
+    loaded = torch.load(source / "consolidated.00.pth", weights_only=True)
     staging.mkdir(parents=True)
     dim, heads, weight_map = params["dim"], params["n_heads"], {}
     groups: dict[str, dict] = {}
@@ -130,7 +130,7 @@ def bare_meta(source: Path, _: Path, out: Path) -> None:
     from minillama.conversion.meta import _names
 
     params = json.loads((source / "params.json").read_text())
-    loaded = torch.load(source / "consolidated.00.pth", mmap=True)  # maps the file, which spares a copy
+    loaded = torch.load(source / "consolidated.00.pth", weights_only=True, mmap=True)  # maps the file, which spares a copy
     table = {name: meta for name, (meta, _) in _names(params["n_layers"]).items()}
 
     def permuted(name: str) -> torch.Tensor:
