@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch
@@ -146,8 +147,12 @@ def all_gather_into(mesh: Mesh, whole: Tensor, part: Tensor) -> Tensor:
     """Fill `whole` with every rank's `part`, in rank order; `part` may be this rank's own stretch of it."""
     if mesh.size > 1:
         mesh.traffic.elements += part.numel() * (mesh.size - 1)
-        source = part.clone() if part.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr() else part
-        _call(mesh, "all_gather", part, lambda: _ALL_GATHER(whole, source))
+        in_place = part.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr()
+        if in_place and mesh.device.type == "cpu":  # gloo's all_gather would hold two more copies of the whole
+            for owner, stretch in enumerate(whole.split(len(part))):
+                _call(mesh, "broadcast", part, partial(dist.broadcast, stretch, owner))
+        else:
+            _call(mesh, "all_gather", part, lambda: _ALL_GATHER(whole, part.clone() if in_place else part))
     return whole
 
 

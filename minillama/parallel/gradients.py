@@ -29,6 +29,7 @@ class Gradients:
                  bucket_elements: int, dtype: torch.dtype) -> None:
         self.mesh, self.stage, self.exact, self.slice_size = mesh, stage, exact, slice_size
         self.named, self.device, self.at_once, self.present = named, named[0][1].device, stage == 2 or exact, mesh.size
+        self.bucket_elements = bucket_elements
         self._plan_buckets(bucket_elements)
         self.sum = torch.zeros(slice_size if self.at_once else slice_size * mesh.size, dtype=dtype, device=self.device)
         self.levels: list[tuple[int, Tensor]] = []  # exact: (how many micro-batches, their sum), ever fewer
@@ -139,7 +140,8 @@ class Gradients:
         elif self.stage == 1:
             slices = self.sum.split(self.slice_size)
             for owner, part in enumerate(slices):
-                comm.reduce_to(self.mesh, part, owner).wait()
+                for stretch in part.split(self.bucket_elements):  # bounds what the collective copies
+                    comm.reduce_to(self.mesh, stretch, owner).wait()
             self.result = slices[self.mesh.rank]
         else:
             self.result = self.sum
