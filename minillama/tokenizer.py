@@ -12,7 +12,6 @@ a text's ids are its words' ids laid end to end, and a word seen before is looke
     "the cat\nsat"  =  ▁the | ▁cat | \n | sat
 """
 
-import codecs
 import hashlib
 import io
 import json
@@ -25,14 +24,6 @@ from typing import Protocol
 import sentencepiece
 
 from minillama.errors import UserError
-
-
-class StreamDecoder(Protocol):
-    def push(self, token: int) -> str:
-        """The text that `token` completes; empty while a character is still missing bytes."""
-
-    def flush(self) -> str:
-        """What is left at the end; bytes that never became a character as U+FFFD."""
 
 
 class Tokenizer(Protocol):
@@ -51,15 +42,8 @@ class Tokenizer(Protocol):
     def encode_next(self, text: str) -> list[int]:
         """The ids of text that goes on after a line break; only for a vocabulary that splits at lines."""
 
-    def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        """`encode` of each text."""
-        return [self.encode(text) for text in texts]
-
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ids; control tokens leave no trace."""
-
-    def stream(self) -> StreamDecoder:
-        """A decoder that takes one id at a time."""
 
     def control_id(self, name: str) -> int | None:
         """The id of "bos", "eos" or a control token by its own name, such as "<|eot_id|>"; None where there is none."""
@@ -100,16 +84,11 @@ class SentencePieceTokenizer(Tokenizer):
         return list(chain.from_iterable(map(self.words.__getitem__, WORD.findall(text))))
 
     def control_id(self, name: str) -> int | None:
-        if name in ("bos", "eos"):
-            return self.bos_id if name == "bos" else self.eos_id
         token = self.model.piece_to_id(name)
-        return token if self.model.is_control(token) else None
+        return {"bos": self.bos_id, "eos": self.eos_id}.get(name, token if self.model.is_control(token) else None)
 
     def decode(self, ids: Iterable[int]) -> str:
         return self.model.decode([token for token in ids if token < self.size])
-
-    def stream(self) -> StreamDecoder:
-        return PieceStream(self.model)
 
 
 WORD = re.compile("\n|[ ▁]+[^ ▁\n]*|[^ ▁\n]+")
@@ -144,33 +123,6 @@ def _pieces(model: sentencepiece.SentencePieceProcessor) -> list[str]:
     return model.id_to_piece(list(range(model.get_piece_size())))
 
 
-class PieceStream:
-    """Turns pieces into bytes and bytes into characters, so half a character is held back and never printed.
-
-    "天" may be the three byte pieces <0xE5> <0xA4> <0xA9>: the first two pushes return "", the third "天".
-    """
-
-    def __init__(self, model: sentencepiece.SentencePieceProcessor) -> None:
-        self.model, self.at_start = model, True
-        self.utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-
-    def push(self, token: int) -> str:
-        if token >= self.model.get_piece_size() or self.model.is_control(token):
-            return ""
-        piece = self.model.id_to_piece(token)
-        if self.model.is_byte(token):
-            raw = bytes([int(piece[3:5], 16)])
-        else:
-            raw = (" ⁇ " if self.model.is_unknown(token) else piece.replace("▁", " ")).encode()
-            if self.at_start and piece.startswith("▁"):
-                raw = raw[1:]
-        self.at_start = False
-        return self.utf8.decode(raw)
-
-    def flush(self) -> str:
-        return self.utf8.decode(b"", final=True)
-
-
 class JsonTokenizer(Tokenizer):
     """A Hugging Face `tokenizer.json` (LLaMA 3 and others), read by the `tokenizers` package."""
 
@@ -196,34 +148,34 @@ class JsonTokenizer(Tokenizer):
         return self.model.encode(text, add_special_tokens=False).ids
 
     def control_id(self, name: str) -> int | None:
-        if name in ("bos", "eos"):
-            return self.bos_id if name == "bos" else self.eos_id
-        return self.model.token_to_id(name)
+        return {"bos": self.bos_id, "eos": self.eos_id}.get(name, self.model.token_to_id(name))
 
     def decode(self, ids: Iterable[int]) -> str:
         return self.model.decode(list(ids), skip_special_tokens=True)
 
-    def stream(self) -> StreamDecoder:
-        return WholeStream(self)
 
+class Stream:
+    """Text of ids as they come; half a character is held back and never printed.
 
-class WholeStream:
-    """Streams by decoding everything so far and holding back what ends in U+FFFD."""
+    "天" may be the three byte pieces <0xE5> <0xA4> <0xA9>: the first two pushes return "", the third "天". Ids are decoded behind
+    those of the stretch printed last, which tell whether a ▁ stands at the start of the text or within it.
+    """
 
-    def __init__(self, tokenizer: JsonTokenizer) -> None:
-        self.tokenizer, self.ids, self.printed = tokenizer, [], 0
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.decode, self.ids, self.known = tokenizer.decode, [], 0  # known: of the ids, those whose text is printed
 
     def push(self, token: int) -> str:
+        """The text that `token` completes; empty while a character is still missing bytes."""
         self.ids.append(token)
-        text = self.tokenizer.decode(self.ids)
-        return "" if text.endswith("\ufffd") else self._print(text)
+        return "" if self.decode(self.ids).endswith("\ufffd") else self.flush()
 
     def flush(self) -> str:
-        return self._print(self.tokenizer.decode(self.ids))
-
-    def _print(self, text: str) -> str:
-        new, self.printed = text[self.printed:], len(text)
-        return new
+        """What is left at the end; bytes that never became a character as U+FFFD."""
+        text = self.decode(self.ids)[len(self.decode(self.ids[:self.known])):]
+        if text.strip():
+            self.ids = self.ids[self.known:]
+        self.known = len(self.ids)
+        return text
 
 
 def _refuse_other_formats(path: Path, raw: bytes) -> None:

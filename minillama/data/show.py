@@ -10,7 +10,7 @@ from itertools import islice, pairwise
 import numpy as np
 
 from minillama.data.batches import Batch
-from minillama.tokenizer import Tokenizer
+from minillama.tokenizer import Stream, Tokenizer
 
 
 def show_batch(tokenizer: Tokenizer, batch: Batch, color: bool = False, most_documents: int = 8) -> str:
@@ -21,7 +21,7 @@ def show_batch(tokenizer: Tokenizer, batch: Batch, color: bool = False, most_doc
     for number, (start, end) in enumerate(islice(pairwise(np.cumsum([0, *batch.lengths])), most_documents), 1):
         trained = np.append(False, batch.labels[start:end - 1] >= 0)
         edges = [0, *(np.flatnonzero(np.diff(trained)) + 1).tolist(), end - start]
-        stream, text = tokenizer.stream(), ""
+        stream, text = Stream(tokenizer), ""
         for left, right in pairwise(edges):
             part = "".join(names.get(token) or stream.push(token) for token in batch.tokens[start + left:start + right].tolist())
             text += f"{before}{part}{after}" if trained[left] else part

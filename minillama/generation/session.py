@@ -9,7 +9,7 @@ from minillama.errors import UserError
 from minillama.generation.decode import generate
 from minillama.generation.sampling import Sampling
 from minillama.model import Llama
-from minillama.tokenizer import Tokenizer
+from minillama.tokenizer import Stream, Tokenizer
 
 
 @dataclass
@@ -46,7 +46,7 @@ class Session:
 
     def stream(self, answer: Answer, seed: int | None) -> Iterator[str]:
         """Answer `answer.prompt_ids`, yielding text as it becomes certain (not the beginning of a stop text); `answer` holds it all."""
-        decoder, held, most = self.tokenizer.stream(), "", self.new_tokens(len(answer.prompt_ids))
+        decoder, held, most = Stream(self.tokenizer), "", self.new_tokens(len(answer.prompt_ids))
         for token in generate(self.model, answer.prompt_ids, most, self.sampling, self.stop_ids, seed):
             answer.ids.append(token)
             held += decoder.push(token)
