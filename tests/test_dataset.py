@@ -163,7 +163,7 @@ def test_a_killed_run_leaves_no_data_set_and_no_process(tmp_path, small_tokenize
     source = write(tmp_path / "a.jsonl", alpaca(20_000))
     command = [sys.executable, "-c", BUILD, source, small_tokenizer.path, tmp_path / "set"]
     run = subprocess.Popen(command, cwd=ROOT, start_new_session=True)
-    while not (tmp_path / "set.state.partial").exists() and run.poll() is None:
+    while not (tmp_path / "set.json.partial").exists() and run.poll() is None:
         time.sleep(0.005)
     run.kill()
     assert run.wait() == -signal.SIGKILL and not (tmp_path / "set.json").exists()

@@ -22,7 +22,7 @@ from minillama import chat
 from minillama.data import formats
 from minillama.data.containers import Part
 from minillama.data.encode import encode_pieces
-from minillama.data.megatron import MegatronDataset, is_megatron
+from minillama.data.megatron import MegatronDataset, find_part
 from minillama.data.memmap import Chunk, Dataset, Writer, is_dataset
 from minillama.data.sources import Source, find_sources, hash_of
 from minillama.data.workers import in_order
@@ -52,8 +52,8 @@ def build_dataset(files: Sequence[Path | str], tokenizer: Tokenizer, prefix: Pat
         print(f"{source.path}: read as {source.data_format}", file=sys.stderr)
     bar = tqdm(desc=f"tokenizing {prefix.name}", unit=" documents", disable=quiet)
     with Writer(prefix, tokenizer.size, about) as writer, bar:
-        bar.update(writer.state["documents"])
-        for chunk in in_order(work, _chunks(work, writer.state["records"]), workers):
+        bar.update(writer.meta["documents"])
+        for chunk in in_order(work, _chunks(work, writer.meta["records"]), workers):
             if chunk.bad and not skip_bad_records:
                 raise UserError(f"{chunk.bad[0]}; --skip_bad_records leaves such records out")
             writer.add(chunk)
@@ -134,7 +134,7 @@ def open_data(paths: Sequence[str], tokenizer: Tokenizer, cache_dir: str, *, dat
     the tokenizer and the options. Raises UserError for a set that is damaged, was made with another tokenizer or template, or
     from a file that has changed since.
     """
-    if len(paths) == 1 and is_megatron(paths[0]):
+    if len(paths) == 1 and find_part(paths[0]):
         return MegatronDataset(paths[0], tokenizer.size)
     if len(paths) == 1 and is_dataset(paths[0]):
         dataset = Dataset(paths[0], verify=True)

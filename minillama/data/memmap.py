@@ -5,8 +5,8 @@
     PREFIX.idx    uint64[documents + 1]: where each document starts, and the end
     PREFIX.json   format version, counts, dtype, tokenizer sha256, template, sha256 of each file
 
-The .json is written last and names what the others must hold, so a data set is complete or it is not there. While it grows, its
-parts are called *.partial, and after every chunk PREFIX.state.partial says how far they are valid: an interrupted run, started
+The .json is put in place last and names what the others must hold, so a data set is complete or it is not there. While it grows,
+its parts are called *.partial, and after every chunk the .json says how far the others are valid: an interrupted run, started
 again on the same input, goes on from there.
 """
 
@@ -14,7 +14,7 @@ import fcntl
 import json
 import os
 from array import array
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
 from io import FileIO
 from pathlib import Path
@@ -50,87 +50,86 @@ class Chunk:
         if is_last:
             self.ends.append(len(self.ids))
 
+    def counts(self) -> dict[str, Any]:
+        """What PREFIX.json says of all chunks together."""
+        return {"records": self.records, "documents": len(self.ends), "tokens": len(self.ids), "targets": self.mask.count(1),
+                "documents_without_target": self.without_target, "skipped_records": self.bad}
+
 
 class Writer:
     """Grows PREFIX chunk by chunk. A context: left by a UserError nothing stays behind, left by an interruption, what is valid.
 
-    `state["records"]` says how many records of the input are already in: non-zero where an interrupted run is taken up.
+    `meta` is what PREFIX.json will say; its `records`, how many of the input are in, is not 0 where an interrupted run is taken up.
     """
 
     def __init__(self, prefix: Path, vocab_size: int, about: dict[str, Any]) -> None:
         """about: tokenizer_sha256, template, … stored as they are; work is taken up only where all of it is the same."""
-        self.prefix, self.dtype = prefix, np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
-        self.state: dict[str, Any] = {"about": json.loads(json.dumps(about)), "vocab_size": vocab_size, "records": 0, "documents": 0,
-                                      "tokens": 0, "targets": 0, "documents_without_target": 0, "skipped_records": []}
+        self.prefix, self.vocab_size, self.dtype = prefix, vocab_size, np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
+        self.about = {"version": VERSION, "dtype": self.dtype.name, "vocab_size": vocab_size, **json.loads(json.dumps(about))}
+        self.meta = self.about | Chunk().counts()
 
     def __enter__(self) -> Self:
         self.prefix.parent.mkdir(parents=True, exist_ok=True)
-        self.opened = ExitStack()
+        self.files = {"lock": FileIO(self._partial("lock"), "ab")}
         try:
-            fcntl.flock(self.opened.enter_context(open(self._partial("lock"), "w")), fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(self.files["lock"], fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            self.opened.close()
             raise UserError(f"{self.prefix}: another process is writing this data set; wait for it to end") from None
-        self.files: dict[str, FileIO] = {}
-        for part in PARTS:
-            self.files[part] = self.opened.enter_context(open(self._partial(part), "ab", buffering=0))
-        with suppress(OSError, ValueError, KeyError):
-            state = json.loads(self._partial("state").read_text(encoding="utf-8"))
-            same = all(state[key] == self.state[key] for key in ("about", "vocab_size"))
-            if same and all(self.files[part].tell() >= size for part, size in self._sizes(state).items()):
-                self.state = state
-        for part, size in self._sizes(self.state).items():
+        self.files |= {part: FileIO(self._partial(part), "ab") for part in PARTS}
+        with suppress(OSError, ValueError, KeyError):  # nothing to take up, or half written
+            meta = json.loads(self._partial("json").read_text(encoding="utf-8"))
+            is_same = all(meta[key] == value for key, value in self.about.items())
+            if is_same and all(self.files[part].tell() >= size for part, size in self._sizes(meta).items()):
+                self.meta = meta
+        for part, size in self._sizes(self.meta).items():
             self.files[part].truncate(size)  # a new index grows to its first offset, 0
         return self
 
     def _partial(self, part: str) -> Path:
         return Path(f"{self.prefix}.{part}.partial")
 
-    def _sizes(self, state: dict[str, Any]) -> dict[str, int]:
-        """Bytes of each part that `state` vouches for."""
-        return {"bin": self.dtype.itemsize * state["tokens"], "mask": state["tokens"], "idx": 8 * (state["documents"] + 1)}
+    def _sizes(self, meta: dict[str, Any]) -> dict[str, int]:
+        """Bytes of each part that `meta` vouches for."""
+        return {"bin": self.dtype.itemsize * meta["tokens"], "mask": meta["tokens"], "idx": 8 * (meta["documents"] + 1)}
 
     def add(self, chunk: Chunk) -> None:
-        state, ids = self.state, np.array(chunk.ids)
+        ids = np.array(chunk.ids)
         largest = int(ids.max(initial=0))
-        if largest >= state["vocab_size"]:
-            raise UserError(f"{self.prefix}: token id {largest} is beyond the vocabulary of {state['vocab_size']}")
+        if largest >= self.vocab_size:
+            raise UserError(f"{self.prefix}: token id {largest} is beyond the vocabulary of {self.vocab_size}")
         self.files["bin"].write(ids.astype(self.dtype).data)
         self.files["mask"].write(chunk.mask)
-        self.files["idx"].write((state["tokens"] + np.array(chunk.ends, "<u8")).data)
-        more = {"records": chunk.records, "documents": len(chunk.ends), "tokens": len(chunk.ids), "targets": chunk.mask.count(1),
-                "documents_without_target": chunk.without_target, "skipped_records": chunk.bad}
-        state |= {key: state[key] + value for key, value in more.items()}
-        self._write_json(self._partial("state"), state)
+        self.files["idx"].write((self.meta["tokens"] + np.array(chunk.ends, "<u8")).data)
+        self.meta |= {key: self.meta[key] + value for key, value in chunk.counts().items()}
+        self._write_meta()
+
+    def _write_meta(self) -> None:
+        self._partial("json").write_text(json.dumps(self.meta, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
     def finish(self) -> dict[str, Any]:
         """Check the whole, put it in place, and return what PREFIX.json says."""
-        state, empty = self.state, self.state["documents_without_target"]
-        if not state["documents"]:
+        documents, empty = self.meta["documents"], self.meta["documents_without_target"]
+        if not documents:
             raise UserError(f"{self.prefix}: the input holds no document")
-        if empty > MOST_WITHOUT_TARGET * state["documents"]:
-            raise UserError(f"{self.prefix}: {empty} of {state['documents']} documents have nothing to train on (no answer, or an "
+        if empty > MOST_WITHOUT_TARGET * documents:
+            raise UserError(f"{self.prefix}: {empty} of {documents} documents have nothing to train on (no answer, or an "
                             f"empty one); more than {MOST_WITHOUT_TARGET:.0%} is a mistake in the data or its template")
-        parts = [part for part in PARTS if part != "mask" or state["targets"] < state["tokens"]]
-        meta = {"version": VERSION, "dtype": self.dtype.name} | {key: value for key, value in state.items() if key != "about"}
-        meta |= state["about"] | {"sha256": {part: hash_of(self._partial(part)) for part in parts}}
+        parts = [part for part in PARTS if part != "mask" or self.meta["targets"] < self.meta["tokens"]]
+        self.meta["sha256"] = {part: hash_of(self._partial(part)) for part in parts}
+        self._write_meta()
         for part in (*PARTS, "json"):
             Path(f"{self.prefix}.{part}").unlink(missing_ok=True)
-        for part in parts:
+        for part in (*parts, "json"):
             os.replace(self._partial(part), f"{self.prefix}.{part}")
-        self._write_json(Path(f"{self.prefix}.json"), meta)
-        return meta
-
-    def _write_json(self, path: Path, content: dict[str, Any]) -> None:
-        self._partial("new").write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        os.replace(self._partial("new"), path)
+        return self.meta
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if kind is None or issubclass(kind, UserError):
-            for part in (*PARTS, "state", "new"):
+            for part in (*PARTS, "json"):
                 self._partial(part).unlink(missing_ok=True)
         self._partial("lock").unlink(missing_ok=True)
-        self.opened.close()
+        for file in self.files.values():
+            file.close()
 
 
 def is_dataset(prefix: Path | str) -> bool:
