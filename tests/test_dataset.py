@@ -14,9 +14,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from minillama.data import build, containers, megatron
+from minillama.data import build, formats, megatron
 from minillama.data.batches import BatchPlan, Pieces
-from minillama.data.build import build_dataset, encode_document, open_data
+from minillama.data.build import build_dataset, open_data
+from minillama.data.encode import encode_document
 from minillama.data.formats import parse, read_records
 from minillama.data.memmap import Chunk, Dataset, Writer
 from minillama.data.show import show_batch
@@ -103,7 +104,7 @@ build_dataset([source], open_tokenizer(model), prefix, quiet=True, workers=2)
 
 @pytest.mark.parametrize("block", [1, 50, 300, 10_000])
 def test_a_long_text_read_in_parts_is_the_same_document(tmp_path, small_tokenizer, monkeypatch, block):
-    monkeypatch.setattr(containers, "BLOCK", block)
+    monkeypatch.setattr(formats, "BLOCK", block)
     monkeypatch.setattr(build, "CHUNK_CHARACTERS", 2 * block)
     text = "the cat  sat\n\n on the mat 12\n▁\n" * 20 + "without an end"
     (tmp_path / "a.txt").write_text(text)

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minillama.chat import Conversation, Turn
-from minillama.data import containers
+from minillama.data import formats
 from minillama.data.build import build_dataset
 from minillama.data.formats import BadRecord, Source, detect, parse, read_records
 from minillama.data.sources import find_sources
@@ -107,18 +107,18 @@ json_values = st.recursive(st.none() | st.booleans() | st.integers() | st.text(m
 def test_an_array_read_through_a_window_is_the_array(tmp_path_factory, records, indent, ascii_only, block):
     path = tmp_path_factory.mktemp("array") / "a.json"
     path.write_text(json.dumps(records, indent=indent, ensure_ascii=ascii_only), encoding="utf-8-sig")
-    usual, containers.BLOCK = containers.BLOCK, block
+    usual, formats.BLOCK = formats.BLOCK, block
     try:
-        assert [record for _, record in containers.records(path)] == records
+        assert [record for _, record in read_records(Source(path))] == records
     finally:
-        containers.BLOCK = usual
+        formats.BLOCK = usual
 
 
 def test_an_array_is_never_in_memory_whole(tmp_path, monkeypatch):
-    monkeypatch.setattr(containers, "BLOCK", 1000)
+    monkeypatch.setattr(formats, "BLOCK", 1000)
     path = write(tmp_path / "a.json", [ALPACA | {"output": "x" * 100}] * 5000)
     tracemalloc.start()
-    assert sum(1 for _ in containers.records(path)) == 5000
+    assert sum(1 for _ in read_records(Source(path))) == 5000
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 70_000  # of 700,000

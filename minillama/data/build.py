@@ -1,35 +1,40 @@
 """Raw files to a tokenized data set: what `convert.py data` does, and train.py for a raw file, once.
 
-    file ─ containers ─▶ records ─┬▶ formats.parse ─▶ chat.render ─▶ encode ─┬▶ memmap ─▶ PREFIX.bin .mask .idx .json
-                                  └──────────── N worker processes ──────────┘
+    find_sources ─▶ read_records ─▶ chunks ─┬▶ parse ─▶ render ─▶ encode ─┬▶ Writer ─▶ PREFIX.bin .mask .idx .json
+                                            └────── N worker processes ───┘
 
-This path imports no torch, and holds a few chunks of records at a time, whatever the size of the file.
+Every step is a generator that the next one pulls from: a few chunks of records are in memory, whatever the size of the file. With
+processes, one chunk more than there are of them is out: all work while the next chunk is read. This path imports no torch.
 """
 
 import hashlib
 import json
 import os
+import signal
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import replace
+from functools import partial
 from itertools import islice
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from minillama import chat
-from minillama.data import formats
-from minillama.data.containers import Part
-from minillama.data.encode import encode_pieces
+from minillama.data.encode import encode_document
+from minillama.data.formats import BadRecord, Part, detect, parse, read_records
 from minillama.data.megatron import MegatronDataset, find_part
 from minillama.data.memmap import Chunk, Dataset, Writer, is_dataset
 from minillama.data.sources import Source, find_sources, hash_of
-from minillama.data.workers import in_order
 from minillama.errors import UserError
 from minillama.tokenizer import Tokenizer
 
-Placed = tuple[int, str, Any]  # number of the source, place in it, record
+Records = list[tuple[Source, str, Any]]  # where from, place in it, record
 CHUNK_RECORDS, CHUNK_CHARACTERS = 512, 1 << 19
 
 
@@ -41,19 +46,20 @@ def build_dataset(files: Sequence[Path | str], tokenizer: Tokenizer, prefix: Pat
     That includes `documents_without_target` and `skipped_records`, what was left out and why. The same call takes up an
     interrupted one where it stopped. Raises UserError for a malformed record unless skip_bad_records.
     """
-    work = Encoder(tokenizer, [_detected(s) for s in find_sources(files, data_format, dataset_dir)], template, append_eod)
-    is_plain_text = all(source.data_format in ("text", "lines") for source in work.sources)
+    sources = [replace(source, data_format=detect(source.path)) if source.data_format == "auto" else source
+               for source in find_sources(files, data_format, dataset_dir)]
+    is_plain_text = all(source.data_format in ("text", "lines") for source in sources)
     about = {
         "tokenizer_sha256": tokenizer.sha256, "template": "" if is_plain_text else template, "append_eod": append_eod,
         "sources": {str(s.path.resolve()): {"format": s.data_format, "columns": s.columns, "tags": s.tags, **_stamp(s.path),
-                                            "sha256": hash_of(s.path)} for s in work.sources},
+                                            "sha256": hash_of(s.path)} for s in sources},
     }
-    for source in work.sources if not quiet else ():
+    for source in sources if not quiet else ():
         print(f"{source.path}: read as {source.data_format}", file=sys.stderr)
-    bar = tqdm(desc=f"tokenizing {prefix.name}", unit=" documents", disable=quiet)
-    with Writer(prefix, tokenizer.size, about) as writer, bar:
+    encode = partial(encode_records, tokenizer, template, append_eod)
+    with Writer(prefix, tokenizer.size, about) as writer, tqdm(desc=f"tokenizing {prefix.name}", unit=" documents", disable=quiet) as bar:
         bar.update(writer.meta["documents"])
-        for chunk in in_order(work, _chunks(work, writer.meta["records"]), workers):
+        for chunk in in_order(encode, _chunks(sources, tokenizer.splits_at_lines, writer.meta["records"]), workers):
             if chunk.bad and not skip_bad_records:
                 raise UserError(f"{chunk.bad[0]}; --skip_bad_records leaves such records out")
             writer.add(chunk)
@@ -65,57 +71,11 @@ def build_dataset(files: Sequence[Path | str], tokenizer: Tokenizer, prefix: Pat
     return meta
 
 
-def _detected(source: Source) -> Source:
-    """The source with its format found out."""
-    if source.data_format not in ("auto", *formats.FORMATS):
-        raise UserError(f"no data format {source.data_format!r}; formats: auto, {', '.join(formats.FORMATS)}")
-    return replace(source, data_format=formats.detect(source.path)) if source.data_format == "auto" else source
-
-
-@dataclass(frozen=True)
-class Encoder:
-    """Records to ids and masks: the work of one process."""
-
-    tokenizer: Tokenizer
-    sources: list[Source]
-    template: str
-    append_eod: bool
-
-    def __call__(self, records: list[Placed]) -> Chunk:
-        chunk = Chunk(records=len(records))
-        for number, place, record in records:
-            try:
-                for document in formats.parse(self.sources[number], place, record):
-                    ids, mask = encode_document(self.tokenizer, document, self.template, self.append_eod)
-                    chunk.append(ids, mask, not isinstance(document, Part) or document.is_last)
-            except formats.BadRecord as error:
-                chunk.bad.append(str(error))
-        return chunk
-
-
-def encode_document(tokenizer: Tokenizer, document: formats.Document, template: str,
-                    append_eod: bool) -> tuple[list[int], list[int] | None]:
-    """(ids, mask) of a conversation by its template; (ids, None) of plain text, between begin and end tokens.
-
-    append_eod: is the last answer, or the text, followed by the end token? Those between rounds belong to the template.
-    """
-    if isinstance(document, chat.Conversation):
-        pieces = chat.render(template, document)
-        return encode_pieces(tokenizer, pieces[:-1] if pieces[-1].control == "eos" and not append_eod else pieces)
-    part = Part(document) if isinstance(document, str) else document
-    ids = tokenizer.encode(part.text) if part.is_first else tokenizer.encode_next(part.text)
-    begin = [tokenizer.bos_id] if part.is_first and tokenizer.bos_id is not None else []
-    end = [tokenizer.eos_id] if part.is_last and append_eod and tokenizer.eos_id is not None else []
-    return begin + ids + end, None
-
-
-def _chunks(work: Encoder, skip: int) -> Iterator[list[Placed]]:
+def _chunks(sources: list[Source], in_parts: bool, skip: int) -> Iterator[Records]:
     """The records of all sources but the first `skip`, in lists of about as much text, so processes take about as long."""
-    placed = ((number, *record) for number, source in enumerate(work.sources)
-              for record in formats.read_records(source, work.tokenizer.splits_at_lines))
-    chunk: list[Placed] = []
+    chunk: Records = []
     characters = 0
-    for item in islice(placed, skip, None):
+    for item in islice(((source, *placed) for source in sources for placed in read_records(source, in_parts)), skip, None):
         chunk.append(item)
         characters += len(str(item[2]))
         if len(chunk) == CHUNK_RECORDS or characters >= CHUNK_CHARACTERS:
@@ -123,6 +83,51 @@ def _chunks(work: Encoder, skip: int) -> Iterator[list[Placed]]:
             chunk, characters = [], 0
     if chunk:
         yield chunk
+
+
+def encode_records(tokenizer: Tokenizer, template: str, append_eod: bool, records: Records) -> Chunk:
+    """Records to ids and masks: the work of one process."""
+    chunk = Chunk(records=len(records))
+    for source, place, record in records:
+        try:
+            for document in parse(source, place, record):
+                ids, mask = encode_document(tokenizer, document, template, append_eod)
+                chunk.append(ids, mask, not isinstance(document, Part) or document.is_last)
+        except BadRecord as error:
+            chunk.bad.append(str(error))
+    return chunk
+
+
+def in_order(work: Callable[[Records], Chunk], chunks: Iterable[Records], workers: int) -> Iterator[Chunk]:
+    """work(chunk) of every chunk, in order; by this process for fewer than two workers. What work raises is raised here."""
+    if workers < 2:
+        yield from map(work, chunks)
+        return
+    context = get_context("fork" if sys.platform == "linux" else "spawn")
+    with ProcessPoolExecutor(workers, context, _begin, (work,)) as pool:
+        queue: deque[Future[Chunk]] = deque()
+        for chunk in chunks:
+            queue.append(pool.submit(_work_on, chunk))
+            if len(queue) > workers:
+                yield queue.popleft().result()
+        yield from (future.result() for future in queue)
+
+
+def _begin(work: Callable[[Records], Chunk]) -> None:
+    """A worker's first act: keep `work`, which is sent once, not with every chunk."""
+    global _work
+    _work = work
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to every process; the first one decides
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _work_on(chunk: Records) -> Chunk:
+    return _work(chunk)
+
+
+def _end_with_parent() -> None:
+    parent_process().join()  # one that is killed says nothing
+    os._exit(1)
 
 
 def open_data(paths: Sequence[str], tokenizer: Tokenizer, cache_dir: str, *, data_format: str = "auto", template: str = "",
@@ -140,11 +145,9 @@ def open_data(paths: Sequence[str], tokenizer: Tokenizer, cache_dir: str, *, dat
         dataset = Dataset(paths[0], verify=True)
         _check_origin(dataset, tokenizer, template)
         return dataset
-    sources = find_sources(paths, data_format, dataset_dir)
     options = {"data_format": data_format, "template": template or default_template, "append_eod": append_eod,
                "skip_bad_records": skip_bad_records}
-    described = options | {"columns": [[source.columns, source.tags] for source in sources]}
-    prefix = cache_prefix([source.path for source in sources], tokenizer, cache_dir, described)
+    prefix = _cache_prefix(find_sources(paths, data_format, dataset_dir), tokenizer, cache_dir, options)
     if not is_dataset(prefix):
         build_dataset(paths, tokenizer, prefix, **options, quiet=quiet, workers=workers, dataset_dir=dataset_dir)
     return Dataset(prefix)
@@ -169,9 +172,9 @@ def _stamp(path: Path) -> dict[str, int]:
     return {"bytes": status.st_size, "mtime_ns": status.st_mtime_ns}
 
 
-def cache_prefix(files: list[Path], tokenizer: Tokenizer, cache_dir: str, options: dict[str, Any]) -> Path:
-    """Where the cache of these files stands: a changed file, tokenizer or option is another place."""
+def _cache_prefix(sources: list[Source], tokenizer: Tokenizer, cache_dir: str, options: dict[str, Any]) -> Path:
+    """Where the cache of these sources stands: a changed file, tokenizer or option is another place."""
     folder = Path(cache_dir or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minillama")
-    state = [(str(path.resolve()), *_stamp(path).values()) for path in files]
+    state = [(str(source.path.resolve()), source.columns, source.tags, _stamp(source.path)) for source in sources]
     key = json.dumps([state, tokenizer.sha256, options], sort_keys=True)
-    return folder / f"{files[0].stem}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
+    return folder / f"{sources[0].path.stem}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"

@@ -7,7 +7,8 @@
 
 from collections.abc import Iterable
 
-from minillama.chat import Piece
+from minillama.chat import Conversation, Piece, render
+from minillama.data.formats import Document, Part
 from minillama.errors import UserError
 from minillama.tokenizer import Tokenizer
 
@@ -35,3 +36,19 @@ def encode_pieces(tokenizer: Tokenizer, pieces: Iterable[Piece]) -> tuple[list[i
         del mask[len(ids):]
         mask += [int(piece.is_target)] * (len(ids) - len(mask))
     return ids, mask
+
+
+def encode_document(tokenizer: Tokenizer, document: Document, template: str,
+                    append_eod: bool) -> tuple[list[int], list[int] | None]:
+    """(ids, mask) of a conversation by its template; (ids, None) of plain text, between begin and end tokens.
+
+    append_eod: is the last answer, or the text, followed by the end token? Those between rounds belong to the template.
+    """
+    if isinstance(document, Conversation):
+        pieces = render(template, document)
+        return encode_pieces(tokenizer, pieces[:-1] if pieces[-1].control == "eos" and not append_eod else pieces)
+    part = Part(document) if isinstance(document, str) else document
+    ids = tokenizer.encode(part.text) if part.is_first else tokenizer.encode_next(part.text)
+    begin = [tokenizer.bos_id] if part.is_first and tokenizer.bos_id is not None else []
+    end = [tokenizer.eos_id] if part.is_last and append_eod and tokenizer.eos_id is not None else []
+    return begin + ids + end, None

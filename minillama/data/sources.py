@@ -8,15 +8,14 @@ An entry may pin its file by sha1; another content is refused. Hub addresses are
 """
 
 import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from minillama.data.containers import SUFFIXES
-from minillama.errors import UserError, closest
+from minillama.errors import UserError, closest, read_json
 
+SUFFIXES = (".json", ".jsonl", ".parquet", ".txt", ".md")  # what is read of a folder
 INFO = "dataset_info.json"
 
 
@@ -40,13 +39,11 @@ def find_sources(names: Sequence[str | Path], data_format: str = "auto", dataset
 
 def _find(name: str, info_path: Path) -> list[Source]:
     path = Path(name)
-    if path.is_dir():
-        inside = [file for file in sorted(path.iterdir()) if file.suffix in SUFFIXES and file.name != INFO]
-        if not inside:
+    if path.exists():
+        files = [path] if path.is_file() else [file for file in sorted(path.iterdir()) if file.suffix in SUFFIXES and file.name != INFO]
+        if not files:
             raise UserError(f"{path}: the folder holds no {', '.join(SUFFIXES)} file")
-        return [_described(file) for file in inside]
-    if path.is_file():
-        return [_described(path)]
+        return [_described(file) for file in files]
     if Path(f"{path}.bin").is_file():
         raise UserError(f"{path}: a tokenized data set; give it alone, not among raw files")
     if not info_path.is_file():
@@ -72,10 +69,9 @@ def _entry(info_path: Path, name: str, entry: dict[str, Any]) -> Source:
     path, formatting, sha1 = info_path.parent / entry["file_name"], entry.get("formatting", "alpaca"), entry.get("file_sha1")
     if not path.is_file():
         raise UserError(f"{path}: no such file; {info_path} names it for {name}")
-    if formatting not in ("alpaca", "sharegpt"):
-        raise UserError(f"{info_path}: {name} has formatting {formatting!r}; known are alpaca and sharegpt")
-    if entry.get("ranking"):
-        raise UserError(f"{info_path}: {name} is ranking data, for reward models; supervised training cannot use it")
+    if formatting not in ("alpaca", "sharegpt") or entry.get("ranking"):
+        kind = "ranking data, for reward models" if entry.get("ranking") else f"of formatting {formatting!r}"
+        raise UserError(f"{info_path}: {name} is {kind}; known are alpaca and sharegpt, for supervised training")
     if sha1 and (found := hash_of(path, "sha1")) != sha1:
         raise UserError(f"{path}: its sha1 is {found}, {info_path} says {sha1} for {name}; get the file again")
     columns = {"history": "", "system": ""} | {key: value or "" for key, value in entry.get("columns", {}).items()}
@@ -83,10 +79,7 @@ def _entry(info_path: Path, name: str, entry: dict[str, Any]) -> Source:
 
 
 def _read_info(path: Path) -> dict[str, Any]:
-    try:
-        info = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path}: not valid JSON: {error}") from None
+    info = read_json(path)
     if not isinstance(info, dict) or not all(isinstance(entry, dict) for entry in info.values()):
         raise UserError(f"{path}: expected an object that maps data set names to objects")
     return info
