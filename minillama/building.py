@@ -13,7 +13,7 @@ from minillama.architecture import LlamaConfig
 from minillama.checkpoint import directory as checkpoints
 from minillama.comm import Mesh, first_rank_first
 from minillama.config import Settings
-from minillama.data.batches import BatchPlan, Cut, Pieces, split_documents
+from minillama.data.batches import BatchPlan, Pieces, split_documents
 from minillama.data.build import open_data
 from minillama.data.demo import write_demo
 from minillama.device import compute_dtype
@@ -153,16 +153,8 @@ def build_plans(settings: Settings, tokenizer: Tokenizer, config: LlamaConfig, m
     plan = BatchPlan(pieces, max_length=max_length, rows_per_step=micro * settings.gradient_accumulation_steps * mesh.size,
                      rows_per_micro_batch=micro, seed=settings.seed, packing=settings.packing, epochs=settings.num_train_epochs,
                      max_steps=settings.max_steps)
-    _say_what_was_cut(pieces.cut, max_length, mesh)
+    mesh.print(f"data: {pieces.summary()}")
     micro = settings.per_device_eval_batch_size
     eval_plan = BatchPlan(evaluation, max_length=max_length, rows_per_step=micro * mesh.size, rows_per_micro_batch=micro, seed=0,
                           packing=settings.packing, shuffle=False) if evaluation else None
     return plan, eval_plan, dataset.meta.get("template") or template
-
-
-def _say_what_was_cut(cut: Cut, max_length: int, mesh: Mesh) -> None:
-    mesh.print(f"data: {cut.documents:,} documents, {cut.tokens:,} tokens, {cut.targets:,} of them targets"
-               + (f"; {cut.shortened:,} cut at max_length {max_length}" if cut.shortened else "")
-               + (f"; {cut.without_target:,} left out: no target within max_length" if cut.without_target else ""))
-
-

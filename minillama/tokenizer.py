@@ -19,37 +19,13 @@ import re
 from collections.abc import Iterable
 from itertools import chain
 from pathlib import Path
-from typing import Protocol
 
 import sentencepiece
 
 from minillama.errors import UserError
 
 
-class Tokenizer(Protocol):
-    """What the package needs of a tokenizer; `open_tokenizer` returns one of the two classes below."""
-
-    path: Path
-    size: int
-    bos_id: int | None
-    eos_id: int | None
-    sha256: str
-    splits_at_lines: bool = False  # is a text's encoding its lines' encodings, with `encode_next` for all but the first?
-
-    def encode(self, text: str) -> list[int]:
-        """The ids of plain text, without begin or end."""
-
-    def encode_next(self, text: str) -> list[int]:
-        """The ids of text that goes on after a line break; only for a vocabulary that splits at lines."""
-
-    def decode(self, ids: Iterable[int]) -> str:
-        """The text of ids; control tokens leave no trace."""
-
-    def control_id(self, name: str) -> int | None:
-        """The id of "bos", "eos" or a control token by its own name, such as "<|eot_id|>"; None where there is none."""
-
-
-def open_tokenizer(path: Path | str) -> Tokenizer:
+def open_tokenizer(path: Path | str) -> "Tokenizer":
     """Open a tokenizer.model or tokenizer.json, given as the file or the checkpoint directory that holds one."""
     path = Path(path)
     if path.is_dir():
@@ -62,7 +38,7 @@ def open_tokenizer(path: Path | str) -> Tokenizer:
     return JsonTokenizer(path) if path.suffix == ".json" else SentencePieceTokenizer(path)
 
 
-class SentencePieceTokenizer(Tokenizer):
+class SentencePieceTokenizer:
     """A LLaMA `tokenizer.model`. Equals transformers' slow LlamaTokenizer on plain text."""
 
     def __init__(self, path: Path) -> None:
@@ -75,19 +51,23 @@ class SentencePieceTokenizer(Tokenizer):
         self.path, self.sha256, self.size = path, hashlib.sha256(raw).hexdigest(), self.model.get_piece_size()
         self.bos_id, self.eos_id = (i if i >= 0 else None for i in (self.model.bos_id(), self.model.eos_id()))
         self.words = WordIds(self.model) if _splits_at_words(self.model) else None
-        self.splits_at_lines = self.words is not None
+        self.splits_at_lines = self.words is not None  # is a text's encoding its lines', with `encode_next` for all but the first?
 
     def encode(self, text: str) -> list[int]:
+        """The ids of plain text, without begin or end."""
         return self.encode_next(" " + text) if text and self.words is not None else self.model.encode(text)
 
     def encode_next(self, text: str) -> list[int]:
+        """The ids of text that goes on after a line break; only for a vocabulary that splits at lines."""
         return list(chain.from_iterable(map(self.words.__getitem__, WORD.findall(text))))
 
     def control_id(self, name: str) -> int | None:
+        """The id of "bos", "eos" or a control token by its own name, such as "<|eot_id|>"; None where there is none."""
         token = self.model.piece_to_id(name)
         return {"bos": self.bos_id, "eos": self.eos_id}.get(name, token if self.model.is_control(token) else None)
 
     def decode(self, ids: Iterable[int]) -> str:
+        """The text of ids; control tokens leave no trace."""
         return self.model.decode([token for token in ids if token < self.size])
 
 
@@ -123,8 +103,10 @@ def _pieces(model: sentencepiece.SentencePieceProcessor) -> list[str]:
     return model.id_to_piece(list(range(model.get_piece_size())))
 
 
-class JsonTokenizer(Tokenizer):
-    """A Hugging Face `tokenizer.json` (LLaMA 3 and others), read by the `tokenizers` package."""
+class JsonTokenizer:
+    """A Hugging Face `tokenizer.json` (LLaMA 3 and others), read by the `tokenizers` package; the same attributes and methods."""
+
+    splits_at_lines = False
 
     def __init__(self, path: Path) -> None:
         try:
@@ -152,6 +134,9 @@ class JsonTokenizer(Tokenizer):
 
     def decode(self, ids: Iterable[int]) -> str:
         return self.model.decode(list(ids), skip_special_tokens=True)
+
+
+Tokenizer = SentencePieceTokenizer | JsonTokenizer
 
 
 class Stream:

@@ -306,7 +306,7 @@ def test_the_golden_index_is_read_and_equals_ours(tmp_path):
     for name in (part, tmp_path / "x", f"{part}.idx"):
         dataset = open_data((str(name),), type("Ten", (), {"size": 10}), "")
         assert [dataset.document(i)[0].tolist() for i in range(len(dataset))] == [[1, 5, 6], [7, 8, 1, 9, 9, 2]]
-    assert Pieces(dataset, 4).cut.targets == 2 + 5
+    assert Pieces(dataset, 4).targets.sum() == 2 + 5
 
 
 def test_an_instruction_triple_is_trained_where_its_labels_are(tmp_path):
@@ -392,14 +392,14 @@ def test_a_step_needs_no_memory_of_the_steps_before_it(built):
 
 
 def test_the_cut_rule_shortens_instruction_data_and_continues_text(tmp_path, built):
-    cut = Pieces(Dataset(built[1]), 150).cut
+    cut = Pieces(Dataset(built[1]), 150)
     lengths = np.diff(Dataset(built[1]).offsets)
     assert cut.shortened == (lengths > 150).sum() > 0
-    assert cut.tokens == np.minimum(lengths, 150).sum()
+    assert cut.length.sum() == np.minimum(lengths, 150).sum()
     write_dataset(tmp_path / "text", [(list(range(10)), None)], 10, {})
     pieces = Pieces(Dataset(tmp_path / "text"), 4)
     assert [pieces.batch(np.array([i])).labels.tolist() for i in range(3)] == [[1, 2, 3, 4], [5, 6, 7, 8], [9, -100]]
-    assert pieces.cut.targets == 9  # every token but the first is predicted once
+    assert pieces.targets.sum() == 9  # every token but the first is predicted once
 
 
 def test_prompts_that_fill_max_length_stop_the_run(built):

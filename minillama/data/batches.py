@@ -33,17 +33,6 @@ class Batch:
         return int((self.labels != IGNORE).sum())
 
 
-@dataclass(frozen=True)
-class Cut:
-    """What max_length did to a data set."""
-
-    documents: int
-    shortened: int      # instruction documents that lost their end
-    without_target: int  # left out: nothing in them is trained on
-    tokens: int
-    targets: int
-
-
 class Pieces:
     """The stretches of a data set that are trained on: start (in all tokens), length and targets of each.
 
@@ -52,10 +41,10 @@ class Pieces:
 
     def __init__(self, dataset: Dataset, max_length: int, documents: np.ndarray | None = None) -> None:
         """documents: the numbers of those to use; None: all. Raises UserError where none has a target."""
-        self.dataset = dataset
+        self.dataset, self.max_length = dataset, max_length
         numbers = np.arange(len(dataset)) if documents is None else documents
         start, end = dataset.offsets[numbers], dataset.offsets[numbers + 1]
-        shortened = 0 if dataset.mask is None else int((end - start > max_length).sum())
+        self.documents, self.shortened = len(numbers), 0 if dataset.mask is None else int((end - start > max_length).sum())
         if dataset.mask is None:
             counts = np.maximum(1, -(-(end - start - 1) // max_length))  # a piece predicts the first token of the next
             inner = np.arange(counts.sum()) - np.repeat(counts.cumsum() - counts, counts)
@@ -65,13 +54,17 @@ class Pieces:
         targets = _count_targets(dataset.mask, start + 1, behind)
         kept = targets > 0
         self.start, self.length, self.behind, self.targets = start[kept], (stop - start)[kept], behind[kept], targets[kept]
-        left_out = len(kept) - len(self.start)
-        self.cut = Cut(len(numbers), shortened, left_out, int(self.length.sum()), int(self.targets.sum()))
-        if dataset.mask is not None and left_out > MOST_WITHOUT_TARGET * max(100, len(numbers)):
-            raise UserError(f"{dataset.prefix}: {left_out} of {len(numbers)} documents have nothing to train on "
+        self.left_out = int((~kept).sum())
+        too_many = dataset.mask is not None and self.left_out > MOST_WITHOUT_TARGET * max(100, len(numbers))
+        if too_many or not kept.any():
+            raise UserError(f"{dataset.prefix}: {self.left_out} of {len(numbers)} documents have nothing to train on "
                             f"within max_length = {max_length} tokens; raise max_length, or shorten the prompts")
-        if not kept.any():
-            raise UserError(f"{dataset.prefix}: no document has anything to train on within max_length = {max_length} tokens")
+
+    def summary(self) -> str:
+        """What is trained on, and what max_length did to the documents."""
+        return (f"{self.documents:,} documents, {self.length.sum():,} tokens, {self.targets.sum():,} of them targets"
+                + (f"; {self.shortened:,} cut at max_length {self.max_length}" if self.shortened else "")
+                + (f"; {self.left_out:,} left out: no target within max_length" if self.left_out else ""))
 
     def batch(self, chosen: np.ndarray) -> Batch:
         """The pieces of these numbers, end to end."""
