@@ -52,6 +52,12 @@ def write_dataset(prefix, documents, vocab_size, about):
         return writer.finish()
 
 
+def document(dataset, number):
+    """(ids, mask or None) of a document."""
+    span = slice(dataset.offsets[number], dataset.offsets[number + 1])
+    return dataset.tokens[span], None if dataset.mask is None else dataset.mask[span]
+
+
 def contents(prefix):
     return {part: Path(f"{prefix}.{part}").read_bytes() for part in ("bin", "mask", "idx", "json")}
 
@@ -70,7 +76,7 @@ def test_a_data_set_holds_every_documents_ids_and_mask(built, small_tokenizer):
     documents = [encode_document(small_tokenizer, document, "alpaca", True) for document in read(Source(source, "alpaca"))]
     assert len(dataset) == len(documents) == dataset.meta["documents"] == 40
     for number, (ids, mask) in enumerate(documents):
-        found_ids, found_mask = dataset.document(number)
+        found_ids, found_mask = document(dataset, number)
         assert found_ids.tolist() == ids and found_mask.tolist() == mask
     assert dataset.meta["tokens"] == sum(len(ids) for ids, _ in documents)
     assert dataset.meta["targets"] == sum(sum(mask) for _, mask in documents)
@@ -112,7 +118,7 @@ def test_a_long_text_read_in_parts_is_the_same_document(tmp_path, small_tokenize
     build_dataset([tmp_path / "a.txt", tmp_path / "b.txt"], small_tokenizer, tmp_path / "set", quiet=True, workers=2)
     dataset = Dataset(tmp_path / "set", verify=True)
     expected = [encode_document(small_tokenizer, document, "", True)[0] for document in (text, "another\n")]
-    assert [dataset.document(i)[0].tolist() for i in range(len(dataset))] == expected
+    assert [document(dataset, i)[0].tolist() for i in range(len(dataset))] == expected
 
 
 def test_this_path_imports_no_torch(tmp_path, built, small_tokenizer):
@@ -305,7 +311,7 @@ def test_the_golden_index_is_read_and_equals_ours(tmp_path):
     assert Path(f"{part}.idx").read_bytes() == GOLDEN
     for name in (part, tmp_path / "x", f"{part}.idx"):
         dataset = open_data((str(name),), type("Ten", (), {"size": 10}), "")
-        assert [dataset.document(i)[0].tolist() for i in range(len(dataset))] == [[1, 5, 6], [7, 8, 1, 9, 9, 2]]
+        assert [document(dataset, i)[0].tolist() for i in range(len(dataset))] == [[1, 5, 6], [7, 8, 1, 9, 9, 2]]
     assert Pieces(dataset, 4).targets.sum() == 2 + 5
 
 
@@ -315,7 +321,7 @@ def test_an_instruction_triple_is_trained_where_its_labels_are(tmp_path):
     for name, sequences in parts.items():
         indexed(tmp_path / f"x_packed_{name}_document", sequences)
     dataset = megatron.MegatronDataset(tmp_path / "x", 10)
-    assert [dataset.document(i)[1].tolist() for i in range(2)] == [[0, 0, 1, 1], [0, 1, 1]]
+    assert [document(dataset, i)[1].tolist() for i in range(2)] == [[0, 0, 1, 1], [0, 1, 1]]
     batch = Pieces(dataset, 8).batch(np.arange(2))
     assert batch.labels.tolist() == [-100, 6, 2, -100, 7, 2, -100]  # unshifted on disk, shifted here
     with pytest.raises(UserError, match="token id 7 is beyond the vocabulary of 7"):
@@ -358,12 +364,12 @@ def rows(batches):
 def test_an_epoch_packs_every_document_once(built):
     dataset, plan = Dataset(built[1]), plan_of(built[1], epochs=1.0)
     packed = sorted(tuple(map(int, part)) for step in range(plan.total_steps) for part in rows(plan.micro_batches(step)))
-    assert packed == sorted(tuple(dataset.document(i)[0].tolist()) for i in range(len(dataset)))
+    assert packed == sorted(tuple(document(dataset, i)[0].tolist()) for i in range(len(dataset)))
 
 
 def test_every_label_is_the_next_token_of_its_own_document(built):
     dataset = Dataset(built[1])
-    trained = {tuple(ids.tolist()): mask for ids, mask in map(dataset.document, range(len(dataset)))}
+    trained = {tuple(ids.tolist()): mask for ids, mask in (document(dataset, i) for i in range(len(dataset)))}
     for batch in plan_of(built[1]).micro_batches(0):
         bounds = np.cumsum([0, *batch.lengths])
         for start, end in pairwise(bounds):
@@ -424,7 +430,7 @@ def test_chinese_all_the_way(tmp_path, shared):
     tokenizer = open_tokenizer(shared / "tokenizers/chinese_llama2")
     chat = open_data((str(shared / "sft/alpaca_zh_demo.json"),), tokenizer, str(tmp_path), template="chinese_alpaca_2", quiet=True)
     assert (len(chat), chat.meta["documents_without_target"]) == (1000, 0)
-    ids, mask = chat.document(0)
+    ids, mask = document(chat, 0)
     records = json.loads((shared / "sft/alpaca_zh_demo.json").read_text(encoding="utf-8"))
     assert tokenizer.decode(ids[mask == 1].tolist()) == records[0]["output"]
     text = shared / "text/sanguo_ch1-20_zh.txt"

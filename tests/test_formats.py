@@ -78,6 +78,14 @@ def test_pre_training_rows_are_their_text(tmp_path):
     assert read(both, "ascend") == read(both) and read(path, "ascend") == ["one", "two"]
 
 
+def test_a_belle_dialogue_in_one_instruction_is_its_rounds(tmp_path):
+    row = {"instruction": "Human:Q\nwhich?\nAssistant: A\nHuman:R\nAssistant:", "input": "", "output": "B"}
+    said = "Human: Q\nAssistant: A"  # ends in an answer: nothing is left to answer, so it is an instruction like any other
+    path = write(tmp_path / "a.json", [row, row | {"instruction": said}])
+    assert read(path, "ascend") == [Conversation((Turn("Q\nwhich?", "A"), Turn("R", "B"))), Conversation((Turn(said, "B"),))]
+    assert read(path)[0] == Conversation((Turn(row["instruction"], "B"),))  # only where AscendSpeed's rows are asked for
+
+
 def test_parquet_rows_are_records(tmp_path):
     pyarrow = pytest.importorskip("pyarrow")
     from pyarrow import parquet

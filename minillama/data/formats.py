@@ -255,9 +255,21 @@ def _moss(record: dict[str, Any], source: Source) -> list[Document]:
     return [Conversation((*(replace(turn, is_target=False) for turn in turns[:i]), turns[i])) for i in range(len(turns))]
 
 
+BELLE_ROUND = re.compile(r"Human:(.*?)Assistant:(.*?)(?=Human:|\Z)", re.DOTALL)
+
+
 def _ascend(record: dict[str, Any], source: Source) -> list[Document]:
-    """AscendSpeed's rows: instruction data where there is an instruction, else pre-training text."""
-    return (_alpaca if "instruction" in record else _text)(record, source)
+    """AscendSpeed's rows: instruction data where there is an instruction, else pre-training text.
+
+    BelleMultiTurn's instruction holds the dialogue (Human:Q Assistant:A Human:R Assistant:) and its output the last answer.
+    """
+    if "instruction" not in record:
+        return _text(record, source)
+    said = _text_of(record, "instruction")
+    rounds = [[text.strip() for text in pair] for pair in BELLE_ROUND.findall(said)] if said.startswith("Human:") else []
+    if rounds and not rounds[-1][1]:
+        record = record | {"history": rounds[:-1], "instruction": rounds[-1][0]}
+    return _alpaca(record, source)
 
 
 def _text(record: dict[str, Any], source: Source) -> list[Document]:

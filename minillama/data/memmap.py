@@ -65,8 +65,8 @@ class Writer:
     def __init__(self, prefix: Path, vocab_size: int, about: dict[str, Any]) -> None:
         """about: tokenizer_sha256, template, … stored as they are; work is taken up only where all of it is the same."""
         self.prefix, self.vocab_size, self.dtype = prefix, vocab_size, np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
-        self.about = {"version": VERSION, "dtype": self.dtype.name, "vocab_size": vocab_size, **json.loads(json.dumps(about))}
-        self.meta = self.about | Chunk().counts()
+        fixed = {"version": VERSION, "dtype": self.dtype.name, "vocab_size": vocab_size, **json.loads(json.dumps(about))}
+        self.meta = fixed | Chunk().counts()
 
     def __enter__(self) -> Self:
         self.prefix.parent.mkdir(parents=True, exist_ok=True)
@@ -78,7 +78,7 @@ class Writer:
         self.files |= {part: FileIO(self._partial(part), "ab") for part in PARTS}
         with suppress(OSError, ValueError, KeyError):  # nothing to take up, or half written
             meta = json.loads(self._partial("json").read_text(encoding="utf-8"))
-            is_same = all(meta[key] == value for key, value in self.about.items())
+            is_same = meta | Chunk().counts() == self.meta
             if is_same and all(self.files[part].tell() >= size for part, size in self._sizes(meta).items()):
                 self.meta = meta
         for part, size in self._sizes(self.meta).items():
@@ -168,8 +168,3 @@ class Dataset:
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
-
-    def document(self, number: int) -> tuple[np.ndarray, np.ndarray | None]:
-        """(ids, mask or None) of a document."""
-        span = slice(self.offsets[number], self.offsets[number + 1])
-        return self.tokens[span], None if self.mask is None else self.mask[span]
