@@ -78,7 +78,7 @@ class Packed:
     def __init__(self, pieces: Pieces) -> None:
         self.model = Llama(published("15m")).initialise(torch.Generator().manual_seed(0))
         self.optimizer = Optimizer(self.model.named_parameters(), Mesh())
-        self.plan = BatchPlan(pieces, max_length=LENGTH, rows_per_step=ROWS, rows_per_micro_batch=ROWS, seed=0, epochs=1.0)
+        self.plan = BatchPlan(pieces, rows_per_step=ROWS, rows_per_micro_batch=ROWS, seed=0, epochs=1.0)
 
     def step(self, number: int) -> int:
         batch = self.plan.micro_batches(number % (self.plan.total_steps - 1))[0]

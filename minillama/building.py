@@ -150,11 +150,11 @@ def build_plans(settings: Settings, tokenizer: Tokenizer, config: LlamaConfig, m
         evaluation = Pieces(dataset, max_length, reserved)
     pieces = Pieces(dataset, max_length, documents)
     micro = settings.per_device_train_batch_size
-    plan = BatchPlan(pieces, max_length=max_length, rows_per_step=micro * settings.gradient_accumulation_steps * mesh.size,
+    plan = BatchPlan(pieces, rows_per_step=micro * settings.gradient_accumulation_steps * mesh.size,
                      rows_per_micro_batch=micro, seed=settings.seed, packing=settings.packing, epochs=settings.num_train_epochs,
                      max_steps=settings.max_steps)
     mesh.print(f"data: {pieces.summary()}")
     micro = settings.per_device_eval_batch_size
-    eval_plan = BatchPlan(evaluation, max_length=max_length, rows_per_step=micro * mesh.size, rows_per_micro_batch=micro, seed=0,
+    eval_plan = BatchPlan(evaluation, rows_per_step=micro * mesh.size, rows_per_micro_batch=micro, seed=0,
                           packing=settings.packing, shuffle=False) if evaluation else None
     return plan, eval_plan, dataset.meta.get("template") or template

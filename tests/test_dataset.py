@@ -353,7 +353,7 @@ def test_a_damaged_megatron_index_is_refused(tmp_path, change, message):
 
 def plan_of(prefix, **changes):
     options = {"max_length": 256, "rows_per_step": 4, "rows_per_micro_batch": 2, "seed": 3, "epochs": 2.0} | changes
-    return BatchPlan(Pieces(Dataset(prefix), options["max_length"]), **options)
+    return BatchPlan(Pieces(Dataset(prefix), options.pop("max_length")), **options)
 
 
 def rows(batches):

@@ -92,9 +92,9 @@ def _count_targets(mask: np.ndarray | None, first: np.ndarray, behind: np.ndarra
 class BatchPlan:
     """The batches of a run, by step."""
 
-    def __init__(self, pieces: Pieces, *, max_length: int, rows_per_step: int, rows_per_micro_batch: int, seed: int,
-                 packing: bool = True, epochs: float = 1.0, max_steps: int = 0, shuffle: bool = True) -> None:
-        self.pieces, self.max_length, self.seed, self.packing, self.shuffle = pieces, max_length, seed, packing, shuffle
+    def __init__(self, pieces: Pieces, *, rows_per_step: int, rows_per_micro_batch: int, seed: int, packing: bool = True,
+                 epochs: float = 1.0, max_steps: int = 0, shuffle: bool = True) -> None:
+        self.pieces, self.seed, self.packing, self.shuffle = pieces, seed, packing, shuffle
         self.rows_per_step, self.rows_per_micro_batch = rows_per_step, rows_per_micro_batch
         self._rows: tuple[int, np.ndarray, np.ndarray] | None = None  # the epoch at hand: number, order, row bounds
         self._steps: list[int] = []                                   # of each epoch, as far as known
@@ -107,7 +107,7 @@ class BatchPlan:
         if self._rows is None or self._rows[0] != epoch:
             n = len(self.pieces.length)
             order = np.random.Generator(np.random.Philox(key=[self.seed, epoch])).permutation(n) if self.shuffle else np.arange(n)
-            bounds = _fill_rows(self.pieces.length[order], self.max_length) if self.packing else np.arange(n + 1)
+            bounds = _fill_rows(self.pieces.length[order], self.pieces.max_length) if self.packing else np.arange(n + 1)
             self._rows = epoch, order, bounds
         return self._rows[1:]
 
