@@ -157,7 +157,7 @@ class Stream:
     def flush(self) -> str:
         """What is left at the end; bytes that never became a character as U+FFFD."""
         text = self.decode(self.ids)[len(self.decode(self.ids[:self.known])):]
-        if text.strip():
+        if text:
             self.ids = self.ids[self.known:]
         self.known = len(self.ids)
         return text

@@ -122,6 +122,17 @@ def test_an_array_read_through_a_window_is_the_array(tmp_path_factory, records, 
         formats.BLOCK = usual
 
 
+@pytest.mark.parametrize(("between", "place"), [
+    (",\n", "line 202 column 21"), (", ", f"line 2 column {200 * (len(json.dumps(ALPACA)) + 2) + 21}")])
+def test_a_fault_behind_many_windows_is_placed_as_in_the_file(tmp_path, monkeypatch, between, place):
+    monkeypatch.setattr(formats, "BLOCK", 100)
+    rows = [json.dumps(ALPACA)] * 300
+    rows[200] = '{"instruction": "Q" "output"}'
+    path = write(tmp_path / "a.json", "[\n" + between.join(rows) + "]")
+    with pytest.raises(UserError, match=f"not valid JSON: .* at {place}$"):
+        list(read_records(Source(path)))
+
+
 def test_an_array_is_never_in_memory_whole(tmp_path, monkeypatch):
     monkeypatch.setattr(formats, "BLOCK", 1000)
     path = write(tmp_path / "a.json", [ALPACA | {"output": "x" * 100}] * 5000)

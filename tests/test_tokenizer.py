@@ -94,6 +94,12 @@ def test_streaming_decode_equals_decode(small_tokenizer, text):
     assert "".join(map(stream.push, ids)) + stream.flush() == small_tokenizer.decode(ids)
 
 
+def test_a_control_token_in_a_stream_leaves_the_space_behind_it(small_tokenizer):
+    ids = [*small_tokenizer.encode("the cat"), small_tokenizer.eos_id, *small_tokenizer.encode("sat on")]
+    stream = Stream(small_tokenizer)
+    assert "".join(map(stream.push, ids)) + stream.flush() == small_tokenizer.decode(ids) == "the cat sat on"
+
+
 def test_streaming_never_prints_half_a_character(shared):
     text = (shared / "text/sanguo_ch1-20_zh.txt").read_text(encoding="utf-8")
     tokenizer = open_tokenizer(shared / "tokenizers/llama")  # knows few Chinese characters: the others are three byte pieces
