@@ -39,11 +39,13 @@ def find_sources(names: Sequence[str | Path], data_format: str = "auto", dataset
 
 def _find(name: str, info_path: Path) -> list[Source]:
     path = Path(name)
-    if path.exists():
-        files = [path] if path.is_file() else [file for file in sorted(path.iterdir()) if file.suffix in SUFFIXES and file.name != INFO]
-        if not files:
+    if path.is_file():
+        return [_described(path)]
+    if path.is_dir():
+        inside = [_described(file) for file in sorted(path.iterdir()) if file.suffix in SUFFIXES and file.name != INFO]
+        if not inside:
             raise UserError(f"{path}: the folder holds no {', '.join(SUFFIXES)} file")
-        return [_described(file) for file in files]
+        return inside
     if Path(f"{path}.bin").is_file():
         raise UserError(f"{path}: a tokenized data set; give it alone, not among raw files")
     if not info_path.is_file():
