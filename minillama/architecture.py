@@ -128,9 +128,7 @@ def published(name: str) -> LlamaConfig:
 def read_config(path: Path) -> LlamaConfig:
     """Read `config.json`, given as the file or the directory that holds it."""
     path = path / "config.json" if path.is_dir() else path
-    raw = read_json(path, "a checkpoint is a directory with config.json and model*.safetensors")
-    with parsing(path):
-        return from_hf(raw)
+    return from_hf(read_json(path, "a checkpoint is a directory with config.json and model*.safetensors"), path)
 
 
 # Our names of the numbers, and those of Hugging Face's config.json.
@@ -142,10 +140,10 @@ HF_NAMES = {
 }
 
 
-def from_hf(raw: dict[str, Any]) -> LlamaConfig:
-    """Hugging Face's `config.json` (either generation's spelling) as a `LlamaConfig`.
+def from_hf(raw: dict[str, Any], path: Path | None = None) -> LlamaConfig:
+    """Hugging Face's `config.json` (either generation's spelling), read from `path`, as a `LlamaConfig`.
     Raises UserError for whatever this network cannot honour, by key and value."""
-    with parsing():
+    with parsing(path):
         _refuse_what_is_not_llama(raw)
         values = {ours: raw[theirs] for ours, theirs in HF_NAMES.items() if raw.get(theirs) is not None}
         missing = [HF_NAMES[name] for name in ("dim", "n_layers", "n_heads", "ffn_dim", "vocab_size", "norm_eps") if name not in values]
@@ -172,10 +170,10 @@ def _refuse_what_is_not_llama(raw: dict[str, Any]) -> None:
 
 def _read_rope(raw: dict[str, Any]) -> tuple[float, RopeScaling | None]:
     """(theta, scaling) from `rope_theta` + `rope_scaling` (transformers 4) or from `rope_parameters` (transformers 5)."""
-    spec = dict(raw.get("rope_scaling") or {}) | dict(raw.get("rope_parameters") or {})
-    theta = float(spec.pop("rope_theta", None) or raw.get("rope_theta") or 10000.0)
-    kind = spec.pop("rope_type", None) or spec.pop("type", None) or "default"
-    spec.pop("type", None)
+    spec = {"type": None, "rope_type": None, "rope_theta": raw.get("rope_theta")}
+    spec |= (raw.get("rope_scaling") or {}) | (raw.get("rope_parameters") or {})
+    theta, old_kind, kind = float(spec.pop("rope_theta") or 10000.0), spec.pop("type"), spec.pop("rope_type")
+    kind = kind or old_kind or "default"
     if kind == "default":
         return theta, None
     if kind not in ("linear", "dynamic", "llama3", "yarn"):
