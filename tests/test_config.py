@@ -48,7 +48,9 @@ def test_every_preset_resolves_and_its_saved_form_replays(preset: str, tmp_path:
 
 @pytest.mark.parametrize(("preset", "trainable"), [
     ("7b_lora", 16 * 32 * (4 * 2 * 4096 + 3 * (4096 + 11008))), ("7b_full_zero1", 6_738_415_616),
-    ("13b_full_zero2", 13_015_864_320),
+    ("13b_full_zero2", 13_015_864_320), ("7b_full", 6_738_415_616), ("13b_full", 13_015_864_320),
+    ("7b_vicuna", 6_738_415_616), ("13b_vicuna", 13_015_864_320),
+    ("7b_lora_qv", 8 * 32 * 2 * 2 * 4096), ("13b_lora_qv", 8 * 40 * 2 * 2 * 5120),
     ("chinese_sft_lora", 64 * 32 * (4 * 2 * 4096 + 3 * (4096 + 11008)) + 2 * 55296 * 4096),
 ])
 def test_a_plan_counts_parameters_exactly_and_allocates_nothing(preset: str, trainable: int) -> None:
@@ -106,6 +108,7 @@ def test_command_lines_of_other_systems_can_be_pasted(flags: list[str], key: str
     (["--packing", "perhaps"], "'perhaps' is not true or false"), (["--lr_scheduler_type", "cosin"], "did you mean 'cosine'"),
     (["--max_steps", "-3"], "max_steps = -3: must not be negative"), (["--save_steps", "0"], "save_steps = 0: must be at least 1"),
     (["--validation_split", "1"], "validation_split = 1.0"), (["--fp16", "--bf16"], "exclude each other"),
+    (["--zero_stage", "3"], "zero_stage = 3; choose one of: 0, 1, 2"),
     (["--seed"], "expected one argument"),
     (["--learn", "1"], "unknown argument --learn"),
 ], ids=lambda value: " ".join(value) if isinstance(value, list) else "")
