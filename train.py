@@ -46,24 +46,24 @@ def main(arguments: list[str]) -> None:
         for name, line in config.list_presets().items():
             print(f"{name:24}{line}")
         return
-    from minillama import building, comm, planning, trainer
+    from minillama import building, comm, trainer
 
     if found.dry_run:
-        print(planning.describe(settings, found.world_size))
+        print(building.describe(settings, found.world_size))
         return
     ranks = os.environ.get("LOCAL_WORLD_SIZE")
     launcher = f"torchrun --nproc_per_node {ranks} train.py" if ranks else "python train.py"
     building.check_inputs(settings, shlex.join([*launcher.split(), *arguments]))
     if not settings.out_dir:
         raise errors.UserError("name a run directory with --out_dir runs/NAME")
-    planning.refuse_what_cannot_fit(settings)
+    building.refuse_what_cannot_fit(settings)
     with comm.start(settings.device) as mesh:
         if found.show_batch:
             mesh.print(trainer.show_first_batch(settings, mesh))
             return
         summary = trainer.train(settings, mesh, found.overwrite_output_dir)
         if summary is not None:
-            mesh.print(planning.closing_words(settings, summary))
+            mesh.print(building.closing_words(settings, summary))
 
 
 if __name__ == "__main__":

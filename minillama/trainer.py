@@ -142,8 +142,8 @@ class Trainer:
         self.skipped_in_a_row = 0 if updated else self.skipped_in_a_row + 1
         if self.skipped_in_a_row == MAX_SKIPPED_IN_A_ROW:
             where = self.optimizer.first_non_finite() or "the loss"
-            raise UserError(f"step {self.step}: loss {loss} or its gradient (first: {where}) was not finite {MAX_SKIPPED_IN_A_ROW} steps in "
-                            f"a row; lower --learning_rate, or look for broken records in the data; checkpoints are in {self.out_dir}")
+            raise UserError(f"step {self.step}: loss {loss} or its gradient (first: {where}) was not finite {self.skipped_in_a_row} steps "
+                            f"in a row; lower --learning_rate, or look for broken records in the data; checkpoints are in {self.out_dir}")
         return loss, norm
 
     def _loss_sum(self, batch: Batch) -> torch.Tensor:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from minillama import deepspeed, device, planning
+from minillama import building, deepspeed, device
 from minillama.errors import UserError
 from minillama.lora import LoraConfig, add_lora, save_adapter
 from tests.conftest import random_model
@@ -83,7 +83,7 @@ def resolved(text: str, tmp_path: Path, base: Path, config: dict | None = None):
 def test_their_training_commands_resolve_and_can_be_planned(text, config, expected, tmp_path, tiny_checkpoint):
     settings = resolved(text, tmp_path, tiny_checkpoint(), config)
     assert {name: getattr(settings, name) for name in expected} == expected
-    assert "parameters" in planning.describe(settings, world_size=8)
+    assert "parameters" in building.describe(settings, world_size=8)
 
 
 @pytest.mark.parametrize(("preset", "text"), [

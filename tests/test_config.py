@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from minillama import building, config, planning
+from minillama import building, config
 from minillama.config import KEYS, Settings
 from minillama.errors import UserError
 from minillama.estimate import estimate
@@ -55,7 +55,7 @@ def test_every_preset_resolves_and_its_saved_form_replays(preset: str, tmp_path:
 ])
 def test_a_plan_counts_parameters_exactly_and_allocates_nothing(preset: str, trainable: int) -> None:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    text = planning.describe(config.resolve(preset, {}), world_size=8)
+    text = building.describe(config.resolve(preset, {}), world_size=8)
     assert f"trained: {trainable:,}" in text
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000  # KiB; the models are 13 to 26 GB
 
@@ -64,7 +64,7 @@ def test_a_plan_counts_parameters_exactly_and_allocates_nothing(preset: str, tra
 def test_every_preset_can_be_planned(preset: str) -> None:
     """demo_lora starts from the checkpoint that demo makes."""
     settings = config.resolve(preset, {})
-    assert f"{building.model_config(settings).parameter_count():,}" in planning.describe(settings, 1)
+    assert f"{building.model_config(settings).parameter_count():,}" in building.describe(settings, 1)
 
 
 def test_the_bytes_of_a_plan_by_hand() -> None:
@@ -83,7 +83,7 @@ def test_models_that_every_rank_would_hold_whole_are_refused_with_the_bytes(pres
     settings = dataclasses.replace(config.resolve(preset, {}), ckpt="", init="scratch")
     weights = estimate(building.model_config(settings), settings).weights
     with pytest.raises(UserError, match=f"{weights:,} bytes .* tensor parallelism"):
-        planning.refuse_what_cannot_fit(settings)
+        building.refuse_what_cannot_fit(settings)
 
 
 @pytest.mark.parametrize(("flags", "key", "value"), [
