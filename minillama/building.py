@@ -68,10 +68,12 @@ def refuse_what_cannot_fit(settings: Settings) -> None:
 
 def model_config(settings: Settings, vocab_size: int = 0) -> LlamaConfig:
     """The architecture of a run, from the checkpoint's config.json or, from scratch, from `model` and the shape keys."""
+    given = {name: getattr(settings, name) for name in SHAPE_KEYS if getattr(settings, name)}
     if settings.ckpt and settings.init == "pretrained":
         config = architecture.read_config(checkpoints.find_checkpoint(Path(settings.ckpt)))
+        for name in (name for name in given if name not in ("n_layers", "vocab_size") and given[name] != getattr(config, name)):
+            raise UserError(f"{name} = {given[name]}, but {settings.ckpt} has {getattr(config, name)}; leave it out, or add --init scratch")
         return architecture.with_layers(config, settings.n_layers) if settings.n_layers else config
-    given = {name: getattr(settings, name) for name in SHAPE_KEYS if getattr(settings, name)}
     if settings.model:
         config = architecture.published(settings.model)
     else:
@@ -97,15 +99,14 @@ def build_model(settings: Settings, tokenizer: Tokenizer, mesh: Mesh) -> tuple[L
     dtype, warning = compute_dtype(settings.precision, mesh.device)
     if warning:
         mesh.print(f"warning: {warning}")
-    generator = torch.Generator().manual_seed(settings.seed)
+    config, generator = model_config(settings, tokenizer.size), torch.Generator().manual_seed(settings.seed)
     if settings.ckpt and settings.init == "pretrained":
         keeps_rows = settings.lora and not {"embed_tokens", "lm_head"} <= set(settings.modules_to_save)
-        if keeps_rows and tokenizer.size > model_config(settings).vocab_size:
+        if keeps_rows and tokenizer.size > config.vocab_size:
             raise UserError(f"{tokenizer.path} has {tokenizer.size} pieces, more than the checkpoint's embedding has rows; the new rows "
                             "would never be trained: add --modules_to_save embed_tokens,lm_head")
         model = checkpoints.load_model(checkpoints.find_checkpoint(Path(settings.ckpt)), dtype, "cpu", settings.n_layers, tokenizer.size)
     else:
-        config = model_config(settings, tokenizer.size)
         if config.vocab_size < tokenizer.size:
             raise UserError(f"vocab_size = {config.vocab_size} is below the tokenizer's {tokenizer.size} pieces")
         config = replace(config, bos_id=tokenizer.bos_id or 0, eos_ids=() if tokenizer.eos_id is None else (tokenizer.eos_id,))

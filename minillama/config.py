@@ -10,7 +10,6 @@ import dataclasses
 import json
 import tomllib
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -27,7 +26,7 @@ def key(section: str, default: Any, help: str, choices: Sequence[Any] = (), leas
     return dataclasses.field(default=default, metadata={"section": section, "help": help, "choices": choices, "least": least})
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Settings:
     """Every key of a run. Lists are comma-separated on the command line; 0 and "" mean what the help says."""
 
@@ -57,7 +56,7 @@ class Settings:
     workers: int = key("data", 1, "processes that tokenize")
     cache_dir: str = key("data", "", "where tokenized raw files are kept (empty: ~/.cache/minillama)")
 
-    lora: bool = key("lora", False, "train low-rank adapters instead of the weights")
+    lora: bool = key("lora", False, "train low-rank adapters instead of the weights; any key below turns it on")
     lora_rank: int = key("lora", 8, "rank R of the adapters", least=1)
     lora_alpha: float = key("lora", 0.0, "adapters are scaled by alpha / rank (0: alpha is twice the rank)")
     lora_dropout: float = key("lora", 0.0, "dropout on the adapters' input")
@@ -102,7 +101,7 @@ class Settings:
     device: str = key("train", "auto", "device", DEVICES)
     threads: int = key("train", 0, "processor threads a rank uses (0: torch's choice)")
 
-    zero_stage: int = key("parallel", 0, "0: replicate; 1: shard optimizer state; 2: shard gradients too", (0, 1, 2))
+    zero_stage: int = key("parallel", 0, "what ranks share out: 1 the optimizer's state, 2 the gradients too", (0, 1, 2))
     reduction: str = key("parallel", "fast", "order in which gradients are summed", ("exact", "fast"))
     bucket_elements: int = key("parallel", 100_000_000, "gradient elements reduced at a time", least=1)
 
@@ -129,7 +128,7 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, renamed: dict[str, str] | None = None, **settings: Any) -> None:
         """renamed: flags of other systems -> ours, by name."""
-        self.renamed = renamed or {}
+        self.renamed = dict(renamed or {})
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **settings)
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> tuple[Any, list[str]]:
@@ -181,18 +180,16 @@ FLAG_OF_TYPE = {bool: BOOLEAN, tuple: {"type": parse_list, "metavar": "A,B"}} | 
     kind: {"type": kind, "metavar": kind.__name__} for kind in (int, float, str)}
 
 
-def add_keys(parser: argparse.ArgumentParser) -> None:
-    """A flag for each key of `Settings`, in a group for each section, and the aliases."""
-    groups: dict[str, Any] = {}
+def add_keys(parser: Parser) -> None:
+    """A flag for each key of `Settings`, in a group for each section, and the flags of other systems."""
+    parser.renamed |= RENAMED
+    groups = {section: parser.add_argument_group(section) for section in ("model", "data", "lora", "train", "parallel")}
     for name, field in KEYS.items():
         section, help, choices = (field.metadata[part] for part in ("section", "help", "choices"))
-        group = groups.setdefault(section, parser.add_argument_group(section))
-        flags = [f"--{name}", *(f"--{alias}" for alias, target in RENAMED.items() if target == name)]
-        named = f": {', '.join(choices)}" if choices and isinstance(choices[0], str) else ""
-        default = ",".join(field.default) if isinstance(field.default, tuple) else str(field.default)
-        shown = default.lower() if isinstance(field.default, bool) else default
-        group.add_argument(*flags, **FLAG_OF_TYPE[type(field.default)], dest=name, default=argparse.SUPPRESS,
-                           help=f"{help}{named} [{shown}]".replace("%", "%%"))
+        named = f": {', '.join(map(str, choices))}" if choices else ""
+        shown = ",".join(field.default) if isinstance(field.default, tuple) else str(field.default).lower()
+        groups[section].add_argument(f"--{name}", **FLAG_OF_TYPE[type(field.default)], default=argparse.SUPPRESS,
+                                     help=f"{help}{named} [{shown}]".replace("%", "%%"))
     for flag in ("fp16", "bf16"):
         groups["train"].add_argument(f"--{flag}", **BOOLEAN, help=f"precision {flag}")
     add_flags(parser)
@@ -202,6 +199,8 @@ def resolve(source: str, flags: dict[str, Any]) -> Settings:
     """Defaults, then the preset or file `source` (a name, a .toml, or a run's train_config.json), then the flags."""
     values = read_source(source) if source else {}
     values |= settings_from(flags) | {name: value for name, value in flags.items() if name in KEYS}
+    if any(KEYS[name].metadata["section"] == "lora" for name in values):
+        values.setdefault("lora", True)
     asked = [name for name in ("fp16", "bf16") if flags.get(name)] or [values.get("precision", "fp32")]
     if len(asked) == 2:
         raise UserError("--fp16 and --bf16 exclude each other; give one")

@@ -103,13 +103,12 @@ class Trainer:
                             "grad_norm": norm, "skipped": self.skipped, **scale,
                             **self._rates(speed, [n for batch in batches for n in batch.lengths])})
             new_epoch = self.plan.locate(self.step)[0] != epoch
-            if self.eval_plan and self._is_due(settings.eval_strategy, settings.eval_steps, new_epoch):
+            if self.eval_plan and (self._is_due(settings.eval_strategy, settings.eval_steps, new_epoch) or self.step == total):
                 eval_loss = self.evaluate()
                 log.record({"step": self.step, "epoch": self.plan.epoch_at(self.step), "eval_loss": eval_loss})
                 log.say(f"step {self.step}: validation loss {eval_loss:.4f}")
             if self._is_due(settings.save_strategy, settings.save_steps, new_epoch) and self.step < total:
                 self.save_checkpoint(log)
-        eval_loss = self.evaluate() if self.eval_plan else eval_loss
         self.save_model(self.out_dir / "final")
         finite = [loss for loss in losses if math.isfinite(loss)]
         return {

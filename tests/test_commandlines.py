@@ -75,10 +75,10 @@ def resolved(text: str, tmp_path: Path, base: Path, config: dict | None = None):
                            "precision": "fp16", "gradient_checkpointing": False, "save_steps": 10, "plot_loss": True}),
     (FASTCHAT, ASCEND, {"lora": False, "max_length": 1024, "zero_stage": 1, "bucket_elements": 10**8, "initial_scale_power": 8,
                         "gradient_accumulation_steps": 32, "eval_strategy": "no", "gradient_checkpointing": True, "tf32": False}),
-    (CHINESE_SFT, CHINESE, {"zero_stage": 2, "data": ("data",), "validation_split": 0.001, "lora_rank": 64, "workers": 8,
+    (CHINESE_SFT, CHINESE, {"lora": True, "zero_stage": 2, "data": ("data",), "validation_split": 0.001, "lora_rank": 64, "workers": 8,
                             "modules_to_save": ("embed_tokens", "lm_head"), "min_loss_scale": 1e-10, "loss_scale_window": 100}),
     (ASCENDSPEED, None, {"max_steps": 2000, "learning_rate": 1e-6, "min_learning_rate": 1e-8, "per_device_train_batch_size": 4,
-                         "precision": "bf16", "adam_beta2": 0.95, "lora_rank": 16, "max_length": 512}),
+                         "precision": "bf16", "adam_beta2": 0.95, "lora": True, "lora_rank": 16, "max_length": 512}),
 ], ids=["llama_factory", "fastchat", "chinese_llama_alpaca", "ascendspeed"])
 def test_their_training_commands_resolve_and_can_be_planned(text, config, expected, tmp_path, tiny_checkpoint):
     settings = resolved(text, tmp_path, tiny_checkpoint(), config)

@@ -102,6 +102,15 @@ def test_command_lines_of_other_systems_can_be_pasted(flags: list[str], key: str
     assert getattr(config.resolve("", parse(*flags)), key) == value
 
 
+@pytest.mark.parametrize(("flags", "lora"), [
+    ((), False), (("--lora_rank", "4"), True), (("--adapter", "a"), True), (("--lora_rank", "4", "--lora", "false"), False),
+    (("--finetuning_type", "full", "--lora_target", "q_proj"), False), (("--config", "7b_full", "--lora_rank", "4"), True),
+], ids=str)
+def test_a_flag_of_lora_turns_it_on_rather_than_being_ignored(flags: tuple[str, ...], lora: bool) -> None:
+    source, flags = (flags[1], flags[2:]) if "--config" in flags else ("", flags)
+    assert config.resolve(source, parse(*flags)).lora is lora
+
+
 @pytest.mark.parametrize(("flags", "named"), [
     (["--learning_rte", "1"], "did you mean '--learning_rate'"),
     (["--max_steps", "many"], "invalid int value: 'many'"),

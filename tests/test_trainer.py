@@ -488,6 +488,12 @@ def test_n_layers_takes_the_first_layers_of_the_checkpoint(settings_for: Callabl
     assert torch.equal(run.model.model.layers[0].mlp.up_proj.weight, whole.model.layers[0].mlp.up_proj.weight)
 
 
+def test_a_shape_that_is_not_the_checkpoints_is_refused_not_ignored(settings_for: Callable) -> None:
+    trainer.Trainer(settings_for(dim=24), MESH)
+    with pytest.raises(UserError, match=r"dim = 32, but .*base has 24; leave it out"):
+        trainer.Trainer(settings_for(dim=32), MESH)
+
+
 def test_a_larger_vocabulary_grows_the_embeddings_by_their_mean(settings_for: Callable, inputs: Path, tmp_path: Path) -> None:
     larger = tmp_path / "larger.model"
     larger.write_bytes(train_tokenizer([demo.records(("first",), 50, 0, False)[i]["instruction"] for i in range(50)], 340))
