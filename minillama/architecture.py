@@ -170,10 +170,9 @@ def _refuse_what_is_not_llama(raw: dict[str, Any]) -> None:
 
 def _read_rope(raw: dict[str, Any]) -> tuple[float, RopeScaling | None]:
     """(theta, scaling) from `rope_theta` + `rope_scaling` (transformers 4) or from `rope_parameters` (transformers 5)."""
-    spec = {"type": None, "rope_type": None, "rope_theta": raw.get("rope_theta")}
-    spec |= (raw.get("rope_scaling") or {}) | (raw.get("rope_parameters") or {})
-    theta, old_kind, kind = float(spec.pop("rope_theta") or 10000.0), spec.pop("type"), spec.pop("rope_type")
-    kind = kind or old_kind or "default"
+    spec = (raw.get("rope_scaling") or {}) | (raw.get("rope_parameters") or {})
+    theta, kind, old_kind = (spec.pop(key, None) for key in ("rope_theta", "rope_type", "type"))
+    theta, kind = float(theta or raw.get("rope_theta") or 10000.0), kind or old_kind or "default"
     if kind == "default":
         return theta, None
     if kind not in ("linear", "dynamic", "llama3", "yarn"):

@@ -137,7 +137,7 @@ class Parser(argparse.ArgumentParser):
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
         found, unknown = self.parse_known_args(args, namespace)
         if unknown:
-            known = [flag for action in self._actions for flag in action.option_strings]
+            known = [flag for action in self._actions for flag in action.option_strings] + [f"--{name}" for name in self.renamed]
             raise UserError(f"unknown argument {unknown[0]}{closest(unknown[0].split('=')[0], known)}; --help lists them all")
         return found
 

@@ -19,9 +19,10 @@ class Report:
     def __init__(self, out_dir: Path, total_steps: int, first_step: int, enabled: bool) -> None:
         self.path, self.enabled, self.began = out_dir / "metrics.jsonl", enabled, time.perf_counter()
         self.bar = tqdm(total=total_steps, initial=first_step, unit="step", desc="training", disable=not enabled, dynamic_ncols=True)
-        if enabled:  # drop records of steps that a resumed run will take again
+        if enabled:  # drop a line that was not written to its end, and records of steps that a resumed run will take again
             lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True) if self.path.is_file() else []
-            self.path.write_text("".join(line for line in lines if json.loads(line)["step"] <= first_step), encoding="utf-8")
+            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= first_step]
+            self.path.write_text("".join(kept), encoding="utf-8")
 
     def record(self, values: dict[str, Any]) -> None:
         """Append one record to metrics.jsonl."""

@@ -112,7 +112,7 @@ def test_a_flag_of_lora_turns_it_on_rather_than_being_ignored(flags: tuple[str, 
 
 
 @pytest.mark.parametrize(("flags", "named"), [
-    (["--learning_rte", "1"], "did you mean '--learning_rate'"),
+    (["--learning_rte", "1"], "did you mean '--learning_rate'"), (["--model_name_or_pth", "x"], "did you mean '--model_name_or_path'"),
     (["--max_steps", "many"], "invalid int value: 'many'"),
     (["--packing", "perhaps"], "'perhaps' is not true or false"), (["--lr_scheduler_type", "cosin"], "did you mean 'cosine'"),
     (["--max_steps", "-3"], "max_steps = -3: must not be negative"), (["--save_steps", "0"], "save_steps = 0: must be at least 1"),

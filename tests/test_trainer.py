@@ -362,6 +362,16 @@ def test_a_named_checkpoint_is_resumed_and_none_starts_over(settings_for: Callab
         assert losses_of(settings.out_dir) == losses
 
 
+def test_a_record_cut_off_by_a_power_cut_does_not_stop_the_run_that_goes_on(settings_for: Callable, tmp_path: Path) -> None:
+    settings = settings_for(save_strategy="steps", save_steps=2, save_total_limit=0)
+    trainer.train(settings, MESH)
+    metrics = tmp_path / "run/metrics.jsonl"
+    losses = losses_of(settings.out_dir)
+    metrics.write_text(metrics.read_text()[:-30])
+    trainer.train(replace(settings, resume=str(tmp_path / "run/checkpoints/step-000004")), MESH)
+    assert losses_of(settings.out_dir) == losses
+
+
 def test_only_the_newest_checkpoints_are_kept(settings_for: Callable, tmp_path: Path) -> None:
     trainer.train(settings_for(save_strategy="steps", save_steps=1, save_total_limit=2), MESH)
     assert sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir()) == ["step-000004", "step-000005"]
