@@ -71,8 +71,10 @@ def model_config(settings: Settings, vocab_size: int = 0) -> LlamaConfig:
     given = {name: getattr(settings, name) for name in SHAPE_KEYS if getattr(settings, name)}
     if settings.ckpt and settings.init == "pretrained":
         config = architecture.read_config(checkpoints.find_checkpoint(Path(settings.ckpt)))
-        for name in (name for name in given if name not in ("n_layers", "vocab_size") and given[name] != getattr(config, name)):
-            raise UserError(f"{name} = {given[name]}, but {settings.ckpt} has {getattr(config, name)}; leave it out, or add --init scratch")
+        differs = [name for name in given if name not in ("n_layers", "vocab_size") and given[name] != getattr(config, name)]
+        if differs:
+            raise UserError(f"{differs[0]} = {given[differs[0]]}, but {settings.ckpt} has {getattr(config, differs[0])}; leave it out, "
+                            "or add --init scratch")
         return architecture.with_layers(config, settings.n_layers) if settings.n_layers else config
     if settings.model:
         config = architecture.published(settings.model)
