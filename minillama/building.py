@@ -14,7 +14,7 @@ from minillama.architecture import LlamaConfig
 from minillama.checkpoint import directory as checkpoints
 from minillama.comm import Mesh, first_rank_first
 from minillama.config import Settings
-from minillama.data.batches import BatchPlan, Pieces, split_documents
+from minillama.data.batches import BatchPlan, Cut, Pieces, split_documents
 from minillama.data.build import open_data
 from minillama.data.demo import write_demo
 from minillama.device import compute_dtype
@@ -64,6 +64,48 @@ def refuse_what_cannot_fit(settings: Settings) -> None:
     if weights > LARGEST_REPLICATED:
         raise UserError(f"the model's weights alone are {weights:,} bytes ({_gb(weights)}) on every rank: data parallelism replicates "
                         f"them, and tensor parallelism does not exist here yet; {_gb(LARGEST_REPLICATED)} is the most")
+
+
+def describe(settings: Settings, world_size: int) -> str:
+    """Parameters, bytes per rank and tokens per step; nothing is allocated."""
+    config = model_config(settings)
+    e = estimate(config, settings, world_size)
+    width, recompute = 4 if settings.precision == "fp32" else 2, settings.gradient_checkpointing
+    length = settings.max_length or min(config.max_seq_len, 1024)
+    rows = settings.per_device_train_batch_size * settings.gradient_accumulation_steps * world_size
+    micro = settings.per_device_train_batch_size * length
+    return "\n".join([
+        f"model       {config.n_layers} layers, width {config.dim}, {config.n_heads} heads ({config.n_kv_heads} key/value), "
+        f"MLP {config.ffn_dim}, vocabulary {config.vocab_size:,}",
+        f"parameters  {config.parameter_count():,}; trained: {e.trainable:,} ({e.trainable / config.parameter_count():.2%})",
+        f"per rank    weights {_gb(e.weights)} + gradients {_gb(e.gradients)} + optimizer {_gb(e.optimizer)} = {_gb(e.total)}, "
+        f"before activations ({settings.precision}, ZeRO stage {settings.zero_stage}, {world_size} rank{'s' * (world_size > 1)})",
+        f"activations {_gb(activation_bytes(config, micro, width, recompute))} a micro-batch ({'recomputed' if recompute else 'kept'})",
+        f"disk        {_gb(config.parameter_count() * width * (not settings.lora) + e.trainable * 12)} a checkpoint",
+        f"a step      {rows} rows of up to {length:,} tokens = up to {rows * length:,} tokens on all ranks",
+        f"schedule    {_schedule(settings)}",
+    ])
+
+
+def _schedule(settings: Settings) -> str:
+    length = f"{settings.max_steps} steps" if settings.max_steps else f"{settings.num_train_epochs:g} epochs"
+    warmup = f"{settings.warmup_steps} steps" if settings.warmup_steps else f"{settings.warmup_ratio:.0%}"
+    return f"{length}, {settings.lr_scheduler_type} from {settings.learning_rate:g}, warm-up {warmup}, seed {settings.seed}"
+
+
+def closing_words(settings: Settings, summary: dict[str, Any]) -> str:
+    """What came of the run, and the command to type next."""
+    loss = f"loss {summary['last_loss']:.4f}" if summary["last_loss"] is not None else "no finite loss"
+    held_out = f", validation loss {summary['eval_loss']:.4f}" if summary["eval_loss"] is not None else ""
+    out_dir = Path(settings.out_dir)
+    follow = f"python eval.py --task demo --ckpt {out_dir}   or   " if out_dir.name.startswith("demo") else ""
+    return (f"{summary['steps']:,} steps, {summary['tokens']:,} tokens, {loss}{held_out}, {summary['seconds']:.0f} s, "
+            f"{summary['tokens_per_second']:,.0f} tokens/s per device, peak memory {_gb(summary['peak_memory_bytes'])}\n"
+            f"next: {follow}python generate.py --ckpt {out_dir} --chat")
+
+
+def _gb(count: float) -> str:
+    return f"{count / 1e9:.2f} GB"
 
 
 def model_config(settings: Settings, vocab_size: int = 0) -> LlamaConfig:
@@ -158,59 +200,25 @@ def build_plans(settings: Settings, tokenizer: Tokenizer, config: LlamaConfig, m
     with first_rank_first(mesh):
         dataset = open_data(settings.data, tokenizer, settings.cache_dir, **options)
         held_out = open_data(settings.eval_data, tokenizer, settings.cache_dir, **options) if settings.eval_data else None
-    documents = reserved = None  # all of them
+    documents, evaluation = None, Pieces(held_out, max_length) if held_out else None
     if held_out is None and settings.validation_split:
-        held_out, (documents, reserved) = dataset, split_documents(len(dataset), settings.validation_split, settings.seed)
-    pieces, common = Pieces(dataset, max_length, documents), {"max_length": max_length, "packing": settings.packing}
-    cut, rows = pieces.cut, settings.per_device_train_batch_size
-    plan = BatchPlan(pieces, rows_per_step=rows * settings.gradient_accumulation_steps * mesh.size, rows_per_micro_batch=rows,
-                     seed=settings.seed, epochs=settings.num_train_epochs, max_steps=settings.max_steps, **common)
-    rows = settings.per_device_eval_batch_size
-    eval_plan = None if held_out is None else BatchPlan(
-        Pieces(held_out, max_length, reserved), rows_per_step=rows * mesh.size, rows_per_micro_batch=rows, seed=0, shuffle=False, **common)
-    mesh.print(f"data: {cut.documents:,} documents, {cut.tokens:,} tokens, {cut.targets:,} of them targets"
-               + (f"; {cut.shortened:,} cut at max_length {max_length}" if cut.shortened else "")
-               + (f"; {cut.without_target:,} left out: no target within max_length" if cut.without_target else ""))
+        documents, reserved = split_documents(len(dataset), settings.validation_split, settings.seed)
+        evaluation = Pieces(dataset, max_length, reserved)
+    pieces = Pieces(dataset, max_length, documents)
+    micro = settings.per_device_train_batch_size
+    plan = BatchPlan(pieces, max_length=max_length, rows_per_step=micro * settings.gradient_accumulation_steps * mesh.size,
+                     rows_per_micro_batch=micro, seed=settings.seed, packing=settings.packing, epochs=settings.num_train_epochs,
+                     max_steps=settings.max_steps)
+    _say_what_was_cut(pieces.cut, max_length, mesh)
+    micro = settings.per_device_eval_batch_size
+    eval_plan = BatchPlan(evaluation, max_length=max_length, rows_per_step=micro * mesh.size, rows_per_micro_batch=micro, seed=0,
+                          packing=settings.packing, shuffle=False) if evaluation else None
     return plan, eval_plan, dataset.meta.get("template") or template
 
 
-def describe(settings: Settings, world_size: int) -> str:
-    """Parameters, bytes per rank and tokens per step; nothing is allocated."""
-    config = model_config(settings)
-    e = estimate(config, settings, world_size)
-    width, recompute = 4 if settings.precision == "fp32" else 2, settings.gradient_checkpointing
-    length = settings.max_length or min(config.max_seq_len, 1024)
-    rows = settings.per_device_train_batch_size * settings.gradient_accumulation_steps * world_size
-    micro = settings.per_device_train_batch_size * length
-    return "\n".join([
-        f"model       {config.n_layers} layers, width {config.dim}, {config.n_heads} heads ({config.n_kv_heads} key/value), "
-        f"MLP {config.ffn_dim}, vocabulary {config.vocab_size:,}",
-        f"parameters  {config.parameter_count():,}; trained: {e.trainable:,} ({e.trainable / config.parameter_count():.2%})",
-        f"per rank    weights {_gb(e.weights)} + gradients {_gb(e.gradients)} + optimizer {_gb(e.optimizer)} = {_gb(e.total)}, "
-        f"before activations ({settings.precision}, ZeRO stage {settings.zero_stage}, {world_size} rank{'s' * (world_size > 1)})",
-        f"activations {_gb(activation_bytes(config, micro, width, recompute))} a micro-batch ({'recomputed' if recompute else 'kept'})",
-        f"disk        {_gb(config.parameter_count() * width * (not settings.lora) + e.trainable * 12)} a checkpoint",
-        f"a step      {rows} rows of up to {length:,} tokens = up to {rows * length:,} tokens on all ranks",
-        f"schedule    {_schedule(settings)}",
-    ])
+def _say_what_was_cut(cut: Cut, max_length: int, mesh: Mesh) -> None:
+    mesh.print(f"data: {cut.documents:,} documents, {cut.tokens:,} tokens, {cut.targets:,} of them targets"
+               + (f"; {cut.shortened:,} cut at max_length {max_length}" if cut.shortened else "")
+               + (f"; {cut.without_target:,} left out: no target within max_length" if cut.without_target else ""))
 
 
-def _schedule(settings: Settings) -> str:
-    length = f"{settings.max_steps} steps" if settings.max_steps else f"{settings.num_train_epochs:g} epochs"
-    warmup = f"{settings.warmup_steps} steps" if settings.warmup_steps else f"{settings.warmup_ratio:.0%}"
-    return f"{length}, {settings.lr_scheduler_type} from {settings.learning_rate:g}, warm-up {warmup}, seed {settings.seed}"
-
-
-def closing_words(settings: Settings, summary: dict[str, Any]) -> str:
-    """What came of the run, and the command to type next."""
-    loss = f"loss {summary['last_loss']:.4f}" if summary["last_loss"] is not None else "no finite loss"
-    held_out = f", validation loss {summary['eval_loss']:.4f}" if summary["eval_loss"] is not None else ""
-    out_dir = Path(settings.out_dir)
-    follow = f"python eval.py --task demo --ckpt {out_dir}   or   " if out_dir.name.startswith("demo") else ""
-    return (f"{summary['steps']:,} steps, {summary['tokens']:,} tokens, {loss}{held_out}, {summary['seconds']:.0f} s, "
-            f"{summary['tokens_per_second']:,.0f} tokens/s per device, peak memory {_gb(summary['peak_memory_bytes'])}\n"
-            f"next: {follow}python generate.py --ckpt {out_dir} --chat")
-
-
-def _gb(count: float) -> str:
-    return f"{count / 1e9:.2f} GB"
