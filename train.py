@@ -15,24 +15,25 @@ EXAMPLES = """
 
 Every key below may also stand in a TOML file given as --config FILE.toml; a flag wins over the file, the file over the default.
 A run writes OUT_DIR/final (opens in transformers or peft), checkpoints/, metrics.jsonl, summary.json, train_config.json, loss.png.
-The same command continues an interrupted run. Lists are comma-separated; [brackets] show defaults."""
+The same command continues an interrupted run. Lists are comma-separated; [brackets] show defaults. Flags of FastChat, LLaMA-Factory,
+Chinese-LLaMA-Alpaca and AscendSpeed (--model_name_or_path, --lora_target, …) are understood too."""
 
 
 def parse(arguments: list[str]) -> tuple[config.Settings, object]:
     usage = "python train.py [--config NAME|FILE] [--KEY VALUE …]"
     parser = config.Parser(prog="train.py", description=__doc__ + "\n" + EXAMPLES, usage=usage)
-    parser.add_argument("--config", default="", metavar="NAME|FILE", help="a preset (see --list_configs), a .toml, or a train_config.json")
-    parser.add_argument("--list_configs", action="store_true", help="print the presets, a line each")
-    parser.add_argument("--dry_run", action="store_true", help="print parameters, memory per rank and tokens per step, and stop")
-    parser.add_argument("--show_batch", action="store_true", help="print the first batch with the trained tokens marked, and stop")
-    parser.add_argument("--world_size", type=int, default=0, metavar="N", help="with --dry_run: plan for N ranks")
-    parser.add_argument("--overwrite_output_dir", **config.BOOLEAN, default=False, help="empty out_dir first")
-    parser.add_argument("--deepspeed", default="", metavar="FILE", help="take settings from a DeepSpeed JSON file")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    add = parser.add_argument
+    add("--config", default="", metavar="NAME|FILE", help="a preset (see --list_configs), a .toml, or a train_config.json")
+    add("--list_configs", action="store_true", help="print the presets, a line each")
+    add("--dry_run", action="store_true", help="print parameters, memory per rank and tokens per step, and stop")
+    add("--show_batch", action="store_true", help="print the first batch with the trained tokens marked, and stop")
+    add("--world_size", type=int, default=int(os.environ.get("WORLD_SIZE", "1")), metavar="N", help="with --dry_run: plan for N ranks")
+    add("--overwrite_output_dir", **config.BOOLEAN, default=False, help="empty out_dir first")
+    add("--deepspeed", default="", metavar="FILE", help="take settings from a DeepSpeed JSON file")
+    add("--debug", action="store_true", help="show the traceback of an error")
     config.add_keys(parser)
     found = parser.parse_args(arguments)
     flags = vars(found)
-    found.world_size = found.world_size or int(os.environ.get("WORLD_SIZE", "1"))
     brings_its_own = any(name in flags for name in ("ckpt", "data", "model", "init", "tokenizer", "dim"))
     source = flags["config"] or ("" if brings_its_own else "demo")
     if found.deepspeed:
@@ -46,24 +47,24 @@ def main(arguments: list[str]) -> None:
         for name, line in config.list_presets().items():
             print(f"{name:24}{line}")
         return
-    from minillama import building, comm, planning, trainer
+    from minillama import building, comm, trainer
 
     if found.dry_run:
-        print(planning.describe(settings, found.world_size))
+        print(building.describe(settings, found.world_size))
         return
     ranks = os.environ.get("LOCAL_WORLD_SIZE")
     launcher = f"torchrun --nproc_per_node {ranks} train.py" if ranks else "python train.py"
     building.check_inputs(settings, shlex.join([*launcher.split(), *arguments]))
     if not settings.out_dir:
         raise errors.UserError("name a run directory with --out_dir runs/NAME")
-    planning.refuse_what_cannot_fit(settings)
+    building.refuse_what_cannot_fit(settings)
     with comm.start(settings.device) as mesh:
         if found.show_batch:
             mesh.print(trainer.show_first_batch(settings, mesh))
             return
         summary = trainer.train(settings, mesh, found.overwrite_output_dir)
         if summary is not None:
-            mesh.print(planning.closing_words(settings, summary))
+            mesh.print(building.closing_words(settings, summary))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ Left out on purpose: sliding windows, experts, quantized weights, attention drop
 """
 
 import math
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +20,24 @@ from minillama.errors import UserError, closest, parsing, read_json
 class RopeScaling:
     """How rotary frequencies are stretched beyond the trained context; `ops.reference.rope_frequencies` has the formulas."""
 
-    kind: str                               # linear | dynamic | llama3 | yarn
+    kind: str
     factor: float
-    original_max_seq_len: int | None = None  # llama3, yarn: the context the base model was trained with
-    low_freq_factor: float = 1.0            # llama3
-    high_freq_factor: float = 4.0           # llama3
-    beta_fast: float = 32.0                 # yarn
-    beta_slow: float = 1.0                  # yarn
-    attention_factor: float | None = None   # yarn; None: from factor and the two mscales
-    mscale: float | None = None             # yarn
-    mscale_all_dim: float | None = None     # yarn
-    truncate: bool = True                   # yarn
+    original_max_seq_len: int | None = None  # the context the base model was trained with
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float | None = None   # None: from factor and the two mscales
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    truncate: bool = True
+
+
+# What each kind of scaling needs to know beside its factor.
+ROPE_KINDS = {
+    "linear": (), "dynamic": (), "llama3": ("original_max_seq_len", "low_freq_factor", "high_freq_factor"),
+    "yarn": ("original_max_seq_len", "beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim", "truncate"),
+}
 
 
 @dataclass(frozen=True)
@@ -128,9 +135,7 @@ def published(name: str) -> LlamaConfig:
 def read_config(path: Path) -> LlamaConfig:
     """Read `config.json`, given as the file or the directory that holds it."""
     path = path / "config.json" if path.is_dir() else path
-    raw = read_json(path, "a checkpoint is a directory with config.json and model*.safetensors")
-    with parsing(path):
-        return from_hf(raw)
+    return from_hf(read_json(path, "a checkpoint is a directory with config.json and model*.safetensors"), path)
 
 
 # Our names of the numbers, and those of Hugging Face's config.json.
@@ -142,10 +147,10 @@ HF_NAMES = {
 }
 
 
-def from_hf(raw: dict[str, Any]) -> LlamaConfig:
-    """Hugging Face's `config.json` (either generation's spelling) as a `LlamaConfig`.
+def from_hf(raw: dict[str, Any], path: Path | None = None) -> LlamaConfig:
+    """Hugging Face's `config.json` (either generation's spelling), read from `path`, as a `LlamaConfig`.
     Raises UserError for whatever this network cannot honour, by key and value."""
-    with parsing():
+    with parsing(path):
         _refuse_what_is_not_llama(raw)
         values = {ours: raw[theirs] for ours, theirs in HF_NAMES.items() if raw.get(theirs) is not None}
         missing = [HF_NAMES[name] for name in ("dim", "n_layers", "n_heads", "ffn_dim", "vocab_size", "norm_eps") if name not in values]
@@ -172,14 +177,13 @@ def _refuse_what_is_not_llama(raw: dict[str, Any]) -> None:
 
 def _read_rope(raw: dict[str, Any]) -> tuple[float, RopeScaling | None]:
     """(theta, scaling) from `rope_theta` + `rope_scaling` (transformers 4) or from `rope_parameters` (transformers 5)."""
-    spec = dict(raw.get("rope_scaling") or {}) | dict(raw.get("rope_parameters") or {})
-    theta = float(spec.pop("rope_theta", None) or raw.get("rope_theta") or 10000.0)
-    kind = spec.pop("rope_type", None) or spec.pop("type", None) or "default"
-    spec.pop("type", None)
+    spec = (raw.get("rope_scaling") or {}) | (raw.get("rope_parameters") or {})
+    theta, kind, old_kind = (spec.pop(key, None) for key in ("rope_theta", "rope_type", "type"))
+    theta, kind = float(theta or raw.get("rope_theta") or 10000.0), kind or old_kind or "default"
     if kind == "default":
         return theta, None
-    if kind not in ("linear", "dynamic", "llama3", "yarn"):
-        raise UserError(f"rope scaling {kind!r} is not supported (supported: linear, dynamic, llama3, yarn)")
+    if kind not in ROPE_KINDS:
+        raise UserError(f"rope scaling {kind!r} is not supported (supported: {', '.join(ROPE_KINDS)})")
     if "factor" not in spec:
         raise UserError(f"rope scaling {kind!r} has no factor")
     values = {key.replace("max_position_embeddings", "max_seq_len"): value for key, value in spec.items()}
@@ -196,13 +200,9 @@ def _read_rope(raw: dict[str, Any]) -> tuple[float, RopeScaling | None]:
 
 def to_hf(config: LlamaConfig, dtype: str = "float32") -> dict[str, Any]:
     """`config.json` as transformers 4 writes it, and transformers 4 and 5 read it."""
-    scaling = None
-    if config.rope_scaling:
-        kept = {key: value for key, value in asdict(config.rope_scaling).items() if value is not None}
-        kind, factor = kept.pop("kind"), kept.pop("factor")
-        of_others = {"llama3": ("beta", "truncate", "mscale"), "yarn": ("low", "high")}.get(kind, "")  # "" begins every key
-        scaling = {"rope_type": kind, "factor": factor} | {
-            key.replace("max_seq_len", "max_position_embeddings"): kept[key] for key in kept if not key.startswith(of_others)}
+    s = config.rope_scaling
+    scaling = s and {"rope_type": s.kind, "factor": s.factor} | {
+        key.replace("max_seq_len", "max_position_embeddings"): getattr(s, key) for key in ROPE_KINDS[s.kind] if getattr(s, key) is not None}
     return {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "attention_dropout": 0.0,
         **{theirs: getattr(config, ours) for ours, theirs in HF_NAMES.items()}, "rope_scaling": scaling,

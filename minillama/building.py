@@ -1,14 +1,15 @@
-"""From settings to the things a run is made of: tokenizer, data, model. The lower half of the trainer.
+"""From settings to the things a run is made of: tokenizer, data, model; and to words about them (`--dry_run`, what to type next).
 
-Everything a user can get wrong about a run is found here, before the first step.
+The lower half of the trainer. Everything a user can get wrong about a run is found here, before the first step.
 """
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from minillama import architecture, estimate
+from minillama import architecture
 from minillama.architecture import LlamaConfig
 from minillama.checkpoint import directory as checkpoints
 from minillama.comm import Mesh, first_rank_first
@@ -18,6 +19,7 @@ from minillama.data.build import open_data
 from minillama.data.demo import write_demo
 from minillama.device import compute_dtype
 from minillama.errors import UserError
+from minillama.estimate import activation_bytes, estimate, lora_config
 from minillama.lora import LoraConfig, add_lora, load_adapter
 from minillama.model import Llama
 from minillama.parallel.optimizer import LossScale, Optimizer
@@ -25,6 +27,7 @@ from minillama.recompute import recompute_activations
 from minillama.tokenizer import Tokenizer, open_tokenizer
 
 EMBEDDED = ("demo", "demo_lora")
+LARGEST_REPLICATED = 40 * 10**9  # bytes of frozen weights that one card can be asked to hold beside its activations
 SHAPE_KEYS = ("n_layers", "dim", "n_heads", "n_kv_heads", "ffn_dim", "vocab_size")
 
 
@@ -55,12 +58,66 @@ def check_inputs(settings: Settings, command: str) -> None:
                         f"({'; '.join(lacking.values())})")
 
 
+def refuse_what_cannot_fit(settings: Settings) -> None:
+    """Refuse models whose frozen weights every rank would have to hold whole."""
+    weights = estimate(model_config(settings), settings).weights if settings.model or settings.ckpt else 0
+    if weights > LARGEST_REPLICATED:
+        raise UserError(f"the model's weights alone are {weights:,} bytes ({_gb(weights)}) on every rank: data parallelism replicates "
+                        f"them, and tensor parallelism does not exist here yet; {_gb(LARGEST_REPLICATED)} is the most")
+
+
+def describe(settings: Settings, world_size: int) -> str:
+    """Parameters, bytes per rank and tokens per step; nothing is allocated."""
+    config = model_config(settings)
+    e = estimate(config, settings, world_size)
+    width, recompute = 4 if settings.precision == "fp32" else 2, settings.gradient_checkpointing
+    length = settings.max_length or min(config.max_seq_len, 1024)
+    rows = settings.per_device_train_batch_size * settings.gradient_accumulation_steps * world_size
+    micro = settings.per_device_train_batch_size * length
+    return "\n".join([
+        f"model       {config.n_layers} layers, width {config.dim}, {config.n_heads} heads ({config.n_kv_heads} key/value), "
+        f"MLP {config.ffn_dim}, vocabulary {config.vocab_size:,}",
+        f"parameters  {config.parameter_count():,}; trained: {e.trainable:,} ({e.trainable / config.parameter_count():.2%})",
+        f"per rank    weights {_gb(e.weights)} + gradients {_gb(e.gradients)} + optimizer {_gb(e.optimizer)} = {_gb(e.total)}, "
+        f"before activations ({settings.precision}, ZeRO stage {settings.zero_stage}, {world_size} rank{'s' * (world_size > 1)})",
+        f"activations {_gb(activation_bytes(config, micro, width, recompute))} a micro-batch ({'recomputed' if recompute else 'kept'})",
+        f"disk        {_gb(config.parameter_count() * width * (not settings.lora) + e.trainable * 12)} a checkpoint",
+        f"a step      {rows} rows of up to {length:,} tokens = up to {rows * length:,} tokens on all ranks",
+        f"schedule    {_schedule(settings)}",
+    ])
+
+
+def _schedule(settings: Settings) -> str:
+    length = f"{settings.max_steps} steps" if settings.max_steps else f"{settings.num_train_epochs:g} epochs"
+    warmup = f"{settings.warmup_steps} steps" if settings.warmup_steps else f"{settings.warmup_ratio:.0%}"
+    return f"{length}, {settings.lr_scheduler_type} from {settings.learning_rate:g}, warm-up {warmup}, seed {settings.seed}"
+
+
+def closing_words(settings: Settings, summary: dict[str, Any]) -> str:
+    """What came of the run, and the command to type next."""
+    loss = f"loss {summary['last_loss']:.4f}" if summary["last_loss"] is not None else "no finite loss"
+    held_out = f", validation loss {summary['eval_loss']:.4f}" if summary["eval_loss"] is not None else ""
+    out_dir = Path(settings.out_dir)
+    follow = f"python eval.py --task demo --ckpt {out_dir}   or   " if out_dir.name.startswith("demo") else ""
+    return (f"{summary['steps']:,} steps, {summary['tokens']:,} tokens, {loss}{held_out}, {summary['seconds']:.0f} s, "
+            f"{summary['tokens_per_second']:,.0f} tokens/s per device, peak memory {_gb(summary['peak_memory_bytes'])}\n"
+            f"next: {follow}python generate.py --ckpt {out_dir} --chat")
+
+
+def _gb(count: float) -> str:
+    return f"{count / 1e9:.2f} GB"
+
+
 def model_config(settings: Settings, vocab_size: int = 0) -> LlamaConfig:
     """The architecture of a run, from the checkpoint's config.json or, from scratch, from `model` and the shape keys."""
+    given = {name: getattr(settings, name) for name in SHAPE_KEYS if getattr(settings, name)}
     if settings.ckpt and settings.init == "pretrained":
         config = architecture.read_config(checkpoints.find_checkpoint(Path(settings.ckpt)))
+        differs = [name for name in given if name not in ("n_layers", "vocab_size") and given[name] != getattr(config, name)]
+        if differs:
+            raise UserError(f"{differs[0]} = {given[differs[0]]}, but {settings.ckpt} has {getattr(config, differs[0])}; leave it out, "
+                            "or add --init scratch")
         return architecture.with_layers(config, settings.n_layers) if settings.n_layers else config
-    given = {name: getattr(settings, name) for name in SHAPE_KEYS if getattr(settings, name)}
     if settings.model:
         config = architecture.published(settings.model)
     else:
@@ -86,15 +143,14 @@ def build_model(settings: Settings, tokenizer: Tokenizer, mesh: Mesh) -> tuple[L
     dtype, warning = compute_dtype(settings.precision, mesh.device)
     if warning:
         mesh.print(f"warning: {warning}")
-    generator = torch.Generator().manual_seed(settings.seed)
+    config, generator = model_config(settings, tokenizer.size), torch.Generator().manual_seed(settings.seed)
     if settings.ckpt and settings.init == "pretrained":
         keeps_rows = settings.lora and not {"embed_tokens", "lm_head"} <= set(settings.modules_to_save)
-        if keeps_rows and tokenizer.size > model_config(settings).vocab_size:
+        if keeps_rows and tokenizer.size > config.vocab_size:
             raise UserError(f"{tokenizer.path} has {tokenizer.size} pieces, more than the checkpoint's embedding has rows; the new rows "
                             "would never be trained: add --modules_to_save embed_tokens,lm_head")
         model = checkpoints.load_model(checkpoints.find_checkpoint(Path(settings.ckpt)), dtype, "cpu", settings.n_layers, tokenizer.size)
     else:
-        config = model_config(settings, tokenizer.size)
         if config.vocab_size < tokenizer.size:
             raise UserError(f"vocab_size = {config.vocab_size} is below the tokenizer's {tokenizer.size} pieces")
         config = replace(config, bos_id=tokenizer.bos_id or 0, eos_ids=() if tokenizer.eos_id is None else (tokenizer.eos_id,))
@@ -103,7 +159,7 @@ def build_model(settings: Settings, tokenizer: Tokenizer, mesh: Mesh) -> tuple[L
     if settings.lora and settings.adapter:
         lora = load_adapter(model, Path(settings.adapter), settings.lora_dropout)
     elif settings.lora:
-        lora = estimate.lora_config(settings)
+        lora = lora_config(settings)
         add_lora(model, lora, generator)
     if settings.gradient_checkpointing:
         recompute_activations(model.model.layers)

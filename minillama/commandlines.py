@@ -5,7 +5,6 @@ only those are what this program does; or one that changes no result. Any other 
 """
 
 import argparse
-from collections.abc import Callable
 from typing import Any
 
 from minillama.errors import UserError
@@ -40,6 +39,7 @@ ONLY = {
     "fsdp": (("",), "weights are not sharded here; use --zero_stage 2"),
     "lora_adapter_name": (("default",), "an adapter is named by its directory"),
     "optim": (("adamw_torch", "adamw_torch_fused", "adamw_hf"), "the optimizer is AdamW"),
+    "disable_gradient_checkpointing": (("true", "false"), "it is true or false"),
 }
 # flags that change no result
 HARMLESS = ("lazy_preprocess", "do_eval", "logging_first_step", "logging_strategy", "report_to", "torch_dtype", "ddp_timeout",
@@ -61,23 +61,22 @@ CONVERSION = {
     "meta": {"input_dir": "input", "output_dir": "output"},
 }
 
-def add_flags(parser: argparse.ArgumentParser, parse_bool: Callable[[str], bool]) -> None:
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
     """Accept the flags of the other systems that are not just other names; they are left out of `--help`."""
     for flag in (*ONLY, *HARMLESS):
-        parser.add_argument(f"--{flag}", nargs="*", default=None, help=argparse.SUPPRESS)
-    parser.add_argument("--disable_gradient_checkpointing", nargs="?", const=True, default=False, type=parse_bool, help=argparse.SUPPRESS)
+        parser.add_argument(f"--{flag}", nargs="*", help=argparse.SUPPRESS)
 
 
 def settings_from(flags: dict[str, Any]) -> dict[str, Any]:
     """What the other systems' flags say in keys of ours. Raises UserError for a value that cannot be honoured, by name."""
-    for flag, (allowed, why) in ONLY.items():
-        value = None if flags.get(flag) is None else " ".join(flags[flag]).lower() or "true"
-        if value not in (None, *allowed):
+    said = {flag: " ".join(words).lower() if words else "true" for flag in ONLY if (words := flags.get(flag)) is not None}
+    for flag, value in said.items():
+        allowed, why = ONLY[flag]
+        if value not in allowed:
             raise UserError(f"--{flag} {value} is not supported: {why}")
-    found: dict[str, Any] = {}
-    if flags.get("finetuning_type") is not None:
-        found["lora"] = flags["finetuning_type"] == ["lora"]
-    if flags.get("disable_gradient_checkpointing"):
+    found: dict[str, Any] = {"lora": said["finetuning_type"] == "lora"} if "finetuning_type" in said else {}
+    if said.get("disable_gradient_checkpointing") == "true":
         found["gradient_checkpointing"] = False
     if flags.get("dataset_dir") and not flags.get("data"):  # Chinese-LLaMA-Alpaca: the folder itself
         found["data"] = (flags["dataset_dir"],)

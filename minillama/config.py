@@ -10,7 +10,6 @@ import dataclasses
 import json
 import tomllib
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -22,12 +21,12 @@ DEVICES = ("auto", "cpu", "cuda", "npu", "mlu", "tpu")
 PRECISIONS = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}  # torch's names -> ours
 
 
-def key(section: str, default: Any, help: str, choices: Sequence[str] = ()) -> Any:
-    """One row of the table."""
-    return dataclasses.field(default=default, metadata={"section": section, "help": help, "choices": choices})
+def key(section: str, default: Any, help: str, choices: Sequence[Any] = (), least: int = 0) -> Any:
+    """One row of the table. choices: the only values; least: the smallest a number may be."""
+    return dataclasses.field(default=default, metadata={"section": section, "help": help, "choices": choices, "least": least})
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Settings:
     """Every key of a run. Lists are comma-separated on the command line; 0 and "" mean what the help says."""
 
@@ -57,8 +56,8 @@ class Settings:
     workers: int = key("data", 1, "processes that tokenize")
     cache_dir: str = key("data", "", "where tokenized raw files are kept (empty: ~/.cache/minillama)")
 
-    lora: bool = key("lora", False, "train low-rank adapters instead of the weights")
-    lora_rank: int = key("lora", 8, "rank R of the adapters")
+    lora: bool = key("lora", False, "train low-rank adapters instead of the weights; any key below turns it on")
+    lora_rank: int = key("lora", 8, "rank R of the adapters", least=1)
     lora_alpha: float = key("lora", 0.0, "adapters are scaled by alpha / rank (0: alpha is twice the rank)")
     lora_dropout: float = key("lora", 0.0, "dropout on the adapters' input")
     lora_targets: tuple[str, ...] = key("lora", ("q_proj", "v_proj"), "linears that get an adapter, by name, or `all`")
@@ -68,9 +67,9 @@ class Settings:
 
     num_train_epochs: float = key("train", 3.0, "passes over the data; may be a fraction")
     max_steps: int = key("train", 0, "stop after this many updates (0: as num_train_epochs says)")
-    per_device_train_batch_size: int = key("train", 8, "rows a rank computes at once")
-    per_device_eval_batch_size: int = key("train", 8, "rows a rank evaluates at once")
-    gradient_accumulation_steps: int = key("train", 1, "micro-batches a rank adds up before an update")
+    per_device_train_batch_size: int = key("train", 8, "rows a rank computes at once", least=1)
+    per_device_eval_batch_size: int = key("train", 8, "rows a rank evaluates at once", least=1)
+    gradient_accumulation_steps: int = key("train", 1, "micro-batches a rank adds up before an update", least=1)
     learning_rate: float = key("train", 5e-5, "peak learning rate")
     min_learning_rate: float = key("train", 0.0, "where the cosine and linear schedules end")
     lr_scheduler_type: str = key("train", "linear", "schedule after warm-up", ("linear", "cosine", "constant", "constant_with_warmup"))
@@ -90,11 +89,11 @@ class Settings:
     tf32: bool = key("train", False, "let cuda round the inputs of fp32 products to TF32")
     seed: int = key("train", 42, "seed of the initial weights, the order of the data and dropout")
     out_dir: str = key("train", "", "run directory (empty: runs/PRESET)")
-    logging_steps: int = key("train", 10, "updates between records of metrics.jsonl")
+    logging_steps: int = key("train", 10, "updates between records of metrics.jsonl", least=1)
     eval_strategy: str = key("train", "no", "when to evaluate", ("no", "steps", "epoch"))
-    eval_steps: int = key("train", 100, "updates between evaluations")
+    eval_steps: int = key("train", 100, "updates between evaluations", least=1)
     save_strategy: str = key("train", "steps", "when to save a checkpoint", ("no", "steps", "epoch"))
-    save_steps: int = key("train", 500, "updates between checkpoints")
+    save_steps: int = key("train", 500, "updates between checkpoints", least=1)
     save_total_limit: int = key("train", 2, "checkpoints kept (0: all)")
     resume: str = key("train", "auto", "auto: go on from the newest checkpoint in out_dir; none; or a checkpoint directory")
     plot_loss: bool = key("train", False, "insist on loss.png (drawn anyway where matplotlib is installed)")
@@ -102,21 +101,17 @@ class Settings:
     device: str = key("train", "auto", "device", DEVICES)
     threads: int = key("train", 0, "processor threads a rank uses (0: torch's choice)")
 
-    zero_stage: int = key("parallel", 0, "0: replicate; 1: shard optimizer state; 2: shard gradients too")
+    zero_stage: int = key("parallel", 0, "what ranks share out: 1 the optimizer's state, 2 the gradients too", (0, 1, 2))
     reduction: str = key("parallel", "fast", "order in which gradients are summed", ("exact", "fast"))
-    bucket_elements: int = key("parallel", 100_000_000, "gradient elements reduced at a time")
+    bucket_elements: int = key("parallel", 100_000_000, "gradient elements reduced at a time", least=1)
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            choices, value = field.metadata["choices"], getattr(self, field.name)
-            if choices and value not in choices:
+            value, choices, least = getattr(self, field.name), [str(one) for one in field.metadata["choices"]], field.metadata["least"]
+            if choices and str(value) not in choices:
                 raise UserError(f"{field.name} = {value!r}{closest(str(value), choices)}; choose one of: {', '.join(choices)}")
-            if isinstance(value, (int, float)) and value < 0:
-                raise UserError(f"{field.name} = {value}: must not be negative")
-        for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "logging_steps",
-                     "eval_steps", "save_steps", "lora_rank", "bucket_elements"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} = {getattr(self, name)}: must be at least 1")
+            if isinstance(value, (int, float)) and value < least:
+                raise UserError(f"{field.name} = {value}: must {f'be at least {least}' if least else 'not be negative'}")
         if not self.validation_split < 1:
             raise UserError(f"validation_split = {self.validation_split}: a fraction below 1, such as 0.05")
 
@@ -133,7 +128,7 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, renamed: dict[str, str] | None = None, **settings: Any) -> None:
         """renamed: flags of other systems -> ours, by name."""
-        self.renamed = renamed or {}
+        self.renamed = dict(renamed or {})
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **settings)
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> tuple[Any, list[str]]:
@@ -142,7 +137,7 @@ class Parser(argparse.ArgumentParser):
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
         found, unknown = self.parse_known_args(args, namespace)
         if unknown:
-            known = [flag for action in self._actions for flag in action.option_strings]
+            known = [flag for action in self._actions for flag in action.option_strings] + [f"--{name}" for name in self.renamed]
             raise UserError(f"unknown argument {unknown[0]}{closest(unknown[0].split('=')[0], known)}; --help lists them all")
         return found
 
@@ -176,43 +171,40 @@ def parse_bool(text: str) -> bool:
     return found
 
 
-BOOLEAN = {"nargs": "?", "const": True, "type": parse_bool, "metavar": "true|false"}  # a flag that stands alone or with a value
-
-
 def parse_list(text: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
-def add_keys(parser: argparse.ArgumentParser) -> None:
-    """A flag for each key of `Settings`, in a group for each section, and the aliases."""
-    also = {name: [f"--{alias}" for alias, target in RENAMED.items() if target == name] for name in KEYS}
-    groups = {}
+BOOLEAN = {"nargs": "?", "const": True, "type": parse_bool, "metavar": "true|false"}  # a flag that stands alone or with a value
+FLAG_OF_TYPE = {bool: BOOLEAN, tuple: {"type": parse_list, "metavar": "A,B"}} | {
+    kind: {"type": kind, "metavar": kind.__name__} for kind in (int, float, str)}
+
+
+def add_keys(parser: Parser) -> None:
+    """A flag for each key of `Settings`, in a group for each section, and the flags of other systems."""
+    parser.renamed |= RENAMED
+    groups = {section: parser.add_argument_group(section) for section in ("model", "data", "lora", "train", "parallel")}
     for name, field in KEYS.items():
-        section, default, choices = field.metadata["section"], field.default, field.metadata["choices"]
-        group = groups.setdefault(section, parser.add_argument_group(section))
-        shown = ",".join(default) if isinstance(default, tuple) else str(default).lower() if field.type is bool else default
-        text = field.metadata["help"] + (f": {', '.join(choices)}" if choices else "") + f" [{shown}]"
-        flags, common = [f"--{name}", *also[name]], {"dest": name, "default": argparse.SUPPRESS, "help": text.replace("%", "%%")}
-        if field.type is bool:
-            group.add_argument(*flags, **BOOLEAN, **common)
-        elif isinstance(default, tuple):
-            group.add_argument(*flags, type=parse_list, metavar="A,B", **common)
-        else:
-            group.add_argument(*flags, type=field.type, metavar=field.type.__name__, **common)
-    add_flags(parser, parse_bool)
+        section, help, choices = (field.metadata[part] for part in ("section", "help", "choices"))
+        named = f": {', '.join(map(str, choices))}" if choices else ""
+        shown = ",".join(field.default) if isinstance(field.default, tuple) else str(field.default).lower()
+        groups[section].add_argument(f"--{name}", **FLAG_OF_TYPE[type(field.default)], default=argparse.SUPPRESS,
+                                     help=f"{help}{named} [{shown}]".replace("%", "%%"))
     for flag in ("fp16", "bf16"):
         groups["train"].add_argument(f"--{flag}", **BOOLEAN, help=f"precision {flag}")
+    add_flags(parser)
 
 
 def resolve(source: str, flags: dict[str, Any]) -> Settings:
     """Defaults, then the preset or file `source` (a name, a .toml, or a run's train_config.json), then the flags."""
     values = read_source(source) if source else {}
-    precisions = {name for name in ("fp16", "bf16") if flags.get(name)}
-    if len(precisions) == 2:
-        raise UserError("--fp16 and --bf16 exclude each other; give one")
     values |= settings_from(flags) | {name: value for name, value in flags.items() if name in KEYS}
-    values |= {"precision": precisions.pop()} if precisions else {}
-    values["precision"] = PRECISIONS.get(values.get("precision"), values.get("precision", "fp32"))
+    if any(KEYS[name].metadata["section"] == "lora" for name in values):
+        values.setdefault("lora", True)
+    asked = [name for name in ("fp16", "bf16") if flags.get(name)] or [values.get("precision", "fp32")]
+    if len(asked) == 2:
+        raise UserError("--fp16 and --bf16 exclude each other; give one")
+    values["precision"] = PRECISIONS.get(asked[0], asked[0])
     if source and not values.get("out_dir"):
         values["out_dir"] = f"runs/{Path(source).stem}"
     return Settings(**{name: _typed(name, value, source) for name, value in values.items()})
@@ -230,29 +222,26 @@ def read_source(source: str) -> dict[str, Any]:
     except ValueError as error:
         raise UserError(f"{path}: {error}") from None
     values: dict[str, Any] = {}
-    for name, value in tree.items():
-        section = f"[{name}] " if isinstance(value, dict) else ""
-        for inner_name, inner_value in (value if section else {name: value}).items():
-            target = RENAMED.get(inner_name, inner_name)
-            if target not in KEYS:
-                raise UserError(f"{path}: {section}{inner_name}: unknown key{closest(inner_name, KEYS)}; "
-                                "`train.py --help` lists every key")
-            belongs = KEYS[target].metadata["section"]
-            if section and belongs != name:
-                raise UserError(f"{path}: {section}{inner_name}: this key belongs to section [{belongs}]")
-            values[target] = inner_value
+    rows = [("", name, value) for name, value in tree.items() if not isinstance(value, dict)]
+    rows += [(section, name, value) for section, part in tree.items() if isinstance(part, dict) for name, value in part.items()]
+    for section, name, value in rows:
+        where, target = f"{path}: [{section}] {name}" if section else f"{path}: {name}", RENAMED.get(name, name)
+        if target not in KEYS:
+            raise UserError(f"{where}: unknown key{closest(name, KEYS)}; `train.py --help` lists every key")
+        if section not in ("", KEYS[target].metadata["section"]):
+            raise UserError(f"{where}: this key belongs to section [{KEYS[target].metadata['section']}]")
+        values[target] = value
     return values
 
 
 def _typed(name: str, value: Any, source: str) -> Any:
     """`value` as the key's own type, or an error that says which was expected."""
     wanted = type(KEYS[name].default)
-    if wanted is float and type(value) is int:
-        return float(value)
     if wanted is tuple and isinstance(value, str):
         return parse_list(value)
-    if wanted is tuple and isinstance(value, (list, tuple)) and all(isinstance(part, str) for part in value):
-        return tuple(value)
+    is_list = wanted is tuple and isinstance(value, list) and all(isinstance(part, str) for part in value)
+    if is_list or (wanted is float and type(value) is int):
+        return wanted(value)
     if type(value) is not wanted:
         raise UserError(f"{source or 'command line'}: {name} = {value!r}: expected {wanted.__name__}, found {type(value).__name__}")
     return value

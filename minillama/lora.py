@@ -64,17 +64,14 @@ class LoraConfig:
 
 
 class LoraLinear(nn.Linear):
-    """A linear that shares a frozen weight (out, in) and adds s (x A^T) B^T."""
-
-    lora_A: nn.Parameter  # (R, in) fp32
-    lora_B: nn.Parameter  # (out, R) fp32
+    """A linear that shares a frozen weight (out, in) and adds s (x A^T) B^T; the factors are fp32."""
 
     def __init__(self, base: nn.Linear, rank: int, scale: float, dropout: float) -> None:
         super().__init__(base.in_features, base.out_features, bias=base.bias is not None, device="meta")
         self.weight, self.bias, self.scale, self.plain_class = base.weight, base.bias, scale, type(base)
-        device = base.weight.device
-        self.lora_A = nn.Parameter(torch.empty(rank, base.in_features, dtype=torch.float32, device=device))
-        self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, dtype=torch.float32, device=device))
+        fp32 = {"dtype": torch.float32, "device": base.weight.device}
+        self.lora_A = nn.Parameter(torch.empty(rank, base.in_features, **fp32))   # (R, in)
+        self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, **fp32))  # (out, R)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import time
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,10 @@ class Report:
     def __init__(self, out_dir: Path, total_steps: int, first_step: int, enabled: bool) -> None:
         self.path, self.enabled, self.began = out_dir / "metrics.jsonl", enabled, time.perf_counter()
         self.bar = tqdm(total=total_steps, initial=first_step, unit="step", desc="training", disable=not enabled, dynamic_ncols=True)
-        if enabled:  # drop records of steps that a resumed run will take again
+        if enabled:  # drop a line that was not written to its end, and records of steps that a resumed run will take again
             lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True) if self.path.is_file() else []
-            self.path.write_text("".join(line for line in lines if json.loads(line)["step"] <= first_step), encoding="utf-8")
+            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= first_step]
+            self.path.write_text("".join(kept), encoding="utf-8")
 
     def record(self, values: dict[str, Any]) -> None:
         """Append one record to metrics.jsonl."""
@@ -57,10 +59,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 def smoothed(values: list[float]) -> list[float]:
     """Exponential moving average whose memory grows with the run: w = 1.8 (sigmoid(0.05 n) - 0.5), as LLaMA-Factory draws it."""
     w = 1.8 * (1 / (1 + math.exp(-0.05 * len(values))) - 0.5)
-    result: list[float] = []
-    for value in values:
-        result.append(w * result[-1] + (1 - w) * value if result else value)
-    return result
+    return list(accumulate(values, lambda before, value: w * before + (1 - w) * value))
 
 
 def plot_loss(out_dir: Path, insist: bool = False) -> Path | None:
@@ -77,7 +76,7 @@ def plot_loss(out_dir: Path, insist: bool = False) -> Path | None:
     held_out = [(m["step"], m["eval_loss"]) for m in metrics if m.get("eval_loss") is not None]
     if not train:
         return None
-    figure, axes = pyplot.subplots(figsize=(7, 4))
+    figure, axes = pyplot.subplots(figsize=(7, 4), layout="tight")
     steps, losses = zip(*train, strict=True)
     axes.plot(steps, losses, alpha=0.35, label="loss")
     axes.plot(steps, smoothed(list(losses)), label="smoothed")
@@ -86,7 +85,6 @@ def plot_loss(out_dir: Path, insist: bool = False) -> Path | None:
     axes.set(xlabel="step", ylabel="loss per target token", title=f"training loss of {out_dir.name}")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
-    figure.tight_layout()
     figure.savefig(out_dir / "loss.png", dpi=100)
     pyplot.close(figure)
     return out_dir / "loss.png"

@@ -21,29 +21,27 @@ HARMLESS = {"out_dir", "resume", "device", "threads", "logging_steps", "eval_str
 def prepare_directory(settings: Settings, mesh: Mesh, overwrite: bool) -> tuple[Path | None, dict[str, Any] | None]:
     """(checkpoint to resume or None, summary of a finished run or None); train_config.json is written for a run to be made."""
     out_dir = Path(settings.out_dir)
-    if overwrite:
-        _refuse_foreign_files(out_dir)
-        comm.barrier(mesh)
-        if mesh.is_first:
+    with comm.first_rank_first(mesh):
+        if out_dir.is_dir() and any(out_dir.iterdir()) and not (out_dir / "train_config.json").is_file():
+            raise UserError(f"{out_dir}: holds files that no run of ours made, and is left alone; choose another --out_dir")
+        if overwrite and mesh.is_first:
             shutil.rmtree(out_dir, ignore_errors=True)
-    comm.barrier(mesh)
-    _refuse_another_run(settings, out_dir)
-    if settings.resume == "auto" and (out_dir / "summary.json").is_file():
-        return None, read_json(out_dir / "summary.json")
-    checkpoint = _checkpoint(settings, out_dir, mesh)
-    comm.barrier(mesh)
-    if mesh.is_first:
+        _refuse_other_settings(settings, out_dir)
+        if settings.resume == "auto" and (out_dir / "summary.json").is_file():
+            return None, read_json(out_dir / "summary.json")
         try:
             out_dir.mkdir(parents=True, exist_ok=True)
-            config.save(settings, out_dir / "train_config.json")
+            if mesh.is_first:
+                config.save(settings, out_dir / "train_config.json")
         except OSError as error:
             raise UserError(f"out_dir {out_dir}: cannot be written ({error.strerror})") from None
-    comm.barrier(mesh)
-    return checkpoint, None
+    if settings.resume != "auto":
+        return None if settings.resume == "none" else Path(settings.resume), None
+    found = train_state.newest_intact(out_dir, mesh.print) if mesh.is_first else None
+    return comm.gather_objects(mesh, found)[0], None
 
 
-def _refuse_another_run(settings: Settings, out_dir: Path) -> None:
-    _refuse_foreign_files(out_dir)
+def _refuse_other_settings(settings: Settings, out_dir: Path) -> None:
     if not (out_dir / "metrics.jsonl").is_file():
         return  # it never came to a first step: a mistake mended, nothing to protect
     before, now = read_json(out_dir / "train_config.json"), json.loads(json.dumps(asdict(settings)))
@@ -51,15 +49,3 @@ def _refuse_another_run(settings: Settings, out_dir: Path) -> None:
     if changed:
         shown = ", ".join(f"{name} was {before[name]!r}, is {now[name]!r}" for name in changed)
         raise UserError(f"{out_dir}: holds a run with other settings: {shown}; choose another --out_dir, or --overwrite_output_dir")
-
-
-def _refuse_foreign_files(out_dir: Path) -> None:
-    if out_dir.is_dir() and any(out_dir.iterdir()) and not (out_dir / "train_config.json").is_file():
-        raise UserError(f"{out_dir}: holds files that no run of ours made, and is left alone; choose another --out_dir")
-
-
-def _checkpoint(settings: Settings, out_dir: Path, mesh: Mesh) -> Path | None:
-    if settings.resume != "auto":
-        return None if settings.resume == "none" else Path(settings.resume)
-    found = train_state.newest_intact(out_dir, mesh.print) if mesh.is_first else None
-    return comm.gather_objects(mesh, found)[0]

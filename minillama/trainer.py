@@ -16,6 +16,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from minillama import building, comm, device, report
@@ -64,7 +65,7 @@ class Trainer:
         self.model, self.lora = building.build_model(settings, self.tokenizer, mesh)
         self.plan, self.eval_plan, self.template = building.build_plans(settings, self.tokenizer, self.model.config, mesh)
         self.optimizer = building.build_optimizer(settings, self.model, mesh)
-        self.step = self.tokens = self.skipped = self.saved_step = 0
+        self.step = self.tokens = self.skipped = self.skipped_in_a_row = self.saved_step = 0
         self.base = str(checkpoints.find_checkpoint(Path(settings.ckpt)).resolve()) if settings.ckpt else ""
 
     def resume(self, checkpoint: Path) -> None:
@@ -80,9 +81,9 @@ class Trainer:
     def run(self, log: report.Report) -> dict[str, Any] | None:
         """Train to the last step, save final/, and return the summary; None where a signal stopped the run, its state saved."""
         settings, total, losses, durations = self.settings, self.plan.total_steps, [], []
-        started_tokens, eval_loss, skipped_in_a_row, epoch = self.tokens, None, 0, self.plan.locate(self.step)[0]
+        started_tokens, eval_loss = self.tokens, None
         while self.step < total:
-            began = time.perf_counter()
+            began, epoch = time.perf_counter(), self.plan.locate(self.step)[0]
             batches, rate = self.plan.micro_batches(self.step), learning_rate(self.step, total, settings)
             result = self.update(batches, rate)
             if result is None:
@@ -92,8 +93,6 @@ class Trainer:
             loss, norm = result
             losses.append(loss)
             durations.append(time.perf_counter() - began)
-            skipped_in_a_row = 0 if math.isfinite(loss) and math.isfinite(norm) else skipped_in_a_row + 1
-            self._stop_if_lost(skipped_in_a_row, loss)
             tokens = sum(len(batch.tokens) for batch in batches)
             self.step, self.tokens = self.step + 1, self.tokens + tokens
             speed = tokens / durations[-1] / self.mesh.size
@@ -103,14 +102,13 @@ class Trainer:
                 log.record({"step": self.step, "epoch": round(self.plan.epoch_at(self.step), 4), "loss": loss, "learning_rate": rate,
                             "grad_norm": norm, "skipped": self.skipped, **scale,
                             **self._rates(speed, [n for batch in batches for n in batch.lengths])})
-            epoch, new_epoch = self.plan.locate(self.step)[0], epoch != self.plan.locate(self.step)[0]
-            if self.eval_plan and self._is_due(settings.eval_strategy, settings.eval_steps, new_epoch):
+            new_epoch = self.plan.locate(self.step)[0] != epoch
+            if self.eval_plan and (self._is_due(settings.eval_strategy, settings.eval_steps, new_epoch) or self.step == total):
                 eval_loss = self.evaluate()
                 log.record({"step": self.step, "epoch": self.plan.epoch_at(self.step), "eval_loss": eval_loss})
                 log.say(f"step {self.step}: validation loss {eval_loss:.4f}")
             if self._is_due(settings.save_strategy, settings.save_steps, new_epoch) and self.step < total:
                 self.save_checkpoint(log)
-        eval_loss = self.evaluate() if self.eval_plan else eval_loss
         self.save_model(self.out_dir / "final")
         finite = [loss for loss in losses if math.isfinite(loss)]
         return {
@@ -133,13 +131,18 @@ class Trainer:
             number, loss = first + self.mesh.rank, None
             if number < len(batches):
                 if self.lora and self.lora.dropout:
-                    torch.manual_seed(hash((self.settings.seed, self.step, number)) & 0x7FFFFFFF)
+                    torch.manual_seed(int(np.random.SeedSequence((self.settings.seed, self.step, number)).generate_state(1)[0]))
                 loss = self._loss_sum(batches[number]) / targets
                 losses[number] = loss.detach()
             self.optimizer.backward(loss, min(size, len(batches) - first))
         loss = sum(comm.all_reduce_sum(self.mesh, losses).tolist())
         norm, updated = self.optimizer.step(rate, self.settings.max_grad_norm, math.isfinite(loss))
         self.skipped += not updated
+        self.skipped_in_a_row = 0 if updated else self.skipped_in_a_row + 1
+        if self.skipped_in_a_row == MAX_SKIPPED_IN_A_ROW:
+            where = self.optimizer.first_non_finite() or "the loss"
+            raise UserError(f"step {self.step}: loss {loss} or its gradient (first: {where}) was not finite {self.skipped_in_a_row} steps "
+                            f"in a row; lower --learning_rate, or look for broken records in the data; checkpoints are in {self.out_dir}")
         return loss, norm
 
     def _loss_sum(self, batch: Batch) -> torch.Tensor:
@@ -158,13 +161,6 @@ class Trainer:
             total += sum(float(self._loss_sum(batch)) for batch in batches[self.mesh.rank::self.mesh.size])
         self.model.train()
         return float(comm.all_reduce_sum(self.mesh, total)) / targets
-
-    def _stop_if_lost(self, skipped_in_a_row: int, loss: float) -> None:
-        if skipped_in_a_row < MAX_SKIPPED_IN_A_ROW:
-            return
-        where = self.optimizer.first_non_finite() or "the loss"
-        raise UserError(f"step {self.step}: loss {loss} or its gradient (first: {where}) was not finite {skipped_in_a_row} steps in a row; "
-                        f"lower --learning_rate, or look for broken records in the data; checkpoints are in {self.out_dir}")
 
     def _is_due(self, strategy: str, every: int, new_epoch: bool) -> bool:
         return self.step % every == 0 if strategy == "steps" else strategy == "epoch" and new_epoch
@@ -212,7 +208,20 @@ def train(settings: Settings, mesh: Mesh, overwrite: bool = False) -> dict[str, 
     if checkpoint:
         settings = building.with_global_batch(settings, mesh, train_state.read_state(checkpoint)["rows_per_step"])
     with listening() as stop:
-        return _run(settings, mesh, checkpoint, stop)
+        trainer = Trainer(settings, mesh, stop)
+        mesh.print(f"model: {sum(p.numel() for p in trainer.model.parameters()):,} parameters, {trainer.optimizer.trained:,} trained; "
+                   f"{trainer.plan.total_steps:,} steps on {mesh.size} × {mesh.device.type}")
+        if checkpoint:
+            trainer.resume(checkpoint)
+            mesh.print(f"resuming {checkpoint} at step {trainer.step}, {trainer.tokens:,} tokens")
+        summary = trainer.run(report.Report(trainer.out_dir, trainer.plan.total_steps, trainer.step, mesh.is_first))
+        if summary is None:
+            mesh.print(f"stopped by {stop.by or 'a signal to another rank'} after step {trainer.step}; the same command goes on from there")
+        elif mesh.is_first:
+            checkpoints.write_json(trainer.out_dir / "summary.json", summary)
+            report.plot_loss(trainer.out_dir, settings.plot_loss)
+        comm.barrier(mesh)
+    return summary
 
 
 def show_first_batch(settings: Settings, mesh: Mesh) -> str:
@@ -221,20 +230,3 @@ def show_first_batch(settings: Settings, mesh: Mesh) -> str:
     tokenizer = building.build_tokenizer(settings)
     plan, _, template = building.build_plans(settings, tokenizer, building.model_config(settings, tokenizer.size), mesh)
     return f"template: {template}\n{show_batch(tokenizer, plan.micro_batches(0)[0], color=sys.stdout.isatty())}"
-
-
-def _run(settings: Settings, mesh: Mesh, checkpoint: Path | None, stop: StopRequest) -> dict[str, Any] | None:
-    trainer = Trainer(settings, mesh, stop)
-    mesh.print(f"model: {sum(p.numel() for p in trainer.model.parameters()):,} parameters, {trainer.optimizer.trained:,} trained; "
-               f"{trainer.plan.total_steps:,} steps on {mesh.size} × {mesh.device.type}")
-    if checkpoint:
-        trainer.resume(checkpoint)
-        mesh.print(f"resuming {checkpoint} at step {trainer.step}, {trainer.tokens:,} tokens")
-    summary = trainer.run(report.Report(trainer.out_dir, trainer.plan.total_steps, trainer.step, mesh.is_first))
-    if summary is None:
-        mesh.print(f"stopped by {stop.by or 'a signal to another rank'} after step {trainer.step}; the same command goes on from there")
-    elif mesh.is_first:
-        checkpoints.write_json(trainer.out_dir / "summary.json", summary)
-        report.plot_loss(trainer.out_dir, settings.plot_loss)
-    comm.barrier(mesh)
-    return summary

@@ -23,7 +23,7 @@ FLOORS: list[list[set[str]]] = [
     [{"model"}, {"lora"}, {"recompute"}, {"parallel"}, {"data"}],
     [{"checkpoint"}, {"estimate"}, {"report"}],
     [{"generation"}],
-    [{"building", "planning", "rundir", "trainer"}, {"conversion"}, {"evaluation"}, {"doctor"}],
+    [{"building", "rundir", "trainer"}, {"conversion"}, {"evaluation"}, {"doctor"}],
 ]
 RUN_TIME = {"torch", "sentencepiece", "numpy", "safetensors", "tqdm"}
 OPTIONAL = {"tokenizers", "matplotlib", "pyarrow", "gradio", "triton", "torch_npu", "torch_mlu", "torch_tpu"}

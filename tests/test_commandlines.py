@@ -3,11 +3,12 @@
 import json
 import runpy
 import shlex
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
-from minillama import deepspeed, device, planning
+from minillama import building, deepspeed, device
 from minillama.errors import UserError
 from minillama.lora import LoraConfig, add_lora, save_adapter
 from tests.conftest import random_model
@@ -43,6 +44,11 @@ FASTCHAT = """--model_name_or_path BASE --data_path alpaca-data-conversation.jso
     --save_strategy steps --save_steps 200 --save_total_limit 2 --learning_rate 2e-5 --weight_decay 0. --warmup_ratio 0.03
     --lr_scheduler_type cosine --logging_steps 1 --tf32 False --model_max_length 1024 --gradient_checkpointing True
     --lazy_preprocess True --deepspeed DEEPSPEED"""
+VICUNA = """--model_name_or_path BASE --data_path dummy.json --bf16 True --output_dir OUT --num_train_epochs 3
+    --per_device_train_batch_size 2 --per_device_eval_batch_size 2 --gradient_accumulation_steps 16 --evaluation_strategy no
+    --save_strategy steps --save_steps 1200 --save_total_limit 10 --learning_rate 2e-5 --weight_decay 0. --warmup_ratio 0.03
+    --lr_scheduler_type cosine --logging_steps 1 --tf32 True --model_max_length 2048 --gradient_checkpointing True
+    --lazy_preprocess True"""
 CHINESE_SFT = """--deepspeed DEEPSPEED --model_name_or_path BASE --tokenizer_name_or_path BASE --dataset_dir data
     --validation_split_percentage 0.001 --per_device_train_batch_size 1 --per_device_eval_batch_size 1 --do_train --do_eval --seed 7 --fp16
     --num_train_epochs 1 --lr_scheduler_type cosine --learning_rate 1e-4 --warmup_ratio 0.03 --weight_decay 0 --logging_strategy steps
@@ -69,15 +75,29 @@ def resolved(text: str, tmp_path: Path, base: Path, config: dict | None = None):
                            "precision": "fp16", "gradient_checkpointing": False, "save_steps": 10, "plot_loss": True}),
     (FASTCHAT, ASCEND, {"lora": False, "max_length": 1024, "zero_stage": 1, "bucket_elements": 10**8, "initial_scale_power": 8,
                         "gradient_accumulation_steps": 32, "eval_strategy": "no", "gradient_checkpointing": True, "tf32": False}),
-    (CHINESE_SFT, CHINESE, {"zero_stage": 2, "data": ("data",), "validation_split": 0.001, "lora_rank": 64, "workers": 8,
+    (CHINESE_SFT, CHINESE, {"lora": True, "zero_stage": 2, "data": ("data",), "validation_split": 0.001, "lora_rank": 64, "workers": 8,
                             "modules_to_save": ("embed_tokens", "lm_head"), "min_loss_scale": 1e-10, "loss_scale_window": 100}),
     (ASCENDSPEED, None, {"max_steps": 2000, "learning_rate": 1e-6, "min_learning_rate": 1e-8, "per_device_train_batch_size": 4,
-                         "precision": "bf16", "adam_beta2": 0.95, "lora_rank": 16, "max_length": 512}),
+                         "precision": "bf16", "adam_beta2": 0.95, "lora": True, "lora_rank": 16, "max_length": 512}),
 ], ids=["llama_factory", "fastchat", "chinese_llama_alpaca", "ascendspeed"])
 def test_their_training_commands_resolve_and_can_be_planned(text, config, expected, tmp_path, tiny_checkpoint):
     settings = resolved(text, tmp_path, tiny_checkpoint(), config)
     assert {name: getattr(settings, name) for name in expected} == expected
-    assert "parameters" in planning.describe(settings, world_size=8)
+    assert "parameters" in building.describe(settings, world_size=8)
+
+
+@pytest.mark.parametrize(("preset", "text"), [
+    ("7b_lora_qv", LLAMA_FACTORY),
+    ("7b_full", LLAMA_FACTORY.replace("finetuning_type lora", "finetuning_type full").replace("epochs 4.0", "epochs 3.0")
+     .replace("save_steps 10", "save_steps 100")),
+    ("7b_vicuna", VICUNA),
+], ids=["LoRA by LLaMA-Factory", "full by LLaMA-Factory", "Vicuna by FastChat"])
+def test_a_preset_says_what_the_command_it_comes_from_says(preset, text, tmp_path):
+    """But for names of files, and for what only a preset can say: the shape, the shards, and lengths that were their defaults."""
+    ours, theirs = PARSE(["--config", preset])[0], resolved(text, tmp_path, tmp_path)
+    other = {name for name, value in asdict(ours).items() if value != getattr(theirs, name)}
+    assert other <= {"model", "ckpt", "data", "out_dir", "zero_stage", "max_length", "template", "plot_loss", "lora_alpha"}
+    assert ours.lora_scale_alpha == theirs.lora_scale_alpha
 
 
 @pytest.mark.parametrize(("flags", "expected"), [

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from minillama import building, config, planning
+from minillama import building, config
 from minillama.config import KEYS, Settings
 from minillama.errors import UserError
 from minillama.estimate import estimate
@@ -48,12 +48,14 @@ def test_every_preset_resolves_and_its_saved_form_replays(preset: str, tmp_path:
 
 @pytest.mark.parametrize(("preset", "trainable"), [
     ("7b_lora", 16 * 32 * (4 * 2 * 4096 + 3 * (4096 + 11008))), ("7b_full_zero1", 6_738_415_616),
-    ("13b_full_zero2", 13_015_864_320),
+    ("13b_full_zero2", 13_015_864_320), ("7b_full", 6_738_415_616), ("13b_full", 13_015_864_320),
+    ("7b_vicuna", 6_738_415_616), ("13b_vicuna", 13_015_864_320),
+    ("7b_lora_qv", 8 * 32 * 2 * 2 * 4096), ("13b_lora_qv", 8 * 40 * 2 * 2 * 5120),
     ("chinese_sft_lora", 64 * 32 * (4 * 2 * 4096 + 3 * (4096 + 11008)) + 2 * 55296 * 4096),
 ])
 def test_a_plan_counts_parameters_exactly_and_allocates_nothing(preset: str, trainable: int) -> None:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    text = planning.describe(config.resolve(preset, {}), world_size=8)
+    text = building.describe(config.resolve(preset, {}), world_size=8)
     assert f"trained: {trainable:,}" in text
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000  # KiB; the models are 13 to 26 GB
 
@@ -62,7 +64,7 @@ def test_a_plan_counts_parameters_exactly_and_allocates_nothing(preset: str, tra
 def test_every_preset_can_be_planned(preset: str) -> None:
     """demo_lora starts from the checkpoint that demo makes."""
     settings = config.resolve(preset, {})
-    assert f"{building.model_config(settings).parameter_count():,}" in planning.describe(settings, 1)
+    assert f"{building.model_config(settings).parameter_count():,}" in building.describe(settings, 1)
 
 
 def test_the_bytes_of_a_plan_by_hand() -> None:
@@ -81,7 +83,7 @@ def test_models_that_every_rank_would_hold_whole_are_refused_with_the_bytes(pres
     settings = dataclasses.replace(config.resolve(preset, {}), ckpt="", init="scratch")
     weights = estimate(building.model_config(settings), settings).weights
     with pytest.raises(UserError, match=f"{weights:,} bytes .* tensor parallelism"):
-        planning.refuse_what_cannot_fit(settings)
+        building.refuse_what_cannot_fit(settings)
 
 
 @pytest.mark.parametrize(("flags", "key", "value"), [
@@ -100,12 +102,22 @@ def test_command_lines_of_other_systems_can_be_pasted(flags: list[str], key: str
     assert getattr(config.resolve("", parse(*flags)), key) == value
 
 
+@pytest.mark.parametrize(("flags", "lora"), [
+    ((), False), (("--lora_rank", "4"), True), (("--adapter", "a"), True), (("--lora_rank", "4", "--lora", "false"), False),
+    (("--finetuning_type", "full", "--lora_target", "q_proj"), False), (("--config", "7b_full", "--lora_rank", "4"), True),
+], ids=str)
+def test_a_flag_of_lora_turns_it_on_rather_than_being_ignored(flags: tuple[str, ...], lora: bool) -> None:
+    source, flags = (flags[1], flags[2:]) if "--config" in flags else ("", flags)
+    assert config.resolve(source, parse(*flags)).lora is lora
+
+
 @pytest.mark.parametrize(("flags", "named"), [
-    (["--learning_rte", "1"], "did you mean '--learning_rate'"),
+    (["--learning_rte", "1"], "did you mean '--learning_rate'"), (["--model_name_or_pth", "x"], "did you mean '--model_name_or_path'"),
     (["--max_steps", "many"], "invalid int value: 'many'"),
     (["--packing", "perhaps"], "'perhaps' is not true or false"), (["--lr_scheduler_type", "cosin"], "did you mean 'cosine'"),
     (["--max_steps", "-3"], "max_steps = -3: must not be negative"), (["--save_steps", "0"], "save_steps = 0: must be at least 1"),
     (["--validation_split", "1"], "validation_split = 1.0"), (["--fp16", "--bf16"], "exclude each other"),
+    (["--zero_stage", "3"], "zero_stage = 3; choose one of: 0, 1, 2"),
     (["--seed"], "expected one argument"),
     (["--learn", "1"], "unknown argument --learn"),
 ], ids=lambda value: " ".join(value) if isinstance(value, list) else "")

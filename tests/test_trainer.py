@@ -362,6 +362,16 @@ def test_a_named_checkpoint_is_resumed_and_none_starts_over(settings_for: Callab
         assert losses_of(settings.out_dir) == losses
 
 
+def test_a_record_cut_off_by_a_power_cut_does_not_stop_the_run_that_goes_on(settings_for: Callable, tmp_path: Path) -> None:
+    settings = settings_for(save_strategy="steps", save_steps=2, save_total_limit=0)
+    trainer.train(settings, MESH)
+    metrics = tmp_path / "run/metrics.jsonl"
+    losses = losses_of(settings.out_dir)
+    metrics.write_text(metrics.read_text()[:-30])
+    trainer.train(replace(settings, resume=str(tmp_path / "run/checkpoints/step-000004")), MESH)
+    assert losses_of(settings.out_dir) == losses
+
+
 def test_only_the_newest_checkpoints_are_kept(settings_for: Callable, tmp_path: Path) -> None:
     trainer.train(settings_for(save_strategy="steps", save_steps=1, save_total_limit=2), MESH)
     assert sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir()) == ["step-000004", "step-000005"]
@@ -486,6 +496,12 @@ def test_n_layers_takes_the_first_layers_of_the_checkpoint(settings_for: Callabl
     run, whole = trainer.Trainer(settings_for(n_layers=1), MESH), load_model(inputs / "base")
     assert run.model.config.n_layers == len(run.model.model.layers) == 1
     assert torch.equal(run.model.model.layers[0].mlp.up_proj.weight, whole.model.layers[0].mlp.up_proj.weight)
+
+
+def test_a_shape_that_is_not_the_checkpoints_is_refused_not_ignored(settings_for: Callable) -> None:
+    trainer.Trainer(settings_for(dim=24), MESH)
+    with pytest.raises(UserError, match=r"dim = 32, but .*base has 24; leave it out"):
+        trainer.Trainer(settings_for(dim=32), MESH)
 
 
 def test_a_larger_vocabulary_grows_the_embeddings_by_their_mean(settings_for: Callable, inputs: Path, tmp_path: Path) -> None:
