@@ -7,7 +7,7 @@ shape, copy, forget. Names that the model needs and the files lack, or that nobo
 import json
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from math import prod
 from pathlib import Path
@@ -36,20 +36,37 @@ def open_weights(directory: Path) -> dict[str, Entry]:
     """
     if not directory.is_dir():
         raise UserError(f"{directory}: no such directory; a checkpoint is a directory with config.json and model*.safetensors")
-    entries, problems = {}, []
-    for path, expected in _weight_files(directory).items():
+    found = open_files(_weight_files(directory), "the index promises; download it again")
+    return {name: entry for entries in found for name, entry in entries.items()}
+
+
+def open_files(files: Mapping[Path, Collection[str]], promise: str, alike: bool = False) -> list[dict[str, Entry]]:
+    """The tensors in each of `files`, by name, without rotary buffers.
+
+    UserError lists all files that are not there, cannot be read, lack one of their names (which `promise`) or, unless files are
+    `alike` (slices of the same tensors), hold what another holds too.
+    """
+    found, problems, places = [], [], {}
+    for path, names in files.items():
         try:
-            found = read_torch(path) if path.suffix == ".bin" else read_safetensors(path)
-        except (UserError, FileNotFoundError) as error:
-            absent = f"{path}: the index names this file, but it is not there; download it"
-            problems.append(str(error) if isinstance(error, UserError) else absent)
+            entries = read_tensors(path)
+        except UserError as error:
+            problems.append(str(error))
             continue
-        problems += [f"{path}: lacks {name}, which the index promises; download it again" for name in expected if name not in found]
-        problems += [f"{path}: {name} is in {entries[name].file.name} too" for name in found if name in entries]
-        entries |= found
+        found.append({name: entry for name, entry in entries.items() if not IGNORED.search(name)})
+        problems += [f"{path}: lacks {name}, which {promise}" for name in names if name not in entries]
+        problems += [f"{path}: {name} is in {places[name]} too" for name in entries if name in places and not alike]
+        places |= dict.fromkeys(entries, path.name)
     if problems:
         raise UserError(listed(problems, 8))
-    return {name: entry for name, entry in entries.items() if not IGNORED.search(name)}
+    return found
+
+
+def read_tensors(path: Path) -> dict[str, Entry]:
+    """The entries of a file of either kind, told by its name. Raises UserError for what is not there, or is something else."""
+    if not path.is_file():
+        raise UserError(f"{path}: the index names this file, but it is not there; download it")
+    return read_safetensors(path) if path.suffix == ".safetensors" else read_torch(path)
 
 
 def listed(problems: list[str], most: int = 4) -> str:

@@ -24,9 +24,8 @@ import torch
 from torch import Tensor
 
 from minillama.architecture import read_config
-from minillama.checkpoint.directory import EMBEDDING, HEAD, IGNORED, check_names, open_weights, read_json
-from minillama.checkpoint.tensor_files import Entry, read_safetensors
-from minillama.checkpoint.torch_files import read_torch
+from minillama.checkpoint.directory import EMBEDDING, HEAD, IGNORED, check_names, open_weights, read_json, read_tensors
+from minillama.checkpoint.tensor_files import Entry
 from minillama.conversion.meta import write_meta
 from minillama.conversion.output import Output, Recipe, has_tokenizer, write_checkpoint, write_companions
 from minillama.errors import UserError, closest
@@ -135,7 +134,7 @@ def adapter_entries(path: Path) -> dict[str, Entry]:
     """The tensors of an adapter directory, under the names they have in its file."""
     for name in ("adapter_model.safetensors", "adapter_model.bin", "pytorch_model.bin"):
         if (path / name).is_file():
-            return read_torch(path / name) if name.endswith(".bin") else read_safetensors(path / name)
+            return read_tensors(path / name)
     raise UserError(f"{path}: holds no adapter_model.safetensors, adapter_model.bin or pytorch_model.bin")
 
 

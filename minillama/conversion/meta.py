@@ -23,9 +23,9 @@ from torch import Tensor
 
 from minillama.architecture import LlamaConfig, ffn_width, read_config
 from minillama.checkpoint import directory as hf_directory
-from minillama.checkpoint.directory import EMBEDDING, IGNORED, check_names, open_weights, read_json, write_json
+from minillama.checkpoint.directory import EMBEDDING, check_names, open_files, open_weights, read_json, write_json
 from minillama.checkpoint.tensor_files import Entry, Plan
-from minillama.checkpoint.torch_files import read_torch, torch_writer
+from minillama.checkpoint.torch_files import torch_writer
 from minillama.conversion.output import Output, Recipe, Recipes, has_tokenizer, write_checkpoint
 from minillama.errors import UserError
 from minillama.tokenizer import open_tokenizer
@@ -63,14 +63,15 @@ def read_meta(directory: Path) -> tuple[LlamaConfig, Recipes]:
 
     Raises UserError for damaged or missing files, all at once, and for weights that do not fit params.json.
     """
-    shards = _read_shards(directory)
+    paths = sorted(directory.glob("consolidated.*.pth"))
+    if not paths:
+        raise UserError(f"{directory}: holds no consolidated.*.pth")
     params = _read_params(directory / "params.json")
-    table = _names(params["n_layers"])
-    unknown = sorted(shards[0].keys() - {name for name, _ in table.values()})
-    missing = sorted({name for name, _ in table.values()} - shards[0].keys())
-    if unknown or missing:
-        raise UserError(f"{directory}: params.json says {params['n_layers']} layers; "
-                        f"missing tensors: {missing[:3]}, unexpected: {unknown[:3]}")
+    table, says = _names(params["n_layers"]), f"params.json says {params['n_layers']} layers"
+    names = [name for name, _ in table.values()]
+    shards = open_files(dict.fromkeys(paths, names), f"belongs there: {says}", alike=True)
+    if unknown := [name for name in shards[0] if name not in names]:
+        raise UserError(f"{directory}: {says}, and {unknown[0]} is none of their tensors")
     if shards[0]["tok_embeddings.weight"].shape[-1] == params["dim"]:
         table[EMBEDDING] = "tok_embeddings.weight", 0  # LLaMA 3 and some exports cut the embedding by rows
     parts = {hf: [shard[name] for shard in shards] for hf, (name, _) in table.items()}
@@ -80,23 +81,6 @@ def read_meta(directory: Path) -> tuple[LlamaConfig, Recipes]:
                for hf, (_, axis) in table.items()}
     check_names(config, recipes, directory)
     return config, recipes
-
-
-def _read_shards(directory: Path) -> list[dict[str, Entry]]:
-    paths = sorted(directory.glob("consolidated.*.pth"))
-    if not paths:
-        raise UserError(f"{directory}: holds no consolidated.*.pth")
-    shards, problems = {}, []
-    for path in paths:
-        try:
-            shards[path] = {name: entry for name, entry in read_torch(path).items() if not IGNORED.search(name)}
-        except UserError as error:
-            problems.append(str(error))
-    lacking = {path: sorted(set().union(*shards.values()) - shard.keys()) for path, shard in shards.items()}
-    problems += [f"{path}: lacks {names[0]}, which another has; a file of another model" for path, names in lacking.items() if names]
-    if problems:
-        raise UserError("; ".join(problems))
-    return list(shards.values())
 
 
 def _names(n_layers: int) -> dict[str, tuple[str, int | None]]:
