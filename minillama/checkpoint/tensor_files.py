@@ -116,8 +116,7 @@ def safetensors_writer(path: Path, plan: Plan) -> Iterator[Append]:
     with open(path, "wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         yield from appending(plan, file.write)
-        file.flush()
-        os.fsync(file.fileno())
+    to_disk(path)
 
 
 def write_safetensors(path: Path, tensors: dict[str, Tensor]) -> None:
@@ -125,3 +124,12 @@ def write_safetensors(path: Path, tensors: dict[str, Tensor]) -> None:
     with safetensors_writer(path, plan_of(tensors)) as append:
         for name, tensor in tensors.items():
             append(name, tensor)
+
+
+def to_disk(path: Path) -> None:
+    """Wait until a file, or the names in a directory, are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from minillama.architecture import read_config
-from minillama.checkpoint.directory import EMBEDDING, HEAD, listed, open_weights
+from minillama.checkpoint.directory import EMBEDDING, HEAD, has_tokenizer, listed, open_weights
 from minillama.checkpoint.tensor_files import Entry
-from minillama.conversion.output import Output, Recipe, has_tokenizer, write_checkpoint, write_companions
+from minillama.conversion.output import Output, Recipe, write_checkpoint, write_companions
 from minillama.errors import UserError
 from minillama.tokenizer import open_tokenizer
 

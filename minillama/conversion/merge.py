@@ -24,10 +24,10 @@ import torch
 from torch import Tensor
 
 from minillama.architecture import read_config
-from minillama.checkpoint.directory import EMBEDDING, HEAD, IGNORED, check_names, open_weights, read_json, read_tensors
+from minillama.checkpoint.directory import EMBEDDING, HEAD, IGNORED, check_names, has_tokenizer, open_weights, read_json, read_tensors
 from minillama.checkpoint.tensor_files import Entry
 from minillama.conversion.meta import write_meta
-from minillama.conversion.output import Output, Recipe, has_tokenizer, write_checkpoint, write_companions
+from minillama.conversion.output import Output, Recipe, write_checkpoint, write_companions
 from minillama.errors import UserError, closest
 from minillama.tokenizer import open_tokenizer
 

@@ -23,10 +23,10 @@ from torch import Tensor
 
 from minillama.architecture import LlamaConfig, ffn_width, read_config
 from minillama.checkpoint import directory as hf_directory
-from minillama.checkpoint.directory import EMBEDDING, check_names, open_files, open_weights, read_json, write_json
+from minillama.checkpoint.directory import EMBEDDING, check_names, has_tokenizer, open_files, open_weights, read_json, write_json
 from minillama.checkpoint.tensor_files import Entry, Plan
 from minillama.checkpoint.torch_files import torch_writer
-from minillama.conversion.output import Output, Recipe, Recipes, has_tokenizer, write_checkpoint
+from minillama.conversion.output import Output, Recipe, Recipes, write_checkpoint
 from minillama.errors import UserError
 from minillama.tokenizer import open_tokenizer
 
@@ -176,7 +176,7 @@ def write_meta(output: Output, recipes: Recipes, config: LlamaConfig, companions
 
     def finish(directory: Path) -> None:
         write_json(directory / "params.json", _params(config))
-        hf_directory.copy_tokenizer_files(companions, directory)
+        hf_directory.copy_tokenizer(companions, directory)
 
     ordered = {name: (tied | recipes)[name] for name in _names(config.n_layers)}
     write_checkpoint(output, ordered, finish, partial(_write_shards, config, shards))

@@ -26,8 +26,16 @@ from torch import Tensor
 from tqdm import tqdm
 
 from minillama.architecture import read_config
-from minillama.checkpoint.directory import GB, copy_tokenizer_files, read_json, write_generation_config, write_json, write_weights
-from minillama.checkpoint.tensor_files import Entry, Plan
+from minillama.checkpoint.directory import (
+    GB,
+    copy_tokenizer,
+    has_tokenizer,
+    read_json,
+    write_generation_config,
+    write_json,
+    write_weights,
+)
+from minillama.checkpoint.tensor_files import Entry, Plan, to_disk
 from minillama.errors import UserError
 
 OURS = ("config.json", "params.json", "adapter_config.json", "manifest.json")  # a directory with one of these may be overwritten
@@ -94,13 +102,9 @@ def write_companions(directory: Path, model: Path, changes: dict[str, int], dtyp
         if found := next((place / name for place in places if (place / name).is_file()), None):
             shutil.copyfile(found, directory / name)
     if source := next(filter(has_tokenizer, tokenizers), None):
-        copy_tokenizer_files(source, directory)
+        copy_tokenizer(source, directory)
     else:
         print("note: none of the inputs has a tokenizer, so the output has none")
-
-
-def has_tokenizer(directory: Path) -> bool:
-    return any((directory / name).is_file() for name in ("tokenizer.model", "tokenizer.json"))
 
 
 @contextmanager
@@ -154,19 +158,11 @@ def _refuse_existing(path: Path, overwrite: bool) -> None:
 
 def _publish(unfinished: Path, path: Path, aside: Path) -> None:
     for file in (*unfinished.iterdir(), unfinished):
-        _to_disk(file)
+        to_disk(file)
     if path.exists():
         path.rename(aside)
     unfinished.rename(path)
-    _to_disk(path.parent)
-
-
-def _to_disk(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    to_disk(path.parent)
 
 
 def write_file(path: Path, content: bytes, overwrite: bool) -> None:
@@ -176,7 +172,7 @@ def write_file(path: Path, content: bytes, overwrite: bool) -> None:
     unfinished = path.with_name(f".{path.name}.partial")
     try:
         unfinished.write_bytes(content)
-        _to_disk(unfinished)
+        to_disk(unfinished)
         unfinished.replace(path)
     except OSError as error:
         unfinished.unlink(missing_ok=True)
