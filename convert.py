@@ -10,6 +10,7 @@ Every weight conversion goes tensor by tensor: its memory does not grow with the
 
 import argparse
 import inspect
+import os
 import re
 import shlex
 import signal
@@ -231,4 +232,5 @@ def _positive(text: str) -> int:
 
 
 if __name__ == "__main__":
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch then asks for large pages: clearing small ones costs as much as the work
     errors.run(main)

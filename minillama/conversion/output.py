@@ -26,15 +26,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from minillama.architecture import read_config
-from minillama.checkpoint.directory import (
-    GB,
-    copy_tokenizer,
-    has_tokenizer,
-    read_json,
-    write_generation_config,
-    write_json,
-    write_weights,
-)
+from minillama.checkpoint import directory as checkpoints
+from minillama.checkpoint.directory import GB
 from minillama.checkpoint.tensor_files import Entry, Plan, to_disk
 from minillama.errors import UserError
 
@@ -73,7 +66,7 @@ def write_checkpoint(output: Output, recipes: Recipes, finish: Callable[[Path], 
     plan = {name: (output.dtype or recipe.dtype, recipe.shape) for name, recipe in recipes.items()}
     sizes = {name: prod(shape) * dtype.itemsize for name, (dtype, shape) in plan.items()}
     total = sum(sizes.values())
-    write = write or partial(write_weights, max_shard_bytes=output.max_shard_bytes, bin=output.bin)
+    write = write or partial(checkpoints.write_weights, max_shard_bytes=output.max_shard_bytes, bin=output.bin)
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
         with tqdm(total=total, unit="B", unit_scale=True, disable=None) as bar:
@@ -94,15 +87,15 @@ def write_companions(directory: Path, model: Path, changes: dict[str, int], dtyp
     """The files beside the weights: `model`'s config.json with `changes` and the dtype, its generation_config.json, and the
     tokenizer and minillama.json of the first of `tokenizers` that has them.
     """
-    raw = read_json(model / "config.json", "valid JSON")
+    raw = checkpoints.read_json(model / "config.json", "valid JSON")
     dtype_key = "dtype" if "dtype" in raw else "torch_dtype"
-    write_json(directory / "config.json", raw | changes | {dtype_key: str(dtype).removeprefix("torch.")})
-    write_generation_config(directory, read_config(model))
+    checkpoints.write_json(directory / "config.json", raw | changes | {dtype_key: str(dtype).removeprefix("torch.")})
+    checkpoints.write_generation_config(directory, read_config(model))
     for name, places in {"generation_config.json": [model], "minillama.json": tokenizers}.items():
         if found := next((place / name for place in places if (place / name).is_file()), None):
             shutil.copyfile(found, directory / name)
-    if source := next(filter(has_tokenizer, tokenizers), None):
-        copy_tokenizer(source, directory)
+    if source := next(filter(checkpoints.has_tokenizer, tokenizers), None):
+        checkpoints.copy_tokenizer(source, directory)
     else:
         print("note: none of the inputs has a tokenizer, so the output has none")
 
