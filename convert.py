@@ -232,5 +232,5 @@ def _positive(text: str) -> int:
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch then asks for large pages: clearing small ones costs as much as the work
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch then asks for large pages, which are cleared sooner
     errors.run(main)

@@ -12,7 +12,7 @@ n_kv_heads and not into n_heads. Values are not rotated, so v and o stay.
 Left out on purpose: LLaMA 3.1's stretched rotary frequencies, whose numbers Meta's files do not hold.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -74,11 +74,9 @@ def read_meta(directory: Path) -> tuple[LlamaConfig, Recipes]:
         raise UserError(f"{directory}: {says}, and {unknown[0]} is none of their tensors")
     if shards[0]["tok_embeddings.weight"].shape[-1] == params["dim"]:
         table[EMBEDDING] = "tok_embeddings.weight", 0  # LLaMA 3 and some exports cut the embedding by rows
-    parts = {hf: [shard[name] for shard in shards] for hf, (name, _) in table.items()}
-    shapes = {hf: _whole_shape(hf, parts[hf], axis) for hf, (_, axis) in table.items()}
-    config = _config(params, shapes, directory)
-    recipes = {hf: Recipe(parts[hf][0].dtype, shapes[hf], partial(_join, hf, parts[hf], axis, shapes[hf], _heads(config, hf)))
-               for hf, (_, axis) in table.items()}
+    heads = params["n_heads"], params.get("n_kv_heads") or params["n_heads"]
+    recipes = {hf: _whole(hf, [shard[name] for shard in shards], axis, _heads(hf, *heads)) for hf, (name, axis) in table.items()}
+    config = _config(params, recipes, directory)
     check_names(config, recipes, directory)
     return config, recipes
 
@@ -91,9 +89,9 @@ def _names(n_layers: int) -> dict[str, tuple[str, int | None]]:
     return dict([embed, *layers, norm, head])
 
 
-def _heads(config: LlamaConfig, name: str) -> int:
+def _heads(name: str, n_heads: int, n_kv_heads: int) -> int:
     """The heads in whose rows this tensor's rotary order is changed: 0 for all but queries and keys."""
-    return {"q_proj.weight": config.n_heads, "k_proj.weight": config.n_kv_heads}.get(name.split("self_attn.")[-1], 0)
+    return {"q_proj.weight": n_heads, "k_proj.weight": n_kv_heads}.get(name.split("self_attn.")[-1], 0)
 
 
 def _read_params(path: Path) -> dict:
@@ -109,17 +107,19 @@ def _read_params(path: Path) -> dict:
     return params
 
 
-def _whole_shape(name: str, parts: list[Entry], axis: int | None) -> tuple[int, ...]:
-    """The shape of the parts, laid end to end along `axis`. Raises UserError where they are of different kinds."""
+def _whole(name: str, parts: list[Entry], axis: int | None, heads: int) -> Recipe:
+    """The parts laid end to end along `axis`. Raises UserError where they are of different kinds."""
     kinds = {(part.dtype, *(size for i, size in enumerate(part.shape) if i != axis)) for part in parts}
     if len(kinds) > 1:
         raise UserError(f"{name}: the shards do not fit together: "
                         f"{', '.join(f'{part.shape} of {part.dtype} in {part.file.name}' for part in parts)}")
-    return tuple(sum(part.shape[i] for part in parts) if i == axis else size for i, size in enumerate(parts[0].shape))
+    shape = tuple(sum(part.shape[i] for part in parts) if i == axis else size for i, size in enumerate(parts[0].shape))
+    return Recipe(parts[0].dtype, shape, partial(_join, name, parts, axis, shape, heads))
 
 
-def _config(params: dict, shapes: Mapping[str, tuple[int, ...]], where: Path) -> LlamaConfig:
-    dim, n_heads, theta, vocab_size = params["dim"], params["n_heads"], float(params.get("rope_theta") or 10000.0), shapes[EMBEDDING][0]
+def _config(params: dict, recipes: Recipes, where: Path) -> LlamaConfig:
+    dim, n_heads, theta = params["dim"], params["n_heads"], float(params.get("rope_theta") or 10000.0)
+    vocab_size, ffn_dim = recipes[EMBEDDING].shape[0], recipes["model.layers.0.mlp.gate_proj.weight"].shape[0]
     n_kv_heads = params.get("n_kv_heads") or n_heads
     if params.get("vocab_size") not in (-1, None, vocab_size):
         raise UserError(f"{where}: params.json says vocab_size = {params['vocab_size']}, the embedding has {vocab_size} rows; "
@@ -128,8 +128,7 @@ def _config(params: dict, shapes: Mapping[str, tuple[int, ...]], where: Path) ->
     is_llama1 = params["norm_eps"] < 5e-6 or (dim == 8192 and n_kv_heads == n_heads)  # 65B: 1e-5, but all heads
     context = 8192 if is_llama3 else 16384 if theta > 10000 else 2048 if is_llama1 else 4096
     return LlamaConfig(dim=dim, n_layers=params["n_layers"], n_heads=n_heads, n_kv_heads=n_kv_heads, head_dim=dim // n_heads,
-                       ffn_dim=shapes["model.layers.0.mlp.gate_proj.weight"][0], vocab_size=vocab_size, max_seq_len=context,
-                       norm_eps=params["norm_eps"], rope_theta=theta,
+                       ffn_dim=ffn_dim, vocab_size=vocab_size, max_seq_len=context, norm_eps=params["norm_eps"], rope_theta=theta,
                        bos_id=128_000 if is_llama3 else 1, eos_ids=(128_001,) if is_llama3 else (2,))
 
 
@@ -204,14 +203,16 @@ def _write_shards(config: LlamaConfig, shards: int, directory: Path, tensors: It
         step = tensor.shape[axis] // shards
         return list(tensor.split([step] * (shards - 1) + [tensor.shape[axis] - step * (shards - 1)], axis))
 
-    shapes = {name: [tuple(part.shape) for part in cut(torch.empty(shape, device="meta"), table[name][1])]
-              for name, (_, shape) in plan.items()}
+    plans: list[dict] = [{} for _ in range(shards)]
+    for name, (dtype, shape) in plan.items():
+        meta_name, axis = table[name]
+        for part, piece in zip(plans, cut(torch.empty(shape, device="meta"), axis), strict=True):
+            part[meta_name] = dtype, tuple(piece.shape)
     with ExitStack() as files:
-        plans = [{table[name][0]: (dtype, shapes[name][shard]) for name, (dtype, _) in plan.items()} for shard in range(shards)]
         appends = [files.enter_context(torch_writer(directory / f"consolidated.{shard:02d}.pth", part)) for shard, part in enumerate(plans)]
         for name, tensor in tensors:
             meta_name, axis = table[name]
-            heads = _heads(config, name)
+            heads = _heads(name, config.n_heads, config.n_kv_heads)
             for append, part in zip(appends, cut(to_pairs(tensor, heads) if heads else tensor, axis), strict=True):
                 append(meta_name, part)
 
