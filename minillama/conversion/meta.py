@@ -70,8 +70,8 @@ def read_meta(directory: Path) -> tuple[LlamaConfig, Recipes]:
     table, says = _names(params["n_layers"]), f"params.json says {params['n_layers']} layers"
     names = [name for name, _ in table.values()]
     shards = open_files(dict.fromkeys(paths, names), f"belongs there: {says}", alike=True)
-    if unknown := [name for name in shards[0] if name not in names]:
-        raise UserError(f"{directory}: {says}, and {unknown[0]} is none of their tensors")
+    if unknown := set().union(*shards).difference(names):
+        raise UserError(f"{directory}: {says}, and {min(unknown)} is none of their tensors")
     if shards[0]["tok_embeddings.weight"].shape[-1] == params["dim"]:
         table[EMBEDDING] = "tok_embeddings.weight", 0  # LLaMA 3 and some exports cut the embedding by rows
     heads = params["n_heads"], params.get("n_kv_heads") or params["n_heads"]
@@ -108,13 +108,25 @@ def _read_params(path: Path) -> dict:
 
 
 def _whole(name: str, parts: list[Entry], axis: int | None, heads: int) -> Recipe:
-    """The parts laid end to end along `axis`. Raises UserError where they are of different kinds."""
+    """The parts laid end to end along `axis`, read one at a time; q and k (by heads) in Hugging Face's rotary order."""
     kinds = {(part.dtype, *(size for i, size in enumerate(part.shape) if i != axis)) for part in parts}
     if len(kinds) > 1:
         raise UserError(f"{name}: the shards do not fit together: "
                         f"{', '.join(f'{part.shape} of {part.dtype} in {part.file.name}' for part in parts)}")
     shape = tuple(sum(part.shape[i] for part in parts) if i == axis else size for i, size in enumerate(parts[0].shape))
-    return Recipe(parts[0].dtype, shape, partial(_join, name, parts, axis, shape, heads))
+
+    def read() -> Tensor:
+        if axis is None or len(parts) == 1:
+            tensor = parts[0].read()
+            if not all(torch.equal(tensor, part.read()) for part in parts[1:]):
+                raise UserError(f"{name}: differs between the shards that should all hold it; files of different models")
+        else:
+            tensor = torch.empty(shape, dtype=parts[0].dtype)
+            for part, place in zip(parts, tensor.split([part.shape[axis] for part in parts], axis), strict=True):
+                place.copy_(part.read())
+        return to_halves(tensor, heads) if heads else tensor
+
+    return Recipe(parts[0].dtype, shape, read)
 
 
 def _config(params: dict, recipes: Recipes, where: Path) -> LlamaConfig:
@@ -130,19 +142,6 @@ def _config(params: dict, recipes: Recipes, where: Path) -> LlamaConfig:
     return LlamaConfig(dim=dim, n_layers=params["n_layers"], n_heads=n_heads, n_kv_heads=n_kv_heads, head_dim=dim // n_heads,
                        ffn_dim=ffn_dim, vocab_size=vocab_size, max_seq_len=context, norm_eps=params["norm_eps"], rope_theta=theta,
                        bos_id=128_000 if is_llama3 else 1, eos_ids=(128_001,) if is_llama3 else (2,))
-
-
-def _join(name: str, parts: list[Entry], axis: int | None, shape: tuple[int, ...], heads: int) -> Tensor:
-    """The whole tensor from its parts, one part in memory at a time; q and k in Hugging Face's rotary order."""
-    if axis is None or len(parts) == 1:
-        tensor = parts[0].read()
-        if not all(torch.equal(tensor, part.read()) for part in parts[1:]):
-            raise UserError(f"{name}: differs between the shards that should all hold it; files of different models")
-    else:
-        tensor = torch.empty(shape, dtype=parts[0].dtype)
-        for part, place in zip(parts, tensor.split([part.shape[axis] for part in parts], axis), strict=True):
-            place.copy_(part.read())
-    return to_halves(tensor, heads) if heads else tensor
 
 
 def to_halves(weight: Tensor, heads: int) -> Tensor:
