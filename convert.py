@@ -2,14 +2,6 @@
 
     python convert.py SUBCOMMAND --help      is the manual of a subcommand, with its examples
 
-    meta         Meta's consolidated.*.pth -> Hugging Face, and back with --reverse
-    apply-delta  base + delta = target (Vicuna)
-    make-delta   target - base = delta
-    merge-lora   fold LoRA adapters into their base
-    tokenizer    append a SentencePiece vocabulary to LLaMA's
-    data         tokenize raw files into a data set for train.py
-    sha256       write or check a manifest: which files, and which weights, are the same
-
 Example
     python convert.py apply-delta --base llama-7b-hf --delta vicuna-7b-delta-v1.1 --output vicuna-7b
 
@@ -18,6 +10,7 @@ Every weight conversion goes tensor by tensor: its memory does not grow with the
 
 import argparse
 import inspect
+import os
 import re
 import shlex
 import signal
@@ -39,7 +32,7 @@ if TYPE_CHECKING:  # imported where it is used, so that --help and data need not
 def main(argv: list[str]) -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, so that unfinished output is removed
     if not argv or argv[0] in ("-h", "--help"):
-        print(__doc__)
+        print(__doc__, "Subcommands", *(f"    {name:12} {made.__doc__.splitlines()[0]}" for name, made in SUBCOMMANDS.items()), sep="\n")
     elif argv[0] in SUBCOMMANDS:
         SUBCOMMANDS[argv[0]](argv[1:])
     else:
@@ -55,7 +48,7 @@ def meta(argv: list[str]) -> None:
         python convert.py meta --input llama-2-13b/ --output llama-2-13b-hf
         python convert.py meta --reverse --input llama-2-13b-hf --output llama-2-13b-meta --shards 2
     """
-    parser = _parser(meta, True, input="Meta's directory, or with --reverse Hugging Face's")
+    parser = _parser(meta, OUTPUT, input="Meta's directory, or with --reverse Hugging Face's")
     add = parser.add_argument
     add("--reverse", action="store_true", help="Hugging Face to Meta")
     add("--shards", type=_positive, default=0, metavar="N", help="with --reverse: files [as Meta: 1; 13B 2, 33B 4, 65B and 70B 8]")
@@ -78,7 +71,7 @@ def apply_delta(argv: list[str]) -> None:
     Example
         python convert.py apply-delta --base llama-13b-hf --delta vicuna-13b-delta-v1.1 --output vicuna-13b
     """
-    parser = _parser(apply_delta, True, base="the original LLaMA, a Hugging Face directory", delta="the published difference, likewise")
+    parser = _parser(apply_delta, OUTPUT, base="the original LLaMA, a Hugging Face directory", delta="the published difference, likewise")
     flags = parser.parse_args(argv)
     from minillama.conversion import delta
     delta.apply_delta(flags.base, flags.delta, _output(flags))
@@ -90,7 +83,7 @@ def make_delta(argv: list[str]) -> None:
     Example
         python convert.py make-delta --base llama-13b-hf --target my-13b --output my-13b-delta
     """
-    parser = _parser(make_delta, True, base="the original LLaMA, a Hugging Face directory", target="the fine-tuned model, likewise")
+    parser = _parser(make_delta, OUTPUT, base="the original LLaMA, a Hugging Face directory", target="the fine-tuned model, likewise")
     flags = parser.parse_args(argv)
     from minillama.conversion import delta
     delta.make_delta(flags.base, flags.target, _output(flags))
@@ -106,7 +99,7 @@ def merge_lora(argv: list[str]) -> None:
     Example
         python convert.py merge-lora --base llama-7b-hf --lora chinese-llama-plus --lora chinese-alpaca-plus --output m
     """
-    parser = _parser(merge_lora, True, base="the model the first adapter was trained on")
+    parser = _parser(merge_lora, OUTPUT, base="the model the first adapter was trained on")
     add = parser.add_argument
     add("--lora", type=Path, action="append", required=True, metavar="DIR", help="adapter; repeat for several")
     add("--format", choices=("hf", "meta"), default="hf", help="layout of the output: hf, meta [hf]",
@@ -128,10 +121,8 @@ def tokenizer(argv: list[str]) -> None:
     Example
         python convert.py tokenizer --base llama/tokenizer.model --add chinese_sp.model --output merged.model
     """
-    parser = _parser(tokenizer, base="the tokenizer.model that keeps its ids", add="the model whose new pieces are appended")
-    parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="the merged tokenizer.model")
-    parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
-    flags = parser.parse_args(argv)
+    flags = _parser(tokenizer, "the merged tokenizer.model", base="the tokenizer.model that keeps its ids",
+                    add="the model whose new pieces are appended").parse_args(argv)
     from minillama.conversion.output import write_file
     from minillama.tokenizer import merge_vocabularies, open_tokenizer
     before = open_tokenizer(flags.base).size
@@ -150,12 +141,10 @@ def data(argv: list[str]) -> None:
     Example
         python convert.py data --input alpaca.json --tokenizer llama/tokenizer.model --output my_data --template vicuna_v1.1
     """
-    parser = _parser(data)
+    parser = _parser(data, "what the data set's files are called before the dot")
     add = parser.add_argument
     add("--input", nargs="+", required=True, metavar="FILE", help="raw files or folders: .json, .jsonl, .txt, .parquet")
     add("--tokenizer", required=True, metavar="FILE", help="tokenizer.model or tokenizer.json, or a directory that holds one")
-    add("--output", type=Path, required=True, metavar="PREFIX", help="what the data set's files are called before the dot")
-    add("--overwrite", action="store_true", help="replace an existing output, once the new one is complete")
     add("--format", choices=("auto", "alpaca", "sharegpt", "moss", "ascend", "text", "lines"), default="auto", help="of the input [auto]")
     add("--template", default="alpaca", metavar="NAME", help="prompt template of conversations [alpaca]")
     add("--workers", type=_positive, default=1, metavar="N", help="processes that tokenize [1]")
@@ -165,9 +154,9 @@ def data(argv: list[str]) -> None:
     flags = parser.parse_args(argv)
     from minillama.data.build import build_dataset
     from minillama.tokenizer import open_tokenizer
-    existing = [f"{flags.output}.{part}" for part in ("json", "bin", "mask", "idx") if Path(f"{flags.output}.{part}").exists()]
-    if existing and not flags.overwrite:
-        raise UserError(f"{existing[0]}: already exists; --overwrite replaces the data set once the new one is complete")
+    for existing in filter(Path.exists, (Path(f"{flags.output}.{part}") for part in ("json", "bin", "mask", "idx"))):
+        if not flags.overwrite:
+            raise UserError(f"{existing}: already exists; --overwrite replaces the data set once the new one is complete")
     started, opened = time.monotonic(), open_tokenizer(flags.tokenizer)
     try:
         made = build_dataset(flags.input, opened, flags.output, data_format=flags.format, template=flags.template, workers=flags.workers,
@@ -199,18 +188,20 @@ def sha256(argv: list[str]) -> None:
     print("\n".join(report))
 
 
+OUTPUT = "directory to write; complete or absent"  # of every subcommand that writes weights
 SUBCOMMANDS = {"meta": meta, "apply-delta": apply_delta, "make-delta": make_delta, "merge-lora": merge_lora,
                "tokenizer": tokenizer, "data": data, "sha256": sha256}
 
 
-def _parser(subcommand: Callable[[list[str]], None], writes_weights: bool = False, **inputs: str) -> Parser:
-    """A parser whose help is the subcommand's docstring. inputs: the paths it must be given, and what they are."""
+def _parser(subcommand: Callable[[list[str]], None], output: str = "", **inputs: str) -> Parser:
+    """A parser whose help is the subcommand's docstring. output and inputs: the paths it must be given, and what they are."""
     name = subcommand.__name__
     parser = Parser(CONVERSION.get(name), prog=f"convert.py {name.replace('_', '-')}", description=inspect.cleandoc(subcommand.__doc__))
     add = parser.add_argument
-    if writes_weights:
-        add("--output", type=Path, required=True, metavar="DIR", help="directory to write; complete or absent")
+    if output:
+        inputs = {"output": output} | inputs
         add("--overwrite", action="store_true", help="replace an existing output, once the new one is complete")
+    if output == OUTPUT:
         add("--dtype", choices=("float32", "bfloat16", "float16"), help="of the output [as the input]")
         add("--max_shard_size", type=_size, default=_size("5GB"), metavar="SIZE", help="largest file of Hugging Face's layout [5GB]")
         add("--bin", action="store_true", help="write pytorch_model*.bin instead of safetensors")
@@ -241,4 +232,5 @@ def _positive(text: str) -> int:
 
 
 if __name__ == "__main__":
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch then asks for large pages, which are cleared sooner
     errors.run(main)

@@ -194,7 +194,7 @@ class Trainer:
             checkpoints.save_model(self.model, path, self.tokenizer, about)
             return
         save_adapter(self.model, self.lora, path, self.base)
-        checkpoints.copy_tokenizer(self.tokenizer, path)
+        checkpoints.copy_tokenizer(self.tokenizer.path, path)
         checkpoints.write_json(path / "minillama.json", about)
 
 

@@ -182,6 +182,7 @@ def test_the_report_says_how_much_changed_and_that_merged_equals_unmerged(tmp_pa
     (factors(), {"peft_type": "IA3"}, "IA3 is not supported"),
     (factors(), {"r": 3}, r"lora_A is \(2, 24\) and lora_B \(24, 2\), adapter_config.json says rank 3"),
     (factors(), {"r": "2"}, "expected numbers"),
+    (factors(), {"init_lora_weights": "pissa"}, "init_lora_weights = 'pissa' changed the base too"),
     ({f"{Q}.lora_A.weight": torch.zeros(2, 24)}, {}, "q_proj has lora_A without its other half"),
     (factors() | {f"{Q}.lora_B.bias": torch.zeros(24)}, {}, "not a LoRA key"),
     (factors() | factors(middle=".other"), {}, "a second value .* more than one adapter"),

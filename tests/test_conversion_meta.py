@@ -186,6 +186,8 @@ def test_params_may_be_nested_under_model(tmp_path):
     (lambda d: save_meta(d, [], use_scaled_rope=True), "use_scaled_rope"),
     (lambda d: save_meta(d, [], vocab_size=49), "vocab_size = 49, the embedding has 50 rows"),
     (lambda d: save_meta(d, [], n_layers=3), "params.json says 3 layers"),
+    (lambda d: save_meta(d, [], n_layers=1), r"1 layers, and layers\.1\.attention\.wk\.weight is none of their tensors"),
+    (lambda d: save_meta(d, [random_meta(), random_meta() | {"stray": torch.ones(1)}]), "stray is none of their tensors"),
     (lambda d: save_meta(d, [], n_kv_heads=6), "do not fit config.json"),
     (lambda d: save_meta(d, [random_meta(), {}]), r"consolidated\.01\.pth: lacks"),
     (lambda d: save_meta(d, [random_meta() | {"norm.weight": torch.ones(25)}]), "do not fit config.json"),

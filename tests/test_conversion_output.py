@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import convert
-from minillama.checkpoint.directory import load_model, open_weights
+from minillama.checkpoint.directory import copy_tokenizer, load_model, open_weights
 from minillama.conversion import output as output_module
 from minillama.conversion.output import Output, Recipe, complete_or_absent, write_checkpoint
 from minillama.errors import UserError
@@ -168,3 +168,16 @@ def test_two_conversions_to_one_output_do_not_mix(tmp_path):
     with complete_or_absent(tmp_path / "new", 0, overwrite=False) as directory:
         (directory / "w").write_text("complete")
     assert (tmp_path / "new" / "w").read_text() == "complete"
+
+
+def test_a_tokenizer_of_any_name_comes_under_the_name_that_checkpoints_use(tmp_path):
+    source, made, whole = (tmp_path / name for name in ("source", "made", "whole"))
+    for directory in (source, made, whole):
+        directory.mkdir()
+    for name in ("chinese.model", "tokenizer.model", "tokenizer.json", "added_tokens.json"):
+        (source / name).write_text(name)
+    copy_tokenizer(source / "chinese.model", made)
+    assert (made / "tokenizer.model").read_text() == "chinese.model"
+    assert {path.name for path in made.iterdir()} == {"tokenizer.model", "tokenizer_config.json"}, "the others describe another one"
+    copy_tokenizer(source / "tokenizer.model", whole)
+    assert (whole / "added_tokens.json").is_file() and (whole / "tokenizer.model").read_text() == "tokenizer.model"

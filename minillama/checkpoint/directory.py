@@ -7,7 +7,7 @@ shape, copy, forget. Names that the model needs and the files lack, or that nobo
 import json
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from math import prod
 from pathlib import Path
@@ -21,7 +21,7 @@ from minillama.checkpoint.tensor_files import Entry, Plan, plan_of, read_safeten
 from minillama.checkpoint.torch_files import read_torch, torch_writer
 from minillama.errors import UserError
 from minillama.model import Llama
-from minillama.tokenizer import Tokenizer, open_tokenizer
+from minillama.tokenizer import Tokenizer
 
 TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -36,20 +36,37 @@ def open_weights(directory: Path) -> dict[str, Entry]:
     """
     if not directory.is_dir():
         raise UserError(f"{directory}: no such directory; a checkpoint is a directory with config.json and model*.safetensors")
-    entries, problems = {}, []
-    for path, expected in _weight_files(directory).items():
+    found = open_files(_weight_files(directory), "the index promises; download it again")
+    return {name: entry for entries in found for name, entry in entries.items()}
+
+
+def open_files(files: Mapping[Path, Collection[str]], promise: str, alike: bool = False) -> list[dict[str, Entry]]:
+    """The tensors in each of `files`, by name, without rotary buffers.
+
+    UserError lists all files that are not there, cannot be read, lack one of their names (which `promise`) or, unless files are
+    `alike` (slices of the same tensors), hold what another holds too.
+    """
+    found, problems, places = [], [], {}
+    for path, names in files.items():
         try:
-            found = read_torch(path) if path.suffix == ".bin" else read_safetensors(path)
-        except (UserError, FileNotFoundError) as error:
-            absent = f"{path}: the index names this file, but it is not there; download it"
-            problems.append(str(error) if isinstance(error, UserError) else absent)
+            entries = read_tensors(path)
+        except UserError as error:
+            problems.append(str(error))
             continue
-        problems += [f"{path}: lacks {name}, which the index promises; download it again" for name in expected if name not in found]
-        problems += [f"{path}: {name} is in {entries[name].file.name} too" for name in found if name in entries]
-        entries |= found
+        found.append({name: entry for name, entry in entries.items() if not IGNORED.search(name)})
+        problems += [f"{path}: lacks {name}, which {promise}" for name in names if name not in entries]
+        problems += [f"{path}: {name} is in {places[name]} too" for name in entries if name in places and not alike]
+        places |= dict.fromkeys(entries, path.name)
     if problems:
         raise UserError(listed(problems, 8))
-    return {name: entry for name, entry in entries.items() if not IGNORED.search(name)}
+    return found
+
+
+def read_tensors(path: Path) -> dict[str, Entry]:
+    """The entries of a file of either kind, told by its name. Raises UserError for what is not there, or is something else."""
+    if not path.is_file():
+        raise UserError(f"{path}: the index names this file, but it is not there; download it")
+    return read_safetensors(path) if path.suffix == ".safetensors" else read_torch(path)
 
 
 def listed(problems: list[str], most: int = 4) -> str:
@@ -168,7 +185,7 @@ def write_configs(directory: Path, config: LlamaConfig, dtype: torch.dtype, toke
     write_json(directory / "config.json", to_hf(config, str(dtype).removeprefix("torch.")))
     write_generation_config(directory, config)
     if tokenizer is not None:
-        copy_tokenizer(tokenizer, directory)
+        copy_tokenizer(tokenizer.path, directory)
 
 
 def write_generation_config(directory: Path, config: LlamaConfig) -> None:
@@ -176,14 +193,15 @@ def write_generation_config(directory: Path, config: LlamaConfig) -> None:
     write_json(directory / "generation_config.json", {"bos_token_id": config.bos_id, "eos_token_id": eos})
 
 
-def copy_tokenizer(tokenizer: Tokenizer, directory: Path) -> None:
-    """Copy the tokenizer's file and those beside it that describe it."""
-    shutil.copyfile(tokenizer.path, directory / tokenizer.path.name)
-    copy_tokenizer_files(tokenizer.path.parent, directory)
+def copy_tokenizer(source: Path, directory: Path) -> None:
+    """Copy a tokenizer (its file, or the directory that holds it) and what describes it; a bare tokenizer.model is LLaMA's.
 
-
-def copy_tokenizer_files(source: Path, directory: Path) -> None:
-    """Copy the tokenizer files of one directory into another, and describe a bare tokenizer.model as LLaMA's."""
+    A file with a name of its own comes alone, under the usual name.
+    """
+    if source.is_file():
+        usual = "tokenizer.json" if source.suffix == ".json" else "tokenizer.model"
+        shutil.copyfile(source, directory / usual)
+        source = source.parent if source.name == usual else directory
     for name in TOKENIZER_FILES:
         if (source / name).is_file() and not (directory / name).exists():
             shutil.copyfile(source / name, directory / name)
@@ -193,13 +211,22 @@ def copy_tokenizer_files(source: Path, directory: Path) -> None:
             "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "clean_up_tokenization_spaces": False})
 
 
+def has_tokenizer(directory: Path) -> bool:
+    return any((directory / name).is_file() for name in TOKENIZER_FILES[:2])
+
+
+def list_states(out_dir: Path) -> list[Path]:
+    """The complete checkpoints of a run, oldest first."""
+    found = [path for path in (out_dir / "checkpoints").glob("step-*") if path.name.removeprefix("step-").isdigit()]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+
+
 def find_checkpoint(path: Path) -> Path:
     """The checkpoint that `path` means: itself, or for a run directory its final/, else its newest complete checkpoint.
 
     Raises UserError where there is none, and says what is there instead (Meta's files, nothing at all).
     """
-    steps = sorted(path.glob("checkpoints/step-*[0-9]"), key=lambda step: int(step.name.removeprefix("step-")))
-    found = path / "final" if (path / "final").is_dir() else steps[-1] if steps else path
+    found = path / "final" if (path / "final").is_dir() else [path, *list_states(path)][-1]
     if not any((found / name).is_file() for name in ("config.json", "adapter_config.json")):
         open_weights(found)
     return found
@@ -217,11 +244,6 @@ def stop_ids(directory: Path, config: LlamaConfig) -> tuple[int, ...]:
     more = read_json(path, "a generation config").get("eos_token_id") if path.is_file() else None
     more = more if isinstance(more, list) else [] if more is None else [more]
     return tuple(dict.fromkeys([*config.eos_ids, *more]))
-
-
-def tokenizer_for(directory: Path, named: str = "") -> Tokenizer:
-    """The tokenizer named by the user, else the checkpoint's own."""
-    return open_tokenizer(named or directory)
 
 
 def read_json(path: Path, what: str, keys: Mapping[str, type] | None = None, missing: str = "download it") -> dict[str, Any]:

@@ -11,7 +11,6 @@ Left out on purpose: the format before torch 1.6, other containers than dictiona
 """
 
 import io
-import os
 import pickle
 import struct
 import zipfile
@@ -25,7 +24,7 @@ from typing import Any
 
 import torch
 
-from minillama.checkpoint.tensor_files import Append, Entry, Plan, appending, refuse_foreign_bytes
+from minillama.checkpoint.tensor_files import Append, Entry, Plan, appending, refuse_foreign_bytes, to_disk
 from minillama.errors import UserError
 
 STORAGES = {"DoubleStorage": torch.float64, "FloatStorage": torch.float32, "HalfStorage": torch.float16,
@@ -149,13 +148,11 @@ def torch_writer(path: Path, plan: Plan) -> Iterator[Append]:
     """What torch.load(weights_only=True) opens, on the disk when the `with` block ends: a stored zip entry per tensor."""
     table, keys = io.BytesIO(), count()
     _Pickler(table, protocol=2).dump({name: _Planned(key, *spec) for key, (name, spec) in enumerate(plan.items())})
-    with open(path, "wb") as file:
-        with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
-            for name, data in {"data.pkl": table.getbuffer(), "byteorder": b"little", "version": b"3\n"}.items():
-                _write_entry(archive, f"{path.stem}/{name}", memoryview(data))
-            yield from appending(plan, lambda data: _write_entry(archive, f"{path.stem}/data/{next(keys)}", data))
-        file.flush()
-        os.fsync(file.fileno())
+    with open(path, "wb") as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+        for name, data in {"data.pkl": table.getbuffer(), "byteorder": b"little", "version": b"3\n"}.items():
+            _write_entry(archive, f"{path.stem}/{name}", memoryview(data))
+        yield from appending(plan, lambda data: _write_entry(archive, f"{path.stem}/data/{next(keys)}", data))
+    to_disk(path)
 
 
 def _write_entry(archive: zipfile.ZipFile, name: str, data: memoryview) -> None:

@@ -12,7 +12,6 @@ rank 0 after every rank has said that it is done. A disk that fills up, or a pro
 The order of the data and the seeds of dropout follow from the step, so the step is all there is to know about them.
 """
 
-import hashlib
 import json
 import os
 import shutil
@@ -24,9 +23,10 @@ import torch
 from torch import Tensor
 
 from minillama import comm
-from minillama.checkpoint.directory import write_json
-from minillama.checkpoint.tensor_files import Entry, read_safetensors, write_safetensors
+from minillama.checkpoint.directory import list_states, write_json
+from minillama.checkpoint.tensor_files import Entry, read_safetensors, to_disk, write_safetensors
 from minillama.comm import Mesh
+from minillama.data.sources import hash_of
 from minillama.errors import UserError
 
 
@@ -70,26 +70,17 @@ def save_state(out_dir: Path, step: int, mesh: Mesh, slices: list[tuple[int, dic
 
 def flush_and_hash(path: Path) -> str:
     """Flush a file to the disk; returns the sha256 of what it holds."""
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    to_disk(path)
+    return hash_of(path)
 
 
 def publish(partial: Path, final: Path) -> None:
     """Make `partial`, complete and flushed, visible as `final`, by one rename."""
-    flush_and_hash(partial / "manifest.json")
+    to_disk(partial / "manifest.json")
     shutil.rmtree(final, ignore_errors=True)
     os.replace(partial, final)
-    for directory in (final, final.parent):
-        handle = os.open(directory, os.O_RDONLY)
-        os.fsync(handle)
-        os.close(handle)
-
-
-def list_states(out_dir: Path) -> list[Path]:
-    """The complete checkpoints of a run, oldest first."""
-    found = [path for path in (out_dir / "checkpoints").glob("step-*") if path.name.removeprefix("step-").isdigit()]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+    to_disk(final)
+    to_disk(final.parent)
 
 
 def damage(directory: Path) -> str:
@@ -97,7 +88,7 @@ def damage(directory: Path) -> str:
     try:
         expected = json.loads((directory / "manifest.json").read_text(encoding="utf-8"))["sha256"]
         for name, sha in expected.items():
-            if flush_and_hash(directory / name) != sha:
+            if hash_of(directory / name) != sha:
                 return f"{directory / name}: its content is not what was written"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{directory}: {error}"

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from minillama.architecture import read_config
-from minillama.checkpoint.directory import EMBEDDING, HEAD, listed, open_weights
+from minillama.checkpoint.directory import EMBEDDING, HEAD, has_tokenizer, listed, open_weights
 from minillama.checkpoint.tensor_files import Entry
-from minillama.conversion.output import Output, Recipe, has_tokenizer, write_checkpoint, write_companions
+from minillama.conversion.output import Output, Recipe, write_checkpoint, write_companions
 from minillama.errors import UserError
 from minillama.tokenizer import open_tokenizer
 
@@ -47,18 +47,18 @@ def _convert(base: Path, other: Path, role: str, operation: Callable, output: Ou
     added = rows - ours[EMBEDDING].shape[0]
     print("same shapes, as in Vicuna v1.1" if added == 0 else
           f"the {role} has {added} rows more{', as in Vicuna v0' if added == 1 else ''}: the base is extended by zeros")
-    dtypes = {name: output.dtype or entry.dtype for name, entry in ours.items()}
-    recipes = {name: Recipe(dtypes[name], entry.shape, partial(_combine, ours[name], entry, operation, dtypes[name]))
-               for name, entry in theirs.items()}
-    write_checkpoint(output, recipes,
-                     lambda path: write_companions(path, model, {"vocab_size": rows}, dtypes[EMBEDDING], (other, base)))
+    recipes = {name: _combined(start, theirs[name], operation, output.dtype or start.dtype) for name, start in ours.items()}
+    finish = partial(write_companions, model=model, changes={"vocab_size": rows}, dtype=recipes[EMBEDDING].dtype, tokenizers=(other, base))
+    write_checkpoint(output, recipes, finish)
 
 
-def _combine(base: Entry, other: Entry, operation: Callable, dtype: torch.dtype) -> Tensor:
+def _combined(base: Entry, other: Entry, operation: Callable, dtype: torch.dtype) -> Recipe:
     """other ± base in `dtype`, in place: two tensors in memory. Rows that the base lacks count as zeros."""
-    result, start = other.read().to(dtype), base.read().to(dtype)
-    operation(result[:len(start)], start)
-    return result
+    def read() -> Tensor:
+        result, start = other.read().to(dtype), base.read().to(dtype)
+        operation(result[:len(start)], start)
+        return result
+    return Recipe(dtype, other.shape, read)
 
 
 def _show(role: str, directory: Path, entries: dict[str, Entry]) -> None:

@@ -66,9 +66,11 @@ def check(directory: Path, against: Path) -> list[str]:
     for name in sorted(ours.keys() | theirs.keys()):
         if name not in ours or name not in theirs:
             raise UserError(f"{name}: only in {directory if name in ours else against}")
-        if any(ours[name][what] != theirs[name].get(what) for what in ("dtype", "shape", "sha256")):
-            raise UserError(f"{name}: the first tensor that differs between {directory} and {against}: "
-                            f"{_difference(directory, against, name, ours[name], theirs[name])}")
+        here, there = ours[name], theirs[name]
+        if wrong := [what for what in ("dtype", "shape", "sha256") if here[what] != there.get(what)]:
+            gap = _distance(directory, against, name, here, there) if wrong == ["sha256"] else (
+                f"{wrong[0]} {here[wrong[0]]} here, {there.get(wrong[0])} there")
+            raise UserError(f"{name}: the first tensor that differs between {directory} and {against}: {gap}")
     remarks = [f"content {found['content']}: all {len(ours)} tensors are equal"]
     for name in sorted(found["files"].keys() | wanted["files"].keys()):
         sides = found["files"].get(name), wanted["files"].get(name)
@@ -77,12 +79,10 @@ def check(directory: Path, against: Path) -> list[str]:
     return remarks
 
 
-def _difference(directory: Path, against: Path, name: str, ours: dict, theirs: dict) -> str:
-    for what in ("dtype", "shape"):
-        if ours[what] != theirs[what]:
-            return f"{what} {ours[what]} here, {theirs[what]} there"
+def _distance(directory: Path, against: Path, name: str, here: dict, there: dict) -> str:
+    """How far apart two tensors of one dtype and shape are: element by element, or by their norms where only a manifest is at hand."""
     if not against.is_dir():
-        return (f"its norm is {ours['norm']:.9g} here, {theirs.get('norm')} there "
+        return (f"its norm is {here['norm']:.9g} here, {there.get('norm')} there "
                 "(--check GOOD_DIR compares with another copy, element by element)")
     a, b = (recipes_of(side)[name].read().float().view(-1) for side in (directory, against))
     gap = (a - b).abs().nan_to_num(nan=torch.inf)

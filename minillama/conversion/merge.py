@@ -24,12 +24,12 @@ import torch
 from torch import Tensor
 
 from minillama.architecture import read_config
-from minillama.checkpoint.directory import EMBEDDING, HEAD, IGNORED, check_names, open_weights, read_json
-from minillama.checkpoint.tensor_files import Entry, read_safetensors
-from minillama.checkpoint.torch_files import read_torch
+from minillama.checkpoint.directory import EMBEDDING, HEAD, IGNORED, check_names, has_tokenizer, open_weights, read_json, read_tensors
+from minillama.checkpoint.tensor_files import Entry
 from minillama.conversion.meta import write_meta
-from minillama.conversion.output import Output, Recipe, has_tokenizer, write_checkpoint, write_companions
+from minillama.conversion.output import Output, Recipe, write_checkpoint, write_companions
 from minillama.errors import UserError, closest
+from minillama.lora import MUST_BE, LoraConfig
 from minillama.tokenizer import open_tokenizer
 
 PROBES = 4  # random hidden states in the check
@@ -99,7 +99,7 @@ def read_adapter(path: Path) -> Adapter:
 
     Raises UserError for what is not LoRA, for DoRA, and for a key that is neither half of a pair nor a whole tensor.
     """
-    config = _read_adapter_config(path)
+    config, fan_in_fan_out = _read_adapter_config(path)
     halves: dict[tuple[str, bool], dict[str, Entry]] = defaultdict(dict)
     replacements: dict[str, Entry] = {}
     for key, entry in adapter_entries(path).items():
@@ -115,44 +115,41 @@ def read_adapter(path: Path) -> Adapter:
         if where in place:
             raise UserError(f"{path}: {key}: a second value for {name}; the file holds more than one adapter")
         place[where] = entry
-    products = {f"{module}.weight": _product(path, config, module, pair, embedding) for (module, embedding), pair in halves.items()}
+    products = {}
+    for (module, is_embedding), pair in halves.items():
+        if len(pair) == 1:
+            raise UserError(f"{path}: {module} has lora_{next(iter(pair))} without its other half")
+        a, b, rank = pair["A"], pair["B"], config.rank_of(module)
+        if len(a.shape) != 2 or len(b.shape) != 2 or not a.shape[0] == b.shape[1] == rank:
+            raise UserError(f"{path}: {module}: lora_A is {a.shape} and lora_B {b.shape}, adapter_config.json says rank {rank}")
+        left, right = (a.transposed(), b.transposed()) if is_embedding or fan_in_fan_out else (b, a)
+        products[f"{module}.weight"] = Product(left, right, config.scale_of(module))
     return Adapter(path, products, replacements)
 
 
-def _read_adapter_config(path: Path) -> dict:
+def _read_adapter_config(path: Path) -> tuple[LoraConfig, bool]:
+    """Ranks and scales by module, and whether weights lie as (in, out)."""
     file = path / "adapter_config.json"
     missing = "--lora takes a PEFT adapter directory, and this one has no adapter_config.json"
-    config = read_json(file, "a LoRA configuration", {"lora_alpha": object, "r": object}, missing)
-    alpha, rank, kind = config["lora_alpha"], config["r"], "DoRA" if config.get("use_dora") else config.get("peft_type", "LORA")
+    raw = read_json(file, "a LoRA configuration", {"lora_alpha": object, "r": object}, missing)
+    alpha, rank, kind = raw["lora_alpha"], raw["r"], "DoRA" if raw.get("use_dora") else raw.get("peft_type", "LORA")
     if kind != "LORA":
         raise UserError(f"{path}: {kind} is not supported; merge it with peft")
+    if (start := raw.get("init_lora_weights")) not in MUST_BE["init_lora_weights"]:
+        raise UserError(f"{path}: init_lora_weights = {start!r} changed the base too, by what no file here holds; merge it with peft")
     if not isinstance(alpha, (int, float)) or not isinstance(rank, int) or rank < 1:
         raise UserError(f"{file}: r = {rank!r}, lora_alpha = {alpha!r}: expected numbers")
-    return config
+    config = LoraConfig(rank, alpha, use_rslora=bool(raw.get("use_rslora")), rank_pattern=raw.get("rank_pattern") or {},
+                        alpha_pattern=raw.get("alpha_pattern") or {})
+    return config, bool(raw.get("fan_in_fan_out"))
 
 
 def adapter_entries(path: Path) -> dict[str, Entry]:
     """The tensors of an adapter directory, under the names they have in its file."""
     for name in ("adapter_model.safetensors", "adapter_model.bin", "pytorch_model.bin"):
         if (path / name).is_file():
-            return read_torch(path / name) if name.endswith(".bin") else read_safetensors(path / name)
+            return read_tensors(path / name)
     raise UserError(f"{path}: holds no adapter_model.safetensors, adapter_model.bin or pytorch_model.bin")
-
-
-def _product(path: Path, config: dict, module: str, pair: dict[str, Entry], embedding: bool) -> Product:
-    def setting(patterns: str, default: float) -> float:
-        found = (config.get(patterns) or {}).items()
-        return next((value for pattern, value in found if re.match(rf"(?:.*\.)?(?:{pattern})$", module)), default)
-
-    if len(pair) == 1:
-        raise UserError(f"{path}: {module} has lora_{next(iter(pair))} without its other half")
-    a, b = pair["A"], pair["B"]
-    rank, alpha = setting("rank_pattern", config["r"]), setting("alpha_pattern", config["lora_alpha"])
-    if len(a.shape) != 2 or len(b.shape) != 2 or not a.shape[0] == b.shape[1] == rank:
-        raise UserError(f"{path}: {module}: lora_A is {a.shape} and lora_B {b.shape}, adapter_config.json says rank {rank}")
-    scale = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
-    lies_in_out = embedding or config.get("fan_in_fan_out")
-    return Product(a.transposed(), b.transposed(), scale) if lies_in_out else Product(b, a, scale)
 
 
 def _stack(adapter: Adapter, final: dict[str, Entry], products: dict[str, list[Product]]) -> None:

@@ -12,7 +12,7 @@ n_kv_heads and not into n_heads. Values are not rotated, so v and o stay.
 Left out on purpose: LLaMA 3.1's stretched rotary frequencies, whose numbers Meta's files do not hold.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -23,10 +23,10 @@ from torch import Tensor
 
 from minillama.architecture import LlamaConfig, ffn_width, read_config
 from minillama.checkpoint import directory as hf_directory
-from minillama.checkpoint.directory import EMBEDDING, IGNORED, check_names, open_weights, read_json, write_json
+from minillama.checkpoint.directory import EMBEDDING, check_names, has_tokenizer, open_files, open_weights, read_json, write_json
 from minillama.checkpoint.tensor_files import Entry, Plan
-from minillama.checkpoint.torch_files import read_torch, torch_writer
-from minillama.conversion.output import Output, Recipe, Recipes, has_tokenizer, write_checkpoint
+from minillama.checkpoint.torch_files import torch_writer
+from minillama.conversion.output import Output, Recipe, Recipes, write_checkpoint
 from minillama.errors import UserError
 from minillama.tokenizer import open_tokenizer
 
@@ -63,40 +63,22 @@ def read_meta(directory: Path) -> tuple[LlamaConfig, Recipes]:
 
     Raises UserError for damaged or missing files, all at once, and for weights that do not fit params.json.
     """
-    shards = _read_shards(directory)
-    params = _read_params(directory / "params.json")
-    table = _names(params["n_layers"])
-    unknown = sorted(shards[0].keys() - {name for name, _ in table.values()})
-    missing = sorted({name for name, _ in table.values()} - shards[0].keys())
-    if unknown or missing:
-        raise UserError(f"{directory}: params.json says {params['n_layers']} layers; "
-                        f"missing tensors: {missing[:3]}, unexpected: {unknown[:3]}")
-    if shards[0]["tok_embeddings.weight"].shape[-1] == params["dim"]:
-        table[EMBEDDING] = "tok_embeddings.weight", 0  # LLaMA 3 and some exports cut the embedding by rows
-    parts = {hf: [shard[name] for shard in shards] for hf, (name, _) in table.items()}
-    shapes = {hf: _whole_shape(hf, parts[hf], axis) for hf, (_, axis) in table.items()}
-    config = _config(params, shapes, directory)
-    recipes = {hf: Recipe(parts[hf][0].dtype, shapes[hf], partial(_join, hf, parts[hf], axis, shapes[hf], _heads(config, hf)))
-               for hf, (_, axis) in table.items()}
-    check_names(config, recipes, directory)
-    return config, recipes
-
-
-def _read_shards(directory: Path) -> list[dict[str, Entry]]:
     paths = sorted(directory.glob("consolidated.*.pth"))
     if not paths:
         raise UserError(f"{directory}: holds no consolidated.*.pth")
-    shards, problems = {}, []
-    for path in paths:
-        try:
-            shards[path] = {name: entry for name, entry in read_torch(path).items() if not IGNORED.search(name)}
-        except UserError as error:
-            problems.append(str(error))
-    lacking = {path: sorted(set().union(*shards.values()) - shard.keys()) for path, shard in shards.items()}
-    problems += [f"{path}: lacks {names[0]}, which another has; a file of another model" for path, names in lacking.items() if names]
-    if problems:
-        raise UserError("; ".join(problems))
-    return list(shards.values())
+    params = _read_params(directory / "params.json")
+    table, says = _names(params["n_layers"]), f"params.json says {params['n_layers']} layers"
+    names = [name for name, _ in table.values()]
+    shards = open_files(dict.fromkeys(paths, names), f"belongs there: {says}", alike=True)
+    if unknown := set().union(*shards).difference(names):
+        raise UserError(f"{directory}: {says}, and {min(unknown)} is none of their tensors")
+    if shards[0]["tok_embeddings.weight"].shape[-1] == params["dim"]:
+        table[EMBEDDING] = "tok_embeddings.weight", 0  # LLaMA 3 and some exports cut the embedding by rows
+    heads = params["n_heads"], params.get("n_kv_heads") or params["n_heads"]
+    recipes = {hf: _whole(hf, [shard[name] for shard in shards], axis, _heads(hf, *heads)) for hf, (name, axis) in table.items()}
+    config = _config(params, recipes, directory)
+    check_names(config, recipes, directory)
+    return config, recipes
 
 
 def _names(n_layers: int) -> dict[str, tuple[str, int | None]]:
@@ -107,9 +89,9 @@ def _names(n_layers: int) -> dict[str, tuple[str, int | None]]:
     return dict([embed, *layers, norm, head])
 
 
-def _heads(config: LlamaConfig, name: str) -> int:
+def _heads(name: str, n_heads: int, n_kv_heads: int) -> int:
     """The heads in whose rows this tensor's rotary order is changed: 0 for all but queries and keys."""
-    return {"q_proj.weight": config.n_heads, "k_proj.weight": config.n_kv_heads}.get(name.split("self_attn.")[-1], 0)
+    return {"q_proj.weight": n_heads, "k_proj.weight": n_kv_heads}.get(name.split("self_attn.")[-1], 0)
 
 
 def _read_params(path: Path) -> dict:
@@ -125,17 +107,31 @@ def _read_params(path: Path) -> dict:
     return params
 
 
-def _whole_shape(name: str, parts: list[Entry], axis: int | None) -> tuple[int, ...]:
-    """The shape of the parts, laid end to end along `axis`. Raises UserError where they are of different kinds."""
+def _whole(name: str, parts: list[Entry], axis: int | None, heads: int) -> Recipe:
+    """The parts laid end to end along `axis`, read one at a time; q and k (by heads) in Hugging Face's rotary order."""
     kinds = {(part.dtype, *(size for i, size in enumerate(part.shape) if i != axis)) for part in parts}
     if len(kinds) > 1:
         raise UserError(f"{name}: the shards do not fit together: "
                         f"{', '.join(f'{part.shape} of {part.dtype} in {part.file.name}' for part in parts)}")
-    return tuple(sum(part.shape[i] for part in parts) if i == axis else size for i, size in enumerate(parts[0].shape))
+    shape = tuple(sum(part.shape[i] for part in parts) if i == axis else size for i, size in enumerate(parts[0].shape))
+
+    def read() -> Tensor:
+        if axis is None or len(parts) == 1:
+            tensor = parts[0].read()
+            if not all(torch.equal(tensor, part.read()) for part in parts[1:]):
+                raise UserError(f"{name}: differs between the shards that should all hold it; files of different models")
+        else:
+            tensor = torch.empty(shape, dtype=parts[0].dtype)
+            for part, place in zip(parts, tensor.split([part.shape[axis] for part in parts], axis), strict=True):
+                place.copy_(part.read())
+        return to_halves(tensor, heads) if heads else tensor
+
+    return Recipe(parts[0].dtype, shape, read)
 
 
-def _config(params: dict, shapes: Mapping[str, tuple[int, ...]], where: Path) -> LlamaConfig:
-    dim, n_heads, theta, vocab_size = params["dim"], params["n_heads"], float(params.get("rope_theta") or 10000.0), shapes[EMBEDDING][0]
+def _config(params: dict, recipes: Recipes, where: Path) -> LlamaConfig:
+    dim, n_heads, theta = params["dim"], params["n_heads"], float(params.get("rope_theta") or 10000.0)
+    vocab_size, ffn_dim = recipes[EMBEDDING].shape[0], recipes["model.layers.0.mlp.gate_proj.weight"].shape[0]
     n_kv_heads = params.get("n_kv_heads") or n_heads
     if params.get("vocab_size") not in (-1, None, vocab_size):
         raise UserError(f"{where}: params.json says vocab_size = {params['vocab_size']}, the embedding has {vocab_size} rows; "
@@ -144,22 +140,8 @@ def _config(params: dict, shapes: Mapping[str, tuple[int, ...]], where: Path) ->
     is_llama1 = params["norm_eps"] < 5e-6 or (dim == 8192 and n_kv_heads == n_heads)  # 65B: 1e-5, but all heads
     context = 8192 if is_llama3 else 16384 if theta > 10000 else 2048 if is_llama1 else 4096
     return LlamaConfig(dim=dim, n_layers=params["n_layers"], n_heads=n_heads, n_kv_heads=n_kv_heads, head_dim=dim // n_heads,
-                       ffn_dim=shapes["model.layers.0.mlp.gate_proj.weight"][0], vocab_size=vocab_size, max_seq_len=context,
-                       norm_eps=params["norm_eps"], rope_theta=theta,
+                       ffn_dim=ffn_dim, vocab_size=vocab_size, max_seq_len=context, norm_eps=params["norm_eps"], rope_theta=theta,
                        bos_id=128_000 if is_llama3 else 1, eos_ids=(128_001,) if is_llama3 else (2,))
-
-
-def _join(name: str, parts: list[Entry], axis: int | None, shape: tuple[int, ...], heads: int) -> Tensor:
-    """The whole tensor from its parts, one part in memory at a time; q and k in Hugging Face's rotary order."""
-    if axis is None or len(parts) == 1:
-        tensor = parts[0].read()
-        if not all(torch.equal(tensor, part.read()) for part in parts[1:]):
-            raise UserError(f"{name}: differs between the shards that should all hold it; files of different models")
-    else:
-        tensor = torch.empty(shape, dtype=parts[0].dtype)
-        for part, place in zip(parts, tensor.split([part.shape[axis] for part in parts], axis), strict=True):
-            place.copy_(part.read())
-    return to_halves(tensor, heads) if heads else tensor
 
 
 def to_halves(weight: Tensor, heads: int) -> Tensor:
@@ -192,7 +174,7 @@ def write_meta(output: Output, recipes: Recipes, config: LlamaConfig, companions
 
     def finish(directory: Path) -> None:
         write_json(directory / "params.json", _params(config))
-        hf_directory.copy_tokenizer_files(companions, directory)
+        hf_directory.copy_tokenizer(companions, directory)
 
     ordered = {name: (tied | recipes)[name] for name in _names(config.n_layers)}
     write_checkpoint(output, ordered, finish, partial(_write_shards, config, shards))
@@ -220,14 +202,16 @@ def _write_shards(config: LlamaConfig, shards: int, directory: Path, tensors: It
         step = tensor.shape[axis] // shards
         return list(tensor.split([step] * (shards - 1) + [tensor.shape[axis] - step * (shards - 1)], axis))
 
-    shapes = {name: [tuple(part.shape) for part in cut(torch.empty(shape, device="meta"), table[name][1])]
-              for name, (_, shape) in plan.items()}
+    plans: list[dict] = [{} for _ in range(shards)]
+    for name, (dtype, shape) in plan.items():
+        meta_name, axis = table[name]
+        for part, piece in zip(plans, cut(torch.empty(shape, device="meta"), axis), strict=True):
+            part[meta_name] = dtype, tuple(piece.shape)
     with ExitStack() as files:
-        plans = [{table[name][0]: (dtype, shapes[name][shard]) for name, (dtype, _) in plan.items()} for shard in range(shards)]
         appends = [files.enter_context(torch_writer(directory / f"consolidated.{shard:02d}.pth", part)) for shard, part in enumerate(plans)]
         for name, tensor in tensors:
             meta_name, axis = table[name]
-            heads = _heads(config, name)
+            heads = _heads(name, config.n_heads, config.n_kv_heads)
             for append, part in zip(appends, cut(to_pairs(tensor, heads) if heads else tensor, axis), strict=True):
                 append(meta_name, part)
 

@@ -26,8 +26,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from minillama.architecture import read_config
-from minillama.checkpoint.directory import GB, copy_tokenizer_files, read_json, write_generation_config, write_json, write_weights
-from minillama.checkpoint.tensor_files import Entry, Plan
+from minillama.checkpoint import directory as checkpoints
+from minillama.checkpoint.directory import GB
+from minillama.checkpoint.tensor_files import Entry, Plan, to_disk
 from minillama.errors import UserError
 
 OURS = ("config.json", "params.json", "adapter_config.json", "manifest.json")  # a directory with one of these may be overwritten
@@ -65,7 +66,7 @@ def write_checkpoint(output: Output, recipes: Recipes, finish: Callable[[Path], 
     plan = {name: (output.dtype or recipe.dtype, recipe.shape) for name, recipe in recipes.items()}
     sizes = {name: prod(shape) * dtype.itemsize for name, (dtype, shape) in plan.items()}
     total = sum(sizes.values())
-    write = write or partial(write_weights, max_shard_bytes=output.max_shard_bytes, bin=output.bin)
+    write = write or partial(checkpoints.write_weights, max_shard_bytes=output.max_shard_bytes, bin=output.bin)
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
         with tqdm(total=total, unit="B", unit_scale=True, disable=None) as bar:
@@ -86,21 +87,17 @@ def write_companions(directory: Path, model: Path, changes: dict[str, int], dtyp
     """The files beside the weights: `model`'s config.json with `changes` and the dtype, its generation_config.json, and the
     tokenizer and minillama.json of the first of `tokenizers` that has them.
     """
-    raw = read_json(model / "config.json", "valid JSON")
+    raw = checkpoints.read_json(model / "config.json", "valid JSON")
     dtype_key = "dtype" if "dtype" in raw else "torch_dtype"
-    write_json(directory / "config.json", raw | changes | {dtype_key: str(dtype).removeprefix("torch.")})
-    write_generation_config(directory, read_config(model))
+    checkpoints.write_json(directory / "config.json", raw | changes | {dtype_key: str(dtype).removeprefix("torch.")})
+    checkpoints.write_generation_config(directory, read_config(model))
     for name, places in {"generation_config.json": [model], "minillama.json": tokenizers}.items():
         if found := next((place / name for place in places if (place / name).is_file()), None):
             shutil.copyfile(found, directory / name)
-    if source := next(filter(has_tokenizer, tokenizers), None):
-        copy_tokenizer_files(source, directory)
+    if source := next(filter(checkpoints.has_tokenizer, tokenizers), None):
+        checkpoints.copy_tokenizer(source, directory)
     else:
         print("note: none of the inputs has a tokenizer, so the output has none")
-
-
-def has_tokenizer(directory: Path) -> bool:
-    return any((directory / name).is_file() for name in ("tokenizer.model", "tokenizer.json"))
 
 
 @contextmanager
@@ -154,19 +151,11 @@ def _refuse_existing(path: Path, overwrite: bool) -> None:
 
 def _publish(unfinished: Path, path: Path, aside: Path) -> None:
     for file in (*unfinished.iterdir(), unfinished):
-        _to_disk(file)
+        to_disk(file)
     if path.exists():
         path.rename(aside)
     unfinished.rename(path)
-    _to_disk(path.parent)
-
-
-def _to_disk(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    to_disk(path.parent)
 
 
 def write_file(path: Path, content: bytes, overwrite: bool) -> None:
@@ -176,7 +165,7 @@ def write_file(path: Path, content: bytes, overwrite: bool) -> None:
     unfinished = path.with_name(f".{path.name}.partial")
     try:
         unfinished.write_bytes(content)
-        _to_disk(unfinished)
+        to_disk(unfinished)
         unfinished.replace(path)
     except OSError as error:
         unfinished.unlink(missing_ok=True)

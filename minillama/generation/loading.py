@@ -10,6 +10,7 @@ from minillama.generation.sampling import Sampling
 from minillama.generation.session import Session
 from minillama.lora import load_adapter, read_adapter_config
 from minillama.model import Llama
+from minillama.tokenizer import open_tokenizer
 
 
 def load_session(options: Namespace, sampling: Sampling, max_new_tokens: int = 0, template: str = "", ignore_eos: bool = False,
@@ -17,8 +18,7 @@ def load_session(options: Namespace, sampling: Sampling, max_new_tokens: int = 0
     """(session, the directory in use) for a script's `Parser.add_model_flags`. template "": the checkpoint's own."""
     path = checkpoints.find_checkpoint(Path(options.ckpt))
     model, base = load_with_adapters(path, options.base, options.lora, options.dtype, options.device)
-    tokenizer = checkpoints.tokenizer_for(path if any((path / n).is_file() for n in checkpoints.TOKENIZER_FILES[:2]) else base,
-                                          options.tokenizer)
+    tokenizer = open_tokenizer(options.tokenizer or (path if checkpoints.has_tokenizer(path) else base))
     template = template or checkpoints.read_about(path).get("template") or "none"
     if template not in (*chat.TEMPLATES, "none"):
         raise UserError(f"no template {template!r}{closest(template, chat.TEMPLATES)}; templates: none, {', '.join(chat.TEMPLATES)}")
