@@ -3,8 +3,10 @@
 Everything is loaded on the host first and moved; nothing else in the package names a vendor.
 """
 
+import ctypes
 import os
 import resource
+from functools import cache
 
 import torch
 
@@ -46,6 +48,19 @@ def peak_memory_bytes(device: torch.device) -> int:
     if device.type == "cpu":
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return torch.get_device_module(device).max_memory_allocated()
+
+
+def release_freed(device: torch.device) -> None:
+    """Give the system back what the C library (glibc's) keeps of freed tensors. While backward frees activations and makes gradients of
+    other sizes, a third of the heap can be such holes."""
+    trim = getattr(_c_library(), "malloc_trim", None) if device.type == "cpu" else None
+    if trim:
+        trim(0)
+
+
+@cache
+def _c_library() -> ctypes.CDLL:
+    return ctypes.CDLL(None)
 
 
 def compute_dtype(precision: str, device: torch.device) -> tuple[torch.dtype, str]:

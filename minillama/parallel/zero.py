@@ -59,7 +59,7 @@ class ZeroAdamW:
         mine = self.weights[self.kept]
         self.master = mine if dtype == torch.float32 else mine.float()
         self.m, self.v = torch.zeros_like(self.master), torch.zeros_like(self.master)
-        self.gradients = Gradients(self.named, mesh, size, stage, exact, bucket_elements, gradient_dtype(dtype, accumulates, exact))
+        self.gradients = Gradients([p for _, p in self.named], mesh, size, stage, exact, bucket_elements, gradient_dtype(dtype, accumulates, exact))
 
     def views(self, vector: Tensor) -> list[Tensor]:
         """A flat vector cut into the parameters' shapes."""
