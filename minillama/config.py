@@ -104,7 +104,7 @@ class Settings:
 
     zero_stage: int = key("parallel", 0, "0: replicate; 1: shard optimizer state; 2: shard gradients too")
     reduction: str = key("parallel", "fast", "order in which gradients are summed", ("exact", "fast"))
-    bucket_elements: int = key("parallel", 100_000_000, "gradient elements reduced at a time")
+    bucket_elements: int = key("parallel", 10_000_000, "gradient elements reduced at a time")
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):

@@ -6,7 +6,6 @@ Everything is loaded on the host first and moved; nothing else in the package na
 import ctypes
 import os
 import resource
-from functools import cache
 
 import torch
 
@@ -51,16 +50,10 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 
 def release_freed(device: torch.device) -> None:
-    """Give the system back what the C library (glibc's) keeps of freed tensors. While backward frees activations and makes gradients of
-    other sizes, a third of the heap can be such holes."""
-    trim = getattr(_c_library(), "malloc_trim", None) if device.type == "cpu" else None
+    """Give the system back what glibc keeps of freed tensors, holes between live ones: a third of the heap during backward."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if device.type == "cpu" else None
     if trim:
         trim(0)
-
-
-@cache
-def _c_library() -> ctypes.CDLL:
-    return ctypes.CDLL(None)
 
 
 def compute_dtype(precision: str, device: torch.device) -> tuple[torch.dtype, str]:

@@ -34,7 +34,7 @@ from minillama.rundir import prepare_directory
 from minillama.signals import StopRequest, listening
 from minillama.tokenizer import Tokenizer
 
-MAX_SKIPPED_IN_A_ROW = 5
+MAX_SKIPPED_IN_A_ROW = 5  # overflows of fp16 end with its smallest loss scale instead
 
 
 def learning_rate(step: int, total: int, settings: Settings) -> float:
@@ -92,7 +92,7 @@ class Trainer:
             loss, norm = result
             losses.append(loss)
             durations.append(time.perf_counter() - began)
-            skipped_in_a_row = 0 if math.isfinite(loss) and math.isfinite(norm) else skipped_in_a_row + 1
+            skipped_in_a_row = 0 if math.isfinite(loss) and (math.isfinite(norm) or self.optimizer.loss_scale) else skipped_in_a_row + 1
             self._stop_if_lost(skipped_in_a_row, loss)
             tokens = sum(len(batch.tokens) for batch in batches)
             self.step, self.tokens = self.step + 1, self.tokens + tokens

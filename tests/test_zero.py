@@ -4,13 +4,14 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
 from minillama import comm
 from minillama.comm import Mesh
 from minillama.errors import UserError
+from minillama.parallel.gradients import Gradients
 from minillama.parallel.optimizer import LossScale, Optimizer
 from minillama.parallel.zero import CHUNK
 from tests.conftest import random_model, random_tokens
@@ -151,6 +152,29 @@ def test_stage_2_sends_and_frees_its_buckets_while_backward_goes_on():
     assert 0 < max(under_way) <= 2 * max(3000, *sizes) + vectors < sum(sizes) / 2
 
 
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(1, 90), max_size=6), st.lists(st.integers(1, 9), min_size=1, max_size=6), st.sampled_from([0, 1, 2]),
+       st.integers(1, 5), st.integers(1, 100), st.booleans())
+def test_every_gradient_reaches_its_place_in_its_owners_slice_once(matrices, vectors, stage, size, bucket, accumulates):
+    """The gradient of each number is its position, so the sum over rounds is the positions themselves, slice after slice."""
+    parameters = [nn.Parameter(torch.zeros(n, 1)) for n in matrices] + [nn.Parameter(torch.zeros(n)) for n in vectors]
+    sizes = [p.numel() for p in parameters]
+    total = sum(sizes)
+    slice_size, rounds, slices = -(-total // size) + 1, 1 + accumulates, []
+    positions = [x.view(p.shape) for x, p in zip(torch.arange(float(total)).split(sizes), parameters, strict=True)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(comm, "reduce_to", lambda mesh, tensor, *_: comm.Pending(mesh, None, tensor))
+        for rank in range(size if stage else 1):
+            gradients = Gradients(parameters, Mesh(rank, size), slice_size, stage, False, bucket, True)
+            for _ in range(rounds):
+                sum((p * x).sum() for p, x in zip(parameters, positions, strict=True)).backward()
+                gradients.end_micro_batch()
+            slices.append(gradients.reduced())
+            parameters = [nn.Parameter(p.detach()) for p in parameters]  # without hooks
+    found = torch.cat(slices)
+    assert torch.equal(found[:total], rounds * torch.arange(float(total))) and not found[total:].any()
+
+
 def test_an_overflow_on_one_rank_is_skipped_by_all():
     def run():
         with comm.start("cpu", timeout_minutes=1) as mesh:
@@ -208,7 +232,6 @@ def test_the_tree_of_sums_does_not_depend_on_the_ranks(count, ranks):
             return Sum(f"({self.text}+{other.text})")
 
     def tree(leaves: list[Sum]) -> str:
-        from minillama.parallel.gradients import Gradients
         counter = Gradients.__new__(Gradients)
         counter.levels = []
         for leaf in leaves:

@@ -4,8 +4,7 @@ A bucket is a stretch of the flat vector, whole parameters. Buckets go out in th
 the last to the first, and then the vectors, because the first layer's norm comes last of all. A parameter as large as a bucket is sent
 from where autograd left its gradient, a stretch at a time; smaller ones are copied together.
 
-    backward    lm_head -> last layer -> … -> first layer -> embed_tokens -> all norms
-    send        [bucket 0] [bucket 1] [bucket 2] …      each: sum over ranks -> copied or added to what its owner keeps -> freed
+    lm_head -> last layer -> … -> embed_tokens -> all norms          each bucket: sum over ranks -> added to its owner's slice -> freed
 
 Stage 2 (and the exact reduction) sends a bucket as soon as it and all before it are complete, while backward goes on. Stages 0 and 1
 let the gradients of the micro-batches add up where they are, and send the buckets at the step. The exact reduction keeps its partial
@@ -21,24 +20,20 @@ from minillama import comm
 from minillama import device as devices
 from minillama.comm import Mesh
 
-RELEASE_EVERY = 1 << 23  # elements of gradients
-
-
-def gradient_dtype(parameter: torch.dtype, accumulates: bool, exact: bool) -> torch.dtype:
-    """Gradients of several micro-batches add up in fp32; a single one stays as backward left it."""
-    return torch.float32 if accumulates or exact else parameter
+RELEASE_EVERY = 1 << 23  # elements of gradients, after which the system gets back what has been freed
 
 
 class Gradients:
     """The gradients of a step. Call end_micro_batch after each backward, reduced() for the sum, clear() before the next step."""
 
     def __init__(self, parameters: list[nn.Parameter], mesh: Mesh, slice_size: int, stage: int, exact: bool, bucket_elements: int,
-                 dtype: torch.dtype) -> None:
-        self.mesh, self.stage, self.exact, self.dtype, self.bucket_elements = mesh, stage, exact, dtype, bucket_elements
-        self.parameters, self.at_once, self.present = parameters, stage == 2 or exact, mesh.size
+                 accumulates: bool) -> None:
+        self.mesh, self.stage, self.exact, self.bucket_elements = mesh, stage, exact, bucket_elements
+        self.parameters, self.at_once, self.present, self.freed = parameters, stage == 2 or exact, mesh.size, 0
+        self.dtype = torch.float32 if accumulates or exact else parameters[0].dtype  # several micro-batches add up in fp32
+        self.sent_as = parameters[0].dtype if self.at_once and not exact else self.dtype
         self.for_everyone = stage == 0 and not exact  # the exact sums of stage 0 are gathered in the end
         self.slice_size = slice_size * mesh.size if self.for_everyone else slice_size
-        self.freed = 0
         self.kept_from = 0 if self.for_everyone else mesh.rank * slice_size
         self._plan_buckets()
         self.clear()
@@ -80,10 +75,8 @@ class Gradients:
             self._note_freed(gradient.numel())
             if self.at_once:
                 self._fill(i, gradient)
-            elif i in self.waiting:
-                self.waiting[i] += gradient
             else:
-                self.waiting[i] = gradient.to(self.dtype)
+                self.waiting[i] = self.waiting[i].add_(gradient) if i in self.waiting else gradient.to(self.dtype)
         return on_gradient
 
     def _note_freed(self, elements: int) -> None:
@@ -96,22 +89,18 @@ class Gradients:
         bucket = self.bucket_of[i]
         start, _, members = self.buckets[bucket]
         if members == 1:
-            self.filled[bucket] = gradient.flatten().to(self._sent_as)
+            self.filled[bucket] = gradient.flatten().to(self.sent_as)
         else:
             self._values(bucket)[self.starts[i] - start:self.starts[i + 1] - start] = gradient.flatten()
         self.missing[bucket] -= 1
         while self.next_bucket < len(self.buckets) and self.missing[self.next_bucket] == 0:
             self._send()
 
-    @property
-    def _sent_as(self) -> torch.dtype:
-        return self.parameters[0].dtype if self.at_once and not self.exact else self.dtype
-
     def _values(self, bucket: int) -> Tensor:
         """What has come of a bucket in this round; zeros at first."""
         if bucket not in self.filled:
             start, stop, _ = self.buckets[bucket]
-            self.filled[bucket] = torch.zeros(stop - start, dtype=self._sent_as, device=self.parameters[0].device)
+            self.filled[bucket] = torch.zeros(stop - start, dtype=self.sent_as, device=self.parameters[0].device)
         return self.filled[bucket]
 
     def _send(self) -> None:
@@ -127,25 +116,19 @@ class Gradients:
         while at < stop:
             owner = at // self.slice_size
             end = min(stop, at + self.bucket_elements, (owner + 1) * self.slice_size)
-            self.sent.append((self._reduce(values[at - start:end - start], owner), at - self.kept_from))
+            pending = comm.reduce_to(self.mesh, values[at - start:end - start], None if self.for_everyone else owner,
+                                     self.present if self.exact else None)
+            self.sent.append((pending, at - self.kept_from))
             at = end
             while len(self.sent) > 2:  # bounds what is in flight
                 self._receive()
 
-    def _reduce(self, part: Tensor, owner: int) -> comm.Pending:
-        if self.for_everyone:
-            return comm.Pending(self.mesh, None, comm.all_reduce_sum(self.mesh, part))
-        return comm.reduce_to(self.mesh, part, owner, self.present if self.exact else None)
-
     def _receive(self) -> None:
         pending, place = self.sent.pop(0)
         part = pending.wait()
-        if not 0 <= place < self.slice_size:
-            return
-        if self.is_first_round:
-            self.sum[place:place + len(part)] = part
-        else:
-            self.sum[place:place + len(part)] += part
+        if 0 <= place < self.slice_size:
+            mine = self.sum[place:place + len(part)]
+            (mine.copy_ if self.is_first_round else mine.add_)(part)
 
     def end_micro_batch(self) -> None:
         """Send what is left of a micro-batch; with the exact reduction, carry it into the counter."""
