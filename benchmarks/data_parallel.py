@@ -1,6 +1,12 @@
-"""Data-parallel training beside torch's DDP, ZeroRedundancyOptimizer and FSDP2: speed and memory of two ranks.
+"""Data-parallel training beside torch's DDP, ZeroRedundancyOptimizer and FSDP2, and DeepSpeed: speed and memory of two ranks.
 
     python benchmarks/data_parallel.py --shape 110m --tokens 256 --rounds 5
+
+DeepSpeed's ZeRO-1 and ZeRO-2 join where it is installed, best in an environment of its own, whose python then runs all sides (it
+builds one extension when first used, so a C++ compiler must be there):
+
+    pip install torch==2.13.0 numpy setuptools wheel ninja py-cpuinfo
+    DS_BUILD_OPS=0 DS_ACCELERATOR=cpu pip install --no-build-isolation deepspeed
 
 Every side trains the same model of ours from the same weights in fp32 on the same tokens, with AdamW and clipping, in fresh
 processes over gloo, one thread a rank; sides take turns. Printed: tokens per second of all ranks, CPU seconds per step of a rank,
@@ -8,6 +14,7 @@ peak resident memory of a rank (medians, smallest and largest), and the last los
 """
 
 import argparse
+import importlib.util
 import json
 import os
 import resource
@@ -20,7 +27,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-SIDES = ("ours, stage 0", "ours, stage 1", "ours, stage 2", "DDP + AdamW", "ZeroRedundancyOptimizer", "FSDP2")
+BUCKET = 10**7  # elements; ours and DeepSpeed's
+SIDES = ["ours, stage 0", "ours, stage 1", "ours, stage 2", "DDP + AdamW", "ZeroRedundancyOptimizer", "FSDP2"]
+if importlib.util.find_spec("deepspeed"):
+    SIDES += ["DeepSpeed, stage 1", "DeepSpeed, stage 2"]
 
 
 def run_rank(side: str, shape: str, tokens: int, steps: int) -> None:
@@ -35,7 +45,7 @@ def run_rank(side: str, shape: str, tokens: int, steps: int) -> None:
     dist.init_process_group("gloo")
     rank, size = dist.get_rank(), dist.get_world_size()
     model = Llama(published(shape)).initialise(torch.Generator().manual_seed(0))
-    sides = {"ours": ours, "DDP": ddp, "ZeroRedundancyOptimizer": zero_redundancy, "FSDP2": fsdp}
+    sides = {"ours": ours, "DDP": ddp, "ZeroRedundancyOptimizer": zero_redundancy, "FSDP2": fsdp, "DeepSpeed": deep_speed}
     train_step = sides[side.split(",")[0].split()[0]]
     step = train_step(model, side)
     loss = seconds = cpu = 0.0
@@ -63,7 +73,7 @@ def ours(model, side: str):
     from minillama.parallel.optimizer import Optimizer
 
     mesh = Mesh(dist.get_rank(), dist.get_world_size())
-    optimizer = Optimizer(model.named_parameters(), mesh, stage=int(side[-1]), bucket_elements=10**7, accumulates=False)
+    optimizer = Optimizer(model.named_parameters(), mesh, stage=int(side[-1]), bucket_elements=BUCKET, accumulates=False)
 
     def step(batch: torch.Tensor) -> float:
         optimizer.zero_grad()
@@ -127,20 +137,38 @@ def fsdp(model, side: str):
     return with_optimizer(wrapped, optimizer, lambda: torch.nn.utils.clip_grad_norm_(wrapped.parameters(), 1.0))
 
 
+def deep_speed(model, side: str):
+    import deepspeed
+    import torch
+    module = module_with_loss(model)
+    optimizer = torch.optim.AdamW(module.parameters(), lr=1e-4, weight_decay=0.0, fused=True)
+    engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config={
+        "train_micro_batch_size_per_gpu": 1, "gradient_clipping": 1.0, "zero_allow_untested_optimizer": True,
+        "zero_optimization": {"stage": int(side[-1]), "reduce_bucket_size": BUCKET, "allgather_bucket_size": BUCKET}})
+
+    def step(batch) -> float:
+        loss = engine(batch)
+        engine.backward(loss)
+        engine.step()
+        return loss.item()
+    return step
+
+
 def measure(side: str, options: argparse.Namespace) -> dict:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = str(listener.getsockname()[1])
     ranks = []
     for rank in range(options.ranks):
-        environment = os.environ | {"RANK": str(rank), "WORLD_SIZE": str(options.ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        environment = os.environ | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(options.ranks),
+                                    "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "DS_ACCELERATOR": "cpu"}
         command = [sys.executable, __file__, "--side", side, "--shape", options.shape, "--tokens", str(options.tokens),
                    "--steps", str(options.steps)]
         ranks.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
     outputs = [rank.communicate() for rank in ranks]
     if any(rank.returncode for rank in ranks):
         raise SystemExit(f"{side}: {outputs[0][1][-2000:]}")
-    return json.loads(outputs[0][0].splitlines()[-1])
+    return json.loads(next(line for line in outputs[0][0].splitlines() if line.startswith('{"tokens')))
 
 
 def main() -> None:

@@ -118,11 +118,13 @@ class Pending:
         return self.result
 
 
-def reduce_to(mesh: Mesh, tensor: Tensor, owner: int, pairwise_of: int | None = None) -> Pending:
-    """Sum `tensor` over the ranks for `owner`; elsewhere the result means nothing, and `tensor` may be overwritten.
+def reduce_to(mesh: Mesh, tensor: Tensor, owner: int | None, pairwise_of: int | None = None) -> Pending:
+    """Sum `tensor` over the ranks for `owner` (None: for all); elsewhere the result means nothing. `tensor` may be overwritten.
     pairwise_of: add those of the first so many ranks in a fixed pairwise tree, ((0+1)+(2+3))+…, rather than as they come."""
     if mesh.size == 1:
         return Pending(mesh, None, tensor)
+    if owner is None:
+        return Pending(mesh, None, all_reduce_sum(mesh, tensor))
     mesh.traffic.elements += tensor.numel() if mesh.rank != owner else 0
     if pairwise_of is None:
         return Pending(mesh, _call(mesh, "reduce", tensor, lambda: dist.reduce(tensor, owner, async_op=True)), tensor)

@@ -103,7 +103,7 @@ class Settings:
 
     zero_stage: int = key("parallel", 0, "what ranks share out: 1 the optimizer's state, 2 the gradients too", (0, 1, 2))
     reduction: str = key("parallel", "fast", "order in which gradients are summed", ("exact", "fast"))
-    bucket_elements: int = key("parallel", 100_000_000, "gradient elements reduced at a time", least=1)
+    bucket_elements: int = key("parallel", 10_000_000, "gradient elements reduced at a time", least=1)
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):

@@ -35,7 +35,7 @@ from minillama.rundir import prepare_directory
 from minillama.signals import StopRequest, listening
 from minillama.tokenizer import Tokenizer
 
-MAX_SKIPPED_IN_A_ROW = 5
+MAX_SKIPPED_IN_A_ROW = 5  # overflows of fp16 end with its smallest loss scale instead
 
 
 def learning_rate(step: int, total: int, settings: Settings) -> float:
@@ -138,7 +138,8 @@ class Trainer:
         loss = sum(comm.all_reduce_sum(self.mesh, losses).tolist())
         norm, updated = self.optimizer.step(rate, self.settings.max_grad_norm, math.isfinite(loss))
         self.skipped += not updated
-        self.skipped_in_a_row = 0 if updated else self.skipped_in_a_row + 1
+        is_overflow = math.isfinite(loss) and self.optimizer.loss_scale is not None
+        self.skipped_in_a_row = 0 if updated or is_overflow else self.skipped_in_a_row + 1
         if self.skipped_in_a_row == MAX_SKIPPED_IN_A_ROW:
             where = self.optimizer.first_non_finite() or "the loss"
             raise UserError(f"step {self.step}: loss {loss} or its gradient (first: {where}) was not finite {self.skipped_in_a_row} steps "

@@ -96,11 +96,16 @@ def test_ranks_that_cannot_keep_the_global_batch_are_refused(run_settings, tmp_p
         with_global_batch(run, Mesh(rank=0, size=3), 4)
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "state-0-000000000000.safetensors", "state.json", "manifest.json"])
+FILES = ["model.safetensors", "config.json", "generation_config.json", "minillama.json", "tokenizer.model", "tokenizer_config.json",
+         "state-0-000000000000.safetensors", "state.json", "manifest.json"]
+
+
+@pytest.mark.parametrize("name", FILES)
 def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_it_used(run_settings, uninterrupted, tmp_path, name, capsys):
     run = replace(run_settings, out_dir=str(tmp_path / "run"))
     run_on_ranks(1, train_here, run, 4)
     damaged = tmp_path / "run" / "checkpoints" / "step-000004" / name
+    assert sorted(path.name for path in damaged.parent.iterdir()) == sorted(FILES)
     content = bytearray(damaged.read_bytes())
     content[len(content) // 2] ^= 0x10
     damaged.write_bytes(content)
@@ -177,6 +182,28 @@ def test_a_save_killed_at_any_point_leaves_a_run_that_continues_to_the_same_byte
     assert os.waitstatus_to_exitcode(status) in (0, 9)
     assert train_state.damage(train_state.list_states(tmp_path / "run")[-1]) == ""
     assert run_on_ranks(1, train_here, run) == [STEPS]
+    assert fingerprint(run) == uninterrupted
+
+
+@pytest.mark.parametrize("how", ["raises", "is lost"])
+def test_after_a_rank_that_raises_or_is_lost_the_run_continues_to_the_same_bytes(run_settings, uninterrupted, tmp_path, how):
+    run = replace(run_settings, out_dir=str(tmp_path / "run"), zero_stage=2)
+
+    def fail_in_step_4():
+        original = trainer.Trainer.update
+
+        def update(self, batches, rate):
+            if self.step == 3 and self.mesh.rank == 1:
+                os._exit(9) if how == "is lost" else [][0]
+            return original(self, batches, rate)
+
+        trainer.Trainer.update = update
+        return train_here(run)
+
+    with pytest.raises(AssertionError, match=r"rank 0 of 2: .* failed: a peer has ended|rank 1:[\s\S]*IndexError"):
+        run_on_ranks(2, fail_in_step_4)
+    assert [path.name for path in train_state.list_states(tmp_path / "run")] == ["step-000002"]
+    assert run_on_ranks(2, train_here, run) == [STEPS] * 2
     assert fingerprint(run) == uninterrupted
 
 

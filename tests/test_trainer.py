@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from minillama import comm, trainer
+from minillama import building, comm, deepspeed, trainer
 from minillama.architecture import published
 from minillama.checkpoint.directory import load_model, save_model
 from minillama.checkpoint.tensor_files import read_safetensors
@@ -606,3 +606,41 @@ def test_two_ranks_train_on_the_same_global_batch_as_one(changes: dict, settings
     assert losses_of(two.out_dir) == pytest.approx(losses_of(one.out_dir), rel=1e-5)
     assert first["eval_loss"] == second["eval_loss"] == pytest.approx(expected["eval_loss"], rel=1e-5)
     assert first["tokens"] == expected["tokens"]
+
+
+def train_in_fp16(settings: Settings, overflows: set[int]) -> dict | str:
+    """Train in fp16, which our ops can do on the processor too; in these steps the gradient of rank 1 overflows, its loss does not."""
+    building.compute_dtype = lambda precision, where: (torch.float16, "")
+    original = trainer.Trainer.__init__
+
+    def poisoned(self: trainer.Trainer, *arguments) -> None:
+        original(self, *arguments)
+        last = self.mesh.rank == self.mesh.size - 1
+        self.model.model.norm.weight.register_hook(lambda grad: grad * math.inf if last and self.step in overflows else grad)
+
+    trainer.Trainer.__init__ = poisoned
+    try:
+        return train_on_this_rank(settings)
+    except UserError as error:
+        return str(error)
+
+
+def test_fp16_skips_overflows_on_all_ranks_and_scales_as_deepspeeds_file_says(settings_for: Callable, tmp_path: Path) -> None:
+    """From 2^10, hysteresis 2, window 3: the second overflow halves, three good steps double and restore the hysteresis."""
+    (tmp_path / "ds.json").write_text(json.dumps({"fp16": {"enabled": True, "loss_scale": 0, "initial_scale_power": 10,
+                                                           "loss_scale_window": 3, "hysteresis": 2, "min_loss_scale": 256}}))
+    settings = settings_for(**deepspeed.read(tmp_path / "ds.json", 2), max_steps=8, zero_stage=2)
+    first, second = run_on_ranks(2, train_in_fp16, settings, {1, 2, 6})
+    assert first["skipped_steps"] == second["skipped_steps"] == 3
+    records = read_metrics(tmp_path / "run/metrics.jsonl")
+    assert [record["loss_scale"] for record in records] == [1024, 1024, 512, 512, 512, 1024, 1024, 1024]
+    assert [record["skipped"] for record in records] == [0, 1, 2, 2, 2, 2, 3, 3]
+    assert [record["grad_norm"] is None for record in records] == [step in (1, 2, 6) for step in range(8)]
+    assert all(tensor.isfinite().all() for tensor in weights_of(tmp_path / "run/final").values())
+
+
+def test_fp16_may_look_for_its_scale_for_long_but_not_below_its_minimum(settings_for: Callable) -> None:
+    settings = settings_for(precision="fp16", initial_scale_power=10, loss_scale_hysteresis=1, max_steps=9)
+    assert run_on_ranks(2, train_in_fp16, settings, set(range(7)))[1]["skipped_steps"] == 7
+    stopped = run_on_ranks(2, train_in_fp16, replace(settings, min_loss_scale=256.0, out_dir=settings.out_dir + "2"), set(range(7)))
+    assert all("overflow at the smallest loss scale 256" in message for message in stopped)

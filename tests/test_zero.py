@@ -4,13 +4,14 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
 from minillama import comm
 from minillama.comm import Mesh
 from minillama.errors import UserError
+from minillama.parallel.gradients import Gradients
 from minillama.parallel.optimizer import LossScale, Optimizer
 from minillama.parallel.zero import CHUNK
 from tests.conftest import random_model, random_tokens
@@ -113,29 +114,65 @@ def test_what_is_sent_is_what_the_theory_says(size, stage, expected):
     """2Ψ(N-1)/N elements a step; at stage 2, with A micro-batches a rank, (A+1)Ψ(N-1)/N."""
     sent = [traffic for _, _, _, traffic in run_on_ranks(size, train, stage, False)]
     total = sum(p.numel() for p in random_model().parameters())
-    padded = -(-total // (CHUNK * size)) * CHUNK * size
-    norms = 0 if stage == 0 else padded / CHUNK * (size - 1) / size
-    gathered = 0 if stage == 0 else padded * (size - 1) / size
-    reduced = expected * total - (0 if stage == 0 else total * (size - 1) / size)
-    whole = padded * (size - 1) / size if stage == 1 else reduced   # stage 1 reduces whole slices
-    assert sum(sent) / size == pytest.approx((2 * padded * (size - 1) / size if stage == 0 else whole + gathered + norms), rel=1e-6)
+    padded = -(-total // (CHUNK * size)) * CHUNK * size  # weights are gathered, and norms taken, over whole slices
+    extra = 0 if stage == 0 else (padded - total + padded / CHUNK) * (size - 1) / size
+    assert sum(sent) / size == pytest.approx(expected * total + extra, rel=1e-6)
 
 
 @pytest.mark.parametrize("dtype, width", [(torch.float32, 4), (torch.bfloat16, 2)], ids=str)
 @pytest.mark.parametrize("accumulates", [False, True])
 @pytest.mark.parametrize("stage", [0, 1, 2])
 @pytest.mark.parametrize("size", [1, 2, 4])
-def test_state_is_as_large_as_the_table_says(size, stage, dtype, width, accumulates):
+def test_state_is_as_large_as_the_table_says(size, stage, dtype, width, accumulates, monkeypatch):
     """Of a 16-bit model, bytes a parameter: 16 (stage 0), 4 + 12/N (1), 2 + 14/N (2; 2 + 16/N where it accumulates in fp32)."""
+    monkeypatch.setattr(comm, "reduce_to", lambda mesh, tensor, *_: comm.Pending(mesh, None, tensor))
     net = nn.Linear(4 * CHUNK, 8, bias=False, dtype=dtype)
     optimizer = Optimizer(net.named_parameters(), Mesh(rank=0, size=size), stage=stage, accumulates=accumulates, **SETTINGS)
+    optimizer.backward(net(torch.ones(1, 4 * CHUNK, dtype=dtype)).sum(), size)
     part = optimizer.parts[0]
-    held = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
-            for t in (part.weights, part.master, part.m, part.v, part.gradients.sum)}
+    gradients = [part.gradients.sum] if stage == 2 else part.gradients.waiting.values()
+    held = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in (part.weights, part.master, part.m, part.v, *gradients)}
     master, gradient = (4 if width == 2 else 0), (4 if accumulates else width)
     optimizer_share, gradient_share = (1 if stage == 0 else size), (size if stage == 2 else 1)
     expected = width + (master + 8) / optimizer_share + gradient / gradient_share
     assert sum(held.values()) / net.weight.numel() == expected
+
+
+def test_stage_2_sends_and_frees_its_buckets_while_backward_goes_on():
+    """Never more under way than two buckets and the vectors, of which the first layer's come last."""
+    net = random_model(n_layers=6)
+    gradients = Optimizer(net.named_parameters(), Mesh(), stage=2, bucket_elements=3000, **SETTINGS).parts[0].gradients
+    under_way = []
+    for parameter in net.parameters():
+        parameter.register_post_accumulate_grad_hook(lambda _: under_way.append(sum(t.numel() for t in gradients.filled.values())))
+    tokens = random_tokens(1, 9)
+    net.loss_sum(tokens, tokens).backward()
+    sizes, vectors = [p.numel() for p in net.parameters()], sum(p.numel() for p in net.parameters() if p.ndim == 1)
+    assert len(under_way) == len(sizes)
+    assert 0 < max(under_way) <= 2 * max(3000, *sizes) + vectors < sum(sizes) / 2
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(1, 90), max_size=6), st.lists(st.integers(1, 9), min_size=1, max_size=6), st.sampled_from([0, 1, 2]),
+       st.integers(1, 5), st.integers(1, 100), st.booleans())
+def test_every_gradient_reaches_its_place_in_its_owners_slice_once(matrices, vectors, stage, size, bucket, accumulates):
+    """The gradient of each number is its position, so the sum over rounds is the positions themselves, slice after slice."""
+    parameters = [nn.Parameter(torch.zeros(n, 1)) for n in matrices] + [nn.Parameter(torch.zeros(n)) for n in vectors]
+    sizes = [p.numel() for p in parameters]
+    total = sum(sizes)
+    slice_size, rounds, slices = -(-total // size) + 1, 1 + accumulates, []
+    positions = [x.view(p.shape) for x, p in zip(torch.arange(float(total)).split(sizes), parameters, strict=True)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(comm, "reduce_to", lambda mesh, tensor, *_: comm.Pending(mesh, None, tensor))
+        for rank in range(size if stage else 1):
+            gradients = Gradients(parameters, Mesh(rank, size), slice_size, stage, False, bucket, True)
+            for _ in range(rounds):
+                sum((p * x).sum() for p, x in zip(parameters, positions, strict=True)).backward()
+                gradients.end_micro_batch()
+            slices.append(gradients.reduced())
+            parameters = [nn.Parameter(p.detach()) for p in parameters]  # without hooks
+    found = torch.cat(slices)
+    assert torch.equal(found[:total], rounds * torch.arange(float(total))) and not found[total:].any()
 
 
 def test_an_overflow_on_one_rank_is_skipped_by_all():
@@ -195,7 +232,6 @@ def test_the_tree_of_sums_does_not_depend_on_the_ranks(count, ranks):
             return Sum(f"({self.text}+{other.text})")
 
     def tree(leaves: list[Sum]) -> str:
-        from minillama.parallel.gradients import Gradients
         counter = Gradients.__new__(Gradients)
         counter.levels = []
         for leaf in leaves:

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from minillama import comm, ops
 from minillama.comm import Mesh
 from minillama.errors import UserError
-from minillama.parallel.gradients import Gradients, gradient_dtype
+from minillama.parallel.gradients import Gradients
 
 CHUNK = 16384       # elements; slices are whole chunks, so that a chunk's norm never depends on the number of ranks
 AT_ONCE = 1 << 22   # elements updated at a time, which bounds the temporary copies of a step
@@ -37,7 +37,7 @@ class ZeroAdamW:
     """AdamW over trainable parameters of one dtype, sharded by stage. `accumulates`: a rank has several micro-batches a step."""
 
     def __init__(self, named: Iterable[tuple[str, nn.Parameter]], mesh: Mesh, *, stage: int = 0, exact: bool = False,
-                 bucket_elements: int = 10**8, accumulates: bool = True, beta1: float = 0.9, beta2: float = 0.999,
+                 bucket_elements: int = 10**7, accumulates: bool = True, beta1: float = 0.9, beta2: float = 0.999,
                  epsilon: float = 1e-8, weight_decay: float = 0.0) -> None:
         if exact and mesh.size & (mesh.size - 1):
             raise UserError(f"reduction = 'exact' needs 1, 2, 4, 8, … ranks, not {mesh.size}; use --reduction fast")
@@ -59,7 +59,7 @@ class ZeroAdamW:
         mine = self.weights[self.kept]
         self.master = mine if dtype == torch.float32 else mine.float()
         self.m, self.v = torch.zeros_like(self.master), torch.zeros_like(self.master)
-        self.gradients = Gradients(self.named, mesh, size, stage, exact, bucket_elements, gradient_dtype(dtype, accumulates, exact))
+        self.gradients = Gradients([p for _, p in self.named], mesh, size, stage, exact, bucket_elements, accumulates)
 
     def views(self, vector: Tensor) -> list[Tensor]:
         """A flat vector cut into the parameters' shapes."""
