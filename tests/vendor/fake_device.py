@@ -1,0 +1,223 @@
+"""A device that is not there: tensors that say `npu:0` (or mlu, tpu) and keep their numbers on the host.
+
+torch lets a pure-Python back end take the place of a vendor's plug-in (`_setup_privateuseone_for_python_backend`, experimental, torch
+2.13). Every tensor of the device is a `DeviceTensor`: a wrapper whose `host` is an ordinary tensor. Operators are run on the hosts and
+their results wrapped again; a tensor of the processor among them is refused, as a real device would. What this proves is plumbing: what
+is moved where, what is called with which devices, what is saved and gathered. One device name a process, so each has processes of its own.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from types import ModuleType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+BACKENDS = {"npu": "hccl", "mlu": "cncl", "tpu": "sccl"}
+FACTORIES = {"empty.memory_format", "empty_strided", "_copy_from", "_copy_from_and_resize"}
+CHIPS = 2
+
+
+def is_possible() -> bool:
+    """Whether this torch has the experimental interface."""
+    return hasattr(torch._C, "_acc")
+
+
+class DeviceTensor(torch.Tensor):
+    """A tensor of the device; `host` holds its numbers, and views of it share them."""
+
+    host: Tensor
+
+    @staticmethod
+    def __new__(cls, host: Tensor, device: torch.device) -> "DeviceTensor":
+        made = torch.Tensor._make_wrapper_subclass(
+            cls, host.shape, strides=host.stride(), storage_offset=host.storage_offset(), dtype=host.dtype, device=device)
+        made.host = host
+        return made
+
+    @classmethod
+    def __torch_dispatch__(cls, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        return run_on_host(function, args, kwargs or {})
+
+    def untyped_storage(self) -> torch.UntypedStorage:
+        return self.host.untyped_storage()
+
+    def data_ptr(self) -> int:
+        return self.host.data_ptr()
+
+    @property
+    def data(self) -> Tensor:
+        return self.detach()
+
+    @data.setter
+    def data(self, other: "DeviceTensor") -> None:
+        assert self.shape == other.shape
+        self.host = other.host
+
+    def __repr__(self) -> str:
+        raise AssertionError("a tensor of the device is printed: move it to the host first")
+
+    def __reduce_ex__(self, protocol: int) -> Any:
+        raise AssertionError("a tensor of the device is pickled: move it to the host first")
+
+    def numpy(self) -> Any:
+        raise TypeError("can't convert a tensor of the device to numpy; use Tensor.cpu() first")
+
+
+def run_on_host(function: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """An operator on the hosts of its tensors. Only copies may mix the device with the processor."""
+    name, device = function.__name__.split(".")[0], torch.device(torch._C._get_privateuse1_backend_name(), 0)
+    tensors = [x for x in pytree.arg_tree_leaves(*args, **kwargs) if isinstance(x, Tensor)]
+    of_device = [x for x in tensors if isinstance(x, DeviceTensor)]
+    if name not in ("_to_copy", "copy_", "_copy_from", "_copy_from_and_resize"):
+        strangers = [x for x in tensors if not isinstance(x, DeviceTensor) and x.dim()]  # a number of the host may take part
+        if strangers and of_device or len({x.device for x in of_device}) > 1:
+            raise RuntimeError(f"{function}: Expected all tensors to be on the same device, found {[str(x.device) for x in tensors]}")
+    if of_device:
+        device = of_device[0].device
+    asked = torch.device(kwargs["device"]) if kwargs.get("device") is not None else None
+    if asked is not None and asked.type == device.type:
+        device = asked if asked.index is not None else torch.device(asked.type, 0)
+    stays_on_host = asked is not None and asked.type != device.type
+    hosts = {id(x.host): x for x in of_device}
+    host_args, host_kwargs = pytree.tree_map_only(DeviceTensor, lambda x: x.host, (args, kwargs))
+    if asked is not None:
+        host_kwargs["device"] = torch.device("cpu")
+    host_kwargs.pop("pin_memory", None)
+    if name in ("_copy_from", "_copy_from_and_resize"):
+        source, target = host_args[:2]
+        target.resize_(source.shape) if name.endswith("resize") else None
+        target.copy_(source)
+        return args[1]
+    result = function(*host_args, **host_kwargs)
+    if stays_on_host or name == "copy_" and not isinstance(args[0], DeviceTensor):
+        return args[0] if name == "copy_" else result
+    return pytree.tree_map_only(Tensor, lambda x: hosts[id(x)] if id(x) in hosts else DeviceTensor(x, device), result)
+
+
+class DeviceModule(ModuleType):
+    """`torch.npu` and the like: what device.py asks of it."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(f"torch.{name}")
+        self.generator, self.index = torch.Generator(), 0
+
+    def is_available(self) -> bool:
+        return True
+
+    def device_count(self) -> int:
+        return CHIPS
+
+    def current_device(self) -> int:
+        return self.index
+
+    def set_device(self, device: Any) -> None:
+        index = device if isinstance(device, int) else torch.device(device).index
+        assert 0 <= index < CHIPS
+        self.index = index
+
+    def synchronize(self, device: Any = None) -> None:
+        pass
+
+    def memory_allocated(self, device: Any = None) -> int:
+        return 1 << 20
+
+    def max_memory_allocated(self, device: Any = None) -> int:
+        return 1 << 21
+
+    def reset_peak_memory_stats(self, device: Any = None) -> None:
+        pass
+
+    def mem_get_info(self, device: Any = None) -> tuple[int, int]:
+        return 1 << 30, 1 << 31
+
+    def is_bf16_supported(self) -> bool:
+        return True
+
+    def manual_seed_all(self, seed: int) -> None:
+        self.generator.manual_seed(seed)
+
+    manual_seed = manual_seed_all
+
+    def get_rng_state(self, device: Any = None) -> Tensor:
+        return self.generator.get_state()
+
+    def set_rng_state(self, state: Tensor, device: Any = None) -> None:
+        self.generator.set_state(state)
+
+    def get_amp_supported_dtype(self) -> list[torch.dtype]:
+        return [torch.bfloat16, torch.float16]
+
+    def _is_in_bad_fork(self) -> bool:
+        return False
+
+
+class FakeGroup(dist.ProcessGroup):
+    """hccl, cncl or sccl: gloo on the hosts. Takes tensors of the device only, as the vendors' libraries do."""
+
+    def __init__(self, store: dist.Store, rank: int, size: int, timeout: Any) -> None:
+        super().__init__(rank, size)
+        self.gloo = dist.ProcessGroupGloo(store, rank, size, timeout=timeout)
+
+    def _call(self, name: str, *args: Any) -> dist.Work:
+        def host(x: Tensor) -> Tensor:
+            assert isinstance(x, DeviceTensor), f"{name}: a tensor on {x.device} in a group of the device"
+            assert x.dtype != torch.float64, f"{name}: the vendors' libraries do not reduce float64"
+            return x.host
+
+        return getattr(self.gloo, name)(*pytree.tree_map_only(Tensor, host, args))
+
+    def allreduce(self, tensors: Any, options: Any = None) -> dist.Work:
+        return self._call("allreduce", tensors, options)
+
+    def broadcast(self, tensors: Any, options: Any = None) -> dist.Work:
+        return self._call("broadcast", tensors, options)
+
+    def reduce(self, tensors: Any, options: Any = None) -> dist.Work:
+        return self._call("reduce", tensors, options)
+
+    def allgather(self, outputs: Any, inputs: Any, options: Any = None) -> dist.Work:
+        return self._call("allgather", outputs, inputs, options)
+
+    def _allgather_base(self, output: Tensor, input: Tensor, options: Any = None) -> dist.Work:
+        return self._call("_allgather_base", output, input, options)
+
+    def gather(self, outputs: Any, inputs: Any, options: Any = None) -> dist.Work:
+        return self._call("gather", outputs, inputs, options)
+
+    def barrier(self, options: Any = None) -> dist.Work:
+        return self.gloo.barrier(options) if options else self.gloo.barrier()
+
+    def getBackendName(self) -> str:
+        return "fake"
+
+
+def install(name: str) -> ModuleType:
+    """Make this process one that has an accelerator called `name`; returns its module, `torch.NAME`."""
+    from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
+
+    module = DeviceModule(name)
+    _setup_privateuseone_for_python_backend(name, backend_module=module)
+    library = torch.library.Library("_", "IMPL")
+    library.fallback(lambda function, *args, **kwargs: run_on_host(function, args, kwargs), "PrivateUse1")
+    by_name = torch.library.Library("aten", "IMPL")
+    for operator in ("_copy_from", "copy_", "_to_copy", "_copy_from_and_resize"):  # reached past the fallback by torch.tensor
+        function = getattr(torch.ops.aten, operator).default
+        by_name.impl(operator, partial(_run_by_name, function), "PrivateUse1")
+    KEPT.extend((library, by_name))
+
+    def create(store: dist.Store, rank: int, size: int, timeout: Any) -> FakeGroup:
+        return FakeGroup(store, rank, size, timeout)
+
+    dist.Backend.register_backend(BACKENDS[name], create, devices=[name])
+    return module
+
+
+def _run_by_name(function: Any, *args: Any, **kwargs: Any) -> Any:
+    return run_on_host(function, args, kwargs)
+
+
+KEPT: list[Callable | Any] = []  # torch.library forgets what nobody holds
