@@ -126,15 +126,14 @@ class Trainer:
         all ranks gave the step up between two micro-batches."""
         targets, size = max(1, sum(batch.targets for batch in batches)), self.mesh.size
         self.optimizer.zero_grad()
-        losses = torch.zeros(len(batches), dtype=torch.float64, device=self.mesh.device)
+        losses = torch.zeros(len(batches), device=self.mesh.device)  # fp32, as the losses are: each is one rank's
         for first in range(0, len(batches), size):  # micro-batch a·N + r is rank r's
             if comm.any_rank(self.mesh, bool(self.stop.by)):
                 return None
             number, loss = first + self.mesh.rank, None
             if number < len(batches):
-                if self.lora and self.lora.dropout:
-                    torch.manual_seed(hash((self.settings.seed, self.step, number)) & 0x7FFFFFFF)
-                loss = self._loss_sum(batches[number]) / targets
+                with device.seeded(hash((self.settings.seed, self.step, number)) & 0x7FFFFFFF, self.mesh.device):  # dropout's
+                    loss = self._loss_sum(batches[number]) / targets
                 losses[number] = loss.detach()
             self.optimizer.backward(loss, min(size, len(batches) - first))
         loss = sum(comm.all_reduce_sum(self.mesh, losses).tolist())
@@ -151,13 +150,13 @@ class Trainer:
     def evaluate(self) -> float:
         """The mean loss per target of the validation data."""
         self.model.eval()
-        total, targets = torch.zeros((), dtype=torch.float64), 0
+        total, targets = 0.0, 0
         for step in range(self.eval_plan.total_steps):
             batches = self.eval_plan.micro_batches(step)
             targets += sum(batch.targets for batch in batches)
             total += sum(float(self._loss_sum(batch)) for batch in batches[self.mesh.rank::self.mesh.size])
         self.model.train()
-        return float(comm.all_reduce_sum(self.mesh, total)) / targets
+        return sum(comm.gather_objects(self.mesh, total)) / targets
 
     def _stop_if_lost(self, skipped_in_a_row: int, loss: float) -> None:
         if skipped_in_a_row < MAX_SKIPPED_IN_A_ROW:
@@ -174,7 +173,7 @@ class Trainer:
         sequence = sum(n * n for n in lengths) / sum(lengths)  # the document length that a token sees, on average
         tflops, peak = speed * training_flops(self.model.config, 1.0, sequence) / 1e12, self.settings.peak_tflops
         return {"tokens": self.tokens, "tokens_per_second": round(speed, 2), "tflops": round(tflops, 4),
-                "mfu": tflops / peak if peak else None, "peak_memory_bytes": device.peak_memory_bytes(self.mesh.device)}
+                "mfu": tflops / peak if peak else None, "peak_memory_bytes": device.memory(self.mesh.device).peak}
 
     def save_checkpoint(self, log: report.Report) -> None:
         """Write checkpoints/step-N; where that fails, say so loudly and go on: the checkpoints before it are still there."""

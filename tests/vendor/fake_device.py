@@ -63,6 +63,9 @@ class DeviceTensor(torch.Tensor):
     def __reduce_ex__(self, protocol: int) -> Any:
         raise AssertionError("a tensor of the device is pickled: move it to the host first")
 
+    def tolist(self) -> Any:
+        return self.host.tolist()
+
     def numpy(self) -> Any:
         raise TypeError("can't convert a tensor of the device to numpy; use Tensor.cpu() first")
 
@@ -74,7 +77,7 @@ def run_on_host(function: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
     of_device = [x for x in tensors if isinstance(x, DeviceTensor)]
     if name not in ("_to_copy", "copy_", "_copy_from", "_copy_from_and_resize"):
         strangers = [x for x in tensors if not isinstance(x, DeviceTensor) and x.dim()]  # a number of the host may take part
-        if strangers and of_device or len({x.device for x in of_device}) > 1:
+        if (strangers and of_device) or len({x.device for x in of_device}) > 1:
             raise RuntimeError(f"{function}: Expected all tensors to be on the same device, found {[str(x.device) for x in tensors]}")
     if of_device:
         device = of_device[0].device
@@ -93,7 +96,7 @@ def run_on_host(function: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         target.copy_(source)
         return args[1]
     result = function(*host_args, **host_kwargs)
-    if stays_on_host or name == "copy_" and not isinstance(args[0], DeviceTensor):
+    if stays_on_host or (name == "copy_" and not isinstance(args[0], DeviceTensor)):
         return args[0] if name == "copy_" else result
     return pytree.tree_map_only(Tensor, lambda x: hosts[id(x)] if id(x) in hosts else DeviceTensor(x, device), result)
 
