@@ -56,7 +56,7 @@ VENDORS = {vendor.device: vendor for vendor in (
 
 def pick(name: str = "auto", local_rank: int = 0) -> torch.device:
     """The device called `name`, made current; `MINILLAMA_DEVICE` overrides it. "auto": the accelerator torch has loaded, else npu, mlu,
-    tpu or cuda where its plug-in finds a chip, else the processor. local_rank: which of the chips. Raises UserError where it is not here."""
+    tpu or cuda where its plug-in finds a chip, else the processor. local_rank: which chip. Raises UserError where it is not here."""
     if os.environ.get("SOPHGO_SPLIT", "") not in ("", "0", "1"):
         raise UserError(f"SOPHGO_SPLIT={os.environ['SOPHGO_SPLIT']}: layers are not placed on several chips here yet; unset it")
     forced = os.environ.get("MINILLAMA_DEVICE", "")

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from minillama import building, comm, device, report
+from minillama import building, comm, device, ops, report
 from minillama.checkpoint import directory as checkpoints
 from minillama.checkpoint import train_state
 from minillama.comm import Mesh
@@ -58,6 +58,7 @@ class Trainer:
         self.settings, self.mesh, self.out_dir, self.stop = settings, mesh, Path(settings.out_dir), stop or StopRequest()
         settings = building.with_embedded_data(settings, mesh)
         device.allow_tf32(settings.tf32)
+        ops.choose(settings.ops)
         if settings.threads:
             torch.set_num_threads(settings.threads)
         self.tokenizer: Tokenizer = building.build_tokenizer(settings)

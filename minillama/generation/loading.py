@@ -3,7 +3,7 @@
 from argparse import Namespace
 from pathlib import Path
 
-from minillama import chat, device
+from minillama import chat, device, ops
 from minillama.checkpoint import directory as checkpoints
 from minillama.errors import UserError, closest
 from minillama.generation.sampling import Sampling
@@ -15,6 +15,7 @@ from minillama.model import Llama
 def load_session(options: Namespace, sampling: Sampling, max_new_tokens: int = 0, template: str = "", ignore_eos: bool = False,
                  stop: tuple[str, ...] = ()) -> tuple[Session, Path]:
     """(session, the directory in use) for a script's `Parser.add_model_flags`. template "": the checkpoint's own."""
+    ops.choose(options.ops)
     path = checkpoints.find_checkpoint(Path(options.ckpt))
     model, base = load_with_adapters(path, options.base, options.lora, options.dtype, options.device)
     tokenizer = checkpoints.tokenizer_for(path if any((path / n).is_file() for n in checkpoints.TOKENIZER_FILES[:2]) else base,

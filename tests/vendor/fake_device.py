@@ -16,6 +16,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from tests.vendor import ascend, cambricon, sophgo
+
 BACKENDS = {"npu": "hccl", "mlu": "cncl", "tpu": "sccl"}
 FACTORIES = {"empty.memory_format", "empty_strided", "_copy_from", "_copy_from_and_resize"}
 CHIPS = 2
@@ -30,6 +32,7 @@ class DeviceTensor(torch.Tensor):
     """A tensor of the device; `host` holds its numbers, and views of it share them."""
 
     host: Tensor
+    __torch_function__ = torch._C._disabled_torch_function_impl
 
     @staticmethod
     def __new__(cls, host: Tensor, device: torch.device) -> "DeviceTensor":
@@ -164,6 +167,8 @@ class FakeGroup(dist.ProcessGroup):
     def __init__(self, store: dist.Store, rank: int, size: int, timeout: Any) -> None:
         super().__init__(rank, size)
         self.gloo = dist.ProcessGroupGloo(store, rank, size, timeout=timeout)
+        device = torch.device(torch._C._get_privateuse1_backend_name())
+        self._register_backend(device, dist.ProcessGroup.BackendType.CUSTOM, self.gloo)  # objects are gathered on the device
 
     def _call(self, name: str, *args: Any) -> dist.Work:
         def host(x: Tensor) -> Tensor:
@@ -188,18 +193,20 @@ class FakeGroup(dist.ProcessGroup):
     def _allgather_base(self, output: Tensor, input: Tensor, options: Any = None) -> dist.Work:
         return self._call("_allgather_base", output, input, options)
 
+    all_gather_single = _allgather_base  # torch 2.13's name
+
     def gather(self, outputs: Any, inputs: Any, options: Any = None) -> dist.Work:
         return self._call("gather", outputs, inputs, options)
 
-    def barrier(self, options: Any = None) -> dist.Work:
-        return self.gloo.barrier(options) if options else self.gloo.barrier()
+    def barrier(self, opts: Any = None) -> dist.Work:
+        return self.gloo.barrier()
 
     def getBackendName(self) -> str:
         return "fake"
 
 
 def install(name: str) -> ModuleType:
-    """Make this process one that has an accelerator called `name`; returns its module, `torch.NAME`."""
+    """Make this process one that has an accelerator called `name`, and its vendor's kernels; returns its module, `torch.NAME`."""
     from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
     module = DeviceModule(name)
@@ -212,10 +219,12 @@ def install(name: str) -> ModuleType:
         by_name.impl(operator, partial(_run_by_name, function), "PrivateUse1")
     KEPT.extend((library, by_name))
 
-    def create(store: dist.Store, rank: int, size: int, timeout: Any) -> FakeGroup:
-        return FakeGroup(store, rank, size, timeout)
+    def create(about: Any, options: Any) -> FakeGroup:
+        assert name != "tpu" or options.chip_map[about.group_rank] == module.index, "sccl wants the ring of chips"
+        return FakeGroup(about.store, about.group_rank, about.group_size, about.timeout)
 
-    dist.Backend.register_backend(BACKENDS[name], create, devices=[name])
+    dist.Backend.register_backend(BACKENDS[name], create, extended_api=True, devices=[name])
+    {"npu": ascend, "mlu": cambricon, "tpu": sophgo}[name].install()
     return module
 
 
