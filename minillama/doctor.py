@@ -136,7 +136,7 @@ def main(arguments: list[str]) -> int:
           f"free {'not told' if memory.free is None else f'{memory.free / 1e9:.1f} GB'}" + f"; {warning}" * bool(warning))
     loss, wrong = model_error(device, dtype, options.ops)
     failed = [] if wrong <= limit else ["the model"]
-    print(f"a model, forward and backward in {str(dtype)[6:]}: loss {loss:.6f}, error {wrong:.1e} ({'ok' if wrong <= limit else 'WRONG'})\n")
+    print(f"a model, forward and backward, {str(dtype)[6:]}: loss {loss:.6f}, error {wrong:.1e} ({'ok' if wrong <= limit else 'WRONG'})\n")
     print(f"{'op':22}{'form':11}{'error':>8}{'':7}{'ms':>8}{'formula':>9}{'kept kB':>9}{'formula':>9}")
     for case in cases():
         formula = getattr(ops.reference, case.op)

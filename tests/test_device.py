@@ -36,7 +36,8 @@ def package(folder: Path, name: str, code: str, metadata: str = "", entry: str =
 
 
 def fake_plugin(folder: Path, name: str, **installed: str) -> None:
-    package(folder, f"torch_{name}", f"from tests.vendor import fake_device\nfake_device.install({name!r})\ndef load(): pass\n", **installed)
+    code = f"from tests.vendor import fake_device\nfake_device.install({name!r})\ndef load(): pass\n"
+    package(folder, f"torch_{name}", code, **installed)
 
 
 def run(folder: Path, program: str, script: str = "", **variables: str) -> subprocess.CompletedProcess:
@@ -68,7 +69,7 @@ def test_a_variable_overrides_the_name(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match=r"torch_mlu is not installed \(MINILLAMA_DEVICE asks for it\)"):
         device.pick("cpu")
     monkeypatch.setenv("MINILLAMA_DEVICE", "npuu")
-    with pytest.raises(UserError, match="MINILLAMA_DEVICE=npuu .did you mean 'npu'"):
+    with pytest.raises(UserError, match=r"MINILLAMA_DEVICE=npuu .did you mean 'npu'"):
         device.pick("cpu")
 
 
@@ -185,8 +186,8 @@ def test_a_plugin_that_does_not_load_is_named_with_what_to_set(tmp_path: Path) -
     package(tmp_path, "torch_npu", broken, entry="torch_npu:load")
     done = run(tmp_path, "", script="train.py --max_steps 1 --out_dir unused")
     assert done.returncode == 2
-    assert done.stderr == ("error: torch's device plug-in torch_npu does not load (libhccl.so: cannot open shared object file); mend it, or "
-                           "set TORCH_DEVICE_BACKEND_AUTOLOAD=0 to go on without it\n")
+    assert done.stderr == ("error: torch's device plug-in torch_npu does not load (libhccl.so: cannot open shared object file); mend it, "
+                           "or set TORCH_DEVICE_BACKEND_AUTOLOAD=0 to go on without it\n")
     done = run(tmp_path, "print(device.pick('auto')); device.pick('npu')", TORCH_DEVICE_BACKEND_AUTOLOAD="0")
     assert done.stdout == "cpu\n"
     assert "npu passed over: torch_npu does not load (libhccl.so" in done.stderr

@@ -52,7 +52,9 @@ def install() -> None:
     library = torch.library.Library("torch_mlu", "DEF")
     library.define(
         "fused_adam(Tensor(a!) _dummy_overflow_buf, Tensor[] grads, Tensor(b!)[] params, Tensor(c!)[] exp_avgs, "
-        "Tensor(d!)[] exp_avg_sqs, float learning_rate, float beta1, float beta2, float epsilon, int step, int mode, int bias_correction, float weight_decay) -> bool")
+        ""
+        "Tensor(d!)[] exp_avg_sqs, float learning_rate, float beta1, float beta2, float epsilon, "
+        "int step, int mode, int bias_correction, float weight_decay) -> bool")
     library.impl("fused_adam", fused_adam, "CompositeImplicitAutograd")
     _KEPT.append(library)
     module = ModuleType("torch_mlu_ops")

@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 from tests.vendor import ascend, cambricon, sophgo
 
 BACKENDS = {"npu": "hccl", "mlu": "cncl", "tpu": "sccl"}
-FACTORIES = {"empty.memory_format", "empty_strided", "_copy_from", "_copy_from_and_resize"}
+
 CHIPS = 2
 
 
@@ -35,11 +35,16 @@ class DeviceTensor(torch.Tensor):
     __torch_function__ = torch._C._disabled_torch_function_impl
 
     @staticmethod
-    def __new__(cls, host: Tensor, device: torch.device) -> "DeviceTensor":
+    def __new__(cls, host: Tensor) -> "DeviceTensor":
         made = torch.Tensor._make_wrapper_subclass(
-            cls, host.shape, strides=host.stride(), storage_offset=host.storage_offset(), dtype=host.dtype, device=device)
+            cls, host.shape, strides=host.stride(), storage_offset=host.storage_offset(), dtype=host.dtype, device=torch.device(name(), 0))
         made.host = host
         return made
+
+    @property
+    def device(self) -> torch.device:
+        """The process's one chip: autograd knows a single chip of such a back end, so to it every tensor is on chip 0."""
+        return torch.device(name(), torch.get_device_module(name()).index)
 
     @classmethod
     def __torch_dispatch__(cls, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
@@ -73,42 +78,43 @@ class DeviceTensor(torch.Tensor):
         raise TypeError("can't convert a tensor of the device to numpy; use Tensor.cpu() first")
 
 
+def name() -> str:
+    return torch._C._get_privateuse1_backend_name()
+
+
 def run_on_host(function: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
     """An operator on the hosts of its tensors. Only copies may mix the device with the processor."""
-    name, device = function.__name__.split(".")[0], torch.device(torch._C._get_privateuse1_backend_name(), 0)
+    operator = function.__name__.split(".")[0]
     tensors = [x for x in pytree.arg_tree_leaves(*args, **kwargs) if isinstance(x, Tensor)]
     of_device = [x for x in tensors if isinstance(x, DeviceTensor)]
-    if name not in ("_to_copy", "copy_", "_copy_from", "_copy_from_and_resize"):
-        strangers = [x for x in tensors if not isinstance(x, DeviceTensor) and x.dim()]  # a number of the host may take part
-        if (strangers and of_device) or len({x.device for x in of_device}) > 1:
-            raise RuntimeError(f"{function}: Expected all tensors to be on the same device, found {[str(x.device) for x in tensors]}")
-    if of_device:
-        device = of_device[0].device
+    copies = operator in ("_to_copy", "copy_", "_copy_from", "_copy_from_and_resize")
+    if of_device and not copies and any(not isinstance(x, DeviceTensor) and x.dim() for x in tensors):  # a number of the host may take part
+        raise RuntimeError(f"{function}: Expected all tensors to be on the same device, found {[str(x.device) for x in tensors]}")
     asked = torch.device(kwargs["device"]) if kwargs.get("device") is not None else None
-    if asked is not None and asked.type == device.type:
-        device = asked if asked.index is not None else torch.device(asked.type, 0)
-    stays_on_host = asked is not None and asked.type != device.type
-    hosts = {id(x.host): x for x in of_device}
+    if asked is not None and asked.type == name() and asked.index not in (None, 0, torch.get_device_module(name()).index):
+        raise RuntimeError(f"{function}: {asked} is the chip of another process")
     host_args, host_kwargs = pytree.tree_map_only(DeviceTensor, lambda x: x.host, (args, kwargs))
     if asked is not None:
         host_kwargs["device"] = torch.device("cpu")
     host_kwargs.pop("pin_memory", None)
-    if name in ("_copy_from", "_copy_from_and_resize"):
+    if operator in ("_copy_from", "_copy_from_and_resize"):
         source, target = host_args[:2]
-        target.resize_(source.shape) if name.endswith("resize") else None
-        target.copy_(source)
+        (target.resize_(source.shape) if operator.endswith("resize") else target).copy_(source)
         return args[1]
     result = function(*host_args, **host_kwargs)
-    if stays_on_host or (name == "copy_" and not isinstance(args[0], DeviceTensor)):
-        return args[0] if name == "copy_" else result
-    return pytree.tree_map_only(Tensor, lambda x: hosts[id(x)] if id(x) in hosts else DeviceTensor(x, device), result)
+    if operator == "copy_" and of_device[0] is not args[0]:
+        return args[0]
+    if asked is not None and asked.type != name():
+        return result
+    hosts = {id(x.host): x for x in of_device}
+    return pytree.tree_map_only(Tensor, lambda x: hosts[id(x)] if id(x) in hosts else DeviceTensor(x), result)
 
 
 class DeviceModule(ModuleType):
     """`torch.npu` and the like: what device.py asks of it."""
 
-    def __init__(self, name: str) -> None:
-        super().__init__(f"torch.{name}")
+    def __init__(self, device_name: str) -> None:
+        super().__init__(f"torch.{device_name}")
         self.generator, self.index = torch.Generator(), 0
 
     def is_available(self) -> bool:
@@ -167,16 +173,15 @@ class FakeGroup(dist.ProcessGroup):
     def __init__(self, store: dist.Store, rank: int, size: int, timeout: Any) -> None:
         super().__init__(rank, size)
         self.gloo = dist.ProcessGroupGloo(store, rank, size, timeout=timeout)
-        device = torch.device(torch._C._get_privateuse1_backend_name())
-        self._register_backend(device, dist.ProcessGroup.BackendType.CUSTOM, self.gloo)  # objects are gathered on the device
+        self._register_backend(torch.device(name()), dist.ProcessGroup.BackendType.CUSTOM, self.gloo)  # objects are gathered on the device
 
-    def _call(self, name: str, *args: Any) -> dist.Work:
+    def _call(self, collective: str, *args: Any) -> dist.Work:
         def host(x: Tensor) -> Tensor:
-            assert isinstance(x, DeviceTensor), f"{name}: a tensor on {x.device} in a group of the device"
-            assert x.dtype != torch.float64, f"{name}: the vendors' libraries do not reduce float64"
+            assert isinstance(x, DeviceTensor), f"{collective}: a tensor on {x.device} in a group of the device"
+            assert x.dtype != torch.float64, f"{collective}: the vendors' libraries do not reduce float64"
             return x.host
 
-        return getattr(self.gloo, name)(*pytree.tree_map_only(Tensor, host, args))
+        return getattr(self.gloo, collective)(*pytree.tree_map_only(Tensor, host, args))
 
     def allreduce(self, tensors: Any, options: Any = None) -> dist.Work:
         return self._call("allreduce", tensors, options)
@@ -205,12 +210,12 @@ class FakeGroup(dist.ProcessGroup):
         return "fake"
 
 
-def install(name: str) -> ModuleType:
-    """Make this process one that has an accelerator called `name`, and its vendor's kernels; returns its module, `torch.NAME`."""
+def install(vendor: str) -> ModuleType:
+    """Make this process one that has an accelerator called `vendor`, and its vendor's kernels; returns its module, `torch.VENDOR`."""
     from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
-    module = DeviceModule(name)
-    _setup_privateuseone_for_python_backend(name, backend_module=module)
+    module = DeviceModule(vendor)
+    _setup_privateuseone_for_python_backend(vendor, backend_module=module)
     library = torch.library.Library("_", "IMPL")
     library.fallback(lambda function, *args, **kwargs: run_on_host(function, args, kwargs), "PrivateUse1")
     by_name = torch.library.Library("aten", "IMPL")
@@ -220,11 +225,11 @@ def install(name: str) -> ModuleType:
     KEPT.extend((library, by_name))
 
     def create(about: Any, options: Any) -> FakeGroup:
-        assert name != "tpu" or options.chip_map[about.group_rank] == module.index, "sccl wants the ring of chips"
+        assert vendor != "tpu" or options.chip_map[about.group_rank] == module.index, "sccl wants the ring of chips"
         return FakeGroup(about.store, about.group_rank, about.group_size, about.timeout)
 
-    dist.Backend.register_backend(BACKENDS[name], create, extended_api=True, devices=[name])
-    {"npu": ascend, "mlu": cambricon, "tpu": sophgo}[name].install()
+    dist.Backend.register_backend(BACKENDS[vendor], create, extended_api=True, devices=[vendor])
+    {"npu": ascend, "mlu": cambricon, "tpu": sophgo}[vendor].install()
     return module
 
 
