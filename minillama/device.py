@@ -1,11 +1,5 @@
 """The machine: one device picked by name, and the handful of things in which the makes differ.
 
-    torch names it   plug-in     collectives   which chips a process sees            made by
-    npu              torch_npu   hccl          ASCEND_RT_VISIBLE_DEVICES             Huawei Ascend
-    mlu              torch_mlu   cncl          MLU_VISIBLE_DEVICES                   Cambricon
-    tpu              torch_tpu   sccl          CHIP_MAP or CHIPS, by its own number  Sophgo (Google has a package of the same name)
-    cuda             -           nccl          CUDA_VISIBLE_DEVICES                  NVIDIA
-
 Plug-ins are imported here and nowhere else, and only the one that is used: torch has room for one. Everything is loaded on the
 host first and then moved, and moved back before it is printed or saved. int64, which Sophgo's plug-in lists as unsupported, carries
 token ids and labels here: it is left to the plug-in.
@@ -20,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -66,18 +60,13 @@ def pick(name: str = "auto", local_rank: int = 0) -> torch.device:
     if name == "auto" and os.environ.get("USE_SOPHGO", "") not in ("", "0"):
         name = "tpu"
     if name == "auto":
-        name = next((device for device in _candidates() if not _problem(device, quiet=False)), "cpu")
+        loaded = torch.accelerator.current_accelerator() if hasattr(torch, "accelerator") else None  # torch 2.6
+        in_order = sorted(VENDORS, key=lambda device: not (loaded and loaded.type == device))  # stable: the loaded one, then the table
+        name = next((device for device in in_order if not _problem(device, quiet=False)), "cpu")
     elif name != "cpu" and (problem := _problem(name)):
         asked = "MINILLAMA_DEVICE asks for it" if forced else "take another with --device"
         raise UserError(f"device {name!r} cannot be used: {problem} ({asked}); it needs {VENDORS[name].install}")
     return torch.device("cpu") if name == "cpu" else _chip(name, local_rank)
-
-
-def _candidates() -> list[str]:
-    """Types of device in the order in which "auto" tries them."""
-    accelerator = torch.accelerator.current_accelerator() if hasattr(torch, "accelerator") else None  # torch 2.6
-    loaded = [accelerator.type] if accelerator and accelerator.type in VENDORS else []
-    return [*loaded, *(device for device in VENDORS if device not in loaded)]
 
 
 def _problem(name: str, quiet: bool = True) -> str:
@@ -91,7 +80,7 @@ def _problem(name: str, quiet: bool = True) -> str:
         try:
             importlib.import_module(package)
         except (ImportError, OSError, RuntimeError) as error:
-            problem = f"{package} does not load ({str(error).splitlines()[0]})"
+            problem = f"{package} does not load ({str(error).partition(chr(10))[0]})"
     if not problem and not (hasattr(torch, name) and getattr(torch, name).is_available()):
         visible = VENDORS[name].visible
         problem = f"{package or 'torch'} finds no chip ({visible} is {os.environ.get(visible, 'unset')})"
@@ -111,16 +100,13 @@ def is_googles(package: str) -> bool:
 
 def _chip(name: str, local_rank: int) -> torch.device:
     """The device of a local rank, made current."""
-    module, vendor, index = getattr(torch, name), VENDORS[name], local_rank
-    if name == "tpu" and (chips := sophgo_chips()):
-        if local_rank >= len(chips):
-            raise UserError(f"local rank {local_rank} has no chip: CHIP_MAP or CHIPS names {len(chips)}; start {len(chips)} processes")
-        index = chips[local_rank]
-    elif local_rank >= module.device_count():
-        raise UserError(f"local rank {local_rank} has no chip: {module.device_count()} visible ({vendor.visible} is "
-                        f"{os.environ.get(vendor.visible, 'unset')}); start {module.device_count()} processes with --nproc_per_node")
-    module.set_device(index)
-    return torch.device(name, index)
+    module, visible = getattr(torch, name), VENDORS[name].visible
+    chips = (sophgo_chips() if name == "tpu" else []) or list(range(module.device_count()))
+    if local_rank >= len(chips):
+        raise UserError(f"local rank {local_rank} has no chip: {len(chips)} to be seen ({visible} is {os.environ.get(visible, 'unset')}); "
+                        f"start {len(chips)} processes with --nproc_per_node")
+    module.set_device(chips[local_rank])
+    return torch.device(name, chips[local_rank])
 
 
 def sophgo_chips() -> list[int]:
@@ -169,12 +155,10 @@ def allow_tf32(allowed: bool) -> None:
     torch.backends.cuda.matmul.allow_tf32 = allowed
 
 
-@dataclass(frozen=True)
-class Memory:
-    """Bytes: held by tensors now, the most so far, and free. None: not told."""
+class Memory(NamedTuple):
+    """Bytes. None: not told."""
 
-    allocated: int | None
-    peak: int | None
+    peak: int | None  # the most held so far
     free: int | None
 
 
@@ -182,10 +166,9 @@ def memory(device: torch.device) -> Memory:
     """The device's own count; of the processor, the process's largest resident set and the machine's free memory."""
     if device.type == "cpu":
         free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if "SC_AVPHYS_PAGES" in os.sysconf_names else None
-        return Memory(None, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, free)
-    ask = [getattr(getattr(torch, device.type), name, None) for name in ("memory_allocated", "max_memory_allocated", "mem_get_info")]
-    allocated, peak, free = (function and function(device) for function in ask)
-    return Memory(allocated, peak, free and free[0])
+        return Memory(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, free)
+    peak, free = (getattr(getattr(torch, device.type), name, lambda _: None)(device) for name in ("max_memory_allocated", "mem_get_info"))
+    return Memory(peak, free and free[0])
 
 
 def supports_bf16(device: torch.device) -> bool:

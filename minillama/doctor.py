@@ -12,8 +12,8 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from importlib import metadata
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,20 +37,25 @@ class Case:
 
     name: str
     op: str
-    call: Callable[..., Tensor]
-    inputs: tuple[Tensor, ...]  # fp32 on the host
+    call: Callable[..., Any]
+    inputs: tuple[Tensor, ...]  # on the host
     trains: bool = True         # with backward
 
 
-def cases() -> Iterator[Case]:
+def cases(dtype: torch.dtype = torch.float32) -> Iterator[Case]:
+    """dtype: what the inputs, which are fp32, are rounded to."""
     T, C, H, K, D, F, V = 128, 256, 8, 2, 64, 512, 1000
-    randn = partial(torch.randn, generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+
+    def randn(*shape: int, scale: float = 1.0) -> Tensor:
+        return (scale * torch.randn(shape, generator=generator)).to(dtype).float()
+
     cos, sin = ops.rope_tables(TINY, T)
     cos, sin = (table.repeat(1, D // TINY.head_dim) for table in (cos, sin))  # (T, D/2)
     labels = (torch.arange(T) * 7 % V).where(torch.arange(T) % 3 > 0, torch.tensor(ops.IGNORE))
     q, k, v = randn(1, T, H, D), randn(1, T, K, D), randn(1, T, K, D)
     adam = {"learning_rate": 1e-2, "beta1": 0.9, "beta2": 0.999, "epsilon": 1e-8, "weight_decay": 0.1}
-    yield Case("rms_norm", "rms_norm", lambda op, x, w: op(x, w, 1e-5), (1e-3 * randn(1, T, C), randn(C)))  # small: epsilon matters
+    yield Case("rms_norm", "rms_norm", lambda op, x, w: op(x, w, 1e-5), (randn(1, T, C, scale=1e-3), randn(C)))  # epsilon matters
     yield Case("rope", "rope", lambda op, x: op(x, cos.to(x.device), sin.to(x.device)), (q,))
     yield Case("swiglu", "swiglu", lambda op, gate, up: op(gate, up), (randn(1, T, F), randn(1, T, F)))
     yield Case("linear", "linear", lambda op, x, w: op(x, w), (randn(1, T, C), randn(F, C)))
@@ -64,33 +69,28 @@ def cases() -> Iterator[Case]:
     yield Case("adamw", "adamw", lambda op, w, g, m, v: op(w, g, m, v, 3, **adam) or w, flat, trains=False)
 
 
-@dataclass(frozen=True)
-class Answer:
-    values: list[Tensor]  # output and gradients, fp32 on the host
-    seconds: float        # forward and backward, the fastest of a few
-    kept: int             # bytes kept for backward
-    form: str
-
-
-def solve(case: Case, function: Callable, device: torch.device, dtype: torch.dtype, rounded: torch.dtype) -> Answer:
-    """Run a case with `function` in place of its op, in `dtype`, on inputs rounded to `rounded`."""
+def solve(case: Case, function: Callable, device: torch.device, dtype: torch.dtype) -> tuple[list[Tensor], float, int]:
+    """Run a case with `function` in place of its op: (output and gradients on the host, seconds of the fastest of four, bytes kept)."""
     fastest, kept = math.inf, {}
     for _ in range(4):
-        inputs = [x.to(rounded).to(device, dtype, copy=True).requires_grad_(case.trains) for x in case.inputs]
-        with torch.set_grad_enabled(case.trains):
-            form = case.call(function.pick, *inputs).name if isinstance(function, ops.Op) else ""
-            devices.synchronize(device)
-            began = time.perf_counter()
-            with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.update({x.data_ptr(): x.nbytes}) or x, lambda x: x):
-                kept.clear()
-                y = case.call(function, *inputs)
+        inputs = [x.to(device, dtype, copy=True).requires_grad_(case.trains) for x in case.inputs]
+        devices.synchronize(device)
+        began = time.perf_counter()
+        with (torch.set_grad_enabled(case.trains),
+              torch.autograd.graph.saved_tensors_hooks(lambda x: kept.update({x.data_ptr(): x.nbytes}) or x, lambda x: x)):
+            kept.clear()
+            y = case.call(function, *inputs)
             if case.trains:
-                upstream = torch.arange(y.numel()).cos().view(y.shape).to(device, y.dtype)
-                y.backward(upstream)
+                y.backward(torch.arange(y.numel()).cos().view(y.shape).to(device, y.dtype))
         devices.synchronize(device)
         fastest = min(fastest, time.perf_counter() - began)
-    values = [y.detach(), *(x.grad for x in inputs if case.trains)]
-    return Answer([value.cpu().float() for value in values], fastest, sum(kept.values()), form)
+    return [value.detach().cpu().float() for value in (y, *(x.grad for x in inputs if case.trains))], fastest, sum(kept.values())
+
+
+def form_of(case: Case, device: torch.device, dtype: torch.dtype) -> str:
+    """The name of the form in use for a case."""
+    with torch.set_grad_enabled(case.trains):
+        return case.call(ops.TABLE[case.op].pick, *(x.to(device, dtype, copy=True).requires_grad_(case.trains) for x in case.inputs)).name
 
 
 def error(found: list[Tensor], right: list[Tensor]) -> float:
@@ -98,19 +98,14 @@ def error(found: list[Tensor], right: list[Tensor]) -> float:
     return max(float((a - b).norm() / b.norm().clamp(min=1e-30)) for a, b in zip(found, right, strict=True))
 
 
-def model_error(device: torch.device, dtype: torch.dtype, spec: str) -> tuple[float, float]:
-    """(loss by the formulas on the processor, relative error of the device's loss and gradients)."""
-    def run(where: torch.device, dtype: torch.dtype, spec: str) -> list[Tensor]:
-        ops.choose(spec)
-        model = Llama(TINY).initialise(torch.Generator().manual_seed(1)).to(rounded).to(where, dtype)
-        tokens = (torch.arange(192) ** 2 % TINY.vocab_size)[None].to(where)
-        loss = model.loss_sum(tokens, tokens.roll(-1), ops.Documents([100, 60, 32], where)) / 192
-        loss.backward()
-        return [x.detach().cpu().float() for x in (loss, *(p.grad for p in model.parameters()))]
-
-    rounded = dtype
-    right = run(torch.device("cpu"), torch.float32, "reference")
-    return float(right[0]), error(run(device, dtype, spec), right)
+def model_answer(device: torch.device, dtype: torch.dtype, rounded: torch.dtype, spec: str) -> list[Tensor]:
+    """Loss and gradients of a model with known weights, rounded to `rounded`, by the forms that `spec` names."""
+    ops.choose(spec)
+    model = Llama(TINY).initialise(torch.Generator().manual_seed(1)).to(rounded).to(device, dtype)
+    tokens = (torch.arange(192) ** 2 % TINY.vocab_size)[None].to(device)
+    loss = model.loss_sum(tokens, tokens.roll(-1), ops.Documents([100, 60, 32], device)) / 192
+    loss.backward()
+    return [x.detach().cpu().float() for x in (loss, *(p.grad for p in model.parameters()))]
 
 
 def describe() -> None:
@@ -134,18 +129,20 @@ def main(arguments: list[str]) -> int:
     memory, limit = devices.memory(device), LIMITS[dtype]
     print(f"device: {device}, collectives {devices.backend(device)}, bf16 {'yes' if devices.supports_bf16(device) else 'no'}, "
           f"free {'not told' if memory.free is None else f'{memory.free / 1e9:.1f} GB'}" + f"; {warning}" * bool(warning))
-    loss, wrong = model_error(device, dtype, options.ops)
+    right = model_answer(torch.device("cpu"), torch.float32, dtype, "reference")
+    loss, wrong = float(right[0]), error(model_answer(device, dtype, dtype, options.ops), right)
     failed = [] if wrong <= limit else ["the model"]
     print(f"a model, forward and backward, {str(dtype)[6:]}: loss {loss:.6f}, error {wrong:.1e} ({'ok' if wrong <= limit else 'WRONG'})\n")
     print(f"{'op':22}{'form':11}{'error':>8}{'':7}{'ms':>8}{'formula':>9}{'kept kB':>9}{'formula':>9}")
-    for case in cases():
+    for case in cases(dtype):
         formula = getattr(ops.reference, case.op)
-        right = solve(case, formula, torch.device("cpu"), torch.float32, dtype)
-        ours, plain = solve(case, ops.TABLE[case.op], device, dtype, dtype), solve(case, formula, device, dtype, dtype)
-        wrong = error(ours.values, right.values)
+        right, _, _ = solve(case, formula, torch.device("cpu"), torch.float32)
+        found, seconds, kept = solve(case, ops.TABLE[case.op], device, dtype)
+        _, plain_seconds, plain_kept = solve(case, formula, device, dtype)
+        wrong = error(found, right)
         failed += [] if wrong <= limit else [case.name]
-        print(f"{case.name:22}{ours.form:11}{wrong:8.1e}  {'ok' if wrong <= limit else 'WRONG':5}{1e3 * ours.seconds:8.2f}"
-              f"{1e3 * plain.seconds:9.2f}{ours.kept / 1e3:9.1f}{plain.kept / 1e3:9.1f}")
+        print(f"{case.name:22}{form_of(case, device, dtype):11}{wrong:8.1e}  {'ok' if wrong <= limit else 'WRONG':5}{1e3 * seconds:8.2f}"
+              f"{1e3 * plain_seconds:9.2f}{kept / 1e3:9.1f}{plain_kept / 1e3:9.1f}")
     print(f"\n{'wrong: ' + ', '.join(failed) if failed else 'every answer is right'} (limit {limit:g})")
     return int(bool(failed))
 

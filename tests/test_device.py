@@ -147,7 +147,7 @@ def test_auto_finds_a_plugin_that_is_installed(name: str, backend: str, variable
     found = lines(run(tmp_path, LOOK))
     assert found[:4] == [f"{name}:0 {name}:1 1 {backend}", "2097152 1073741824 True None", "True",
                          f"(torch.float32, '{name} has no bf16; using fp32 instead, at twice the memory')"]
-    assert found[4].startswith("UserError local rank 2 has no chip: 2 visible")
+    assert found[4].startswith("UserError local rank 2 has no chip: 2 to be seen")
     assert variable in found[4]
 
 
@@ -168,7 +168,7 @@ def test_each_rank_of_sophgos_gets_the_chip_of_the_ring(tmp_path: Path) -> None:
     program = "print(device.pick('tpu', 1)); print(device.group_options(torch.device('tpu:1'), 2).chip_map); device.pick('tpu', 2)"
     done = run(tmp_path, program, CHIPS="1,0")
     assert done.stdout.splitlines() == ["tpu:0", "[1, 0]"]
-    assert "local rank 2 has no chip: CHIP_MAP or CHIPS names 2; start 2 processes" in done.stderr
+    assert "local rank 2 has no chip: 2 to be seen (CHIPS is 1,0); start 2 processes" in done.stderr
     assert lines(run(tmp_path, "print(device.group_options(device.pick('tpu'), 2).chip_map)")) == ["[0, 1]"]
 
 

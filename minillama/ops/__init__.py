@@ -1,9 +1,8 @@
 """One table of ops, one lookup: `ops.rms_norm(x, weight, eps)` computes what `ops.reference` specifies, by the first form that can.
 
-A form is one implementation: the vendor's kernel, the hand-derived one (`fused`), or the formula itself (`reference`), which takes
-everything and stands last. Whether a form is *available* on a device is asked once; whether it *supports* the arguments is asked at
-every call and looks at shapes and dtypes alone, so all ranks choose alike. A kernel that fails is an error, never a reason to
-try the next one.
+A form is one implementation: the vendor's kernel, the hand-derived one (`fused`), or the formula (`reference`), which takes everything
+and stands last. Whether a form is *available* is asked once; whether it *supports* the arguments at every call, by shapes and dtypes
+alone, so all ranks choose alike. A kernel that fails is an error, never a reason to try the next one.
 
 `MINILLAMA_OPS`, or `--ops`, takes a form for all ops that have it (`reference`, `fused`, `npu`, …; `auto` is the table's order), or
 for some (`rms_norm=reference,attention=fused`). A form that was asked for and cannot be used is an error.
@@ -65,8 +64,7 @@ class Op:
             if self.wanted in [form.name for form in self.forms]:
                 forms = [form for form in forms if form.name == self.wanted]
                 if not forms:
-                    raise UserError(f"MINILLAMA_OPS: {self.name}={self.wanted} cannot be used on {device}: its kernel is not here; "
-                                    f"choose {self.name}=auto")
+                    raise UserError(f"MINILLAMA_OPS: {self.name}={self.wanted} cannot be used on {device}: it has no such kernel; use auto")
             self._usable[device] = forms
             if forms[0].supports is None:
                 self._say(device, forms[0])
@@ -81,7 +79,7 @@ class Op:
                 self._say(device, form)
                 return form
         shapes = ", ".join(f"{tuple(a.shape)} {a.dtype}" for a in (x, *rest) if isinstance(a, Tensor))
-        raise UserError(f"MINILLAMA_OPS: {self.name}={self.wanted} does not take {shapes}; choose {self.name}=auto")
+        raise UserError(f"MINILLAMA_OPS: {self.name}={self.wanted} does not take {shapes}; use auto")
 
     def _say(self, device: str, form: Form) -> None:
         """One line when the choice for a device is made, and one when it changes."""
@@ -95,11 +93,9 @@ class Op:
 rms_norm = Op(
     "rms_norm",
     Form("npu", npu.rms_norm, "npu", npu.has("npu_rms_norm"), npu.can_rms_norm),
-    Form("mlu", mlu.rms_norm, "mlu", mlu.tmo_has("fused_rms_norm", "x", "residual", "gamma", "beta", "bias", "eps",
-                                                 "store_output_before_norm"), mlu.can_infer),
+    Form("mlu", mlu.rms_norm, "mlu", mlu.has_rms_norm, mlu.can_infer),
     Form("tpu", tpu.rms_norm, "tpu", tpu.has_rms_norm, tpu.can_rms_norm),
-    Form("fused", fused.rms_norm),
-    Form("reference", reference.rms_norm))
+    Form("fused", fused.rms_norm), Form("reference", reference.rms_norm))
 rope = Op(
     "rope",
     Form("npu", npu.rope, "npu", npu.has("npu_rotary_mul"), npu.can_rope),
@@ -107,28 +103,21 @@ rope = Op(
 swiglu = Op(
     "swiglu",
     Form("npu", npu.swiglu, "npu", npu.has("npu_swiglu"), npu.can_swiglu),
-    Form("mlu", mlu.swiglu, "mlu", mlu.tmo_has("active", "input", "act_mode", "is_gated"), mlu.can_infer),
+    Form("mlu", mlu.swiglu, "mlu", mlu.has_active, mlu.can_infer),
     Form("reference", reference.swiglu))
-linear = Op(
-    "linear",
-    Form("fused", fused.linear),
-    Form("reference", reference.linear))
+linear = Op("linear", Form("fused", fused.linear), Form("reference", reference.linear))
 attention = Op(
     "attention",
     Form("npu", npu.attention, "npu",
          npu.has("npu_fusion_attention", "npu_prompt_flash_attention", "npu_incre_flash_attention"), npu.can_attention),
-    Form("fused", fused.attention),
-    Form("reference", reference.attention))
+    Form("fused", fused.attention), Form("reference", reference.attention))
 linear_cross_entropy = Op(
-    "linear_cross_entropy",
-    Form("fused", fused.linear_cross_entropy),
-    Form("reference", reference.linear_cross_entropy))
+    "linear_cross_entropy", Form("fused", fused.linear_cross_entropy), Form("reference", reference.linear_cross_entropy))
 adamw = Op(
     "adamw",
     Form("npu", npu.adamw, "npu", npu.has("npu_apply_adam_w"), npu.can_adamw),
     Form("mlu", mlu.adamw, "mlu", mlu.has_fused_adam, mlu.can_adamw),
-    Form("fused", fused.adamw),
-    Form("reference", reference.adamw))
+    Form("fused", fused.adamw), Form("reference", reference.adamw))
 TABLE = {op.name: op for op in (rms_norm, rope, swiglu, linear, attention, linear_cross_entropy, adamw)}
 
 

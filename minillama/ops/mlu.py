@@ -8,45 +8,41 @@ torch_mlu_ops changed their order between releases, so they are passed by name, 
 import importlib
 import importlib.util
 import inspect
-from collections.abc import Callable
-from functools import cache
 
 import torch
 from torch import Tensor
-
-SIXTEEN = (torch.float16, torch.bfloat16)
 
 
 def has_fused_adam() -> bool:
     return hasattr(torch.ops.torch_mlu, "fused_adam")
 
 
-def tmo_has(name: str, *parameters: str) -> Callable[[], bool]:
+def has_rms_norm() -> bool:
+    return _takes("fused_rms_norm", "x", "residual", "gamma", "beta", "bias", "eps", "store_output_before_norm")
+
+
+def has_active() -> bool:
+    return _takes("active", "input", "act_mode", "is_gated")
+
+
+def _takes(name: str, *parameters: str) -> bool:
     """Whether torch_mlu_ops is installed, and its function `name` takes parameters of these names."""
-    def look() -> bool:
-        if importlib.util.find_spec("torch_mlu_ops") is None:
-            return False
-        function = getattr(_tmo(), name, None)
-        return function is not None and set(parameters) <= set(inspect.signature(function).parameters)
-    return look
-
-
-@cache
-def _tmo():
-    return importlib.import_module("torch_mlu_ops")
+    function = getattr(importlib.import_module("torch_mlu_ops"), name, None) if importlib.util.find_spec("torch_mlu_ops") else None
+    return function is not None and set(parameters) <= set(inspect.signature(function).parameters)
 
 
 def can_infer(x: Tensor, other: Tensor, eps: float = 0.0) -> bool:
     """Whether nothing needs a gradient, and the data is 16-bit."""
-    return x.dtype in SIXTEEN and x.dtype == other.dtype and not (torch.is_grad_enabled() and (x.requires_grad or other.requires_grad))
+    return x.dtype == other.dtype != torch.float32 and not (torch.is_grad_enabled() and (x.requires_grad or other.requires_grad))
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    return _tmo().fused_rms_norm(x=x, residual=None, gamma=weight, beta=None, bias=None, eps=eps, store_output_before_norm=False)
+    kernel = importlib.import_module("torch_mlu_ops").fused_rms_norm
+    return kernel(x=x, residual=None, gamma=weight, beta=None, bias=None, eps=eps, store_output_before_norm=False)
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    return _tmo().active(input=torch.cat((gate, up), dim=-1), act_mode="silu", is_gated=True)
+    return importlib.import_module("torch_mlu_ops").active(input=torch.cat((gate, up), dim=-1), act_mode="silu", is_gated=True)
 
 
 def can_adamw(weight: Tensor, grad: Tensor, m: Tensor, v: Tensor, step: int, **settings: float) -> bool:

@@ -1,16 +1,8 @@
 """Ascend: the ops as Huawei's fused kernels, called through torch_npu's schemas (2.13.0), each beside the limits its manual states.
 
-`can_…` takes an op's arguments and says whether the kernel takes them: shapes and dtypes only, so every rank answers alike. What it
-refuses goes to the next form in the table. Conventions that differ from ours, one a line:
-
-    rms_norm     the keyword is `epsilon` and defaults to 1e-6; returns (y, rstd)
-    rope         wants cos and sin at full width; we keep tables and product in fp32
-    swiglu       takes [gate | up] in one tensor
-    softmax      True masks, by -10000; both sides of the scores 32 … 4096 and multiples of 32: never a single query
-    attention    True masks; causal modes want the same 2048 x 2048 triangle whatever the lengths; the scale defaults to 1
-    adamw        wants beta^(t-1), not beta^t
-
-The loss is not here: `npu_cross_entropy_loss` cannot both ignore labels and have a gradient; the chunked form in `fused.py` does.
+`can_…` takes an op's arguments and says whether the kernel takes them, by shapes and dtypes; what it refuses goes to the next form in
+the table. docs/devices.md lists the conventions that differ from ours. The loss is not here: `npu_cross_entropy_loss` cannot both
+ignore labels and have a gradient; the chunked form in `fused.py` does.
 """
 
 import math
@@ -43,7 +35,7 @@ def can_rms_norm(x: Tensor, weight: Tensor, eps: float) -> bool:
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    return torch.ops.npu.npu_rms_norm(x, weight, epsilon=eps)[0]
+    return torch.ops.npu.npu_rms_norm(x, weight, epsilon=eps)[0]  # not its own default; the other result is rstd
 
 
 def can_rope(x: Tensor, cos: Tensor, sin: Tensor) -> bool:
@@ -52,6 +44,7 @@ def can_rope(x: Tensor, cos: Tensor, sin: Tensor) -> bool:
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Tables at full width; they and the product stay fp32."""
     wide = [torch.cat((t, t), dim=-1).view(-1, x.shape[1], 1, x.shape[-1]) for t in (cos, sin)]  # (1 or B, T, 1, D)
     return torch.ops.npu.npu_rotary_mul(x.float(), *wide).to(x.dtype)
 
@@ -61,7 +54,7 @@ def can_swiglu(gate: Tensor, up: Tensor) -> bool:
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    return torch.ops.npu.npu_swiglu(torch.cat((gate, up), dim=-1), dim=-1)
+    return torch.ops.npu.npu_swiglu(torch.cat((gate, up), dim=-1), dim=-1)  # one tensor, [gate | up]
 
 
 def can_scaled_masked_softmax(x: Tensor, mask: Tensor, scale: float) -> bool:
@@ -70,7 +63,7 @@ def can_scaled_masked_softmax(x: Tensor, mask: Tensor, scale: float) -> bool:
 
 
 def scaled_masked_softmax(x: Tensor, mask: Tensor, scale: float) -> Tensor:
-    return torch.ops.npu.npu_scaled_masked_softmax(x, mask, scale, False)
+    return torch.ops.npu.npu_scaled_masked_softmax(x, mask, scale, False)  # True masks, by -10000
 
 
 def can_attention(q: Tensor, k: Tensor, v: Tensor, documents: Documents | None = None, lengths: Tensor | None = None) -> bool:
@@ -115,6 +108,6 @@ def can_adamw(weight: Tensor, grad: Tensor, m: Tensor, v: Tensor, step: int, **s
 
 def adamw(weight: Tensor, grad: Tensor, m: Tensor, v: Tensor, step: int, *, learning_rate: float, beta1: float, beta2: float,
           epsilon: float, weight_decay: float) -> None:
-    torch.ops.npu.npu_apply_adam_w.out(
+    torch.ops.npu.npu_apply_adam_w.out(  # which wants beta^(t-1)
         beta1 ** (step - 1), beta2 ** (step - 1), learning_rate, weight_decay, beta1, beta2, epsilon, grad, None, False, False,
         var=weight, m=m, v=v)
