@@ -11,7 +11,7 @@ import platform
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from typing import Any
 
@@ -44,14 +44,12 @@ class Case:
 
 def cases(dtype: torch.dtype = torch.float32) -> Iterator[Case]:
     """dtype: what the inputs, which are fp32, are rounded to."""
-    T, C, H, K, D, F, V = 128, 256, 8, 2, 64, 512, 1000
-    generator = torch.Generator().manual_seed(0)
+    (T, C, H, K, D, F, V), generator = (128, 256, 8, 2, 64, 512, 1000), torch.Generator().manual_seed(0)
 
     def randn(*shape: int, scale: float = 1.0) -> Tensor:
         return (scale * torch.randn(shape, generator=generator)).to(dtype).float()
 
-    cos, sin = ops.rope_tables(TINY, T)
-    cos, sin = (table.repeat(1, D // TINY.head_dim) for table in (cos, sin))  # (T, D/2)
+    cos, sin = ops.rope_tables(replace(TINY, head_dim=D), T)
     labels = (torch.arange(T) * 7 % V).where(torch.arange(T) % 3 > 0, torch.tensor(ops.IGNORE))
     q, k, v = randn(1, T, H, D), randn(1, T, K, D), randn(1, T, K, D)
     adam = {"learning_rate": 1e-2, "beta1": 0.9, "beta2": 0.999, "epsilon": 1e-8, "weight_decay": 0.1}
@@ -76,8 +74,7 @@ def solve(case: Case, function: Callable, device: torch.device, dtype: torch.dty
         inputs = [x.to(device, dtype, copy=True).requires_grad_(case.trains) for x in case.inputs]
         devices.synchronize(device)
         began = time.perf_counter()
-        with (torch.set_grad_enabled(case.trains),
-              torch.autograd.graph.saved_tensors_hooks(lambda x: kept.update({x.data_ptr(): x.nbytes}) or x, lambda x: x)):
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.update({x.data_ptr(): x.nbytes}) or x, lambda x: x):
             kept.clear()
             y = case.call(function, *inputs)
             if case.trains:
@@ -85,12 +82,6 @@ def solve(case: Case, function: Callable, device: torch.device, dtype: torch.dty
         devices.synchronize(device)
         fastest = min(fastest, time.perf_counter() - began)
     return [value.detach().cpu().float() for value in (y, *(x.grad for x in inputs if case.trains))], fastest, sum(kept.values())
-
-
-def form_of(case: Case, device: torch.device, dtype: torch.dtype) -> str:
-    """The name of the form in use for a case."""
-    with torch.set_grad_enabled(case.trains):
-        return case.call(ops.TABLE[case.op].pick, *(x.to(device, dtype, copy=True).requires_grad_(case.trains) for x in case.inputs)).name
 
 
 def error(found: list[Tensor], right: list[Tensor]) -> float:
@@ -139,9 +130,10 @@ def main(arguments: list[str]) -> int:
         right, _, _ = solve(case, formula, torch.device("cpu"), torch.float32)
         found, seconds, kept = solve(case, ops.TABLE[case.op], device, dtype)
         _, plain_seconds, plain_kept = solve(case, formula, device, dtype)
+        form = case.call(ops.TABLE[case.op].pick, *(x.to(device, dtype, copy=True).requires_grad_(case.trains) for x in case.inputs))
         wrong = error(found, right)
         failed += [] if wrong <= limit else [case.name]
-        print(f"{case.name:22}{form_of(case, device, dtype):11}{wrong:8.1e}  {'ok' if wrong <= limit else 'WRONG':5}{1e3 * seconds:8.2f}"
+        print(f"{case.name:22}{form.name:11}{wrong:8.1e}  {'ok' if wrong <= limit else 'WRONG':5}{1e3 * seconds:8.2f}"
               f"{1e3 * plain_seconds:9.2f}{kept / 1e3:9.1f}{plain_kept / 1e3:9.1f}")
     print(f"\n{'wrong: ' + ', '.join(failed) if failed else 'every answer is right'} (limit {limit:g})")
     return int(bool(failed))

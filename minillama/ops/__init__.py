@@ -41,10 +41,8 @@ class Op:
     """An op: called, it calls the first of its forms that can."""
 
     def __init__(self, name: str, *forms: Form) -> None:
-        self.name, self.forms, self.wanted = name, forms, ""
-        self._usable: dict[str, list[Form]] = {}    # by type of device
-        self._only: dict[str, Callable] = {}        # where there is nothing to ask: the common case costs one look
-        self._said: dict[str, list[str]] = {}       # forms used so far
+        self.name, self.forms = name, forms
+        self.want("")
 
     def __call__(self, x: Tensor, *rest: Any, **named: Any) -> Any:
         function = self._only.get(x.device.type) or self.pick(x, *rest, **named).function
@@ -53,7 +51,9 @@ class Op:
     def want(self, name: str) -> None:
         """Use the form of this name alone; "auto", or a name that this op has no form of: the table's order."""
         self.wanted = name
-        self._usable, self._only, self._said = {}, {}, {}
+        self._usable: dict[str, list[Form]] = {}  # by type of device
+        self._only: dict[str, Callable] = {}      # where there is nothing to ask: the common case costs one look
+        self._said: dict[str, list[str]] = {}     # forms used so far
 
     def usable(self, device: str) -> list[Form]:
         """The forms to choose from on a type of device. Raises UserError where the one asked for is not among them."""
@@ -91,31 +91,24 @@ class Op:
 
 
 rms_norm = Op(
-    "rms_norm",
-    Form("npu", npu.rms_norm, "npu", npu.has("npu_rms_norm"), npu.can_rms_norm),
+    "rms_norm", Form("npu", npu.rms_norm, "npu", npu.has("npu_rms_norm"), npu.can_rms_norm),
     Form("mlu", mlu.rms_norm, "mlu", mlu.has_rms_norm, mlu.can_infer),
     Form("tpu", tpu.rms_norm, "tpu", tpu.has_rms_norm, tpu.can_rms_norm),
     Form("fused", fused.rms_norm), Form("reference", reference.rms_norm))
 rope = Op(
-    "rope",
-    Form("npu", npu.rope, "npu", npu.has("npu_rotary_mul"), npu.can_rope),
-    Form("reference", reference.rope))
+    "rope", Form("npu", npu.rope, "npu", npu.has("npu_rotary_mul"), npu.can_rope), Form("reference", reference.rope))
 swiglu = Op(
-    "swiglu",
-    Form("npu", npu.swiglu, "npu", npu.has("npu_swiglu"), npu.can_swiglu),
+    "swiglu", Form("npu", npu.swiglu, "npu", npu.has("npu_swiglu"), npu.can_swiglu),
     Form("mlu", mlu.swiglu, "mlu", mlu.has_active, mlu.can_infer),
     Form("reference", reference.swiglu))
 linear = Op("linear", Form("fused", fused.linear), Form("reference", reference.linear))
 attention = Op(
-    "attention",
-    Form("npu", npu.attention, "npu",
-         npu.has("npu_fusion_attention", "npu_prompt_flash_attention", "npu_incre_flash_attention"), npu.can_attention),
+    "attention", Form("npu", npu.attention, "npu", npu.has(*npu.ATTENTION), npu.can_attention),
     Form("fused", fused.attention), Form("reference", reference.attention))
 linear_cross_entropy = Op(
     "linear_cross_entropy", Form("fused", fused.linear_cross_entropy), Form("reference", reference.linear_cross_entropy))
 adamw = Op(
-    "adamw",
-    Form("npu", npu.adamw, "npu", npu.has("npu_apply_adam_w"), npu.can_adamw),
+    "adamw", Form("npu", npu.adamw, "npu", npu.has("npu_apply_adam_w"), npu.can_adamw),
     Form("mlu", mlu.adamw, "mlu", mlu.has_fused_adam, mlu.can_adamw),
     Form("fused", fused.adamw), Form("reference", reference.adamw))
 TABLE = {op.name: op for op in (rms_norm, rope, swiglu, linear, attention, linear_cross_entropy, adamw)}

@@ -16,6 +16,7 @@ from torch import Tensor
 from minillama.ops.documents import Documents
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+ATTENTION = ("npu_fusion_attention", "npu_prompt_flash_attention", "npu_incre_flash_attention")
 RIGHT_DOWN_CAUSAL = 3  # sparse_mode: the last query sees the last key
 
 
