@@ -111,4 +111,4 @@ def adamw(weight: Tensor, grad: Tensor, m: Tensor, v: Tensor, step: int, *, lear
           epsilon: float, weight_decay: float) -> None:
     torch.ops.npu.npu_apply_adam_w.out(  # which wants beta^(t-1)
         beta1 ** (step - 1), beta2 ** (step - 1), learning_rate, weight_decay, beta1, beta2, epsilon, grad, None, False, False,
-        var=weight, m=m, v=v)
+        out=[weight, m, v])

@@ -1,5 +1,5 @@
-"""torch_npu's fused kernels, emulated: the true schemas (npu_schemas.json, read from the 2.13.0 wheel), and behind each the formula and
-the limits of its manual page, in differentiable torch. A call outside a limit raises ValueError, as the vendor's checks would.
+"""torch_npu's fused kernels, emulated: the true schemas (npu_schemas.json, as the 2.13.0 wheel registers them), and behind each the
+formula and the limits of its manual page, in differentiable torch. A call outside a limit raises ValueError, as the vendor's checks would.
 
 Written from the manual, not from `minillama.ops`: nothing of that package is used here. What is emulated is what the manual says; whether
 the silicon agrees is not known here.
@@ -145,9 +145,10 @@ def incre_flash_attention(query: Tensor, key: Tensor, value: Tensor, *, padding_
 
 
 def apply_adam_w(beta1_power: float, beta2_power: float, lr: float, weight_decay: float, beta1: float, beta2: float, epsilon: float,
-                 grad: Tensor, max_grad_norm: Tensor | None, amsgrad: bool | None, maximize: bool | None, *, var: Tensor, m: Tensor,
-                 v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+                 grad: Tensor, max_grad_norm: Tensor | None, amsgrad: bool | None, maximize: bool | None, *,
+                 out: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     """The manual: beta^t = beta_power * beta, so the powers given are those of the step before."""
+    var, m, v = out
     need(not amsgrad and not maximize and max_grad_norm is None, "npu_apply_adam_w: not emulated")
     need(var.dtype == m.dtype == v.dtype == grad.dtype and var.shape == grad.shape, "npu_apply_adam_w: dtypes or shapes")
     m.copy_(beta1 * m + (1 - beta1) * grad)

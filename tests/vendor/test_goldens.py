@@ -85,7 +85,7 @@ def test_adamw(step: int) -> None:
     var, m, v, grad = randn(30), randn(30, seed=1), randn(30, seed=2).square(), randn(30, seed=3)
     numbers = (0.9 ** (step - 1), 0.95 ** (step - 1), 1e-2, 0.1, 0.9, 0.95, 1e-6, grad, None, False, False)
     right = golden("apply_adam_w").npu_apply_adam_w(*numbers, out=(var.clone(), m.clone(), v.clone()))
-    torch.ops.npu.npu_apply_adam_w.out(*numbers, var=var, m=m, v=v)
+    torch.ops.npu.npu_apply_adam_w.out(*numbers, out=[var, m, v])
     assert all(near(a, b) for a, b in zip((var, m, v), right, strict=True))
 
 

@@ -208,7 +208,7 @@ def infer(q: Tensor, k: Tensor, v: Tensor, copy: bool = True, **changes: object)
 
 def adam(weight: Tensor, grad: Tensor, first: Tensor, second: Tensor, power: int, *, learning_rate: float, beta1: float, beta2: float,
          epsilon: float, weight_decay: float, **out: object) -> None:
-    out = out or {"var": weight, "m": first, "v": second}
+    out = out or {"out": [weight, first, second]}
     kernel("npu_apply_adam_w").out(
         beta1**power, beta2**power, learning_rate, weight_decay, beta1, beta2, epsilon, grad, None, False, False, **out)
 
@@ -247,8 +247,8 @@ WRONG: dict[str, tuple[Callable, Callable]] = {
     "no scale over a cache": (check_inference, lambda *x: infer(*x, scale_value=None)),
     "a prompt without a mask": (check_inference, lambda *x: infer(*x, atten_mask=None, sparse_mode=None)),
     "beta^t": (check_adamw, lambda w, g, m, v, t, **s: adam(w, g, m, v, t, **s)),
-    "m and v swapped": (check_adamw, lambda w, g, m, v, t, **s: adam(w, g, m, v, t - 1, **s, var=w, m=v, v=m)),
-    "out as a tuple": (check_adamw, lambda w, g, m, v, t, **s: adam(w, g, m, v, t - 1, **s, out=(w, m, v))),
+    "m and v swapped": (check_adamw, lambda w, g, m, v, t, **s: adam(w, g, m, v, t - 1, **s, out=[w, v, m])),
+    "var, m and v by name": (check_adamw, lambda w, g, m, v, t, **s: adam(w, g, m, v, t - 1, **s, var=w, m=m, v=v)),
 }
 
 
