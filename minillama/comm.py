@@ -64,8 +64,8 @@ def start(device_name: str = "auto", timeout_minutes: float = 30.0) -> Iterator[
     store, rank, _ = next(dist.rendezvous("env://"))
     # A restart by torchrun meets the addresses of the ranks that died in the same store: each attempt gets names of its own.
     store = dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
-    backend = dist.get_default_backend_for_device(device)  # gloo, nccl, hccl, cncl, sccl
-    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timedelta(minutes=timeout_minutes))
+    dist.init_process_group(devices.backend(device), store=store, rank=rank, world_size=size, timeout=timedelta(minutes=timeout_minutes),
+                            pg_options=devices.group_options(device, size))
     try:
         yield Mesh(rank, size, device, compares_calls=os.environ.get("MINILLAMA_DEBUG_COLLECTIVES") == "1")
     finally:

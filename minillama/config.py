@@ -99,6 +99,7 @@ class Settings:
     plot_loss: bool = key("train", False, "insist on loss.png (drawn anyway where matplotlib is installed)")
     peak_tflops: float = key("train", 0.0, "the device's peak TFLOP/s, to report model-FLOPs utilisation against")
     device: str = key("train", "auto", "device", DEVICES)
+    ops: str = key("train", "", "forms of the ops: reference, fused, auto, …, or some by name: rms_norm=reference,attention=fused")
     threads: int = key("train", 0, "processor threads a rank uses (0: torch's choice)")
 
     zero_stage: int = key("parallel", 0, "what ranks share out: 1 the optimizer's state, 2 the gradients too", (0, 1, 2))
@@ -153,6 +154,7 @@ class Parser(argparse.ArgumentParser):
         add("--tokenizer", default="", metavar="FILE", help="tokenizer.model or tokenizer.json, where the checkpoint has none")
         add("--device", default="auto", choices=DEVICES, help="[auto]")
         add("--dtype", default="float32", choices=tuple(PRECISIONS), help="[float32]")
+        add("--ops", default="", metavar="FORM", help="forms of the ops: reference, fused, auto, …, or some: attention=reference")
         add("--debug", action="store_true", help="show the traceback of an error")
 
 

@@ -65,6 +65,12 @@ def run(main: Callable[[list[str]], int | None], argv: list[str] | None = None) 
             raise
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except RuntimeError as error:  # torch imports every device plug-in that is installed, and fails as a whole where one does
+        if debug or not str(error).startswith("Failed to load the backend extension"):
+            raise
+        print(f"error: torch's device plug-in {str(error).split(': ')[1].split('.')[0]} does not load ({error.__cause__}); mend it, or set "
+              "TORCH_DEVICE_BACKEND_AUTOLOAD=0 to go on without it", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)

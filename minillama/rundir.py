@@ -13,7 +13,7 @@ from minillama.config import Settings
 from minillama.errors import UserError, read_json
 
 # What may differ between the parts of one run without changing its result.
-HARMLESS = {"out_dir", "resume", "device", "threads", "logging_steps", "eval_strategy", "eval_steps", "per_device_eval_batch_size",
+HARMLESS = {"out_dir", "resume", "device", "ops", "threads", "logging_steps", "eval_strategy", "eval_steps", "per_device_eval_batch_size",
             "save_strategy", "save_steps", "save_total_limit", "plot_loss", "peak_tflops", "cache_dir", "workers", "gradient_checkpointing",
             "gradient_accumulation_steps", "zero_stage", "bucket_elements"}  # the global batch is kept, on any number of ranks
 

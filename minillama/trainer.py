@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from minillama import building, comm, device, report
+from minillama import building, comm, device, ops, report
 from minillama.checkpoint import directory as checkpoints
 from minillama.checkpoint import train_state
 from minillama.comm import Mesh
@@ -59,6 +59,7 @@ class Trainer:
         self.settings, self.mesh, self.out_dir, self.stop = settings, mesh, Path(settings.out_dir), stop or StopRequest()
         settings = building.with_embedded_data(settings, mesh)
         device.allow_tf32(settings.tf32)
+        ops.choose(settings.ops)
         if settings.threads:
             torch.set_num_threads(settings.threads)
         self.tokenizer: Tokenizer = building.build_tokenizer(settings)
@@ -124,15 +125,15 @@ class Trainer:
         all ranks gave the step up between two micro-batches."""
         targets, size = max(1, sum(batch.targets for batch in batches)), self.mesh.size
         self.optimizer.zero_grad()
-        losses = torch.zeros(len(batches), dtype=torch.float64, device=self.mesh.device)
+        losses = torch.zeros(len(batches), device=self.mesh.device)  # fp32, as the losses are: each is one rank's
         for first in range(0, len(batches), size):  # micro-batch a·N + r is rank r's
             if comm.any_rank(self.mesh, bool(self.stop.by)):
                 return None
             number, loss = first + self.mesh.rank, None
             if number < len(batches):
-                if self.lora and self.lora.dropout:
-                    torch.manual_seed(int(np.random.SeedSequence((self.settings.seed, self.step, number)).generate_state(1)[0]))
-                loss = self._loss_sum(batches[number]) / targets
+                drawn = np.random.SeedSequence((self.settings.seed, self.step, number)).generate_state(1)[0]  # dropout's
+                with device.seeded(int(drawn), self.mesh.device):
+                    loss = self._loss_sum(batches[number]) / targets
                 losses[number] = loss.detach()
             self.optimizer.backward(loss, min(size, len(batches) - first))
         loss = sum(comm.all_reduce_sum(self.mesh, losses).tolist())
@@ -155,13 +156,13 @@ class Trainer:
     def evaluate(self) -> float:
         """The mean loss per target of the validation data."""
         self.model.eval()
-        total, targets = torch.zeros((), dtype=torch.float64), 0
+        total, targets = 0.0, 0
         for step in range(self.eval_plan.total_steps):
             batches = self.eval_plan.micro_batches(step)
             targets += sum(batch.targets for batch in batches)
             total += sum(float(self._loss_sum(batch)) for batch in batches[self.mesh.rank::self.mesh.size])
         self.model.train()
-        return float(comm.all_reduce_sum(self.mesh, total)) / targets
+        return sum(comm.gather_objects(self.mesh, total)) / targets
 
     def _is_due(self, strategy: str, every: int, new_epoch: bool) -> bool:
         return self.step % every == 0 if strategy == "steps" else strategy == "epoch" and new_epoch
@@ -171,7 +172,7 @@ class Trainer:
         sequence = sum(n * n for n in lengths) / sum(lengths)  # the document length that a token sees, on average
         tflops, peak = speed * training_flops(self.model.config, 1.0, sequence) / 1e12, self.settings.peak_tflops
         return {"tokens": self.tokens, "tokens_per_second": round(speed, 2), "tflops": round(tflops, 4),
-                "mfu": tflops / peak if peak else None, "peak_memory_bytes": device.peak_memory_bytes(self.mesh.device)}
+                "mfu": tflops / peak if peak else None, "peak_memory_bytes": device.memory(self.mesh.device).peak}
 
     def save_checkpoint(self, log: report.Report) -> None:
         """Write checkpoints/step-N; where that fails, say so loudly and go on: the checkpoints before it are still there."""

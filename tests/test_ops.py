@@ -4,7 +4,7 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,14 +13,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minillama import ops
-from minillama.errors import UserError
 from minillama.ops import IGNORE, Documents, fused
 
 EPS = 1e-5
 
 
 def implementations(op: str) -> pytest.MarkDecorator:
-    return pytest.mark.parametrize("implementation", ops.TABLE[op].values(), ids=ops.TABLE[op])
+    """The forms of an op that run on any device."""
+    forms = [form for form in ops.TABLE[op].forms if not form.device]
+    return pytest.mark.parametrize("implementation", [form.function for form in forms], ids=[form.name for form in forms])
 
 
 def randn(*shape: int, seed: int = 0) -> Tensor:
@@ -206,37 +207,6 @@ def test_cross_entropy_keeps_two_gradients_and_no_logits() -> None:
     labels[:4] = IGNORE
     assert bytes_kept(lambda: fused.linear_cross_entropy(hidden, weight, labels)) == 4 * (6 * C + V * C) + 8 * 6
     assert bytes_kept(lambda: ops.reference.linear_cross_entropy(hidden, weight, labels)) > 4 * N * V
-
-
-@pytest.fixture
-def chosen(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str, str], Callable]]:
-    """implementation(op) of a process started with the given MINILLAMA_OPS."""
-    def choose(spec: str, op: str) -> Callable:
-        monkeypatch.setenv("MINILLAMA_OPS", spec)
-        ops.implementation.cache_clear()
-        return ops.implementation(op)
-
-    yield choose
-    monkeypatch.undo()
-    ops.implementation.cache_clear()
-
-
-def test_the_environment_chooses_all_ops_or_some(chosen: Callable) -> None:
-    assert chosen("reference", "attention") is ops.reference.attention
-    assert chosen("auto", "attention") is fused.attention
-    assert chosen("rms_norm=reference,adamw=fused", "rms_norm") is ops.reference.rms_norm
-    assert chosen("rms_norm=reference,adamw=fused", "attention") is fused.attention
-    assert chosen("fused", "swiglu") is ops.reference.swiglu  # has no other form
-
-
-@pytest.mark.parametrize(("spec", "named"), [
-    ("fusd", "'fusd'"), ("rmsnorm=fused", "did you mean 'rms_norm'"), ("adamw=fast", "adamw='fast'"),
-    ("adamw=fused,rope", "rope=''"),
-])
-def test_a_choice_that_does_not_exist_is_refused_by_name(chosen: Callable, spec: str, named: str) -> None:
-    with pytest.raises(UserError, match="MINILLAMA_OPS") as error:
-        chosen(spec, "adamw")
-    assert named in str(error.value)
 
 
 def test_a_model_computes_the_same_with_either_choice() -> None:

@@ -3,7 +3,7 @@
 from argparse import Namespace
 from pathlib import Path
 
-from minillama import chat, device
+from minillama import chat, device, ops
 from minillama.checkpoint import directory as checkpoints
 from minillama.errors import UserError, closest
 from minillama.generation.sampling import Sampling
@@ -16,6 +16,7 @@ from minillama.tokenizer import open_tokenizer
 def load_session(options: Namespace, sampling: Sampling, max_new_tokens: int = 0, template: str = "", ignore_eos: bool = False,
                  stop: tuple[str, ...] = ()) -> tuple[Session, Path]:
     """(session, the directory in use) for a script's `Parser.add_model_flags`. template "": the checkpoint's own."""
+    ops.choose(options.ops)
     path = checkpoints.find_checkpoint(Path(options.ckpt))
     model, base = load_with_adapters(path, options.base, options.lora, options.dtype, options.device)
     tokenizer = open_tokenizer(options.tokenizer or (path if checkpoints.has_tokenizer(path) else base))

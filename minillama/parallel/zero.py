@@ -67,11 +67,11 @@ class ZeroAdamW:
         return [part.view(p.shape) for part, (_, p) in zip(parts, self.named, strict=True)]
 
     def squared_norm(self) -> Tensor:
-        """The squared norm of the step's whole gradient, () fp64, the same number on every rank."""
-        chunks = torch.stack([row.float().square().sum() for row in self.gradients.reduced().view(-1, CHUNK)]).double()
+        """The squared norm of the step's whole gradient, () fp64 on the host (not every device has it), the same number on every rank."""
+        chunks = torch.stack([row.float().square().sum() for row in self.gradients.reduced().view(-1, CHUNK)])
         if self.stage:
             chunks = comm.all_gather(self.mesh, chunks)
-        return chunks[:-(-self.total // CHUNK)].sum()
+        return chunks[:-(-self.total // CHUNK)].cpu().double().sum()
 
     def step(self, learning_rate: float, scale: float = 1.0) -> None:
         """One AdamW update with the gradient times `scale`; afterwards every rank has the new weights."""
