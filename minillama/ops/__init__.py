@@ -18,8 +18,9 @@ __all__ = ["IGNORE", "Documents", "rope_tables"]
 # op: implementation by name, the default first
 TABLE: dict[str, dict[str, Callable]] = {
     "rms_norm": {"fused": fused.rms_norm, "reference": reference.rms_norm},
-    "rope": {"reference": reference.rope},
-    "swiglu": {"reference": reference.swiglu},
+    "rope": {"fused": fused.rope, "reference": reference.rope},
+    "swiglu": {"fused": fused.swiglu, "reference": reference.swiglu},
+    "scaled_masked_softmax": {"fused": fused.scaled_masked_softmax, "reference": reference.scaled_masked_softmax},
     "linear": {"fused": fused.linear, "reference": reference.linear},
     "attention": {"fused": fused.attention, "reference": reference.attention},
     "linear_cross_entropy": {"fused": fused.linear_cross_entropy, "reference": reference.linear_cross_entropy},

@@ -14,7 +14,8 @@ from torch import Tensor
 from minillama.architecture import LlamaConfig, RopeScaling
 from minillama.ops.documents import Documents
 
-IGNORE = -100  # the label of a position that is not trained on
+IGNORE = -100      # the label of a position that is not trained on
+MASKED = -10000.0  # the score of a masked position, which exp() makes 0; finite, so a row masked whole has no 0/0
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -97,6 +98,12 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)  # (..., T, 1, D/2)
     x1, x2 = x.float().chunk(2, dim=-1)
     return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1).to(x.dtype)
+
+
+def scaled_masked_softmax(x: Tensor, mask: Tensor, scale: float) -> Tensor:
+    """softmax(scale x) over the last dimension, scores at True positions of `mask` (broadcast to x) replaced by MASKED.
+    What Megatron's and Ascend's kernels of this name compute: a row that is masked whole comes out uniform."""
+    return (x.float() * scale).masked_fill(mask, MASKED).softmax(-1).to(x.dtype)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, documents: Documents | None = None) -> Tensor:
