@@ -131,7 +131,7 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tens
     """The *sum* over labelled positions of -log softmax(hidden W^T)[label]: a scalar, fp32.
     hidden (..., C), weight (V, C), labels (...) with IGNORE where nothing is predicted. A sum, because only the caller knows how many
     targets the whole global batch has; no labelled position gives 0, not nan."""
-    logits = F.linear(hidden, weight).float().flatten(0, -2)  # (N, V)
+    logits = F.linear(hidden.float(), weight.float()).flatten(0, -2)  # (N, V)
     return F.cross_entropy(logits, labels.flatten(), ignore_index=IGNORE, reduction="sum")
 
 
