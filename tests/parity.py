@@ -70,7 +70,8 @@ CASES: dict[str, list[Case]] = {
         Case("large", ((33, 70), (33, 70)), scale=20.0),
     ],
     "scaled_masked_softmax": [
-        Case("odd", ((2, 3, 33, 70),), (some_masked(2, 1, 33, 70), 0.125)), Case("one score", ((2, 1, 1, 1),), (some_masked(2, 1, 1, 1), 0.5)),
+        Case("odd", ((2, 3, 33, 70),), (some_masked(2, 1, 33, 70), 0.125)),
+        Case("one score", ((2, 1, 1, 1),), (some_masked(2, 1, 1, 1), 0.5)),
         Case("nothing masked", ((1, 2, 5, 7),), (torch.zeros(1, 1, 5, 7, dtype=torch.bool), 3.0)),
         Case("blocks of 32", ((1, 2, 32, 64),), (some_masked(1, 1, 32, 64), 0.125)),
     ],
@@ -83,7 +84,8 @@ CASES: dict[str, list[Case]] = {
     ],
     "linear_cross_entropy": [
         Case("odd", ((33, 17), (70, 17)), (labelled(33, 70, 9),)), Case("one token", ((1, 17), (70, 17)), (labelled(1, 70, 0),)),
-        Case("all ignored", ((33, 17), (70, 17)), (labelled(33, 70, 33),)), Case("tiny", ((33, 17), (70, 17)), (labelled(33, 70, 9),), scale=1e-3),
+        Case("all ignored", ((33, 17), (70, 17)), (labelled(33, 70, 33),)),
+        Case("tiny", ((33, 17), (70, 17)), (labelled(33, 70, 9),), scale=1e-3),
     ],
 }
 

@@ -14,7 +14,7 @@ def available() -> bool:
 
 
 def can_rms_norm(x: Tensor, weight: Tensor, eps: float) -> bool:
-    return x.dtype in FLOATS and weight.dtype == x.dtype and weight.is_contiguous() and 0 < x.numel() and x.shape[-1] <= WIDEST
+    return x.dtype in FLOATS and weight.dtype == x.dtype and weight.is_contiguous() and x.numel() > 0 and x.shape[-1] <= WIDEST
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -23,7 +23,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def can_swiglu(gate: Tensor, up: Tensor) -> bool:
-    return gate.dtype in FLOATS and gate.dtype == up.dtype and gate.shape == up.shape and 0 < gate.numel()
+    return gate.dtype in FLOATS and gate.dtype == up.dtype and gate.shape == up.shape and gate.numel() > 0
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:

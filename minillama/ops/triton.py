@@ -49,7 +49,7 @@ def rms_norm_backward(dy, x, w, r, dx, partial, N, C, rows, BLOCK: tl.constexpr)
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        x, C = x.contiguous(), x.shape[-1]
+        x, weight, C = x.contiguous(), weight.contiguous(), x.shape[-1]
         y, r = torch.empty_like(x), torch.empty(x.numel() // C, dtype=torch.float32, device=x.device)
         rms_norm_forward[(len(r),)](x, weight, y, r, eps, C, BLOCK=triton.next_power_of_2(C))
         ctx.save_for_backward(x, weight, r)
