@@ -24,7 +24,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from minillama.ops import triton as kernels
 
-for kernel in (kernels.rms_norm_forward, kernels.rms_norm_backward, kernels.swiglu_forward, kernels.swiglu_backward):
+for kernel in (kernels._rms_norm_forward, kernels._rms_norm_backward, kernels._swiglu_forward, kernels._swiglu_backward):
     for data in ("*fp32", "*bf16", "*fp16"):
         kinds = {"eps": "fp32", "r": "*fp32", "partial": "*fp32", "BLOCK": "constexpr", "N": "i32", "C": "i32", "rows": "i32"}
         signature = {name: kinds.get(name, data) for name in kernel.arg_names}

@@ -15,7 +15,7 @@ from minillama.ops import reference
 from minillama.ops.documents import Documents
 from minillama.ops.reference import IGNORE
 
-LOGIT_CHUNK = 1 << 23  # elements of logits that exist at a time: 32 MiB in fp32
+LOGIT_CHUNK = 1 << 22  # elements of logits that exist at a time: 16 MiB in fp32
 CACHED = 1 << 17       # elements of a block of rows that is worked on within a processor's cache: 512 KiB in fp32
 
 
@@ -221,22 +221,23 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
         need_h, need_w = ctx.needs_input_grad[:2]
-        chunk = max(1, LOGIT_CHUNK // weight.shape[0])
+        kept = (labels != IGNORE).nonzero().squeeze(1)
+        chunk = min(len(kept), max(1, LOGIT_CHUNK // len(weight)))
         weight32 = weight.float()
-        logits = torch.empty(min(chunk, len(labels)), len(weight), dtype=torch.float32, device=weight.device)  # the only ones there are
-        loss = hidden.new_zeros((), dtype=torch.float32)
-        dh = torch.empty_like(hidden) if need_h else None
+        logits = torch.empty(chunk, len(weight), dtype=torch.float32, device=weight.device)  # the only ones there are
+        loss = torch.zeros((), dtype=torch.float32, device=weight.device)
+        dh = torch.zeros_like(hidden) if need_h else None
         dw = torch.zeros_like(weight32) if need_w else None
-        for start in range(0, len(labels), chunk):
-            h, label = hidden[start:start + chunk].float(), labels[start:start + chunk].unsqueeze(1)
-            z = torch.mm(h, weight32.T, out=logits[:len(h)])  # (chunk, V)
+        for rows in kept.split(chunk or 1):
+            h, label = hidden[rows].float(), labels[rows].unsqueeze(1)
+            z = torch.mm(h, weight32.T, out=logits[:len(rows)])  # (chunk, V)
             log_p = torch.log_softmax(z, 1, out=z)
             loss -= log_p.gather(1, label).sum()
             if not (need_h or need_w):
                 continue
             d = log_p.exp_().scatter_add_(1, label, h.new_full(label.shape, -1.0))
             if need_h:
-                dh[start:start + chunk] = d @ weight32
+                dh[rows] = (d @ weight32).to(dh.dtype)
             if need_w:
                 dw.addmm_(d.T, h)
         ctx.save_for_backward(dh, dw)
@@ -252,9 +253,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     """`reference.linear_cross_entropy` without ever holding the logits: labelled positions only, a chunk of them at a time."""
-    hidden, labels = hidden.flatten(0, -2), labels.flatten()
-    kept = (labels != IGNORE).nonzero().squeeze(1)
-    return _LinearCrossEntropy.apply(hidden.index_select(0, kept), weight, labels.index_select(0, kept))
+    return _LinearCrossEntropy.apply(hidden.flatten(0, -2), weight, labels.flatten())
 
 
 def adamw(weight: Tensor, grad: Tensor, m: Tensor, v: Tensor, step: int, *, learning_rate: float, beta1: float, beta2: float,

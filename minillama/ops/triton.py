@@ -18,7 +18,7 @@ STRETCH = 1024       # elements of a SwiGLU program
 
 
 @triton.jit
-def rms_norm_forward(x, w, y, r, eps, C, BLOCK: tl.constexpr):
+def _rms_norm_forward(x, w, y, r, eps, C, BLOCK: tl.constexpr):
     row, c = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     x32 = tl.load(x + row * C + c, mask=c < C, other=0.0).to(tl.float32)
     scale = 1.0 / tl.sqrt(tl.sum(x32 * x32, axis=0) / C + eps)
@@ -29,7 +29,7 @@ def rms_norm_forward(x, w, y, r, eps, C, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def rms_norm_backward(dy, x, w, r, dx, partial, N, C, rows, BLOCK: tl.constexpr):
+def _rms_norm_backward(dy, x, w, r, dx, partial, N, C, rows, BLOCK: tl.constexpr):
     program, c = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     weight = tl.load(w + c, mask=c < C, other=0.0).to(tl.float32)
     dw = tl.zeros((BLOCK,), dtype=tl.float32)
@@ -51,7 +51,7 @@ class _RMSNorm(torch.autograd.Function):
     def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         x, weight, C = x.contiguous(), weight.contiguous(), x.shape[-1]
         y, r = torch.empty_like(x), torch.empty(x.numel() // C, dtype=torch.float32, device=x.device)
-        rms_norm_forward[(len(r),)](x, weight, y, r, eps, C, BLOCK=triton.next_power_of_2(C))
+        _rms_norm_forward[(len(r),)](x, weight, y, r, eps, C, BLOCK=triton.next_power_of_2(C))
         ctx.save_for_backward(x, weight, r)
         return y
 
@@ -61,12 +61,12 @@ class _RMSNorm(torch.autograd.Function):
         N, C = len(r), x.shape[-1]
         rows = triton.cdiv(N, PARTIAL_SUMS)  # of a program
         dx, partial = torch.empty_like(x), torch.empty(triton.cdiv(N, rows), C, dtype=torch.float32, device=x.device)
-        rms_norm_backward[(len(partial),)](dy.contiguous(), x, weight, r, dx, partial, N, C, rows, BLOCK=triton.next_power_of_2(C))
+        _rms_norm_backward[(len(partial),)](dy.contiguous(), x, weight, r, dx, partial, N, C, rows, BLOCK=triton.next_power_of_2(C))
         return dx, partial.sum(0).to(weight.dtype), None
 
 
 @triton.jit
-def swiglu_forward(gate, up, y, N, BLOCK: tl.constexpr):
+def _swiglu_forward(gate, up, y, N, BLOCK: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     a = tl.load(gate + at, mask=at < N, other=0.0).to(tl.float32)
     b = tl.load(up + at, mask=at < N, other=0.0).to(tl.float32)
@@ -74,7 +74,7 @@ def swiglu_forward(gate, up, y, N, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def swiglu_backward(dy, gate, up, dgate, dup, N, BLOCK: tl.constexpr):
+def _swiglu_backward(dy, gate, up, dgate, dup, N, BLOCK: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     a = tl.load(gate + at, mask=at < N, other=0.0).to(tl.float32)
     b = tl.load(up + at, mask=at < N, other=0.0).to(tl.float32)
@@ -89,14 +89,14 @@ class _SwiGLU(torch.autograd.Function):
         gate, up = gate.contiguous(), up.contiguous()
         ctx.save_for_backward(gate, up)
         y = torch.empty_like(gate)
-        swiglu_forward[(triton.cdiv(y.numel(), STRETCH),)](gate, up, y, y.numel(), BLOCK=STRETCH)
+        _swiglu_forward[(triton.cdiv(y.numel(), STRETCH),)](gate, up, y, y.numel(), BLOCK=STRETCH)
         return y
 
     @staticmethod
     def backward(ctx, dy: Tensor):
         gate, up = ctx.saved_tensors
         dgate, dup = torch.empty_like(gate), torch.empty_like(up)
-        swiglu_backward[(triton.cdiv(dy.numel(), STRETCH),)](dy.contiguous(), gate, up, dgate, dup, dy.numel(), BLOCK=STRETCH)
+        _swiglu_backward[(triton.cdiv(dy.numel(), STRETCH),)](dy.contiguous(), gate, up, dgate, dup, dy.numel(), BLOCK=STRETCH)
         return dgate, dup
 
 
