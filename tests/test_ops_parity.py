@@ -8,11 +8,13 @@ import torch
 from torch import Tensor
 
 from minillama.ops import fused, reference
+from tests import flash
 from tests.parity import BOUNDS, CASES, Case, angles, cells, check, randn
 
 FORMS = {"reference": reference, "fused": fused}
 CELLS = [pytest.param(op, case, getattr(module, op), id=f"{op}-{name}-{case.name}")
          for op, (name, module) in itertools.product(CASES, FORMS.items()) for case in cells(op)]
+CELLS += [pytest.param("attention", case, flash.attention, id=f"attention-by hand-{case.name}") for case in cells("attention")]
 
 
 @pytest.mark.parametrize("strided", [False, True], ids=["contiguous", "strided"])
