@@ -20,7 +20,7 @@ CACHED = 1 << 17       # elements of a block of rows that is worked on within a 
 
 
 def _trains(*inputs: Tensor) -> bool:
-    """Whether a gradient will be asked for; where it is not, an op need not be told what to keep."""
+    """Whether a gradient will be asked for; where it is not (decoding: a row at a time), the plain formula has the least overhead."""
     return torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
 
 
@@ -63,7 +63,7 @@ class _RMSNorm(torch.autograd.Function):
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """`reference.rms_norm`, keeping x (alive anyway) and one fp32 number a row; row blocks stay in the cache."""
-    return _RMSNorm.apply(x, weight, eps)
+    return _RMSNorm.apply(x, weight, eps) if _trains(x, weight) else reference.rms_norm(x, weight, eps)
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -92,7 +92,7 @@ class _Rope(torch.autograd.Function):
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """`reference.rope`, keeping the tables (shared by all layers) only."""
-    return _Rope.apply(x, cos, sin) if _trains(x) else _rotate(x, cos, sin)
+    return _Rope.apply(x, cos, sin) if _trains(x) else reference.rope(x, cos, sin)
 
 
 class _SwiGLU(torch.autograd.Function):
