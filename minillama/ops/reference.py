@@ -31,6 +31,12 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
+def scaled_masked_softmax(x: Tensor, mask: Tensor, scale: float) -> Tensor:
+    """softmax(scale x) over the last dimension, scores at True positions of `mask` (broadcast to x) replaced by MASKED.
+    What Megatron's and Ascend's kernels of this name compute: a row that is masked whole comes out uniform."""
+    return (x.float() * scale).masked_fill(mask, MASKED).softmax(-1).to(x.dtype)
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x W^T + b. x (..., in), weight (out, in), bias (out,)."""
     return F.linear(x, weight, bias)
@@ -98,12 +104,6 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)  # (..., T, 1, D/2)
     x1, x2 = x.float().chunk(2, dim=-1)
     return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1).to(x.dtype)
-
-
-def scaled_masked_softmax(x: Tensor, mask: Tensor, scale: float) -> Tensor:
-    """softmax(scale x) over the last dimension, scores at True positions of `mask` (broadcast to x) replaced by MASKED.
-    What Megatron's and Ascend's kernels of this name compute: a row that is masked whole comes out uniform."""
-    return (x.float() * scale).masked_fill(mask, MASKED).softmax(-1).to(x.dtype)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, documents: Documents | None = None) -> Tensor:
