@@ -56,6 +56,8 @@ def cases(dtype: torch.dtype = torch.float32) -> Iterator[Case]:
     yield Case("rms_norm", "rms_norm", lambda op, x, w: op(x, w, 1e-5), (randn(1, T, C, scale=1e-3), randn(C)))  # epsilon matters
     yield Case("rope", "rope", lambda op, x: op(x, cos.to(x.device), sin.to(x.device)), (q,))
     yield Case("swiglu", "swiglu", lambda op, gate, up: op(gate, up), (randn(1, T, F), randn(1, T, F)))
+    mask = torch.ones(T, T, dtype=torch.bool).triu(1)
+    yield Case("scaled_masked_softmax", "scaled_masked_softmax", lambda op, x: op(x, mask.to(x.device), 0.125), (randn(1, H, T, T),))
     yield Case("linear", "linear", lambda op, x, w: op(x, w), (randn(1, T, C), randn(F, C)))
     yield Case("attention", "attention", lambda op, q, k, v: op(q, k, v), (q, k, v))
     yield Case("attention, packed", "attention", lambda op, q, *kv: op(q, *kv, ops.Documents([70, 3, 55], q.device)), (q, k, v))

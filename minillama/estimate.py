@@ -57,10 +57,10 @@ def estimate(config: LlamaConfig, settings: Settings, world_size: int = 1) -> Es
 def activation_bytes(config: LlamaConfig, tokens: int, width: int, recompute: bool = False) -> int:
     """Bytes that a micro-batch of `tokens` tokens keeps for backward, with the fused ops and `width` bytes a number.
     A layer keeps nine tensors of width C (its input, both norms' outputs, the stream between its halves, rotated queries, keys and values
-    of every query head, attention's output before and after it is put back in order) and four of width F (gate, up, silu(gate), their
-    product). Recomputation keeps each layer's input, and one layer whole at a time."""
+    of every query head, attention's output before and after it is put back in order) and three of width F (gate, up, their product).
+    Recomputation keeps each layer's input, and one layer whole at a time."""
     C, D, F = config.dim, config.n_heads * config.head_dim, config.ffn_dim
-    layer = (4 * C + 5 * D + 4 * F) * width + 4 * (config.n_heads + 2)  # and in fp32: log-sum-exps, two norms' statistics
+    layer = (4 * C + 5 * D + 3 * F) * width + 4 * (config.n_heads + 2)  # and in fp32: log-sum-exps, two norms' statistics
     layers = config.n_layers * C * width + layer if recompute else config.n_layers * layer
     return tokens * (layers + C * width)  # and the last norm's input
 

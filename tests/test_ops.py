@@ -200,12 +200,12 @@ def test_rms_norm_keeps_its_inputs_and_one_number_a_row() -> None:
 
 
 def test_cross_entropy_keeps_two_gradients_and_no_logits() -> None:
-    """dh of the labelled rows, dW, and which rows those were (int64). The formula keeps N x V log-probabilities."""
+    """dh and dW. The formula keeps N x V log-probabilities."""
     N, C, V = 10, 3, 50
     hidden, weight = randn(N, C).requires_grad_(), randn(V, C, seed=1).requires_grad_()
     labels = torch.arange(N)
     labels[:4] = IGNORE
-    assert bytes_kept(lambda: fused.linear_cross_entropy(hidden, weight, labels)) == 4 * (6 * C + V * C) + 8 * 6
+    assert bytes_kept(lambda: fused.linear_cross_entropy(hidden, weight, labels)) == 4 * (N * C + V * C)
     assert bytes_kept(lambda: ops.reference.linear_cross_entropy(hidden, weight, labels)) > 4 * N * V
 
 

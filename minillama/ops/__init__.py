@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor
 
 from minillama.errors import UserError, closest
-from minillama.ops import fused, mlu, npu, reference, tpu
+from minillama.ops import cuda, fused, mlu, npu, reference, tpu
 from minillama.ops.documents import Documents
 from minillama.ops.reference import IGNORE, rope_tables
 
@@ -94,13 +94,20 @@ rms_norm = Op(
     "rms_norm", Form("npu", npu.rms_norm, "npu", npu.has("npu_rms_norm"), npu.can_rms_norm),
     Form("mlu", mlu.rms_norm, "mlu", mlu.has_rms_norm, mlu.can_infer),
     Form("tpu", tpu.rms_norm, "tpu", tpu.has_rms_norm, tpu.can_rms_norm),
+    Form("triton", cuda.rms_norm, "cuda", cuda.available, cuda.can_rms_norm),
     Form("fused", fused.rms_norm), Form("reference", reference.rms_norm))
 rope = Op(
-    "rope", Form("npu", npu.rope, "npu", npu.has("npu_rotary_mul"), npu.can_rope), Form("reference", reference.rope))
+    "rope", Form("npu", npu.rope, "npu", npu.has("npu_rotary_mul"), npu.can_rope),
+    Form("fused", fused.rope), Form("reference", reference.rope))
 swiglu = Op(
     "swiglu", Form("npu", npu.swiglu, "npu", npu.has("npu_swiglu"), npu.can_swiglu),
     Form("mlu", mlu.swiglu, "mlu", mlu.has_active, mlu.can_infer),
-    Form("reference", reference.swiglu))
+    Form("triton", cuda.swiglu, "cuda", cuda.available, cuda.can_swiglu),
+    Form("fused", fused.swiglu), Form("reference", reference.swiglu))
+scaled_masked_softmax = Op(
+    "scaled_masked_softmax",
+    Form("npu", npu.scaled_masked_softmax, "npu", npu.has("npu_scaled_masked_softmax"), npu.can_scaled_masked_softmax),
+    Form("fused", fused.scaled_masked_softmax), Form("reference", reference.scaled_masked_softmax))
 linear = Op("linear", Form("fused", fused.linear), Form("reference", reference.linear))
 attention = Op(
     "attention", Form("npu", npu.attention, "npu", npu.has(*npu.ATTENTION), npu.can_attention),
@@ -111,7 +118,7 @@ adamw = Op(
     "adamw", Form("npu", npu.adamw, "npu", npu.has("npu_apply_adam_w"), npu.can_adamw),
     Form("mlu", mlu.adamw, "mlu", mlu.has_fused_adam, mlu.can_adamw),
     Form("fused", fused.adamw), Form("reference", reference.adamw))
-TABLE = {op.name: op for op in (rms_norm, rope, swiglu, linear, attention, linear_cross_entropy, adamw)}
+TABLE = {op.name: op for op in (rms_norm, rope, swiglu, scaled_masked_softmax, linear, attention, linear_cross_entropy, adamw)}
 
 
 def choose(spec: str) -> None:

@@ -5,14 +5,31 @@ how little is really needed: RMSNorm needs its input and one number a row, the c
 `reference.py` is what each of these must equal.
 """
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from minillama.ops import reference
 from minillama.ops.documents import Documents
 from minillama.ops.reference import IGNORE
 
-LOGIT_CHUNK = 1 << 23  # elements of logits that exist at a time: 32 MiB in fp32
+LOGIT_CHUNK = 1 << 22  # elements of logits that exist at a time: 16 MiB in fp32
+CACHED = 1 << 17       # elements of a block of rows that is worked on within a processor's cache: 512 KiB in fp32
+
+
+def _trains(*inputs: Tensor) -> bool:
+    """Whether a gradient will be asked for; where it is not (decoding: a row at a time), the plain formula has the least overhead."""
+    return torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
+
+
+def _row_blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """The same rows of several tensors (..., anything), as many at a time as the processor's cache holds; elsewhere all at once.
+    A tensor to be written must be contiguous."""
+    rows = [x.reshape(-1, x.shape[-1]) for x in tensors]
+    height = max(1, CACHED // rows[0].shape[1] if tensors[0].device.type == "cpu" else len(rows[0]))
+    return zip(*(x.split(height) for x in rows), strict=True)
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -20,25 +37,109 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        x32 = x.float()
-        r = torch.rsqrt(torch.linalg.vecdot(x32, x32).unsqueeze(-1).div_(x.shape[-1]).add_(eps))  # (..., 1)
+        y = torch.empty(x.shape, dtype=torch.result_type(x, weight), device=x.device)
+        r = torch.empty(*x.shape[:-1], 1, dtype=torch.float32, device=x.device)
+        for x_, y_, r_ in _row_blocks(x, y, r):
+            x32 = x_.float()
+            torch.rsqrt(torch.linalg.vecdot(x32, x32).unsqueeze(-1).div_(x.shape[-1]).add_(eps), out=r_)
+            torch.mul((x32 * r_).to(x.dtype), weight, out=y_)
         ctx.save_for_backward(x, weight, r)
-        return (x32 * r).to(x.dtype) * weight
+        return y
 
     @staticmethod
     def backward(ctx, dy: Tensor):
         x, weight, r = ctx.saved_tensors
-        n = x.float() * r
-        dy32 = dy.float()
-        dw = torch.einsum("...c,...c->c", dy32, n).to(weight.dtype) if ctx.needs_input_grad[1] else None
-        g = dy32 * weight.float()
-        dx = g.sub_(n.mul_(torch.linalg.vecdot(g, n).unsqueeze(-1).div_(x.shape[-1]))).mul_(r)
-        return dx.to(x.dtype), dw, None
+        w, dw = weight.float(), torch.zeros(weight.shape, dtype=torch.float32, device=x.device)
+        dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        for dy_, x_, r_, dx_ in _row_blocks(dy, x, r, dx):
+            n, dy32 = x_.float() * r_, dy_.float()
+            dyn = dy32 * n
+            if ctx.needs_input_grad[1]:
+                dw += dyn.sum(0)
+            mean = (dyn @ w).div_(x.shape[-1]).unsqueeze(-1)  # of g n, since g n = (dy n) w
+            torch.mul(torch.mul(dy32, w, out=dyn).addcmul_(n, mean, value=-1), r_, out=dx_)
+        return dx, dw.to(weight.dtype), None
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """`reference.rms_norm`, keeping x (alive anyway) and one fp32 number a row."""
-    return _RMSNorm.apply(x, weight, eps)
+    """`reference.rms_norm`, keeping x (alive anyway) and one fp32 number a row; row blocks stay in the cache."""
+    return _RMSNorm.apply(x, weight, eps) if _trains(x, weight) else reference.rms_norm(x, weight, eps)
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """`reference.rope` into one new tensor."""
+    cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)  # (..., T, 1, D/2)
+    y = torch.empty(x.shape, dtype=cos.dtype, device=x.device)
+    (x1, x2), (y1, y2) = x.chunk(2, dim=-1), y.chunk(2, dim=-1)
+    torch.mul(x1, cos, out=y1).addcmul_(x2, sin, value=-1)
+    torch.mul(x2, cos, out=y2).addcmul_(x1, sin)
+    return y.to(x.dtype)
+
+
+class _Rope(torch.autograd.Function):
+    """A rotation's transpose is its inverse:   dx = dy turned by the opposite angles. Of x, nothing is kept."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _rotate(x, cos, sin)
+
+    @staticmethod
+    def backward(ctx, dy: Tensor):
+        cos, sin = ctx.saved_tensors
+        return _rotate(dy, cos, -sin), None, None
+
+
+def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """`reference.rope`, keeping the tables (shared by all layers) only."""
+    return _Rope.apply(x, cos, sin) if _trains(x) else reference.rope(x, cos, sin)
+
+
+class _SwiGLU(torch.autograd.Function):
+    """With s = sigmoid(a), silu = a s and silu' = s (1 + a (1 - s)), for y = silu(a) b:   da = dy b silu',   db = dy silu.
+    silu(a) is computed again, in place, instead of being kept."""
+
+    @staticmethod
+    def forward(ctx, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx, dy: Tensor):
+        gate, up = ctx.saved_tensors
+        dgate = dy * up
+        torch.ops.aten.silu_backward.grad_input(dgate, gate, grad_input=dgate)
+        return dgate, F.silu(gate).mul_(dy)
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """`reference.swiglu`, keeping gate and up only."""
+    return _SwiGLU.apply(gate, up) if _trains(gate, up) else F.silu(gate).mul_(up)
+
+
+class _ScaledMaskedSoftmax(torch.autograd.Function):
+    """dx = scale y (dy - sum of dy y over the row), and 0 where masked."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, mask: Tensor, scale: float) -> Tensor:
+        z = x.float().mul(scale).masked_fill_(mask, reference.MASKED)
+        y = torch.softmax(z, -1, out=z).to(x.dtype)
+        ctx.save_for_backward(y, mask)
+        ctx.scale = scale
+        return y
+
+    @staticmethod
+    def backward(ctx, dy: Tensor):
+        y, mask = ctx.saved_tensors
+        y32 = y.float()
+        dx = dy.float() * y32
+        dx.addcmul_(y32, dx.sum(-1, keepdim=True), value=-1).mul_(ctx.scale).masked_fill_(mask, 0.0)
+        return dx.to(y.dtype), None, None
+
+
+def scaled_masked_softmax(x: Tensor, mask: Tensor, scale: float) -> Tensor:
+    """`reference.scaled_masked_softmax` in one buffer, keeping y (and the mask, alive anyway)."""
+    return _ScaledMaskedSoftmax.apply(x, mask, scale)
 
 
 class _Linear16(torch.autograd.Function):
@@ -114,28 +215,29 @@ def _causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """Per chunk of positions: z = h W^T, p = softmax(z), loss += lse(z) - z[label]; with d = p - onehot: dh = d W, dW += d^T h.
-    The gradients are formed in forward, while the chunk's logits exist, and only scaled in backward."""
+    """Per chunk of positions: z = h W^T, p = softmax(z), loss -= log p[label]; with d = p - onehot: dh = d W, dW += d^T h.
+    z, log p, p and d are one buffer. The gradients are formed in forward, while the chunk's logits exist, and only scaled in backward."""
 
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
         need_h, need_w = ctx.needs_input_grad[:2]
-        chunk = max(1, LOGIT_CHUNK // weight.shape[0])
+        kept = (labels != IGNORE).nonzero().squeeze(1)
+        chunk = min(len(kept), max(1, LOGIT_CHUNK // len(weight)))
         weight32 = weight.float()
-        loss = hidden.new_zeros((), dtype=torch.float32)
-        dh = torch.empty_like(hidden) if need_h else None
+        logits = torch.empty(chunk, len(weight), dtype=torch.float32, device=weight.device)  # the only ones there are
+        loss = torch.zeros((), dtype=torch.float32, device=weight.device)
+        dh = torch.zeros_like(hidden) if need_h else None
         dw = torch.zeros_like(weight32) if need_w else None
-        for start in range(0, len(labels), chunk):
-            h, label = hidden[start:start + chunk].float(), labels[start:start + chunk].unsqueeze(1)
-            z = h @ weight32.T  # (chunk, V), the only logits there are
-            log_sum = z.logsumexp(1, keepdim=True)
-            loss += (log_sum - z.gather(1, label)).sum()
+        for rows in kept.split(chunk or 1):
+            h, label = hidden[rows].float(), labels[rows].unsqueeze(1)
+            z = torch.mm(h, weight32.T, out=logits[:len(rows)])  # (chunk, V)
+            log_p = torch.log_softmax(z, 1, out=z)
+            loss -= log_p.gather(1, label).sum()
             if not (need_h or need_w):
                 continue
-            d = z.sub_(log_sum).exp_()
-            d.scatter_add_(1, label, torch.full_like(log_sum, -1.0))
+            d = log_p.exp_().scatter_add_(1, label, h.new_full(label.shape, -1.0))
             if need_h:
-                dh[start:start + chunk] = d @ weight32
+                dh[rows] = (d @ weight32).to(dh.dtype)
             if need_w:
                 dw.addmm_(d.T, h)
         ctx.save_for_backward(dh, dw)
@@ -151,9 +253,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     """`reference.linear_cross_entropy` without ever holding the logits: labelled positions only, a chunk of them at a time."""
-    hidden, labels = hidden.flatten(0, -2), labels.flatten()
-    kept = (labels != IGNORE).nonzero().squeeze(1)
-    return _LinearCrossEntropy.apply(hidden.index_select(0, kept), weight, labels.index_select(0, kept))
+    return _LinearCrossEntropy.apply(hidden.flatten(0, -2), weight, labels.flatten())
 
 
 def adamw(weight: Tensor, grad: Tensor, m: Tensor, v: Tensor, step: int, *, learning_rate: float, beta1: float, beta2: float,

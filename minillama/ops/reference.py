@@ -14,7 +14,8 @@ from torch import Tensor
 from minillama.architecture import LlamaConfig, RopeScaling
 from minillama.ops.documents import Documents
 
-IGNORE = -100  # the label of a position that is not trained on
+IGNORE = -100      # the label of a position that is not trained on
+MASKED = -10000.0  # the score of a masked position, which exp() makes 0; finite, so a row masked whole has no 0/0
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -28,6 +29,12 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up (Shazeer 2020, eq. 6 without biases). Both (..., F)."""
     return F.silu(gate) * up
+
+
+def scaled_masked_softmax(x: Tensor, mask: Tensor, scale: float) -> Tensor:
+    """softmax(scale x) over the last dimension, scores at True positions of `mask` (broadcast to x) replaced by MASKED.
+    What Megatron's and Ascend's kernels of this name compute: a row that is masked whole comes out uniform."""
+    return (x.float() * scale).masked_fill(mask, MASKED).softmax(-1).to(x.dtype)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -124,7 +131,7 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tens
     """The *sum* over labelled positions of -log softmax(hidden W^T)[label]: a scalar, fp32.
     hidden (..., C), weight (V, C), labels (...) with IGNORE where nothing is predicted. A sum, because only the caller knows how many
     targets the whole global batch has; no labelled position gives 0, not nan."""
-    logits = F.linear(hidden, weight).float().flatten(0, -2)  # (N, V)
+    logits = F.linear(hidden.float(), weight.float()).flatten(0, -2)  # (N, V)
     return F.cross_entropy(logits, labels.flatten(), ignore_index=IGNORE, reduction="sum")
 
 
