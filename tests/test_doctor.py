@@ -91,5 +91,5 @@ def test_the_doctor_sees_a_device_and_its_vendors_kernels() -> None:
     assert "device: npu:0, collectives hccl" in done.stdout
     assert "ASCEND_RT_VISIBLE_DEVICES=0,1" in done.stdout
     forms = dict(line.split()[:2] for line in done.stdout.splitlines() if line.split() and line.split()[0] in ops.TABLE)
-    assert forms == {"rms_norm": "npu", "rope": "npu", "swiglu": "npu", "scaled_masked_softmax": "npu", "linear": "fused", "attention": "npu",
-                     "linear_cross_entropy": "fused", "adamw": "npu"}
+    assert forms == {"rms_norm": "npu", "rope": "npu", "swiglu": "npu", "scaled_masked_softmax": "npu",
+                     "linear": "fused", "attention": "npu", "linear_cross_entropy": "fused", "adamw": "npu"}
