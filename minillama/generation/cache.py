@@ -22,8 +22,8 @@ class Cache:
 
     def __init__(self, config: LlamaConfig, batch: int, capacity: int, dtype: torch.dtype, device: torch.device) -> None:
         shape = (config.n_layers, batch, config.n_kv_heads, capacity, config.head_dim)
-        self.keys = torch.empty(shape, dtype=dtype, device=device)
-        self.values = torch.empty(shape, dtype=dtype, device=device)
+        self.keys = torch.zeros(shape, dtype=dtype, device=device)  # not empty: what a mask hides must still be a number
+        self.values = torch.zeros(shape, dtype=dtype, device=device)
         self.config, self.capacity, self.filled = config, capacity, [0] * batch
         self.places = torch.arange(capacity, device=device)
         self.positions, self.lengths = self.places[:0], None

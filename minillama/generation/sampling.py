@@ -49,8 +49,11 @@ def generator_for(seed: int | None, prompt: list[int], number: int) -> torch.Gen
 def next_tokens(logits: Tensor, seen: Tensor | None, sampling: Sampling, generators: list[torch.Generator]) -> Tensor:
     """Choose a token for each row of logits (B, V): (B,) int64. seen (B, V): is the token in the text so far? (penalty 1: not asked)"""
     logits = penalise(logits.float(), seen, sampling.repetition_penalty)
+    best = logits.max(-1)
+    if not bool(best.values.isfinite().all()):
+        raise UserError("the model's logits are not finite numbers; its weights are damaged, or overflow in this dtype: try --dtype float32")
     if sampling.temperature == 0:
-        return logits.argmax(-1)
+        return best.indices
     mass = warp(logits, sampling).softmax(-1).double().cumsum(-1)  # (B, V)
     uniform = torch.stack([torch.rand(1, generator=generator, dtype=torch.float64) for generator in generators]).to(mass.device)  # (B, 1)
     return torch.searchsorted(mass, uniform * mass[:, -1:], right=True).squeeze(1)

@@ -103,7 +103,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, documents: Documents | None = Non
     """Causal softmax(q k^T / sqrt(D)) v (Vaswani et al. 2017, eq. 1), with K <= H key/value heads shared by groups (GQA).
     q (B, T, H, D); k, v (B, S, K, D) with S >= T: the queries stand at the last T of the S positions. Returns (B, T, H, D).
     documents: the B·T positions are a run of these documents, and none sees another (then S = T).
-    lengths: row b has lengths[b] <= S positions, the last T of them its queries; what follows is not looked at."""
+    lengths: row b has lengths[b] <= S positions, the last T of them its queries; what follows them is hidden, but must be finite."""
     B, T, H, D = q.shape
     S, K = k.shape[1], k.shape[2]
     if documents is not None:
