@@ -206,7 +206,8 @@ def test_a_conversation_is_the_template_of_its_rounds(session: Session) -> None:
     dialogue = Dialogue(session)
     ids, _ = dialogue.prompt_ids("Which number is larger, 31 or 62?")
     first = session.ask(ids)
-    list(dialogue.ask("Which number is larger, 31 or 62?", first))
+    list(session.stream(first, None))
+    dialogue.remember("Which number is larger, 31 or 62?", first)
     assert dialogue.turns == [chat.Turn("Which number is larger, 31 or 62?", "62")]
     ids, _ = dialogue.prompt_ids("Which number is larger, 77 or 18?")
     assert ids[:len(first.prompt_ids)] == first.prompt_ids

@@ -31,6 +31,7 @@ class Answer:
     ids: list[int] = field(default_factory=list)
     text: str = ""
     finish_reason: str = ""  # length | eos | stop; empty while it is being written
+    seconds: float = 0.0  # from the batch's beginning to this text's end
     score: float | None = None  # of a beam: its log-probability over length ** length_penalty
 
 

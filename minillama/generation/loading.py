@@ -1,5 +1,6 @@
 """Whatever --ckpt names, as a session: a Hugging Face directory, a run directory, or an adapter over its base."""
 
+import sys
 from argparse import Namespace
 from pathlib import Path
 
@@ -19,9 +20,13 @@ def load_session(options: Namespace, sampling: Sampling, max_new_tokens: int = 0
     model, base = load_with_adapters(path, options.base, options.lora, options.dtype, options.device)
     tokenizer = checkpoints.tokenizer_for(path if any((path / n).is_file() for n in checkpoints.TOKENIZER_FILES[:2]) else base,
                                           options.tokenizer)
-    template = template or checkpoints.read_about(path).get("template") or "none"
+    tuned = checkpoints.read_about(path).get("template")
+    template = template or tuned or "none"
     if template not in (*chat.TEMPLATES, "none"):
         raise UserError(f"no template {template!r}{closest(template, chat.TEMPLATES)}; templates: none, {', '.join(chat.TEMPLATES)}")
+    if template not in ("none", "raw", tuned) and not _has_chat_template(base):
+        known = f"was tuned with the template {tuned}" if tuned else "does not say that it was tuned with a template, as base models are not"
+        print(f"warning: {path} {known}; it may not understand {template}", file=sys.stderr)
     stop_ids = () if ignore_eos else checkpoints.stop_ids(base, model.config)
     if tokenizer.size > model.config.vocab_size:
         raise UserError(f"{tokenizer.path} has {tokenizer.size} pieces, the model's embedding {model.config.vocab_size} rows; "
@@ -34,7 +39,7 @@ def load_with_adapters(path: Path, base_named: str, adapters: list[str], dtype: 
     place = device.pick(device_name)
     wanted, warning = device.compute_dtype(dtype, place)
     if warning:
-        print(f"warning: {warning}")
+        print(f"warning: {warning}", file=sys.stderr)
     layers = [Path(adapter) for adapter in adapters]
     base = path
     if (path / "adapter_config.json").is_file():
@@ -46,3 +51,10 @@ def load_with_adapters(path: Path, base_named: str, adapters: list[str], dtype: 
     for adapter in layers:
         load_adapter(model, adapter, dropout=0.0)
     return model.to(place).eval().requires_grad_(False), base
+
+
+def _has_chat_template(directory: Path) -> bool:
+    """Do the tokenizer's files describe a conversation, as those of published chat models do?"""
+    path = directory / "tokenizer_config.json"
+    described = path.is_file() and checkpoints.read_json(path, "a tokenizer config").get("chat_template")
+    return bool(described) or (directory / "chat_template.jinja").is_file()

@@ -1,5 +1,6 @@
 """Text in, text out: a model with its tokenizer and template, answering prompts and holding a conversation."""
 
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -84,32 +85,39 @@ class Session:
             yield text
 
     def write(self, answers: list[Answer], seed: int | None) -> Iterator[tuple[Answer, str]]:
-        """Write all `answers` together, yielding each with its new text as it comes. With beams the answers are those of one prompt."""
+        """Write `answers` together, yielding each with its new text as it comes. With beams they are those of one prompt, the best first."""
         if self.beams:
             steps = beam_search(self.model, answers, self.beams, self.sampling, self.stop_ids, seed, self.rope_alpha)
         else:
             steps = decode(self.model, answers, self.sampling, self.stop_ids, seed, self.rope_alpha)
-        writers = {id(answer): Writer(answer, self.tokenizer, self.stop_texts) for answer in answers}
+        began, writers = time.perf_counter(), {id(answer): Writer(answer, self.tokenizer, self.stop_texts) for answer in answers}
         for answer in steps:
-            yield answer, writers[id(answer)].catch_up()
+            text = writers[id(answer)].catch_up()
+            answer.seconds = time.perf_counter() - began
+            yield answer, text
 
-    def answer_all(self, prompts: list[list[int]], samples: int, batch_size: int, seed: int | None) -> Iterator[tuple[int, list[Answer]]]:
-        """Each prompt's number with its `samples` answers, a batch at a time and the longest prompts first: rows of a batch are of like
-        length, and memory that suffices at first suffices to the end."""
-        times, asked = [], {}
-        for prompt in map(tuple, prompts):  # the same prompt again goes on counting, so its answers differ
-            times.append(asked.get(prompt, 0))
-            asked[prompt] = times[-1] + samples
-        answers = [[self.ask(prompt, times[i] + sample) for sample in range(samples)] for i, prompt in enumerate(prompts)]
-        alpha = [needed_alpha(self.model.config, several[0]) if self.rope_alpha == 0 else None for several in answers]
-        left = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+    def ask_all(self, prompts: list[list[int]], samples: int) -> list[list[Answer]]:
+        """`samples` answers to be written to each prompt. A prompt that comes again goes on counting, so its answers differ."""
+        asked: dict[tuple[int, ...], int] = {}
+        questions = []
+        for prompt in prompts:
+            first = asked.get(tuple(prompt), 0)
+            asked[tuple(prompt)] = first + samples
+            questions.append([self.ask(prompt, first + sample) for sample in range(samples)])
+        return questions
+
+    def write_all(self, questions: list[list[Answer]], batch_size: int, seed: int | None) -> Iterator[tuple[int, str]]:
+        """Write the answers to many prompts, yielding a prompt's number and new text as it comes. Batches hold `batch_size` texts of
+        prompts of like length, the longest first: memory that suffices for the first batch suffices for all."""
+        alpha = [needed_alpha(self.model.config, several[0]) if self.rope_alpha == 0 else None for several in questions]
+        left = sorted(range(len(questions)), key=lambda i: -len(questions[i][0].prompt_ids))
         while left:
-            most = 1 if self.beams else max(1, batch_size // samples)
+            most = 1 if self.beams else max(1, batch_size // len(questions[left[0]]))
             batch = [i for i in left[:most] if alpha[i] == alpha[left[0]]]
             left = [i for i in left if i not in batch]
-            for _ in self.write([answer for i in batch for answer in answers[i]], seed):
-                pass
-            yield from ((i, answers[i]) for i in batch)
+            number = {id(answer): i for i in batch for answer in questions[i]}
+            for answer, text in self.write([answer for i in batch for answer in questions[i]], seed):
+                yield number[id(answer)], text
 
     def answer(self, text: str, seed: int | None = None) -> Answer:
         """The whole answer to one prompt."""
@@ -143,7 +151,6 @@ class Dialogue:
                 return ids, dropped
         raise UserError(f"this question alone has {len(ids)} tokens; with {room} new ones that exceeds the model's context of {context}")
 
-    def ask(self, text: str, answer: Answer, seed: int | None = None) -> Iterator[str]:
-        """Stream the answer to `text` (prepared by `prompt_ids`) and remember the round."""
-        yield from self.session.stream(answer, seed)
+    def remember(self, text: str, answer: Answer) -> None:
+        """Add a round, as far as its answer came."""
         self.turns.append(chat.Turn(text, answer.text.strip()))
