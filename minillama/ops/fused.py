@@ -5,6 +5,8 @@ how little is really needed: RMSNorm needs its input and one number a row, the c
 `reference.py` is what each of these must equal.
 """
 
+from functools import cache
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -12,6 +14,7 @@ from torch import Tensor
 from minillama.ops.documents import Documents
 from minillama.ops.reference import IGNORE, seen_keys
 
+MATVEC_ROWS = 6  # rows up to which a product each is cheaper than turning the weight into fp32
 LOGIT_CHUNK = 1 << 23  # elements of logits that exist at a time: 32 MiB in fp32
 
 
@@ -61,10 +64,24 @@ class _Linear16(torch.autograd.Function):
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`reference.linear`; of 16-bit data on a processor, fp32 products rounded once: without 16-bit units that is many times faster."""
+    """`reference.linear`; of 16-bit data on a processor, fp32 products rounded once: without 16-bit units that is many times faster.
+    Decoding (no gradient, few rows of bf16) is bound by reading the weight, which a matrix-vector product does as it is, row by row."""
     if x.dtype == torch.float32 or x.device.type != "cpu":
         return F.linear(x, weight, bias)
+    if x.dtype == torch.bfloat16 and not torch.is_grad_enabled():
+        rows = x.reshape(-1, x.shape[-1])
+        if len(rows) == 1 or (len(rows) <= MATVEC_ROWS and not has_bf16_units()):
+            y = torch.stack([torch.mv(weight, row) if bias is None else torch.addmv(bias, weight, row) for row in rows])
+            return y.view(*x.shape[:-1], -1)
+        if has_bf16_units():
+            return F.linear(x, weight, bias)
     return _Linear16.apply(x, weight, bias)
+
+
+@cache
+def has_bf16_units() -> bool:
+    """Does this processor multiply bf16 matrices without first turning them into fp32?"""
+    return torch.cpu._is_avx512_bf16_supported()
 
 
 class _Rearrange(torch.autograd.Function):
