@@ -59,9 +59,12 @@ def parse(arguments: list[str]):
 
 def _alpha(text: str) -> float:
     """"auto" as 0, or a number from 1."""
-    alpha = 0.0 if text == "auto" else float(text)
+    try:
+        alpha = 0.0 if text == "auto" else float(text)
+    except ValueError:
+        alpha = -1.0
     if text != "auto" and not 1 <= alpha < 1e6:
-        raise ValueError(text)
+        raise errors.UserError(f"--rope_alpha: {text!r} is neither auto nor a number from 1")
     return alpha
 
 

@@ -13,7 +13,7 @@ from minillama.generation.cache import Cache
 from minillama.generation.decode import Answer, decode, generate, needed_alpha, read_prompts, stretched
 from minillama.generation.sampling import Sampling
 from minillama.model import Llama
-from minillama.ops import Documents
+from minillama.ops import Documents, fused, reference
 from minillama.tokenizer import open_tokenizer
 from tests.conftest import TINY, random_model, random_tokens
 
@@ -176,3 +176,34 @@ def test_logits_that_are_no_numbers_are_an_error_and_not_a_text() -> None:
     for sampling in (GREEDY, SAMPLED):
         with pytest.raises(UserError, match="logits are not finite"):
             list(generate(model, [1, 2], 3, sampling))
+
+
+# The forms of `linear` and `attention` that decoding uses
+
+@pytest.mark.parametrize("rows", [1, 2, 4, 5, 8, 15, 16, 40])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
+@pytest.mark.parametrize("units", [True, False], ids=["16-bit units", "none"])
+def test_every_form_of_the_linear_is_its_formula_rounded_once(rows: int, dtype: torch.dtype, bias: bool, units: bool,
+                                                              monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever is chosen by rows, dtype and processor; large weights and small ones."""
+    monkeypatch.setattr(fused, "has_bf16_units", lambda: units)
+    monkeypatch.setattr(fused, "LARGE", 1)
+    generator = torch.Generator().manual_seed(rows)
+    x, weight, b = (torch.randn(shape, generator=generator).to(dtype) for shape in ((rows, 1, 64), (48, 64), (48,)))
+    exact = x.double() @ weight.double().T + (b.double() if bias else 0)
+    with torch.inference_mode():
+        y = fused.linear(x, weight, b if bias else None)
+    assert (y.shape, y.dtype) == ((rows, 1, 48), dtype)
+    assert (y.double() - exact).abs().max() <= max(torch.finfo(dtype).eps, 1e-6) * exact.abs().max()
+
+
+@pytest.mark.parametrize("T", [1, 3])
+@pytest.mark.parametrize("attention", [fused.attention, reference.attention], ids=["fused", "reference"])
+def test_attention_over_rows_of_unlike_length_is_attention_over_each(T: int, attention) -> None:
+    q, k, v = (torch.randn(4, n, heads, 8, generator=torch.Generator().manual_seed(n)) for n, heads in ((T, 6), (11, 3), (11, 3)))
+    lengths = [T, 11, 7, 4]
+    together = attention(q, k, v, None, torch.tensor(lengths))
+    for row, length in enumerate(lengths):
+        part = slice(row, row + 1)
+        assert torch.allclose(together[part], reference.attention(q[part], k[part, :length], v[part, :length]), atol=1e-6)

@@ -4,12 +4,15 @@ import sys
 from argparse import Namespace
 from pathlib import Path
 
+import torch
+from torch import nn
+
 from minillama import chat, device
 from minillama.checkpoint import directory as checkpoints
 from minillama.errors import UserError, closest
 from minillama.generation.sampling import Sampling
 from minillama.generation.session import Session
-from minillama.lora import load_adapter, read_adapter_config
+from minillama.lora import LoraLinear, load_adapter, read_adapter_config
 from minillama.model import Llama
 
 
@@ -49,8 +52,25 @@ def load_with_adapters(path: Path, base_named: str, adapters: list[str], dtype: 
             raise UserError(f"{path}: its base model {base} is not here; name it with --base DIR")
     model = checkpoints.load_model(base, wanted)
     for adapter in layers:
-        load_adapter(model, adapter, dropout=0.0)
+        add_adapter(model, adapter)
     return model.to(place).eval().requires_grad_(False), base
+
+
+def add_adapter(model: Llama, directory: Path) -> None:
+    """Load an adapter beside those already there. Two on one linear are one of both ranks: A = [A1; A2], B = [s1 B1, s2 B2]."""
+    earlier = {name: module for name, module in model.named_modules() if isinstance(module, LoraLinear)}
+    for name, old in earlier.items():
+        plain = old.plain_class(old.in_features, old.out_features, bias=old.bias is not None, device="meta")
+        plain.weight, plain.bias = old.weight, old.bias
+        model.set_submodule(name, plain)
+    load_adapter(model, directory, dropout=0.0)
+    for name, old in earlier.items():
+        new = model.get_submodule(name)
+        if isinstance(new, LoraLinear):
+            old.lora_A = nn.Parameter(torch.cat((old.lora_A, new.lora_A)))
+            old.lora_B = nn.Parameter(torch.cat((old.scale * old.lora_B, new.scale * new.lora_B), dim=1))
+            old.scale = 1.0
+        model.set_submodule(name, old)
 
 
 def _has_chat_template(directory: Path) -> bool:

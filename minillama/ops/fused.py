@@ -15,6 +15,7 @@ from minillama.ops.documents import Documents
 from minillama.ops.reference import IGNORE, seen_keys
 
 MATVEC_ROWS = 6  # rows up to which a product each is cheaper than turning the weight into fp32
+LARGE = 1 << 20  # elements of a weight that is better read once than quickly
 LOGIT_CHUNK = 1 << 23  # elements of logits that exist at a time: 32 MiB in fp32
 
 
@@ -65,17 +66,24 @@ class _Linear16(torch.autograd.Function):
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`reference.linear`; of 16-bit data on a processor, fp32 products rounded once: without 16-bit units that is many times faster.
-    Decoding (no gradient, few rows of bf16) is bound by reading the weight, which a matrix-vector product does as it is, row by row."""
-    if x.dtype == torch.float32 or x.device.type != "cpu":
+    Decoding there (no gradient, few rows) is bound by reading the weight; what reads it best depends on the rows."""
+    if x.device.type != "cpu" or (x.dtype == torch.float32 and torch.is_grad_enabled()):
         return F.linear(x, weight, bias)
+    rows = x.numel() // x.shape[-1]
+    if x.dtype == torch.float32:
+        return _weight_first(x, weight) if 4 < rows < 16 and bias is None and weight.numel() >= LARGE else F.linear(x, weight, bias)
     if x.dtype == torch.bfloat16 and not torch.is_grad_enabled():
-        rows = x.reshape(-1, x.shape[-1])
-        if len(rows) == 1 or (len(rows) <= MATVEC_ROWS and not has_bf16_units()):
-            y = torch.stack([torch.mv(weight, row) if bias is None else torch.addmv(bias, weight, row) for row in rows])
+        if rows == 1 or (rows <= MATVEC_ROWS and not has_bf16_units()):
+            y = torch.stack([torch.mv(weight, row) if bias is None else torch.addmv(bias, weight, row) for row in x.reshape(rows, -1)])
             return y.view(*x.shape[:-1], -1)
         if has_bf16_units():
             return F.linear(x, weight, bias)
     return _Linear16.apply(x, weight, bias)
+
+
+def _weight_first(x: Tensor, weight: Tensor) -> Tensor:
+    """(W x^T)^T: the library reads a large weight once, where x W^T of some rows reads it several times."""
+    return torch.mm(weight, x.reshape(-1, x.shape[-1]).T).T.contiguous().view(*x.shape[:-1], -1)
 
 
 @cache
