@@ -1,6 +1,7 @@
 """Beam search: transformers' texts and scores, a search worked by hand, and draws that are transformers' draws."""
 
 import itertools
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -110,3 +111,29 @@ def test_more_texts_than_beams_are_refused() -> None:
         ours(random_model(), [1], 3, Beams(2), (), returned=3)
     with pytest.raises(UserError, match="num_beams = 0"):
         Beams(0)
+
+
+class Toy:
+    """Tokens A, B, E (the end) and a start; the next token depends on the last alone. The search of docs/decoding.md."""
+
+    P = torch.tensor([[0.35, 0.25, 0.40, 0], [0.05, 0.05, 0.90, 0], [0, 0, 1, 0], [0.5, 0.4, 0.1, 0]])  # after A, B, E, start
+    config, lm_head = replace(TINY, dim=4), torch.nn.Linear(4, 4)
+
+    def __call__(self, tokens: torch.Tensor, documents: object = None, cache: object = None) -> torch.Tensor:
+        return torch.nn.functional.one_hot(tokens, 4).float()
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        return hidden @ self.P.clamp(min=1e-30).log()
+
+
+@pytest.mark.parametrize(("penalty", "scores"), [(1.0, [-0.511, -0.805]), (0.0, [-1.022, -1.609])])
+def test_the_search_worked_by_hand(penalty: float, scores: list[float]) -> None:
+    """Greedy goes to A, then the end: 0.5 · 0.4 = 0.20. Two beams keep B as well and find B, end: 0.4 · 0.9 = 0.36."""
+    A, B, E, START = range(4)
+    (greedy,) = ours(Toy(), [START], 5, Beams(1), (E,))
+    assert greedy.ids == [A]
+    found = ours(Toy(), [START], 5, Beams(2, penalty), (E,), returned=2)
+    assert [answer.ids for answer in found] == [[B], [A]]
+    assert [answer.score for answer in found] == pytest.approx(scores, abs=1e-3)
+    page = (Path(__file__).parents[1] / "docs/decoding.md").read_text(encoding="utf-8")
+    assert all(f"{abs(score):.3f}" in page for score in scores)
