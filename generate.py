@@ -137,29 +137,27 @@ def answer_prompts(session, path: Path, texts: list[str | list[int]], options) -
     from minillama.generation.files import AnswerFile
 
     prompts = [encode(session, text) for text in texts]
-    questions = session.ask_all(prompts, options.num_samples)
     file = AnswerFile(Path(options.output), settings_of(session, path, prompts, options)) if options.output else None
     left = [i for i in range(len(prompts)) if not file or i not in file.done]
+    asked = session.ask_all(prompts, options.num_samples)
+    questions = [asked[i] for i in left]
     quiet, streaming = bool(file and options.prompt_file), options.stream and options.num_samples == 1 and not session.beams
+    unprinted = [] if quiet or streaming else [answer for several in questions for answer in several]
     bar = tqdm(total=len(prompts), initial=len(prompts) - len(left), unit="prompt", disable=not quiet)
-    printed = 0
     try:
-        for number, text in session.write_all([questions[i] for i in left], 1 if streaming else options.batch_size, options.seed):
-            done = all(answer.finish_reason for answer in questions[left[number]])
+        for number, text in session.write_all(questions, 1 if streaming else options.batch_size, options.seed):
+            done = all(answer.finish_reason for answer in questions[number])
             if streaming:
                 print(text, end="\n" if done else "", flush=True)
-            if done:
-                bar.update()
+            while unprinted and unprinted[0].finish_reason:
+                print(unprinted.pop(0).text, flush=True)
+            bar.update(done)
             if done and file:
-                file.add(left[number], record_of(session, texts[left[number]], questions[left[number]]))
-            while not (quiet or streaming) and printed < len(left) and all(answer.finish_reason for answer in questions[left[printed]]):
-                print(*(answer.text for answer in questions[left[printed]]), sep="\n", flush=True)
-                printed += 1
+                file.add(left[number], record_of(session, texts[left[number]], questions[number]))
     except KeyboardInterrupt:
-        if not (quiet or streaming):
-            print(*(answer.text for i in left[printed:] for answer in questions[i] if answer.text), sep="\n", flush=True)
+        print(*(answer.text for answer in unprinted if answer.text), sep="\n", flush=True)
         if file:
-            print(f"\n{len(file.done)} of {len(prompts)} answers are in {file.partial}; the same command goes on from there", file=sys.stderr)
+            print(f"\n{len(file.done)} of {len(prompts)} answers are in {file.partial}; the same command goes on", file=sys.stderr)
         raise
     bar.close()
     if file:
@@ -176,9 +174,9 @@ def encode(session, text: str | list[int]) -> list[int]:
 
 def settings_of(session, path: Path, prompts: list[list[int]], options) -> dict:
     """What an answer depends on: an interrupted file is continued only where all of it is the same."""
-    free = ("debug", "stream", "output", "batch_size", "device", "prompt", "prompt_ids", "prompt_file", "chat", "web", "host", "port", "ckpt")
+    free = {"ckpt", "debug", "stream", "output", "batch_size", "device", "prompt", "prompt_ids", "prompt_file", "host", "port"}
     return {"checkpoint": str(path), "prompts_sha256": hashlib.sha256(json.dumps(prompts).encode()).hexdigest(),
-            "template": session.template} | {name: value for name, value in vars(options).items() if name not in (*free, "template")}
+            **{name: value for name, value in vars(options).items() if name not in free}, "template": session.template}
 
 
 def record_of(session, text: str | list[int], answers: list) -> dict:

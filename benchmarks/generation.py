@@ -27,8 +27,7 @@ from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from minillama.architecture import LlamaConfig, published, to_hf
 from minillama.checkpoint.directory import save_model
@@ -37,6 +36,7 @@ from minillama.generation.decode import Answer, decode
 from minillama.generation.sampling import Sampling
 from minillama.model import Llama
 
+ROOT = Path(__file__).resolve().parent.parent
 GREEDY = Sampling(0.0, 0, 1.0)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 

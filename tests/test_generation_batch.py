@@ -150,7 +150,7 @@ def test_a_text_beyond_the_context_is_one_of_a_model_with_the_raised_base() -> N
     from dataclasses import replace
 
     model, prompt = random_model(max_seq_len=16), random_tokens(12).tolist()
-    with pytest.raises(UserError, match="exceed the context of 16; use --max_new_tokens 4 or fewer, .*--rope_alpha auto"):
+    with pytest.raises(UserError, match=r"exceed the context of 16; use --max_new_tokens 4 or fewer, .*--rope_alpha auto"):
         list(decode(model, [Answer(prompt, 20)], GREEDY))
     answer = Answer(prompt, 20)
     list(decode(model, [answer], GREEDY, rope_alpha=0))

@@ -66,7 +66,7 @@ def beam_search(model: Llama, answers: list[Answer], beams: Beams, sampling: Sam
         finished.add(grown, tried, ends)
         best = going.topk(W).indices
         scores, chosen = going[best], best.tolist()
-        if finished.is_over(scores[0], len(grown[0]), bool(ends.all())):
+        if bool(ends.all()) or finished.is_over(float(scores[0]), len(grown[0])):
             break
         texts, rows = [grown[i] for i in chosen], move_rows(cache, [rows[parents[i]] for i in chosen], len(prompt))
         step = torch.empty(W, 1, dtype=torch.int64, device=weight.device)
@@ -110,24 +110,19 @@ class Finished:
 
     def __init__(self, beams: Beams, room: int) -> None:
         self.beams, self.room = beams, room
-        self.texts, self.scores, self.is_text = [[] for _ in range(beams.width)], torch.full((beams.width,), NEVER), [False] * beams.width
-        self.is_open = True  # may still get better
+        self.texts, self.scores = [[] for _ in range(beams.width)], torch.full((beams.width,), NEVER)
 
     def add(self, texts: list[list[int]], scores: Tensor, ends: Tensor) -> None:
         """Take in those of the first W candidates that end."""
-        W, stop_at_full = self.beams.width, self.beams.early_stopping == "true"
-        if not self.is_open or (stop_at_full and all(self.is_text)):
-            return
-        taken = [rank for rank, end in enumerate(ends[:W].tolist()) if end]
-        merged = torch.cat((self.scores, scores.cpu()[taken] / len(texts[0]) ** self.beams.length_penalty))
-        best = merged.topk(W).indices.tolist()
-        all_texts, all_ends = [*self.texts, *(texts[i] for i in taken)], [*self.is_text, *(True for _ in taken)]
-        self.scores, self.texts, self.is_text = merged[best], [all_texts[i] for i in best], [all_ends[i] for i in best]
+        taken = ends[:self.beams.width].nonzero().squeeze(1).cpu()
+        self.scores, best = torch.cat((self.scores, scores.cpu()[taken] / len(texts[0]) ** self.beams.length_penalty)).topk(self.beams.width)
+        everyone = [*self.texts, *(texts[i] for i in taken.tolist())]
+        self.texts = [everyone[i] for i in best.tolist()]
 
-    def is_over(self, best_going: Tensor, length: int, all_end: bool) -> bool:
+    def is_over(self, best_going: float, length: int) -> bool:
         """Whether to stop, where the best beginning of `length` tokens has the score `best_going`."""
+        worst = float(self.scores[-1])
+        if worst == NEVER:
+            return False
         to_the_end = self.beams.early_stopping == "never" and self.beams.length_penalty > 0
-        hoped = float(best_going.cpu() / (self.room if to_the_end else length) ** self.beams.length_penalty)
-        worst = [float(self.scores.min()) if is_text else NEVER for is_text in self.is_text]
-        self.is_open = self.is_open and any(hoped > score for score in worst)
-        return not self.is_open or all_end or (self.beams.early_stopping == "true" and all(self.is_text))
+        return self.beams.early_stopping == "true" or best_going / (self.room if to_the_end else length) ** self.beams.length_penalty <= worst
