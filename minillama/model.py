@@ -118,7 +118,7 @@ class Llama(nn.Module):
         self.lm_head = Linear(config.dim, config.vocab_size, bias=False)
         if config.tie_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
-        self._rope: tuple[Tensor, Tensor, LlamaConfig] | None = None  # fp32 whatever the model's dtype, so neither a buffer nor in a checkpoint
+        self._rope: tuple[Tensor, Tensor, LlamaConfig] | None = None  # fp32 in any dtype, so neither a buffer nor in a checkpoint
 
     def forward(self, tokens: Tensor, documents: ops.Documents | None = None, cache: KeyValueCache | None = None) -> Tensor:
         """tokens (B, T) -> hidden (B, T, C), normed and ready for `logits` or the loss.
@@ -147,13 +147,11 @@ class Llama(nn.Module):
         return ops.linear_cross_entropy(self(tokens, documents), self.lm_head.weight, labels)
 
     def rope_tables(self, length: int, device: torch.device, config: LlamaConfig | None = None) -> tuple[Tensor, Tensor]:
-        """cos and sin for positions below `length`, kept from call to call ("dynamic" scaling depends on the length itself).
-        config: with other rotary settings than the model's own."""
+        """cos and sin for positions below `length`, kept from call to call ("dynamic" scaling depends on the length itself)."""
         config = config or self.config
         dynamic = config.rope_scaling is not None and config.rope_scaling.kind == "dynamic"
         kept = self._rope
-        if (kept is None or kept[0].device != device or len(kept[0]) < length or (dynamic and len(kept[0]) != length)
-                or kept[2] != config):
+        if kept is None or kept[0].device != device or kept[2] != config or len(kept[0]) < length or (dynamic and len(kept[0]) != length):
             grown = length if dynamic else max(length, min(config.max_seq_len, 2 * length))
             cos, sin = ops.rope_tables(config, grown)
             self._rope = kept = cos.to(device), sin.to(device), config

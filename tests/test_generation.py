@@ -241,3 +241,11 @@ def test_what_is_no_checkpoint_is_told_for_what_it_is(files: list[str] | None, n
         (directory / name).write_text("{}")
     with pytest.raises(UserError, match=named):
         find_checkpoint(directory)
+
+
+def test_top_p_looks_beyond_the_likeliest_where_their_mass_is_too_small() -> None:
+    """Of 1000 nearly even tokens the first 256 hold a quarter of the mass; and of a peaked distribution they hold all."""
+    transformers = pytest.importorskip("transformers")
+    flat = torch.randn(2, 1000, generator=torch.Generator().manual_seed(0)) * 0.1
+    for logits, p in ((flat, 0.2), (flat, 0.9), (flat * 80, 0.9), (torch.cat((flat[:1], 80 * flat[1:])), 0.7)):
+        assert torch.equal(keep_top_p(logits, p), transformers.TopPLogitsWarper(p)(None, logits))

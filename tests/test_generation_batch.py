@@ -207,3 +207,9 @@ def test_attention_over_rows_of_unlike_length_is_attention_over_each(T: int, att
     for row, length in enumerate(lengths):
         part = slice(row, row + 1)
         assert torch.allclose(together[part], reference.attention(q[part], k[part, :length], v[part, :length]), atol=1e-6)
+
+
+def test_a_checkpoint_that_stretches_its_base_itself_is_not_stretched_twice() -> None:
+    model = random_model(rope_scaling=RopeScaling("dynamic", 2.0))
+    with pytest.raises(UserError, match="rope_scaling, dynamic, stretches"):
+        stretched(model.config, [Answer([1])], 2.0)

@@ -115,7 +115,8 @@ class Finished:
     def add(self, texts: list[list[int]], scores: Tensor, ends: Tensor) -> None:
         """Take in those of the first W candidates that end."""
         taken = ends[:self.beams.width].nonzero().squeeze(1).cpu()
-        self.scores, best = torch.cat((self.scores, scores.cpu()[taken] / len(texts[0]) ** self.beams.length_penalty)).topk(self.beams.width)
+        new = scores.cpu()[taken] / len(texts[0]) ** self.beams.length_penalty
+        self.scores, best = torch.cat((self.scores, new)).topk(self.beams.width)
         everyone = [*self.texts, *(texts[i] for i in taken.tolist())]
         self.texts = [everyone[i] for i in best.tolist()]
 
@@ -124,5 +125,6 @@ class Finished:
         worst = float(self.scores[-1])
         if worst == NEVER:
             return False
-        to_the_end = self.beams.early_stopping == "never" and self.beams.length_penalty > 0
-        return self.beams.early_stopping == "true" or best_going / (self.room if to_the_end else length) ** self.beams.length_penalty <= worst
+        if self.beams.early_stopping == "never" and self.beams.length_penalty > 0:
+            length = self.room
+        return self.beams.early_stopping == "true" or best_going / length ** self.beams.length_penalty <= worst

@@ -115,12 +115,16 @@ def stretched(config: LlamaConfig, answers: list[Answer], alpha: float | None) -
     for answer in answers:
         if not answer.prompt_ids:
             raise UserError("the prompt is empty; give at least one token (a tokenizer without <s> needs some text)")
-        if alpha is None:
-            check_fits(config.max_seq_len, len(answer.prompt_ids), answer.room)
+        left = config.max_seq_len - len(answer.prompt_ids)
+        if alpha is None and answer.room > left:
+            remedy = f"use --max_new_tokens {left} or fewer" if left > 0 else "shorten the prompt"
+            raise UserError(f"a prompt of {len(answer.prompt_ids)} tokens and {answer.room} new ones exceed the context of "
+                            f"{config.max_seq_len}; {remedy}, or stretch the rotary positions with --rope_alpha auto")
     if alpha is None:
         return config
-    alpha = alpha or max(needed_alpha(config, answer) for answer in answers)
-    D = config.head_dim
+    if config.rope_scaling and config.rope_scaling.kind == "dynamic":
+        raise UserError("--rope_alpha: this checkpoint's own rope_scaling, dynamic, stretches the rotary base already")
+    alpha, D = alpha or max(needed_alpha(config, answer) for answer in answers), config.head_dim
     return config if alpha == 1 else replace(config, rope_theta=config.rope_theta * alpha ** (D / (D - 2)))
 
 
@@ -128,12 +132,3 @@ def needed_alpha(config: LlamaConfig, answer: Answer) -> float:
     """The alpha that `stretched` finds for one answer."""
     length = len(answer.prompt_ids) + answer.room
     return 2 * length / config.max_seq_len - 1 if length > config.max_seq_len else 1.0
-
-
-def check_fits(context: int, prompt_tokens: int, max_new_tokens: int) -> None:
-    """Raise UserError for a prompt that leaves no room for the new tokens."""
-    room = context - prompt_tokens
-    if max_new_tokens > room:
-        remedy = f"use --max_new_tokens {room} or fewer" if room > 0 else "shorten the prompt"
-        raise UserError(f"a prompt of {prompt_tokens} tokens and {max_new_tokens} new ones exceed the context of {context}; {remedy}, "
-                        "or stretch the rotary positions with --rope_alpha auto")

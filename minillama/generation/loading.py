@@ -28,7 +28,7 @@ def load_session(options: Namespace, sampling: Sampling, max_new_tokens: int = 0
     if template not in (*chat.TEMPLATES, "none"):
         raise UserError(f"no template {template!r}{closest(template, chat.TEMPLATES)}; templates: none, {', '.join(chat.TEMPLATES)}")
     if template not in ("none", "raw", tuned) and not _has_chat_template(base):
-        known = f"was tuned with the template {tuned}" if tuned else "does not say that it was tuned with a template, as base models are not"
+        known = f"was tuned with the template {tuned}" if tuned else "does not say that it was tuned with one, as base models are not"
         print(f"warning: {path} {known}; it may not understand {template}", file=sys.stderr)
     stop_ids = () if ignore_eos else checkpoints.stop_ids(base, model.config)
     if tokenizer.size > model.config.vocab_size:

@@ -38,12 +38,8 @@ class Sampling:
 
 def generator_for(seed: int | None, prompt: list[int], number: int) -> torch.Generator:
     """The draws of the `number`-th text that continues `prompt`; seed None: different every time."""
-    generator = torch.Generator()
-    if seed is None:
-        generator.seed()
-        return generator
-    name = f"{seed} {number} {' '.join(map(str, prompt))}"
-    return generator.manual_seed(int.from_bytes(hashlib.sha256(name.encode()).digest()[:7]))
+    name = f"{seed} {number} {' '.join(map(str, prompt))}" if seed is not None else str(torch.seed())
+    return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(name.encode()).digest()[:7]))
 
 
 def next_tokens(logits: Tensor, seen: Tensor | None, sampling: Sampling, generators: list[torch.Generator]) -> Tensor:
@@ -51,7 +47,7 @@ def next_tokens(logits: Tensor, seen: Tensor | None, sampling: Sampling, generat
     logits = penalise(logits.float(), seen, sampling.repetition_penalty)
     best = logits.max(-1)
     if not bool(best.values.isfinite().all()):
-        raise UserError("the model's logits are not finite numbers; its weights are damaged, or overflow in this dtype: try --dtype float32")
+        raise UserError("the model's logits are not finite numbers; its weights are damaged, or overflow: try --dtype float32")
     if sampling.temperature == 0:
         return best.indices
     mass = warp(logits, sampling).softmax(-1).double().cumsum(-1)  # (B, V)
@@ -89,14 +85,12 @@ def keep_top_p(logits: Tensor, p: float, at_least: int = 1) -> Tensor:
     """Logits (..., V) with all but the most likely ones that together reach mass p at -inf; the one that crosses p is kept."""
     if p == 1.0:
         return logits
-    total, head = logits.logsumexp(-1, keepdim=True), min(HEAD, logits.shape[-1])
-    while True:
+    total, V = logits.logsumexp(-1, keepdim=True), logits.shape[-1]
+    for head in (min(HEAD, V), V):
         ordered, index = logits.topk(head)
         mass = (ordered - total).exp()
-        before = mass.cumsum(-1) - mass
-        if head == logits.shape[-1] or bool((before[..., -1] >= p).all()):
+        outside = mass.cumsum(-1) - mass >= p  # what came before it was enough already
+        if bool(outside[..., -1].all()):
             break
-        head = logits.shape[-1]
-    outside = before >= p  # what came before it was enough already
     outside[..., :at_least] = False
     return torch.full_like(logits, -torch.inf).scatter(-1, index, ordered.masked_fill(outside, -torch.inf))

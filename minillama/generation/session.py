@@ -1,8 +1,10 @@
 """Text in, text out: a model with its tokenizer and template, answering prompts and holding a conversation."""
 
 import time
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import count
 
 from minillama import chat
 from minillama.data.encode import encode_pieces
@@ -70,14 +72,10 @@ class Session:
         begin = [] if self.tokenizer.bos_id is None else [chat.BOS]
         return encode_pieces(self.tokenizer, [*begin, chat.Piece(text)])[0]
 
-    def room(self, prompt_tokens: int) -> int:
-        """How many tokens may follow a prompt."""
-        left = 256 if self.rope_alpha is not None else min(256, self.model.config.max_seq_len - prompt_tokens)
-        return self.max_new_tokens or max(1, left)
-
     def ask(self, prompt_ids: list[int], number: int = 0) -> Answer:
         """An answer to be written."""
-        return Answer(prompt_ids, self.room(len(prompt_ids)), number)
+        left = 256 if self.rope_alpha is not None else min(256, self.model.config.max_seq_len - len(prompt_ids))
+        return Answer(prompt_ids, self.max_new_tokens or max(1, left), number)
 
     def stream(self, answer: Answer, seed: int | None) -> Iterator[str]:
         """Write one answer, yielding text as it becomes certain."""
@@ -85,7 +83,7 @@ class Session:
             yield text
 
     def write(self, answers: list[Answer], seed: int | None) -> Iterator[tuple[Answer, str]]:
-        """Write `answers` together, yielding each with its new text as it comes. With beams they are those of one prompt, the best first."""
+        """Write `answers` together, yielding each with its new text as it comes. With beams they are those of one prompt."""
         if self.beams:
             steps = beam_search(self.model, answers, self.beams, self.sampling, self.stop_ids, seed, self.rope_alpha)
         else:
@@ -98,17 +96,12 @@ class Session:
 
     def ask_all(self, prompts: list[list[int]], samples: int) -> list[list[Answer]]:
         """`samples` answers to be written to each prompt. A prompt that comes again goes on counting, so its answers differ."""
-        asked: dict[tuple[int, ...], int] = {}
-        questions = []
-        for prompt in prompts:
-            first = asked.get(tuple(prompt), 0)
-            asked[tuple(prompt)] = first + samples
-            questions.append([self.ask(prompt, first + sample) for sample in range(samples)])
-        return questions
+        asked = defaultdict(count)
+        return [[self.ask(prompt, next(asked[tuple(prompt)])) for _ in range(samples)] for prompt in prompts]
 
     def write_all(self, questions: list[list[Answer]], batch_size: int, seed: int | None) -> Iterator[tuple[int, str]]:
-        """Write the answers to many prompts, yielding a prompt's number and new text as it comes. Batches hold `batch_size` texts of
-        prompts of like length, the longest first: memory that suffices for the first batch suffices for all."""
+        """Write the answers to many prompts, yielding a prompt's number and new text as it comes. Batches hold up to `batch_size` texts
+        of prompts of like length, the longest first: memory that suffices for the first batch suffices for all."""
         alpha = [needed_alpha(self.model.config, several[0]) if self.rope_alpha == 0 else None for several in questions]
         left = sorted(range(len(questions)), key=lambda i: -len(questions[i][0].prompt_ids))
         while left:

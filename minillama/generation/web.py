@@ -1,7 +1,7 @@
 """A conversation in the browser: the same dialogue as in the terminal, with its settings beside it (extra `web`, gradio).
 
-The page is served on 127.0.0.1 unless another address is asked for by name. Nothing is reported to anyone, and nothing is fetched
-for the page's looks. Each visitor's conversation lives in the visitor's own page; answers are written one at a time.
+The page is served on 127.0.0.1 unless another address is asked for by name, and gradio's reports to its makers are off. Each
+visitor's conversation lives in the visitor's own page; answers are written one at a time.
 """
 
 import os
