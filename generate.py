@@ -42,11 +42,9 @@ def parse(arguments: list[str]):
     add("--repetition_penalty", type=float, default=1.0, metavar="R", help="above 1: less of what is already there [1.0]")
     add("--greedy", action="store_true", help="always the most likely token")
     add("--num_samples", type=int, default=1, metavar="N", help="texts for each prompt [1]")
-    add("--num_beams", type=int, default=1, metavar="W", help="beam search of this width, with draws where a temperature, top_k or top_p "
-        "is given [1]")
+    add("--num_beams", type=int, default=1, metavar="W", help="beam search; a temperature, top_k or top_p adds draws [1]")
     add("--length_penalty", type=float, default=1.0, metavar="X", help="beams: scores are divided by length^X [1.0]")
-    add("--early_stopping", default="false", choices=("true", "false", "never"), help="beams: end with W finished texts; when better ones "
-        "are unlikely; or when they are impossible [false]")
+    add("--early_stopping", default="false", choices=("true", "false", "never"), help="beams: when to stop; docs/decoding.md [false]")
     add("--rope_alpha", type=_alpha, default=None, metavar="auto|A", help="go beyond the context: stretch the rotary base by A^(D/(D-2))")
     add("--batch_size", type=int, default=8, metavar="N", help="texts written at once [8]")
     add("--stop", action="append", default=[], metavar="TEXT", help="end before this text; may repeat")

@@ -198,7 +198,8 @@ def test_a_template_that_nothing_says_the_model_was_tuned_with_is_warned_of(tmp_
 
 
 @pytest.mark.parametrize(("words", "named"), [
-    (["--num_samples", "0"], "--num_samples 0: must be at least 1"), (["--rope_alpha", "0.5"], "--rope_alpha: '0.5' is neither auto"),
+    (["--num_samples", "0"], "--num_samples 0: must be at least 1"), (["--num_beams", "0"], "--num_beams 0: must be at least 1"),
+    (["--rope_alpha", "0.5"], "--rope_alpha: '0.5' is neither auto"),
     (["--rope_alpha", "x"], "--rope_alpha: 'x' is neither auto"), (["--num_beams", "2", "--num_samples", "3"], "at most as many texts"),
     (["--prompt_file", "absent.txt"], "absent.txt: no such file"), (["--prompt_ids", "1 99999"], "99999 is beyond the vocabulary"),
     (["--early_stopping", "often"], "early_stopping"), (["--prompt_ids", "1 a"], "expected whole numbers"),
@@ -216,3 +217,13 @@ def test_a_conversation_in_the_terminal(tmp_path: Path) -> None:
     assert done.stdout.count("Answer: 62\n") == 2
     assert done.stdout.count("tokens/s)") == 2
     assert "(new conversation)" in done.stdout
+
+
+def test_batches_hold_prompts_of_like_length_the_longest_first(monkeypatch) -> None:
+    namespace = runpy.run_path(str(ROOT / "generate.py"))
+    session, _ = namespace["open_session"](namespace["parse"]([*TEMPLATE, "--greedy"]))
+    sizes, write = [], sessions.Session.write
+    monkeypatch.setattr(sessions.Session, "write", lambda self, answers, seed: sizes.append([len(a.prompt_ids) for a in answers]) or write(
+        self, answers, seed))
+    list(session.write_all(session.ask_all([[1] * n for n in (3, 9, 5, 1, 7)], samples=2), 4, seed=None))
+    assert sizes == [[9, 9, 7, 7], [5, 5, 3, 3], [1, 1]]

@@ -38,10 +38,6 @@ class Beams:
     early_stopping: str = "false"
     sample: bool = False
 
-    def __post_init__(self) -> None:
-        if self.width < 1:
-            raise UserError(f"num_beams = {self.width}: must be at least 1")
-
 
 @torch.inference_mode()
 def beam_search(model: Llama, answers: list[Answer], beams: Beams, sampling: Sampling, stop: tuple[int, ...] = (),
