@@ -227,3 +227,12 @@ def test_batches_hold_prompts_of_like_length_the_longest_first(monkeypatch) -> N
         self, answers, seed))
     list(session.write_all(session.ask_all([[1] * n for n in (3, 9, 5, 1, 7)], samples=2), 4, seed=None))
     assert sizes == [[9, 9, 7, 7], [5, 5, 3, 3], [1, 1]]
+
+
+def test_the_first_token_needs_none_of_torchs_compiler() -> None:
+    """Loading it takes as long as everything else together."""
+    program = ("import runpy, sys; import atexit; atexit.register(lambda: print('torch._dynamo' in sys.modules)); "
+               f"sys.argv = ['generate.py', '--ckpt', {GOLDEN!r}, '--prompt_ids', '1 5', '--greedy', '--max_new_tokens', '1']; "
+               "runpy.run_path('generate.py', run_name='__main__')")
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=100)
+    assert done.stdout.splitlines()[-1] == "False", done.stderr
