@@ -1,8 +1,8 @@
 """Talk to a LLaMA: complete prompts, or hold a conversation."""
 
+import hashlib
 import json
 import sys
-import time
 from pathlib import Path
 
 from minillama import config, errors
@@ -13,9 +13,12 @@ EXAMPLES = """
   python generate.py --ckpt LLAMA_DIR --prompt "Once upon a time" --greedy --stream
   python generate.py --ckpt BASE_DIR --lora ADAPTER_DIR --template alpaca --prompt "Name three colours."
   python generate.py --ckpt LLAMA_DIR --prompt_file prompts.txt --output answers.jsonl
+  python generate.py --ckpt LLAMA_DIR --prompt "Once upon a time" --num_beams 4
+  python generate.py --ckpt LLAMA_DIR --web
 
 --ckpt is a Hugging Face LLaMA directory, a run directory (its final/, else its newest checkpoint) or a PEFT adapter directory.
-In --chat: q, quit or exit ends; clear or new starts over; Ctrl-C stops."""
+In --chat: q, quit or exit ends; clear or new starts over; Ctrl-C stops an answer.
+--output: a run that was interrupted goes on when the same command is given again."""
 
 
 def parse(arguments: list[str]):
@@ -27,14 +30,23 @@ def parse(arguments: list[str]):
     add("--prompt_ids", action="append", default=[], metavar='"1 15043"', help="a prompt as token ids; may repeat")
     add("--prompt_file", default="", metavar="FILE", help='prompts, one a line, or .jsonl records with "prompt"')
     add("--chat", action="store_true", help="hold a conversation in the terminal")
+    add("--web", action="store_true", help="hold a conversation in the browser (extra `web`)")
+    add("--host", default="127.0.0.1", metavar="ADDRESS", help="address of --web; another one lets other machines in [127.0.0.1]")
+    add("--port", type=int, default=7860, metavar="N", help="port of --web [7860]")
     add("--system", default="", metavar="TEXT", help="system text of the conversation, where the template has a place for it")
     add("--template", default="", metavar="NAME|none", help="prompt template (empty: the checkpoint's own, else none)")
     add("--max_new_tokens", type=int, default=0, metavar="N", help="most tokens to write [256, or what the context leaves]")
-    add("--temperature", type=float, default=0.8, metavar="T", help="0 is greedy [0.8]")
-    add("--top_k", type=int, default=0, metavar="K", help="draw from the K most likely tokens (0: all) [0]")
-    add("--top_p", type=float, default=0.95, metavar="P", help="draw from the most likely tokens of total probability P [0.95]")
+    add("--temperature", type=float, default=None, metavar="T", help="0 is greedy [0.8]")
+    add("--top_k", type=int, default=None, metavar="K", help="draw from the K most likely tokens (0: all) [0]")
+    add("--top_p", type=float, default=None, metavar="P", help="draw from the most likely tokens of total probability P [0.95]")
     add("--repetition_penalty", type=float, default=1.0, metavar="R", help="above 1: less of what is already there [1.0]")
     add("--greedy", action="store_true", help="always the most likely token")
+    add("--num_samples", type=int, default=1, metavar="N", help="texts for each prompt [1]")
+    add("--num_beams", type=int, default=1, metavar="W", help="beam search; a temperature, top_k or top_p adds draws [1]")
+    add("--length_penalty", type=float, default=1.0, metavar="X", help="beams: scores are divided by length^X [1.0]")
+    add("--early_stopping", default="false", choices=("true", "false", "never"), help="beams: when to stop; docs/decoding.md [false]")
+    add("--rope_alpha", type=_alpha, default=None, metavar="auto|A", help="go beyond the context: stretch the rotary base by A^(D/(D-2))")
+    add("--batch_size", type=int, default=8, metavar="N", help="texts written at once [8]")
     add("--stop", action="append", default=[], metavar="TEXT", help="end before this text; may repeat")
     add("--ignore_eos", action="store_true", help="do not end at the end-of-text token")
     add("--stream", action="store_true", help="print text as it comes")
@@ -43,25 +55,54 @@ def parse(arguments: list[str]):
     return parser.parse_args(arguments)
 
 
+def _alpha(text: str) -> float:
+    """"auto" as 0, or a number from 1."""
+    try:
+        alpha = 0.0 if text == "auto" else float(text)
+    except ValueError:
+        alpha = -1.0
+    if text != "auto" and not 1 <= alpha < 1e6:
+        raise errors.UserError(f"--rope_alpha: {text!r} is neither auto nor a number from 1")
+    return alpha
+
+
 def main(arguments: list[str]) -> None:
     options = parse(arguments)
     if not options.ckpt:
         raise errors.UserError("--ckpt DIR is missing; train one with `python train.py`, then `python generate.py --ckpt runs/demo --chat`")
-    if not (options.chat or options.prompt or options.prompt_ids or options.prompt_file):
-        raise errors.UserError("nothing to answer; give --prompt TEXT, --prompt_ids, --prompt_file FILE or --chat")
+    if not (options.chat or options.web or options.prompt or options.prompt_ids or options.prompt_file):
+        raise errors.UserError("nothing to answer; give --prompt TEXT, --prompt_ids, --prompt_file FILE, --chat or --web")
+    for name, least in (("num_samples", 1), ("num_beams", 1), ("batch_size", 1), ("max_new_tokens", 0)):
+        if getattr(options, name) < least:
+            raise errors.UserError(f"--{name} {getattr(options, name)}: must be at least {least}")
+    texts = read_prompts(options)
+    session, path = open_session(options)
+    print(f"{path} (template: {session.template})", file=sys.stderr)
+    if options.web:
+        from minillama.generation.web import serve
+        serve(session, options.system, options.seed, options.host, options.port)
+    elif options.chat:
+        from minillama.generation.terminal import chat_in_terminal
+        chat_in_terminal(session, options.system, options.seed)
+    else:
+        answer_prompts(session, path, texts, options)
+
+
+def open_session(options):
+    """(the session that the flags describe, the directory in use)"""
+    from minillama.generation.beam import Beams
     from minillama.generation.loading import load_session
     from minillama.generation.sampling import Sampling
 
-    sampling = Sampling(0.0 if options.greedy else options.temperature, options.top_k, options.top_p, options.repetition_penalty)
+    said = (options.temperature, options.top_k, options.top_p)
+    temperature, top_k, top_p = (default if value is None else value for value, default in zip(said, (0.8, 0, 0.95), strict=True))
+    sampling = Sampling(0.0 if options.greedy else temperature, top_k, top_p, options.repetition_penalty)
     session, path = load_session(options, sampling, options.max_new_tokens, options.template, options.ignore_eos, tuple(options.stop))
-    print(f"{path} (template: {session.template})", file=sys.stderr)
-    if options.chat:
-        from minillama.generation.terminal import chat_in_terminal
-        chat_in_terminal(session, options.system, options.seed)
-        return
-    records = [answer_one(session, prompt, options) for prompt in read_prompts(options)]
-    if options.output:
-        Path(options.output).write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records), encoding="utf-8")
+    session.rope_alpha = options.rope_alpha
+    if options.num_beams > 1:
+        draws = sampling.temperature > 0 and any(value is not None for value in said)
+        session.beams = Beams(options.num_beams, options.length_penalty, options.early_stopping, draws)
+    return session, path
 
 
 def read_prompts(options) -> list[str | list[int]]:
@@ -87,21 +128,63 @@ def _prompt_of(line: str, path: Path, number: int) -> str:
         raise errors.UserError(f'{path}: line {number} is not a JSON object with "prompt"') from None
 
 
-def answer_one(session, prompt: str | list[int], options) -> dict:
-    """Answer one prompt, print it, and return its record."""
-    from minillama.generation.session import Answer
+def answer_prompts(session, path: Path, texts: list[str | list[int]], options) -> None:
+    """Answer all prompts; print the answers in order, or write a record for each to --output."""
+    from tqdm import tqdm
 
-    ids = prompt if isinstance(prompt, list) else session.encode_prompt(prompt)
+    from minillama.generation.files import AnswerFile
+
+    prompts = [encode(session, text) for text in texts]
+    file = AnswerFile(Path(options.output), settings_of(session, path, prompts, options)) if options.output else None
+    left = [i for i in range(len(prompts)) if not file or i not in file.done]
+    asked = session.ask_all(prompts, options.num_samples)
+    questions = [asked[i] for i in left]
+    quiet, streaming = bool(file and options.prompt_file), options.stream and options.num_samples == 1 and not session.beams
+    unprinted = [] if quiet or streaming else [answer for several in questions for answer in several]
+    bar = tqdm(total=len(prompts), initial=len(prompts) - len(left), unit="prompt", disable=not quiet)
+    try:
+        for number, text in session.write_all(questions, 1 if streaming else options.batch_size, options.seed):
+            done = all(answer.finish_reason for answer in questions[number])
+            if streaming:
+                print(text, end="\n" if done else "", flush=True)
+            while unprinted and unprinted[0].finish_reason:
+                print(unprinted.pop(0).text, flush=True)
+            bar.update(done)
+            if done and file:
+                file.add(left[number], record_of(session, texts[left[number]], questions[number]))
+    except KeyboardInterrupt:
+        print(*(answer.text for answer in unprinted if answer.text), sep="\n", flush=True)
+        if file:
+            print(f"\n{len(file.done)} of {len(prompts)} answers are in {file.partial}; the same command goes on", file=sys.stderr)
+        raise
+    bar.close()
+    if file:
+        file.finish()
+
+
+def encode(session, text: str | list[int]) -> list[int]:
+    """The ids of a prompt, which may be given as ids."""
+    ids = text if isinstance(text, list) else session.encode_prompt(text)
     if ids and max(ids) >= session.model.config.vocab_size:
         raise errors.UserError(f"--prompt_ids: {max(ids)} is beyond the vocabulary of {session.model.config.vocab_size}")
-    answer, began = Answer(ids), time.perf_counter()
-    for text in session.stream(answer, options.seed):
-        print(text if options.stream else "", end="", flush=True)
-    print("" if options.stream else answer.text, flush=True)
-    seconds = time.perf_counter() - began
-    return {"prompt": prompt if isinstance(prompt, str) else session.tokenizer.decode(ids), "prompt_ids": ids,
-            "completions": [answer.text], "completion_ids": [answer.ids], "finish_reason": [answer.finish_reason],
-            "seconds": round(seconds, 4), "tokens_per_second": round(len(answer.ids) / seconds, 2)}
+    return ids
+
+
+def settings_of(session, path: Path, prompts: list[list[int]], options) -> dict:
+    """What an answer depends on: an interrupted file is continued only where all of it is the same."""
+    free = {"ckpt", "debug", "stream", "output", "batch_size", "device", "prompt", "prompt_ids", "prompt_file", "host", "port"}
+    return {"checkpoint": str(path), "prompts_sha256": hashlib.sha256(json.dumps(prompts).encode()).hexdigest(),
+            **{name: value for name, value in vars(options).items() if name not in free}, "template": session.template}
+
+
+def record_of(session, text: str | list[int], answers: list) -> dict:
+    """A prompt's line of --output."""
+    ids, seconds = answers[0].prompt_ids, max(answer.seconds for answer in answers)
+    record = {"prompt": text if isinstance(text, str) else session.tokenizer.decode(ids), "prompt_ids": ids,
+              "completions": [answer.text for answer in answers], "completion_ids": [answer.ids for answer in answers],
+              "finish_reason": [answer.finish_reason for answer in answers], "seconds": round(seconds, 4),
+              "tokens_per_second": round(sum(len(answer.ids) for answer in answers) / seconds, 2)}
+    return record | ({"scores": [answer.score for answer in answers]} if session.beams else {})
 
 
 if __name__ == "__main__":

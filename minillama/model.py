@@ -25,7 +25,9 @@ from minillama.architecture import LlamaConfig
 class KeyValueCache(Protocol):
     """What cached decoding hands to the model; `generation.cache` has one."""
 
+    config: LlamaConfig  # the model's, or with other rotary settings
     positions: Tensor  # where the next tokens stand: (T,), or (B, T)
+    lengths: Tensor | None  # the keys of each row, (B,), where rows are of unlike length
     capacity: int
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -67,7 +69,7 @@ class Attention(nn.Module):
         q, k = ops.rope(q, cos, sin), ops.rope(k, cos, sin)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)         # (B, S, K, D)
-        y = ops.attention(q, k, v, documents)               # (B, T, H, D)
+        y = ops.attention(q, k, v, documents, None if cache is None else cache.lengths)  # (B, T, H, D)
         return self.o_proj(y.reshape(B, T, -1))           # (B, T, C)
 
 
@@ -101,7 +103,8 @@ class Decoder(nn.Module):
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.dim)
+        weight = torch.empty(config.vocab_size, config.dim)  # torch's own first draw would, without storage, load half of torch's compiler
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.dim, _weight=weight)
         self.layers = nn.ModuleList(Layer(config, index) for index in range(config.n_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
 
@@ -116,7 +119,7 @@ class Llama(nn.Module):
         self.lm_head = Linear(config.dim, config.vocab_size, bias=False)
         if config.tie_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
-        self._rope: tuple[Tensor, Tensor] | None = None  # fp32 whatever the model's dtype, so neither a buffer nor in a checkpoint
+        self._rope: tuple[Tensor, Tensor, LlamaConfig] | None = None  # fp32 in any dtype, so neither a buffer nor in a checkpoint
 
     def forward(self, tokens: Tensor, documents: ops.Documents | None = None, cache: KeyValueCache | None = None) -> Tensor:
         """tokens (B, T) -> hidden (B, T, C), normed and ready for `logits` or the loss.
@@ -129,7 +132,8 @@ class Llama(nn.Module):
             positions, length = documents.positions.view(B, T), max(documents.lengths)
         else:
             positions, length = slice(T), T
-        cos, sin = (table[positions] for table in self.rope_tables(length, tokens.device))  # (T, D/2) or (B, T, D/2)
+        tables = self.rope_tables(length, tokens.device, None if cache is None else cache.config)
+        cos, sin = (table[positions] for table in tables)  # (T, D/2) or (B, T, D/2)
         x = self.model.embed_tokens(tokens)  # (B, T, C)
         for layer in self.model.layers:
             x = layer(x, cos, sin, documents, cache)
@@ -143,15 +147,16 @@ class Llama(nn.Module):
         """The sum of -log p(label) over the positions of `labels` (B, T) that are not IGNORE. labels[t] is the token *after* t."""
         return ops.linear_cross_entropy(self(tokens, documents), self.lm_head.weight, labels)
 
-    def rope_tables(self, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    def rope_tables(self, length: int, device: torch.device, config: LlamaConfig | None = None) -> tuple[Tensor, Tensor]:
         """cos and sin for positions below `length`, kept from call to call ("dynamic" scaling depends on the length itself)."""
-        dynamic = self.config.rope_scaling is not None and self.config.rope_scaling.kind == "dynamic"
+        config = config or self.config
+        dynamic = config.rope_scaling is not None and config.rope_scaling.kind == "dynamic"
         kept = self._rope
-        if kept is None or kept[0].device != device or len(kept[0]) < length or (dynamic and len(kept[0]) != length):
-            grown = length if dynamic else max(length, min(self.config.max_seq_len, 2 * length))
-            cos, sin = ops.rope_tables(self.config, grown)
-            self._rope = kept = cos.to(device), sin.to(device)
-        return kept
+        if kept is None or kept[0].device != device or kept[2] != config or len(kept[0]) < length or (dynamic and len(kept[0]) != length):
+            grown = length if dynamic else max(length, min(config.max_seq_len, 2 * length))
+            cos, sin = ops.rope_tables(config, grown)
+            self._rope = kept = cos.to(device), sin.to(device), config
+        return kept[:2]
 
     @torch.no_grad()
     def initialise(self, generator: torch.Generator | None = None) -> "Llama":

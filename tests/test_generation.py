@@ -11,8 +11,8 @@ from minillama.checkpoint.directory import find_checkpoint, load_model, save_mod
 from minillama.errors import UserError
 from minillama.generation.cache import Cache
 from minillama.generation.decode import generate
-from minillama.generation.sampling import Sampling, keep_top_k, keep_top_p, next_token, penalise
-from minillama.generation.session import Answer, Dialogue, Session
+from minillama.generation.sampling import Sampling, keep_top_k, keep_top_p, next_tokens, penalise, tokens_seen
+from minillama.generation.session import Dialogue, Session
 from minillama.model import Llama
 from minillama.tokenizer import open_tokenizer
 from tests.conftest import random_model, random_tokens
@@ -81,9 +81,9 @@ def test_top_p_is_transformers(p: float) -> None:
 @pytest.mark.parametrize("penalty", [0.5, 1.3, 10.0])
 def test_the_repetition_penalty_is_transformers(penalty: float) -> None:
     transformers = pytest.importorskip("transformers")
-    seen = torch.tensor([3, 7, 7, 3, 12, 0, 39])
-    theirs = transformers.RepetitionPenaltyLogitsProcessor(penalty)(seen[None], LOGITS.clone())[0]
-    assert torch.equal(penalise(LOGITS[0], seen, penalty), theirs)
+    text = [3, 7, 7, 3, 12, 0, 39]
+    theirs = transformers.RepetitionPenaltyLogitsProcessor(penalty)(torch.tensor([text]), LOGITS.clone())
+    assert torch.equal(penalise(LOGITS, tokens_seen([text], LOGITS), penalty), theirs)
 
 
 def test_top_p_keeps_the_token_that_crosses_p() -> None:
@@ -96,16 +96,16 @@ def test_top_p_keeps_the_token_that_crosses_p() -> None:
 def test_draws_follow_the_distribution() -> None:
     """Chi-square of 4000 draws with a fixed seed, 4 degrees of freedom: below 18.5 but once in a thousand seeds."""
     logits, generator, T = torch.tensor([2.0, 1.0, 0.0, -1.0, 0.5]), torch.Generator().manual_seed(0), 0.7
-    draws = torch.tensor([next_token(logits, torch.tensor([]), Sampling(T, 0, 1.0), generator) for _ in range(4000)])
+    draws = next_tokens(logits.expand(4000, -1), None, Sampling(T, 0, 1.0), [generator] * 4000)
     expected = 4000 * (logits / T).softmax(0)
     assert float(((draws.bincount(minlength=5) - expected).square() / expected).sum()) < 18.5
 
 
 def test_what_top_k_and_top_p_remove_is_never_drawn() -> None:
-    generator = torch.Generator().manual_seed(0)
-    logits = torch.tensor([3.0, 2.9, 2.8, 2.7])
-    assert {next_token(logits, torch.tensor([]), Sampling(5.0, 2, 1.0), generator) for _ in range(200)} == {0, 1}
-    assert {next_token(logits, torch.tensor([]), Sampling(1.0, 0, 0.5), generator) for _ in range(200)} == {0, 1}
+    generators = [torch.Generator().manual_seed(0)] * 200
+    logits = torch.tensor([3.0, 2.9, 2.8, 2.7]).expand(200, -1)
+    assert set(next_tokens(logits, None, Sampling(5.0, 2, 1.0), generators).tolist()) == {0, 1}
+    assert set(next_tokens(logits, None, Sampling(1.0, 0, 0.5), generators).tolist()) == {0, 1}
 
 
 def test_the_same_seed_gives_the_same_text_and_another_seed_another() -> None:
@@ -167,7 +167,7 @@ def test_a_stop_text_ends_the_answer_even_across_tokens_and_is_not_printed(sessi
     assert len(whole) > 6
     for stop in (whole[3:6], whole[4]):
         session.stop_texts = (stop,)
-        answer = Answer(session.encode_prompt("Please repeat cat, dog and owl."))
+        answer = session.ask(session.encode_prompt("Please repeat cat, dog and owl."))
         streamed = "".join(session.stream(answer, None))
         assert streamed == answer.text == whole[:whole.index(stop)]
         assert answer.finish_reason == "stop"
@@ -205,8 +205,9 @@ def test_a_question_longer_than_the_context_is_refused(session: Session) -> None
 def test_a_conversation_is_the_template_of_its_rounds(session: Session) -> None:
     dialogue = Dialogue(session)
     ids, _ = dialogue.prompt_ids("Which number is larger, 31 or 62?")
-    first = Answer(ids)
-    list(dialogue.ask("Which number is larger, 31 or 62?", first))
+    first = session.ask(ids)
+    list(session.stream(first, None))
+    dialogue.remember("Which number is larger, 31 or 62?", first)
     assert dialogue.turns == [chat.Turn("Which number is larger, 31 or 62?", "62")]
     ids, _ = dialogue.prompt_ids("Which number is larger, 77 or 18?")
     assert ids[:len(first.prompt_ids)] == first.prompt_ids
@@ -240,3 +241,11 @@ def test_what_is_no_checkpoint_is_told_for_what_it_is(files: list[str] | None, n
         (directory / name).write_text("{}")
     with pytest.raises(UserError, match=named):
         find_checkpoint(directory)
+
+
+def test_top_p_looks_beyond_the_likeliest_where_their_mass_is_too_small() -> None:
+    """Of 1000 nearly even tokens the first 256 hold a quarter of the mass; and of a peaked distribution they hold all."""
+    transformers = pytest.importorskip("transformers")
+    flat = torch.randn(2, 1000, generator=torch.Generator().manual_seed(0)) * 0.1
+    for logits, p in ((flat, 0.2), (flat, 0.9), (flat * 80, 0.9), (torch.cat((flat[:1], 80 * flat[1:])), 0.7)):
+        assert torch.equal(keep_top_p(logits, p), transformers.TopPLogitsWarper(p)(None, logits))

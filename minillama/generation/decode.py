@@ -1,42 +1,133 @@
-"""Decoding: read the prompt once, then one token at a time over the cache."""
+"""Decoding: read the prompts once, then one token of every text at a time over the cache.
+
+Prompts of any lengths are read end to end as one run of documents, so no padding is computed; one longer than a chunk is read by
+itself, chunk by chunk. Then all texts take steps together, each at its own position, and a text that ends leaves the batch.
+What a text becomes does not depend on the others.
+"""
 
 from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 
 import torch
+from torch import Tensor
 
+from minillama.architecture import LlamaConfig
 from minillama.errors import UserError
 from minillama.generation.cache import Cache
-from minillama.generation.sampling import Sampling, next_token
+from minillama.generation.sampling import Sampling, generator_for, next_tokens, tokens_seen
 from minillama.model import Llama
+from minillama.ops import Documents
+
+CHUNK = 512  # tokens of a long prompt read at a time
+
+
+@dataclass
+class Answer:
+    """What comes of a prompt; filled while it is written."""
+
+    prompt_ids: list[int]
+    room: int = 256  # most tokens to write
+    number: int = 0  # which of the texts that continue this prompt: each has its own draws
+    ids: list[int] = field(default_factory=list)
+    text: str = ""
+    finish_reason: str = ""  # length | eos | stop; empty while it is being written
+    seconds: float = 0.0  # from the batch's beginning to this text's end
+    score: float | None = None  # of a beam: its log-probability over length ** length_penalty
+
+
+def generate(model: Llama, prompt: list[int], max_new_tokens: int, sampling: Sampling, stop: tuple[int, ...] = (),
+             seed: int | None = None) -> Iterator[int]:
+    """Yield the ids that follow `prompt`, until one of `stop` (not yielded) or max_new_tokens."""
+    answer = Answer(prompt, max_new_tokens)
+    for _ in decode(model, [answer], sampling, stop, seed):
+        if answer.finish_reason != "eos":
+            yield answer.ids[-1]
 
 
 @torch.inference_mode()
-def generate(model: Llama, prompt: list[int], max_new_tokens: int, sampling: Sampling, stop: tuple[int, ...] = (),
-             seed: int | None = None) -> Iterator[int]:
-    """Yield the ids that follow `prompt`, until one of `stop` (not yielded) or max_new_tokens.
-    seed: of the draws; the same seed gives the same text. Raises UserError where prompt and new tokens exceed the context."""
-    check_fits(model, len(prompt), max_new_tokens)
-    device = model.lm_head.weight.device
-    generator = None if seed is None else torch.Generator(device).manual_seed(seed)
-    text = torch.empty(len(prompt) + max_new_tokens, dtype=torch.int64, device=device)
-    text[:len(prompt)] = torch.tensor(prompt)
-    cache = Cache(model.config, 1, len(text), model.lm_head.weight.dtype, device)
-    start = 0
-    for end in range(len(prompt), len(text)):
-        hidden = model(text[None, start:end], cache=cache.extend(end - start))  # (1, T, C)
-        token = next_token(model.logits(hidden[0, -1]), text[:end], sampling, generator)
-        if token in stop:
+def decode(model: Llama, answers: list[Answer], sampling: Sampling, stop: tuple[int, ...] = (), seed: int | None = None,
+           rope_alpha: float | None = None) -> Iterator[Answer]:
+    """Write all `answers` together, yielding each whenever a token was added to it or one of `stop` ended it (that one is not added).
+    The caller may end an answer by giving it a finish_reason.
+    seed: of the draws; the same seed gives the same text. rope_alpha: see `stretched`; None: the context must hold prompt and answer."""
+    config, weight = stretched(model.config, answers, rope_alpha), model.lm_head.weight
+    cache = Cache(config, len(answers), max(len(a.prompt_ids) + a.room for a in answers), weight.dtype, weight.device)
+    logits, live = read_prompts(model, cache, [a.prompt_ids for a in answers]), list(answers)
+    generators = [] if sampling.temperature == 0 else [generator_for(seed, a.prompt_ids, a.number) for a in answers]
+    seen = None if sampling.repetition_penalty == 1 else tokens_seen([a.prompt_ids for a in answers], logits)
+    while True:
+        tokens = next_tokens(logits, seen, sampling, generators)  # (B,)
+        for answer, token in zip(live, tokens.tolist(), strict=True):
+            if token in stop:
+                answer.finish_reason = "eos"
+            else:
+                answer.ids.append(token)
+                answer.finish_reason = "length" if len(answer.ids) == answer.room else ""
+            yield answer
+        if seen is not None:
+            seen.scatter_(1, tokens.unsqueeze(1), True)
+        rows = list(range(len(live)))  # which rows go on, in their order in the cache
+        for row in reversed([row for row, answer in enumerate(live) if answer.finish_reason]):
+            cache.drop(row)
+            rows[row] = rows[-1]
+            rows.pop()
+        if not rows:
             return
-        text[end], start = token, end
-        yield token
+        if len(rows) < len(live):
+            live, generators = [live[row] for row in rows], [generators[row] for row in rows] if generators else []
+            tokens, seen = tokens[rows], None if seen is None else seen[rows]
+        logits = model.logits(model(tokens.unsqueeze(1), cache=cache.extend(1))[:, 0])  # (B, V)
 
 
-def check_fits(model: Llama, prompt_tokens: int, max_new_tokens: int) -> None:
-    """Raise UserError for an empty prompt, or one that leaves no room for the new tokens."""
-    if prompt_tokens == 0:
-        raise UserError("the prompt is empty; give at least one token (a tokenizer without <s> needs some text)")
-    context = model.config.max_seq_len
-    if prompt_tokens + max_new_tokens > context:
-        room = context - prompt_tokens
-        remedy = f"use --max_new_tokens {room} or fewer" if room > 0 else "shorten the prompt"
-        raise UserError(f"a prompt of {prompt_tokens} tokens and {max_new_tokens} new ones exceed the context of {context}; {remedy}")
+def read_prompts(model: Llama, cache: Cache, prompts: list[list[int]]) -> Tensor:
+    """Fill row r of the cache with prompts[r] and return the logits that follow each, (B, V). Equal prompts are read once."""
+    first = {tuple(prompt): row for row, prompt in reversed(list(enumerate(prompts)))}
+    hidden = model.lm_head.weight.new_empty(len(prompts), model.config.dim)  # (B, C), of each prompt's last token
+    runs, size = [[]], 0  # rows read together
+    for prompt, row in sorted(first.items(), key=lambda item: item[1]):
+        if len(prompt) > CHUNK or len(first) == 1:
+            for start in range(0, len(prompt), CHUNK):
+                part = torch.tensor([prompt[start:start + CHUNK]], device=hidden.device)
+                last = model(part, cache=cache.extend(part.shape[1], slice(row, row + 1)))
+            hidden[row] = last[0, -1]
+            continue
+        if size + len(prompt) > 2 * CHUNK:
+            runs, size = [*runs, []], 0
+        runs[-1].append(row)
+        size += len(prompt)
+    for rows in filter(None, runs):
+        documents = Documents([len(prompts[row]) for row in rows], hidden.device)
+        tokens = torch.tensor([[token for row in rows for token in prompts[row]]], device=hidden.device)
+        ends = torch.tensor(documents.lengths).cumsum(0) - 1
+        hidden[rows] = model(tokens, documents, cache.pack(documents, rows))[0, ends.to(hidden.device)]
+    again = [row for row, prompt in enumerate(prompts) if first[tuple(prompt)] != row]
+    for row in again:
+        cache.copy([first[tuple(prompts[row])]], [row])
+    return model.logits(hidden)[[first[tuple(prompt)] for prompt in prompts]]
+
+
+def stretched(config: LlamaConfig, answers: list[Answer], alpha: float | None) -> LlamaConfig:
+    """`config` with its rotary base raised to theta * alpha^(D/(D-2)): positions beyond the context become slow turns within it
+    ("NTK-aware" scaling). alpha 0: what the longest answer needs, L / (context / 2) - 1 as Chinese-LLaMA-Alpaca-2 has it, where L is
+    prompt and room, and 1 within the context. Fixed before the first token: keys in the cache are never turned again.
+    Raises UserError for an empty prompt, and without alpha (None) for one that leaves no room for the answer."""
+    for answer in answers:
+        if not answer.prompt_ids:
+            raise UserError("the prompt is empty; give at least one token (a tokenizer without <s> needs some text)")
+        left = config.max_seq_len - len(answer.prompt_ids)
+        if alpha is None and answer.room > left:
+            remedy = f"use --max_new_tokens {left} or fewer" if left > 0 else "shorten the prompt"
+            raise UserError(f"a prompt of {len(answer.prompt_ids)} tokens and {answer.room} new ones exceed the context of "
+                            f"{config.max_seq_len}; {remedy}, or stretch the rotary positions with --rope_alpha auto")
+    if alpha is None:
+        return config
+    if config.rope_scaling and config.rope_scaling.kind == "dynamic":
+        raise UserError("--rope_alpha: this checkpoint's own rope_scaling, dynamic, stretches the rotary base already")
+    alpha, D = alpha or max(needed_alpha(config, answer) for answer in answers), config.head_dim
+    return config if alpha == 1 else replace(config, rope_theta=config.rope_theta * alpha ** (D / (D - 2)))
+
+
+def needed_alpha(config: LlamaConfig, answer: Answer) -> float:
+    """The alpha that `stretched` finds for one answer."""
+    length = len(answer.prompt_ids) + answer.room
+    return 2 * length / config.max_seq_len - 1 if length > config.max_seq_len else 1.0

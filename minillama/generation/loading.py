@@ -1,14 +1,18 @@
 """Whatever --ckpt names, as a session: a Hugging Face directory, a run directory, or an adapter over its base."""
 
+import sys
 from argparse import Namespace
 from pathlib import Path
+
+import torch
+from torch import nn
 
 from minillama import chat, device, ops
 from minillama.checkpoint import directory as checkpoints
 from minillama.errors import UserError, closest
 from minillama.generation.sampling import Sampling
 from minillama.generation.session import Session
-from minillama.lora import load_adapter, read_adapter_config
+from minillama.lora import LoraLinear, load_adapter, read_adapter_config
 from minillama.model import Llama
 from minillama.tokenizer import open_tokenizer
 
@@ -20,9 +24,13 @@ def load_session(options: Namespace, sampling: Sampling, max_new_tokens: int = 0
     path = checkpoints.find_checkpoint(Path(options.ckpt))
     model, base = load_with_adapters(path, options.base, options.lora, options.dtype, options.device)
     tokenizer = open_tokenizer(options.tokenizer or (path if checkpoints.has_tokenizer(path) else base))
-    template = template or checkpoints.read_about(path).get("template") or "none"
+    tuned = checkpoints.read_about(path).get("template")
+    template = template or tuned or "none"
     if template not in (*chat.TEMPLATES, "none"):
         raise UserError(f"no template {template!r}{closest(template, chat.TEMPLATES)}; templates: none, {', '.join(chat.TEMPLATES)}")
+    if template not in ("none", "raw", tuned) and not _has_chat_template(base):
+        known = f"was tuned with the template {tuned}" if tuned else "does not say that it was tuned with one, as base models are not"
+        print(f"warning: {path} {known}; it may not understand {template}", file=sys.stderr)
     stop_ids = () if ignore_eos else checkpoints.stop_ids(base, model.config)
     if tokenizer.size > model.config.vocab_size:
         raise UserError(f"{tokenizer.path} has {tokenizer.size} pieces, the model's embedding {model.config.vocab_size} rows; "
@@ -35,7 +43,7 @@ def load_with_adapters(path: Path, base_named: str, adapters: list[str], dtype: 
     place = device.pick(device_name)
     wanted, warning = device.compute_dtype(dtype, place)
     if warning:
-        print(f"warning: {warning}")
+        print(f"warning: {warning}", file=sys.stderr)
     layers = [Path(adapter) for adapter in adapters]
     base = path
     if (path / "adapter_config.json").is_file():
@@ -45,5 +53,29 @@ def load_with_adapters(path: Path, base_named: str, adapters: list[str], dtype: 
             raise UserError(f"{path}: its base model {base} is not here; name it with --base DIR")
     model = checkpoints.load_model(base, wanted)
     for adapter in layers:
-        load_adapter(model, adapter, dropout=0.0)
+        add_adapter(model, adapter)
     return model.to(place).eval().requires_grad_(False), base
+
+
+def add_adapter(model: Llama, directory: Path) -> None:
+    """Load an adapter beside those already there. Two on one linear are one of both ranks: A = [A1; A2], B = [s1 B1, s2 B2]."""
+    earlier = {name: module for name, module in model.named_modules() if isinstance(module, LoraLinear)}
+    for name, old in earlier.items():
+        plain = old.plain_class(old.in_features, old.out_features, bias=old.bias is not None, device="meta")
+        plain.weight, plain.bias = old.weight, old.bias
+        model.set_submodule(name, plain)
+    load_adapter(model, directory, dropout=0.0)
+    for name, old in earlier.items():
+        new = model.get_submodule(name)
+        if isinstance(new, LoraLinear):
+            old.lora_A = nn.Parameter(torch.cat((old.lora_A, new.lora_A)))
+            old.lora_B = nn.Parameter(torch.cat((old.scale * old.lora_B, new.scale * new.lora_B), dim=1))
+            old.scale = 1.0
+        model.set_submodule(name, old)
+
+
+def _has_chat_template(directory: Path) -> bool:
+    """Do the tokenizer's files describe a conversation, as those of published chat models do?"""
+    path = directory / "tokenizer_config.json"
+    described = path.is_file() and checkpoints.read_json(path, "a tokenizer config").get("chat_template")
+    return bool(described) or (directory / "chat_template.jinja").is_file()

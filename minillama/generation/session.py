@@ -1,25 +1,55 @@
 """Text in, text out: a model with its tokenizer and template, answering prompts and holding a conversation."""
 
+import time
+from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from itertools import count
 
 from minillama import chat
 from minillama.data.encode import encode_pieces
 from minillama.errors import UserError
-from minillama.generation.decode import generate
+from minillama.generation.beam import Beams, beam_search
+from minillama.generation.decode import Answer, decode, needed_alpha
 from minillama.generation.sampling import Sampling
 from minillama.model import Llama
 from minillama.tokenizer import Stream, Tokenizer
 
 
-@dataclass
-class Answer:
-    """What came of a prompt; filled while it streams."""
+class Writer:
+    """Writes an answer's text as its ids come: whole characters only, and never the beginning of a stop text."""
 
-    prompt_ids: list[int]
-    ids: list[int] = field(default_factory=list)
-    text: str = ""
-    finish_reason: str = "length"  # length | eos | stop
+    def __init__(self, answer: Answer, tokenizer: Tokenizer, stops: tuple[str, ...]) -> None:
+        self.answer, self.decoder, self.stops, self.held, self.read = answer, Stream(tokenizer), stops, "", 0
+
+    def catch_up(self) -> str:
+        """The text that the ids since the last call make certain. Ends the answer where it comes to a stop text."""
+        before, answer = len(self.answer.text), self.answer
+        for token in answer.ids[self.read:]:
+            self._push(self.decoder.push(token))
+            self.read += 1
+            if answer.finish_reason == "stop":
+                break
+        if answer.finish_reason in ("length", "eos"):
+            self._push(self.decoder.flush())
+            answer.text += self.held * (answer.finish_reason != "stop")
+            self.held = ""
+        return answer.text[before:]
+
+    def _push(self, text: str) -> None:
+        held = self.held + text
+        stop = min((held.find(stop) for stop in self.stops if stop in held), default=None)
+        sure = len(held) - _possible_beginning(held, self.stops) if stop is None else stop
+        self.answer.text += held[:sure]
+        self.held = held[sure:]
+        if stop is not None:
+            self.answer.finish_reason = "stop"
+
+
+def _possible_beginning(text: str, stops: tuple[str, ...]) -> int:
+    """How many characters at the end of `text` could begin one of `stops`."""
+    longest = max((len(stop) for stop in stops), default=1) - 1
+    return next((n for n in range(min(longest, len(text)), 0, -1) if any(stop.startswith(text[-n:]) for stop in stops)), 0)
 
 
 @dataclass
@@ -33,6 +63,8 @@ class Session:
     max_new_tokens: int  # 0: 256, or as many as the context leaves
     stop_ids: tuple[int, ...]
     stop_texts: tuple[str, ...] = ()
+    beams: Beams | None = None  # beam search in place of one text at a time
+    rope_alpha: float | None = None  # beyond the context: see `decode.stretched`
 
     def encode_prompt(self, text: str) -> list[int]:
         if self.template != "none":
@@ -40,42 +72,52 @@ class Session:
         begin = [] if self.tokenizer.bos_id is None else [chat.BOS]
         return encode_pieces(self.tokenizer, [*begin, chat.Piece(text)])[0]
 
-    def new_tokens(self, prompt_tokens: int) -> int:
-        """How many tokens may follow a prompt."""
-        return self.max_new_tokens or max(1, min(256, self.model.config.max_seq_len - prompt_tokens))
+    def ask(self, prompt_ids: list[int], number: int = 0) -> Answer:
+        """An answer to be written."""
+        left = 256 if self.rope_alpha is not None else min(256, self.model.config.max_seq_len - len(prompt_ids))
+        return Answer(prompt_ids, self.max_new_tokens or max(1, left), number)
 
     def stream(self, answer: Answer, seed: int | None) -> Iterator[str]:
-        """Answer `answer.prompt_ids`, yielding text as it becomes certain (not the beginning of a stop text); `answer` holds it all."""
-        decoder, held, most = Stream(self.tokenizer), "", self.new_tokens(len(answer.prompt_ids))
-        for token in generate(self.model, answer.prompt_ids, most, self.sampling, self.stop_ids, seed):
-            answer.ids.append(token)
-            held += decoder.push(token)
-            stop = min((held.find(text) for text in self.stop_texts if text in held), default=None)
-            sure = held[:len(held) - _possible_beginning(held, self.stop_texts) if stop is None else stop]
-            held = held[len(sure):]
-            answer.text += sure
-            yield sure
-            if stop is not None:
-                answer.finish_reason = "stop"
-                return
-        if len(answer.ids) < most:
-            answer.finish_reason = "eos"
-        rest = held + decoder.flush()
-        answer.text += rest
-        yield rest
+        """Write one answer, yielding text as it becomes certain."""
+        for _, text in self.write([answer], seed):
+            yield text
+
+    def write(self, answers: list[Answer], seed: int | None) -> Iterator[tuple[Answer, str]]:
+        """Write `answers` together, yielding each with its new text as it comes. With beams they are those of one prompt."""
+        if self.beams:
+            steps = beam_search(self.model, answers, self.beams, self.sampling, self.stop_ids, seed, self.rope_alpha)
+        else:
+            steps = decode(self.model, answers, self.sampling, self.stop_ids, seed, self.rope_alpha)
+        began, writers = time.perf_counter(), {id(answer): Writer(answer, self.tokenizer, self.stop_texts) for answer in answers}
+        for answer in steps:
+            text = writers[id(answer)].catch_up()
+            answer.seconds = time.perf_counter() - began
+            yield answer, text
+
+    def ask_all(self, prompts: list[list[int]], samples: int) -> list[list[Answer]]:
+        """`samples` answers to be written to each prompt. A prompt that comes again goes on counting, so its answers differ."""
+        asked = defaultdict(count)
+        return [[self.ask(prompt, next(asked[tuple(prompt)])) for _ in range(samples)] for prompt in prompts]
+
+    def write_all(self, questions: list[list[Answer]], batch_size: int, seed: int | None) -> Iterator[tuple[int, str]]:
+        """Write the answers to many prompts, yielding a prompt's number and new text as it comes. Batches hold up to `batch_size` texts
+        of prompts of like length, the longest first: memory that suffices for the first batch suffices for all."""
+        alpha = [needed_alpha(self.model.config, several[0]) if self.rope_alpha == 0 else None for several in questions]
+        left = sorted(range(len(questions)), key=lambda i: -len(questions[i][0].prompt_ids))
+        while left:
+            most = 1 if self.beams else max(1, batch_size // len(questions[left[0]]))
+            batch = [i for i in left[:most] if alpha[i] == alpha[left[0]]]
+            left = [i for i in left if i not in batch]
+            number = {id(answer): i for i in batch for answer in questions[i]}
+            for answer, text in self.write([answer for i in batch for answer in questions[i]], seed):
+                yield number[id(answer)], text
 
     def answer(self, text: str, seed: int | None = None) -> Answer:
         """The whole answer to one prompt."""
-        answer = Answer(self.encode_prompt(text))
-        for _ in self.stream(answer, seed):
+        answer = self.ask(self.encode_prompt(text))
+        for _ in self.write([answer], seed):
             pass
         return answer
-
-
-def _possible_beginning(text: str, stops: tuple[str, ...]) -> int:
-    """How many characters at the end of `text` could begin one of `stops`."""
-    longest = max((len(stop) for stop in stops), default=1) - 1
-    return next((n for n in range(min(longest, len(text)), 0, -1) if any(stop.startswith(text[-n:]) for stop in stops)), 0)
 
 
 class Dialogue:
@@ -97,12 +139,11 @@ class Dialogue:
         for dropped in range(len(self.turns) + 1):
             turns = (*self.turns[dropped:], chat.Turn(text, None))
             ids, _ = encode_pieces(s.tokenizer, chat.render(template, chat.Conversation(turns, self.system)))
-            if len(ids) + room <= context:
+            if len(ids) + room <= context or s.rope_alpha is not None:
                 self.turns = self.turns[dropped:]
                 return ids, dropped
         raise UserError(f"this question alone has {len(ids)} tokens; with {room} new ones that exceeds the model's context of {context}")
 
-    def ask(self, text: str, answer: Answer, seed: int | None = None) -> Iterator[str]:
-        """Stream the answer to `text` (prepared by `prompt_ids`) and remember the round."""
-        yield from self.session.stream(answer, seed)
+    def remember(self, text: str, answer: Answer) -> None:
+        """Add a round, as far as its answer came."""
         self.turns.append(chat.Turn(text, answer.text.strip()))

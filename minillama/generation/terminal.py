@@ -1,9 +1,7 @@
 """A conversation in the terminal."""
 
-import time
-
 from minillama.errors import UserError
-from minillama.generation.session import Answer, Dialogue, Session
+from minillama.generation.session import Dialogue, Session
 
 QUIT, CLEAR = ("q", "quit", "exit"), ("clear", "new")
 
@@ -37,11 +35,12 @@ def _answer(dialogue: Dialogue, text: str, seed: int | None) -> None:
         return
     if dropped:
         print(f"({dropped} oldest round{'s' * (dropped > 1)} dropped: the context is full)")
-    answer, began = Answer(ids), time.perf_counter()
+    answer = dialogue.session.ask(ids)
     print("Answer: ", end="", flush=True)
     try:
-        for piece in dialogue.ask(text, answer, seed):
+        for piece in dialogue.session.stream(answer, seed):
             print(piece, end="", flush=True)
     except KeyboardInterrupt:
         print(" (stopped)", end="")
-    print(f"\n({len(answer.ids) / (time.perf_counter() - began):.1f} tokens/s)")
+    dialogue.remember(text, answer)
+    print(f"\n({len(answer.ids) / max(answer.seconds, 1e-9):.1f} tokens/s)")

@@ -6,6 +6,7 @@ how little is really needed: RMSNorm needs its input and one number a row, the c
 """
 
 from collections.abc import Iterator
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -13,8 +14,10 @@ from torch import Tensor
 
 from minillama.ops import reference
 from minillama.ops.documents import Documents
-from minillama.ops.reference import IGNORE
+from minillama.ops.reference import IGNORE, seen_keys
 
+MATVEC_ROWS = 6  # rows up to which a product each is cheaper than turning the weight into fp32
+LARGE = 1 << 20  # elements of a weight that is better read once than quickly
 LOGIT_CHUNK = 1 << 22  # elements of logits that exist at a time: 16 MiB in fp32
 CACHED = 1 << 17       # elements of a block of rows that is worked on within a processor's cache: 512 KiB in fp32
 
@@ -162,10 +165,31 @@ class _Linear16(torch.autograd.Function):
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`reference.linear`; of 16-bit data on a processor, fp32 products rounded once: without 16-bit units that is many times faster."""
-    if x.dtype == torch.float32 or x.device.type != "cpu":
+    """`reference.linear`; of 16-bit data on a processor, fp32 products rounded once: without 16-bit units that is many times faster.
+    Decoding there (no gradient, few rows) is bound by reading the weight; what reads it best depends on the rows."""
+    if x.device.type != "cpu" or (x.dtype == torch.float32 and torch.is_grad_enabled()):
         return F.linear(x, weight, bias)
+    rows = x.numel() // x.shape[-1]
+    if x.dtype == torch.float32:
+        return _weight_first(x, weight) if 4 < rows < 16 and bias is None and weight.numel() >= LARGE else F.linear(x, weight, bias)
+    if x.dtype == torch.bfloat16 and not torch.is_grad_enabled():
+        if rows == 1 or (rows <= MATVEC_ROWS and not has_bf16_units()):
+            y = torch.stack([torch.mv(weight, row) if bias is None else torch.addmv(bias, weight, row) for row in x.reshape(rows, -1)])
+            return y.view(*x.shape[:-1], -1)
+        if has_bf16_units():
+            return F.linear(x, weight, bias)
     return _Linear16.apply(x, weight, bias)
+
+
+def _weight_first(x: Tensor, weight: Tensor) -> Tensor:
+    """(W x^T)^T: the library reads a large weight once, where x W^T of some rows reads it several times."""
+    return torch.mm(weight, x.reshape(-1, x.shape[-1]).T).T.contiguous().view(*x.shape[:-1], -1)
+
+
+@cache
+def has_bf16_units() -> bool:
+    """Does this processor multiply bf16 matrices without first turning them into fp32?"""
+    return torch.cpu._is_avx512_bf16_supported()
 
 
 class _Rearrange(torch.autograd.Function):
@@ -182,13 +206,12 @@ class _Rearrange(torch.autograd.Function):
         return dx if ctx.holes is None else dx.index_fill_(0, ctx.holes, 0), None, None, None
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, documents: Documents | None = None) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, documents: Documents | None = None, lengths: Tensor | None = None) -> Tensor:
     """`reference.attention` by torch's scaled_dot_product_attention, which never holds the T x S scores.
     Documents of like length are rows of one call (`ops.documents` has the picture), so a run of them costs about the sum of their squared
-    lengths. A single query (cached decoding) takes its group of heads as if they were positions: keys and values are read once and never
-    expanded."""
+    lengths. Cached decoding takes the heads of a group as if they were positions: keys and values are read once and never expanded."""
     if documents is None:
-        return _causal(q, k, v)
+        return _causal(q, k, v) if k.shape[1] == q.shape[1] and lengths is None else _cached(q, k, v, lengths)
     B, T, H, D = q.shape
     d = documents
     sizes = [n * length for n, length in d.group_shapes]
@@ -199,19 +222,24 @@ def attention(q: Tensor, k: Tensor, v: Tensor, documents: Documents | None = Non
 
 
 def _causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """S = T."""
+    groups = q.shape[2] // k.shape[2]
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, heads, T, D)
+    if groups > 1:
+        k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
+
+
+def _cached(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None) -> Tensor:
+    """S >= T, or rows of unlike length."""
     B, T, H, D = q.shape
     S, K = k.shape[1], k.shape[2]
-    k, v = k.transpose(1, 2), v.transpose(1, 2)  # (B, K, S, D)
-    if T == 1:
-        y = F.scaled_dot_product_attention(q.view(B, K, H // K, D), k, v)  # each group's heads attend all S positions
-        return y.view(B, 1, H, D)
-    if K != H:
-        k, v = k.repeat_interleave(H // K, dim=1), v.repeat_interleave(H // K, dim=1)
-    q = q.transpose(1, 2)  # (B, H, T, D)
-    if S == T:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
-    seen = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=seen).transpose(1, 2)
+    q = q.view(B, T, K, H // K, D).permute(0, 2, 3, 1, 4).reshape(B, K, -1, D)  # (B, K, H/K·T, D): a group's heads, each with T positions
+    seen = None
+    if T > 1 or lengths is not None:
+        seen = torch.cat([seen_keys(T, S, lengths, q.device)] * (H // K), dim=-2)
+    y = F.scaled_dot_product_attention(q, k.transpose(1, 2), v.transpose(1, 2), seen)
+    return y.view(B, K, H // K, T, D).permute(0, 3, 1, 2, 4).reshape(B, T, H, D)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):

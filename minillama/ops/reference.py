@@ -106,25 +106,32 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1).to(x.dtype)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, documents: Documents | None = None) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, documents: Documents | None = None, lengths: Tensor | None = None) -> Tensor:
     """Causal softmax(q k^T / sqrt(D)) v (Vaswani et al. 2017, eq. 1), with K <= H key/value heads shared by groups (GQA).
     q (B, T, H, D); k, v (B, S, K, D) with S >= T: the queries stand at the last T of the S positions. Returns (B, T, H, D).
-    documents: the B·T positions are a run of these documents, and none sees another (then S = T)."""
+    documents: the B·T positions are a run of these documents, and none sees another (then S = T).
+    lengths: row b has lengths[b] <= S positions, the last T of them its queries; what follows them is hidden, but must be finite."""
     B, T, H, D = q.shape
     S, K = k.shape[1], k.shape[2]
     if documents is not None:
-        lengths = torch.tensor(documents.lengths)
-        document = torch.repeat_interleave(torch.arange(len(lengths)), lengths).to(q.device)
+        numbers = torch.tensor(documents.lengths)
+        document = torch.repeat_interleave(torch.arange(len(numbers)), numbers).to(q.device)
         q, k, v = (x.reshape(1, B * T, -1, D) for x in (q, k, v))
         allowed = document[:, None] == document[None, :]
         allowed &= torch.ones_like(allowed).tril()
     else:
-        allowed = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
+        allowed = seen_keys(T, S, lengths, q.device)
     k = k.repeat_interleave(H // K, dim=2)  # (B, S, H, D)
     v = v.repeat_interleave(H // K, dim=2)
     scores = torch.einsum("bthd,bshd->bhts", q.float(), k.float()) / math.sqrt(D)
     weights = scores.masked_fill(~allowed, -math.inf).softmax(-1)
     return torch.einsum("bhts,bshd->bthd", weights, v.float()).to(q.dtype).reshape(B, T, H, D)
+
+
+def seen_keys(T: int, S: int, lengths: Tensor | None, device: torch.device) -> Tensor:
+    """Which of S keys each of the last T queries of a row sees, bool: (T, S), or (B, 1, T, S) for rows of these lengths (B,)."""
+    key, end = torch.arange(S, device=device), S if lengths is None else lengths.view(-1, 1, 1, 1)
+    return key <= end - T + torch.arange(T, device=device).unsqueeze(1)
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:

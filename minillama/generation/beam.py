@@ -1,0 +1,126 @@
+"""Beam search: keep the W likeliest beginnings instead of one, and return the best ends.
+
+    score of a beginning   s = sum of log p(token)            score of a finished text   s / length ** length_penalty
+
+A step extends each of the W beginnings by every token and keeps the best 2 W (more where several tokens end a text): at most W of
+those can end, so W remain to go on. A text that ends within the first W joins the finished ones, of which the W best are kept. The
+search is over when no beginning can overtake the worst of them any more; how hopeful that judgement is, `early_stopping` says. With
+sampling, the 2 W candidates are drawn without replacement instead of taken from the top.
+
+Results equal transformers' `generate(num_beams=W)`. A beginning's keys and values stay in their cache row as long as one of its
+children lives; only further children are copied, and only what lies behind the prompt.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from minillama.errors import UserError
+from minillama.generation.cache import Cache
+from minillama.generation.decode import Answer, read_prompts, stretched
+from minillama.generation.sampling import Sampling, generator_for, penalise, tokens_seen, warp
+from minillama.model import Llama
+
+NEVER = -1e9  # the score of what must not be chosen
+
+
+@dataclass(frozen=True)
+class Beams:
+    """How wide to search, and when to stop.
+
+    early_stopping "true": with W finished texts. "false": when the best beginning, ended now, would not enter the finished ones.
+    "never": when it could not even if it went on to the full length (the same as "false" for length_penalty <= 0)."""
+
+    width: int
+    length_penalty: float = 1.0
+    early_stopping: str = "false"
+    sample: bool = False
+
+
+@torch.inference_mode()
+def beam_search(model: Llama, answers: list[Answer], beams: Beams, sampling: Sampling, stop: tuple[int, ...] = (),
+                seed: int | None = None, rope_alpha: float | None = None) -> Iterator[Answer]:
+    """Fill `answers`, all of one prompt and at most W, with the best texts, the best first, and yield each once.
+    Of `sampling`, temperature, top-k and top-p count only where beams.sample is set."""
+    prompt, room, W = answers[0].prompt_ids, answers[0].room, beams.width
+    if len(answers) > W:
+        raise UserError(f"num_samples = {len(answers)}: beam search returns at most as many texts as it has beams, {W}")
+    generator = generator_for(seed, prompt, answers[0].number)
+    config, weight = stretched(model.config, answers, rope_alpha), model.lm_head.weight
+    cache = Cache(config, W, len(prompt) + room, weight.dtype, weight.device)
+    logits = read_prompts(model, cache, [prompt] * W)
+    texts, rows = [[] for _ in range(W)], list(range(W))  # the beginnings, the best first, and their rows in the cache
+    scores = torch.tensor([0.0] + [NEVER] * (W - 1), device=weight.device)  # all are alike at first, so only one counts
+    finished = Finished(beams, room)
+    while True:
+        tried, parents, tokens = candidates(logits[rows], scores, texts, prompt, beams, sampling, len(stop), generator)
+        grown = [[*texts[parent], token] for parent, token in zip(parents, tokens, strict=True)]
+        ends = torch.tensor([token in stop or len(text) == room for text, token in zip(grown, tokens, strict=True)], device=tried.device)
+        going = tried + ends * NEVER
+        finished.add(grown, tried, ends)
+        best = going.topk(W).indices
+        scores, chosen = going[best], best.tolist()
+        if bool(ends.all()) or finished.is_over(float(scores[0]), len(grown[0])):
+            break
+        texts, rows = [grown[i] for i in chosen], move_rows(cache, [rows[parents[i]] for i in chosen], len(prompt))
+        step = torch.empty(W, 1, dtype=torch.int64, device=weight.device)
+        step[rows, 0] = torch.tensor([text[-1] for text in texts], device=weight.device)
+        logits = model.logits(model(step, cache=cache.extend(1))[:, 0])  # (W, V)
+    for answer, text, score in zip(answers, finished.texts, finished.scores.tolist(), strict=False):
+        ended = bool(text) and text[-1] in stop
+        answer.ids, answer.score, answer.finish_reason = text[:-1] if ended else text, score, "eos" if ended else "length"
+        yield answer
+
+
+def candidates(logits: Tensor, scores: Tensor, texts: list[list[int]], prompt: list[int], beams: Beams, sampling: Sampling,
+               stops: int, generator: torch.Generator) -> tuple[Tensor, list[int], list[int]]:
+    """From logits (W, V) and the beginnings' scores (W,): scores of the continuations tried, each one's parent and token."""
+    log_p = logits.float().log_softmax(-1)
+    if sampling.repetition_penalty != 1:
+        log_p = penalise(log_p, tokens_seen([prompt + text for text in texts], log_p), sampling.repetition_penalty)
+    if beams.sample:
+        log_p = warp(log_p, sampling, at_least=max(2, 1 + stops))
+    total, count = (log_p + scores.unsqueeze(1)).flatten(), max(2, 1 + stops) * beams.width  # (W·V,)
+    if beams.sample:
+        index = total.softmax(0).cpu().multinomial(count, generator=generator).to(total.device)
+        tried = total[index]
+    else:
+        tried, index = total.topk(count)
+    V = logits.shape[-1]
+    return tried, (index // V).tolist(), (index % V).tolist()
+
+
+def move_rows(cache: Cache, parents: list[int], start: int) -> list[int]:
+    """Give each child of row parents[i] a row of its own that holds what its parent's holds; returns the rows."""
+    free = [row for row in range(len(parents)) if row not in parents]
+    rows = [row if parents.index(row) == i else free.pop() for i, row in enumerate(parents)]
+    copied = [(parent, row) for parent, row in zip(parents, rows, strict=True) if parent != row]
+    cache.copy([parent for parent, _ in copied], [row for _, row in copied], start)
+    return rows
+
+
+class Finished:
+    """The W best finished texts so far, the best first; places not yet taken have the score NEVER."""
+
+    def __init__(self, beams: Beams, room: int) -> None:
+        self.beams, self.room = beams, room
+        self.texts, self.scores = [[] for _ in range(beams.width)], torch.full((beams.width,), NEVER)
+
+    def add(self, texts: list[list[int]], scores: Tensor, ends: Tensor) -> None:
+        """Take in those of the first W candidates that end."""
+        taken = ends[:self.beams.width].nonzero().squeeze(1).cpu()
+        new = scores.cpu()[taken] / len(texts[0]) ** self.beams.length_penalty
+        self.scores, best = torch.cat((self.scores, new)).topk(self.beams.width)
+        everyone = [*self.texts, *(texts[i] for i in taken.tolist())]
+        self.texts = [everyone[i] for i in best.tolist()]
+
+    def is_over(self, best_going: float, length: int) -> bool:
+        """Whether to stop, where the best beginning of `length` tokens has the score `best_going`."""
+        worst = float(self.scores[-1])
+        if worst == NEVER:
+            return False
+        if self.beams.early_stopping == "never" and self.beams.length_penalty > 0:
+            length = self.room
+        return self.beams.early_stopping == "true" or best_going / length ** self.beams.length_penalty <= worst

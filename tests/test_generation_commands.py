@@ -1,0 +1,238 @@
+"""generate.py as it is typed: records, interruption and going on, adapters, refusals."""
+
+import json
+import os
+import runpy
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from minillama.checkpoint.directory import load_model
+from minillama.errors import UserError
+from minillama.generation import session as sessions
+from minillama.generation.decode import generate
+from minillama.generation.sampling import Sampling
+from minillama.lora import LoraConfig, add_lora, merge_lora, save_adapter
+from minillama.tokenizer import open_tokenizer
+
+ROOT = Path(__file__).parents[1]
+GOLDEN = str(ROOT / "tests/golden/model")
+MAIN = runpy.run_path(str(ROOT / "generate.py"))["main"]
+QUESTIONS = ["Which number is larger, 31 or 62?", "Please repeat cat, dog and owl.", "What is the first word in frog, apple, snow?"]
+TEMPLATE = ["--ckpt", GOLDEN, "--template", "llama_factory_default", "--max_new_tokens", "24"]
+
+
+def run(*words: str, output: Path) -> list[dict]:
+    MAIN([*TEMPLATE, *words, "--output", str(output)])
+    return [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> Path:
+    """Twelve prompts of unlike length, one of them twice."""
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(json.dumps({"prompt": (q + " ") * (1 + n % 3)}) + "\n" for n, q in enumerate([*QUESTIONS * 3, *QUESTIONS])))
+    return path
+
+
+def texts(records: list[dict]) -> list[tuple]:
+    return [(r["prompt"], r["prompt_ids"], r["completions"], r["completion_ids"], r["finish_reason"]) for r in records]
+
+
+def test_a_record_has_what_the_interface_promises(tmp_path: Path) -> None:
+    (record,) = run("--prompt", QUESTIONS[0], "--greedy", output=tmp_path / "a.jsonl")
+    assert list(record) == ["prompt", "prompt_ids", "completions", "completion_ids", "finish_reason", "seconds", "tokens_per_second"]
+    assert (record["prompt"], record["completions"], record["finish_reason"]) == (QUESTIONS[0], ["62"], ["eos"])
+    tokens = len(record["completion_ids"][0])
+    assert record["tokens_per_second"] == pytest.approx(tokens / record["seconds"], rel=0.05)
+    (beams,) = run("--prompt", QUESTIONS[0], "--num_beams", "3", "--num_samples", "2", output=tmp_path / "b.jsonl")
+    assert len(beams["completions"]) == len(beams["scores"]) == 2
+    assert beams["scores"] == sorted(beams["scores"], reverse=True)
+    assert beams["completions"][0] == "62"
+
+
+def test_order_is_the_files_and_texts_are_those_of_each_alone(prompts: Path, tmp_path: Path) -> None:
+    asked = [json.loads(line)["prompt"] for line in prompts.read_text().splitlines()]
+    one = run("--prompt_file", str(prompts), "--greedy", "--batch_size", "1", output=tmp_path / "1.jsonl")
+    five = run("--prompt_file", str(prompts), "--greedy", "--batch_size", "5", output=tmp_path / "5.jsonl")
+    assert [record["prompt"] for record in five] == asked
+    assert texts(five) == texts(one)
+    drawn = ("--prompt_file", str(prompts), "--temperature", "1.5", "--seed", "3", "--num_samples", "3")
+    assert texts(run(*drawn, "--batch_size", "2", output=tmp_path / "2.jsonl")) == texts(run(*drawn, output=tmp_path / "8.jsonl"))
+
+
+def test_samples_differ_and_the_same_prompt_again_gets_other_ones(tmp_path: Path) -> None:
+    drawn = ["--temperature", "2", "--top_p", "1", "--seed", "3", "--ignore_eos"]
+    first, again = run("--prompt", "cat", "--prompt", "cat", *drawn, "--num_samples", "2", output=tmp_path / "a.jsonl")
+    four = [tuple(ids) for record in (first, again) for ids in record["completion_ids"]]
+    assert len(set(four)) == 4
+    (alone,) = run("--prompt", "cat", *drawn, output=tmp_path / "b.jsonl")
+    assert tuple(alone["completion_ids"][0]) == four[0]
+
+
+def test_an_interrupted_run_goes_on_and_ends_as_if_it_had_not_been(prompts: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    command = ("--prompt_file", str(prompts), "--temperature", "1.5", "--seed", "3", "--batch_size", "2")
+    whole = run(*command, output=tmp_path / "whole.jsonl")
+    write, began, out = sessions.Session.write, [], tmp_path / "part.jsonl"
+
+    def interrupted(self, answers, seed):
+        began.append(len(answers))
+        for n, step in enumerate(write(self, answers, seed)):
+            if len(began) == 4 and n == 3:
+                raise KeyboardInterrupt
+            yield step
+
+    monkeypatch.setattr(sessions.Session, "write", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(*command, output=out)
+    done = len((tmp_path / "part.jsonl.partial").read_text().splitlines()) - 1
+    assert 6 <= done < 12
+    assert not out.exists()
+    assert f"{done} of 12 answers are in {out}.partial" in capsys.readouterr().err
+    with open(tmp_path / "part.jsonl.partial", "a") as file:
+        file.write('{"number": 3, "comple')  # killed in the middle of a line
+    began.clear()
+    monkeypatch.setattr(sessions.Session, "write", lambda self, answers, seed: began.append(len(answers)) or write(self, answers, seed))
+    assert texts(run(*command, output=out)) == texts(whole)
+    assert sum(began) == 12 - done, "what was there is not written again"
+    assert not (tmp_path / "part.jsonl.partial").exists()
+
+
+def test_a_partial_file_of_other_settings_is_refused(prompts: Path, tmp_path: Path) -> None:
+    out = tmp_path / "a.jsonl"
+    out.with_name("a.jsonl.partial").write_text(json.dumps({"settings": {"checkpoint": "another"}}) + "\n")
+    with pytest.raises(UserError, match="was begun with checkpoint = 'another', now it is"):
+        run("--prompt_file", str(prompts), output=out)
+
+
+def test_ctrl_c_keeps_what_was_written_and_exits_130(shared: Path) -> None:
+    model = shared / "models/stories260K"
+    run = subprocess.Popen([sys.executable, "-u", "generate.py", "--ckpt", str(model), "--prompt", "Once upon a time", "--greedy",
+                            "--ignore_eos", "--max_new_tokens", "500", "--stream"], cwd=ROOT, stdout=subprocess.PIPE,
+                           stderr=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    began = run.stdout.read(8)
+    run.send_signal(signal.SIGINT)
+    rest, errors = run.communicate(timeout=60)
+    assert run.returncode == 130
+    assert errors.decode().splitlines()[-1] == "interrupted"
+    ids = [1, *open_tokenizer(model).encode("Once upon a time")]
+    text = open_tokenizer(model).decode(list(generate(load_model(model), ids, 500 - len(ids), Sampling(0.0))))
+    assert text.startswith((began + rest).decode().rstrip("\n"))
+
+
+def test_what_an_unstreamed_text_had_when_interrupted_is_printed(monkeypatch, capsys) -> None:
+    write = sessions.Session.write
+
+    def interrupted(self, answers, seed):
+        for n, step in enumerate(write(self, answers, seed)):
+            if n == 3:
+                raise KeyboardInterrupt
+            yield step
+
+    monkeypatch.setattr(sessions.Session, "write", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        MAIN([*TEMPLATE, "--prompt", QUESTIONS[1], "--greedy"])
+    assert 0 < len(capsys.readouterr().out.strip()) < 20
+
+
+def test_beams_draw_only_where_a_temperature_or_its_like_is_given() -> None:
+    namespace = runpy.run_path(str(ROOT / "generate.py"))
+    for words, draws in (([], False), (["--temperature", "0.9"], True), (["--top_k", "5"], True), (["--temperature", "0"], False)):
+        session, _ = namespace["open_session"](namespace["parse"]([*TEMPLATE, "--num_beams", "3", *words]))
+        assert session.beams.sample is draws
+
+
+@pytest.mark.parametrize("where", ["hugging face", "run", "adapter"])
+def test_adapters_work_unmerged_over_every_kind_of_directory(where: str, tmp_path: Path) -> None:
+    """Two adapters over a base; the base as it is, in a run directory, or as the base of the first adapter."""
+    merged = load_model(Path(GOLDEN))
+    for name, seed in (("a", 1), ("b", 2)):
+        model = load_model(Path(GOLDEN))
+        config = LoraConfig(rank=2, alpha=8.0)
+        for tuned in (model, merged):
+            add_lora(tuned, config, torch.Generator().manual_seed(seed))
+            for number, module in enumerate(m for m in tuned.modules() if hasattr(m, "lora_B")):
+                module.lora_B.data.normal_(0, 0.05, generator=torch.Generator().manual_seed(seed + number))
+        save_adapter(model, config, tmp_path / name, GOLDEN)
+        merge_lora(merged)
+    prompt = [1, 342, 345, 282]
+    expected = list(generate(merged, prompt, 20, Sampling(0.0)))
+    assert expected != list(generate(load_model(Path(GOLDEN)), prompt, 20, Sampling(0.0)))
+    shutil.copytree(GOLDEN, tmp_path / "run/final")
+    words = {"hugging face": ["--ckpt", GOLDEN, "--lora", str(tmp_path / "a"), "--lora", str(tmp_path / "b")],
+             "run": ["--ckpt", str(tmp_path / "run"), "--lora", str(tmp_path / "a"), "--lora", str(tmp_path / "b")],
+             "adapter": ["--ckpt", str(tmp_path / "a"), "--lora", str(tmp_path / "b")]}[where]
+    MAIN([*words, "--prompt_ids", " ".join(map(str, prompt)), "--greedy", "--ignore_eos", "--max_new_tokens", "20",
+          "--output", str(tmp_path / "o.jsonl")])
+    assert json.loads((tmp_path / "o.jsonl").read_text())["completion_ids"] == [expected]
+
+
+def test_every_id_of_a_list_in_generation_config_ends_a_text(tmp_path: Path) -> None:
+    shutil.copytree(GOLDEN, tmp_path / "model")
+    prompt = [1, 342, 345, 282]
+    free = list(generate(load_model(Path(GOLDEN)), prompt, 20, Sampling(0.0)))
+    stop = free[7]
+    (tmp_path / "model/generation_config.json").write_text(json.dumps({"eos_token_id": [499, stop]}))
+    words = ["--ckpt", str(tmp_path / "model"), "--prompt_ids", "1 342 345 282", "--greedy", "--max_new_tokens", "20", "--output"]
+    MAIN([*words, str(tmp_path / "a.jsonl")])
+    record = json.loads((tmp_path / "a.jsonl").read_text())
+    assert (record["completion_ids"], record["finish_reason"]) == ([free[:free.index(stop)]], ["eos"])
+    MAIN([*words, str(tmp_path / "b.jsonl"), "--ignore_eos"])
+    assert json.loads((tmp_path / "b.jsonl").read_text())["completion_ids"] == [free]
+
+
+def test_a_template_that_nothing_says_the_model_was_tuned_with_is_warned_of(tmp_path: Path, capsys) -> None:
+    shutil.copytree(GOLDEN, tmp_path / "tuned")
+    about = tmp_path / "tuned/minillama.json"
+    about.write_text('{"template": "alpaca"}')
+    for template, warned in (("alpaca", False), ("none", False), ("vicuna_v1.1", True)):
+        MAIN(["--ckpt", str(tmp_path / "tuned"), "--template", template, "--prompt", "cat", "--max_new_tokens", "1"])
+        assert ("was tuned with the template alpaca; it may not understand" in capsys.readouterr().err) is warned
+    MAIN([*TEMPLATE, "--prompt", "cat", "--max_new_tokens", "1"])
+    assert "as base models are not; it may not understand llama_factory_default" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("words", "named"), [
+    (["--num_samples", "0"], "--num_samples 0: must be at least 1"), (["--num_beams", "0"], "--num_beams 0: must be at least 1"),
+    (["--rope_alpha", "0.5"], "--rope_alpha: '0.5' is neither auto"),
+    (["--rope_alpha", "x"], "--rope_alpha: 'x' is neither auto"), (["--num_beams", "2", "--num_samples", "3"], "at most as many texts"),
+    (["--prompt_file", "absent.txt"], "absent.txt: no such file"), (["--prompt_ids", "1 99999"], "99999 is beyond the vocabulary"),
+    (["--early_stopping", "often"], "early_stopping"), (["--prompt_ids", "1 a"], "expected whole numbers"),
+])
+def test_mistakes_are_told_by_name(words: list[str], named: str) -> None:
+    with pytest.raises(UserError, match=named):
+        MAIN([*TEMPLATE, "--prompt", "a", *words])
+
+
+def test_a_conversation_in_the_terminal(tmp_path: Path) -> None:
+    """Ask, ask again, clear, quit; speed shown."""
+    done = subprocess.run([sys.executable, "generate.py", *TEMPLATE, "--chat", "--greedy"], cwd=ROOT, text=True, capture_output=True,
+                          input=f"{QUESTIONS[0]}\n\nclear\n{QUESTIONS[0]}\nquit\n", timeout=100, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("Answer: 62\n") == 2
+    assert done.stdout.count("tokens/s)") == 2
+    assert "(new conversation)" in done.stdout
+
+
+def test_batches_hold_prompts_of_like_length_the_longest_first(monkeypatch) -> None:
+    namespace = runpy.run_path(str(ROOT / "generate.py"))
+    session, _ = namespace["open_session"](namespace["parse"]([*TEMPLATE, "--greedy"]))
+    sizes, write = [], sessions.Session.write
+    monkeypatch.setattr(sessions.Session, "write", lambda self, answers, seed: sizes.append([len(a.prompt_ids) for a in answers]) or write(
+        self, answers, seed))
+    list(session.write_all(session.ask_all([[1] * n for n in (3, 9, 5, 1, 7)], samples=2), 4, seed=None))
+    assert sizes == [[9, 9, 7, 7], [5, 5, 3, 3], [1, 1]]
+
+
+def test_the_first_token_needs_none_of_torchs_compiler() -> None:
+    """Loading it takes as long as everything else together."""
+    program = ("import runpy, sys; import atexit; atexit.register(lambda: print('torch._dynamo' in sys.modules)); "
+               f"sys.argv = ['generate.py', '--ckpt', {GOLDEN!r}, '--prompt_ids', '1 5', '--greedy', '--max_new_tokens', '1']; "
+               "runpy.run_path('generate.py', run_name='__main__')")
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=100)
+    assert done.stdout.splitlines()[-1] == "False", done.stderr
