@@ -3,8 +3,7 @@
 import sys
 
 from minillama import config, errors
-from minillama.evaluation.protocols import PROTOCOLS
-from minillama.evaluation.questions import TASKS
+from minillama.evaluation.tasks import TASKS
 
 EXAMPLES = """
   python eval.py --task demo --ckpt runs/demo          the demo model on prompts it was never trained on
@@ -38,8 +37,8 @@ def main(arguments: list[str]) -> None:
     options = parse(arguments)
     if options.list_tasks:
         for name, task in TASKS.items():
-            protocols = f"\n{'':12}protocols: {', '.join(PROTOCOLS[name])}" if name in PROTOCOLS else ""
-            print(f"{name:12}{task.about}\n{'':12}{task.layout}{protocols}\n{'':12}python eval.py --task {name} {task.command}")
+            protocols = f"; protocols {', '.join(task['protocols'])}" if "protocols" in task else ""
+            print(f"{name:12}{task['about'].partition(': ')[2]}{protocols}\n{'':12}{task['layout']}")
         return
     check(options)
     if options.task == "loss":
@@ -47,7 +46,7 @@ def main(arguments: list[str]) -> None:
     elif options.task == "demo":
         from minillama.evaluation.demo import evaluate
     else:
-        from minillama.evaluation.evaluate import evaluate
+        from minillama.evaluation.predictions import evaluate
     evaluate(options)
 
 
@@ -59,8 +58,8 @@ def check(options) -> None:
     needs = {"demo": ("ckpt",), "loss": ("data", "compare")}.get(options.task, ("ckpt", "data"))
     if missing := [f"--{name}" for name in needs if not getattr(options, name)]:
         task = TASKS[options.task]
-        published = f"; {task.about.split(':')[0]} is published at {task.published}" if task.published else ""
-        raise errors.UserError(f"{' and '.join(missing)} missing; type: python eval.py --task {options.task} {task.command}{published}")
+        where = f"; {task['about'].partition(':')[0]} is published at {task['published']}" if "published" in task else ""
+        raise errors.UserError(f"{' and '.join(missing)} missing; type: python eval.py --task {options.task} {task['command']}{where}")
     for name in ("n_shots", "limit", "batch_size", "max_length"):
         if (value := getattr(options, name)) is not None and value < (name == "batch_size"):
             raise errors.UserError(f"--{name} {value}: must be at least {int(name == 'batch_size')}")

@@ -1,73 +1,93 @@
-"""Questions with given answers (BoolQ, MMLU, C-Eval, CMMLU): from files to queries, and from readings to a table.
+"""Questions with given answers (BoolQ, MMLU, C-Eval, CMMLU): from a protocol to queries, and from readings to answers.
 
-A prompt that does not fit is shortened where it hurts least: shots go first, the last one first; only a question that does not fit by
-itself is cut at its beginning. Both are counted and printed, for they change the score.
+    likelihood   the choice with the largest log p(choice | prompt), its tokens those that encode(prompt + choice) adds to the prompt's
+    next         the same of one token, the last of the choice encoded by itself
+    penalised    the logit of ▁A plus that of a bare A, after the repetition penalty 1.1 over the prompt and temperature 0.2
+    written      the model writes one token; the letter found in it, else no answer
+
+Of equal scores the first choice wins. A prompt that does not fit is shortened where it hurts least: shots go first, the last one first;
+only a question that does not fit by itself is cut at its beginning. Both are counted and printed, for they change the score.
 """
 
+import hashlib
+import re
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
 from minillama.evaluation import tables
-from minillama.evaluation.protocols import continuations, decide, find_protocol
-from minillama.evaluation.questions import TASKS, Question, read_shots, read_subjects, sha256
 from minillama.evaluation.scoring import Query, Reading
+from minillama.evaluation.tasks import TASKS, Protocol, find_files, find_protocol, read_questions, read_shots
 from minillama.tokenizer import Tokenizer
 
-Record = dict[str, Any]
+PENALTY, TEMPERATURE = 1.1, 0.2  # of Chinese-LLaMA-Alpaca's generation
 
 
 class Choices:
-    """A test of questions under a protocol. `queries` are what the model is asked, by the questions' ids."""
+    """A test: questions under a protocol, and the queries they become, both by id."""
 
     measure = "accuracy"
 
     def __init__(self, options: Namespace, tokenizer: Tokenizer, max_length: int) -> None:
-        self.task, self.tokenizer, self.max_length = options.task, tokenizer, max_length
+        self.task, self.tokenizer, self.max_length, self.questions, self.queries = options.task, tokenizer, max_length, {}, {}
         name, self.protocol = find_protocol(options.task, options.protocol)
         n_shots = self.protocol.n_shots if options.n_shots is None else options.n_shots
-        self.about = {"protocol": name, "n_shots": n_shots, "split": TASKS[options.task].split}
-        self.shots_dropped, self.prompts_cut, self.example = 0, 0, ""
-        self.queries: dict[str, Query] = {}
-        self.questions: dict[str, Question] = {}
-        subjects, files = read_subjects(options.task, Path(options.data), options.subjects, options.limit or 0)
-        self.hashes = {subject: sha256(file) for subject, file in files.items()}
-        for subject, questions in subjects.items():
+        self.about = {"protocol": name, "n_shots": n_shots, "split": TASKS[options.task]["split"]}
+        self.notes = {"shots_dropped": 0, "prompts_cut": 0, "example_prompt": ""}
+        files = find_files(options.task, Path(options.data), options.subjects)
+        self.hashes = {subject: hashlib.sha256(file.read_bytes()).hexdigest() for subject, file in files.items()}
+        for subject, file in files.items():
             shots = read_shots(options.task, subject, Path(options.data), n_shots)
-            self.questions |= {question.id: question for question in questions}
-            self.queries |= {question.id: self._query(question, shots) for question in questions}
+            for number, question in enumerate(read_questions(options.task, subject, file)[:options.limit or None]):
+                self.questions[f"{subject}/{number}"], self.queries[f"{subject}/{number}"] = question, self._query(question, shots)
 
-    def _query(self, question: Question, shots: list[dict[str, str]]) -> Query:
+    def _query(self, question: dict[str, str], shots: list[dict[str, str]]) -> Query:
         begin = [] if self.tokenizer.bos_id is None else [self.tokenizer.bos_id]
         for kept in range(len(shots), -1, -1):
-            prompt = self.protocol.prompt(question.fields, shots[:kept])
+            prompt = self.protocol.prompt(question, shots[:kept])
             query = Query(begin + self.tokenizer.encode(prompt), continuations(self.protocol, self.tokenizer, prompt))
             if query.length <= self.max_length:
                 break
-        self.example = self.example or prompt
-        self.shots_dropped += len(shots) - kept
-        if (excess := query.length - self.max_length) > 0:
-            self.prompts_cut += 1
-            del query.context[len(begin):len(begin) + excess]
+        excess = max(0, query.length - self.max_length)
+        del query.context[len(begin):len(begin) + excess]
+        self.notes = {"shots_dropped": self.notes["shots_dropped"] + len(shots) - kept,
+                      "prompts_cut": self.notes["prompts_cut"] + (excess > 0), "example_prompt": self.notes["example_prompt"] or prompt}
         return query
 
-    def judge(self, id: str, reading: Reading) -> Record:
-        question = self.questions[id]
+    def judge(self, id: str, reading: Reading) -> dict[str, Any]:
+        """The record of an answer."""
         predicted, scores = decide(self.protocol, self.tokenizer, self.queries[id], reading)
-        return {"subject": question.subject, "gold": question.gold, "predicted": predicted, "scores": scores}
+        return {"subject": self.questions[id]["key"], "gold": self.questions[id]["answer"], "predicted": predicted, "scores": scores}
 
-    def worth(self, record: Record) -> float:
+    def worth(self, record: dict[str, Any]) -> float:
         return record["gold"] == record["predicted"]
 
-    def summarise(self, records: list[Record]) -> Record:
-        summary = tables.summarise(self.task, records)
-        for subject, row in summary["subjects"].items():
-            row["sha256"] = self.hashes[subject]
-        return summary | {"shots_dropped": self.shots_dropped, "prompts_cut": self.prompts_cut, "example_prompt": self.example}
+    def summarise(self, records: list[dict[str, Any]]) -> dict[str, Any]:
+        return tables.summarise(records, TASKS[self.task].get("groups", {}), self.hashes) | self.notes
 
-    def table(self, summary: Record, reference: Record | None) -> str:
-        notes = [f"{summary['ties']} questions had two best answers; the first was taken"] if summary["ties"] else []
-        if summary["shots_dropped"] or summary["prompts_cut"]:
-            notes.append(f"to fit {self.max_length} tokens, {self.shots_dropped} shots were dropped and {self.prompts_cut} prompts cut "
-                         "at their beginning")
-        return "\n".join([tables.table(summary, reference), *notes, *filter(None, [tables.doubt(summary)])])
+    def show(self, summary: dict[str, Any], reference: dict[str, Any] | None) -> str:
+        return tables.table(summary, reference)
+
+
+def continuations(protocol: Protocol, tokenizer: Tokenizer, prompt: str) -> list[list[int]]:
+    """The ids whose probability is read for each choice; "penalised": ▁A …, then the bare A …, as it stands behind a colon."""
+    if protocol.rule == "likelihood":
+        whole = len(tokenizer.encode(prompt))
+        return [tokenizer.encode(prompt + text)[whole:] for text in protocol.choices.values()]
+    texts = [before + text.strip() for before in ("", "：")[:1 + (protocol.rule == "penalised")] for text in protocol.choices.values()]
+    return [tokenizer.encode(text)[-1:] for text in texts]
+
+
+def decide(protocol: Protocol, tokenizer: Tokenizer, query: Query, reading: Reading) -> tuple[str, dict[str, float]]:
+    """(the answer taken, "" for none; a score for each choice)."""
+    values, n = reading.logprobs, len(protocol.choices)
+    if protocol.rule == "penalised":
+        factors = [1.0 if token not in query.context else 1 / PENALTY if logit > 0 else PENALTY
+                   for (token,), logit in zip(query.continuations, reading.logits, strict=True)]
+        values = [(reading.logits[i] * factors[i] + reading.logits[i + n] * factors[i + n]) / TEMPERATURE for i in range(n)]
+    scores = dict(zip(protocol.choices, values, strict=True))
+    if protocol.rule != "written":
+        return max(scores, key=scores.get), scores
+    text = tokenizer.decode([reading.greedy])
+    found = next(filter(None, (re.match(pattern, text) for pattern in protocol.patterns)), None)
+    return found[1] if found else "", scores

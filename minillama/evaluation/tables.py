@@ -6,56 +6,54 @@
 from collections import Counter
 from typing import Any
 
-from minillama.evaluation.subjects import GROUPS
-
 Row = dict[str, Any]
 
 
 def row(records: list[Row]) -> Row:
     """n, accuracy, stderr and majority of some predictions."""
-    n = len(records)
-    p = sum(r["gold"] == r["predicted"] for r in records) / n
+    n, p = len(records), sum(r["gold"] == r["predicted"] for r in records) / len(records)
     return {"n": n, "accuracy": p, "stderr": (p * (1 - p) / n) ** 0.5, "majority": max(Counter(r["gold"] for r in records).values()) / n}
 
 
-def summarise(task: str, records: list[Row]) -> Row:
-    """The whole, the unweighted mean over subjects, `groups` and `subjects`, and how many questions had two best answers."""
-    names = dict.fromkeys(r["subject"] for r in records)
-    subjects = {name: row([r for r in records if r["subject"] == name]) for name in names}
-    members = {group: [r for r in records if r["subject"] in known] for group, known in GROUPS.get(task, {}).items()}
+def summarise(records: list[Row], groups: dict[str, str], hashes: dict[str, str]) -> Row:
+    """The whole, its mean over subjects, groups and subjects, and how many questions had two best answers."""
+    subjects = {name: row([r for r in records if r["subject"] == name]) | {"sha256": hashes[name]} for name in hashes}
+    inside = {group: [r for r in records if r["subject"] in names.split()] for group, names in groups.items()}
+    means = {"accuracy": sum(s["accuracy"] for s in subjects.values()) / len(subjects),
+             "stderr": sum(s["stderr"] ** 2 for s in subjects.values()) ** 0.5 / len(subjects)}
     best = [sorted(r["scores"].values())[-2:] for r in records]
-    mean = {"n": len(records), "accuracy": sum(s["accuracy"] for s in subjects.values()) / len(subjects),
-            "stderr": sum(s["stderr"] ** 2 for s in subjects.values()) ** 0.5 / len(subjects), "majority": None}
-    return {**row(records), "unweighted": mean, "ties": sum(a == b for a, b in best),
-            "groups": {group: row(inside) for group, inside in members.items() if inside}, "subjects": subjects}
+    return {**row(records), "unweighted": {"n": len(records), **means, "majority": None}, "ties": sum(a == b for a, b in best),
+            "groups": {group: row(some) for group, some in inside.items() if some}, "subjects": subjects}
 
 
 def table(summary: Row, reference: Row | None = None) -> str:
-    """A line for each subject, group and total; with a reference, its accuracy and the difference, the largest difference first."""
-    def difference(section: str, name: str, here: Row) -> float | None:
-        there = (reference or {}).get(section, {}).get(name)
-        return here["accuracy"] - there["accuracy"] if there else None
-
-    subjects = [("subjects", name, one) for name, one in summary["subjects"].items()]
+    """A line for each subject, group and total, and what to beware of. With a reference its accuracy and the difference stand beside,
+    and subjects are in order of the difference's size."""
+    here, there = (_rows(s) if s else {} for s in (summary, reference))
+    gaps = {key: one["accuracy"] - there[key]["accuracy"] for key, one in here.items() if key in there}
     if reference:
-        subjects.sort(key=lambda s: -abs(difference(*s) or 0.0))
-    total = {"total": summary, "unweighted": summary["unweighted"]}
-    if reference:
-        reference = {**reference, "total": {"total": reference, "unweighted": reference.get("unweighted")}}
+        here = dict(sorted(here.items(), key=lambda item: (item[0][0], -abs(gaps.get(item[0], 0.0)) if item[0][0] == 0 else 0)))
     lines = [f"{'subject':44}{'questions':>9}{'accuracy':>10}{'stderr':>9}{'majority':>10}"
              + (f"{'reference':>11}{'difference':>12}" if reference else "") + "  sha256"]
-    for section, name, one in [*subjects, *(("groups", *g) for g in summary["groups"].items()), *(("total", *t) for t in total.items())]:
-        gap = difference(section, name, one)
-        compared = "" if not reference else f"{'-':>11}{'-':>12}" if gap is None else f"{one['accuracy'] - gap:>11.2%}{gap:>+12.2%}"
+    for key, one in here.items():
+        compared = f"{one['accuracy'] - gaps[key]:>11.2%}{gaps[key]:>+12.2%}" if key in gaps else f"{'-':>11}{'-':>12}" if reference else ""
         majority = "-" if one["majority"] is None else f"{one['majority']:.2%}"
-        lines.append(f"{name:44}{one['n']:>9}{one['accuracy']:>10.2%}{one['stderr']:>9.2%}{majority:>10}{compared}"
+        lines.append(f"{key[1]:44}{one['n']:>9}{one['accuracy']:>10.2%}{one['stderr']:>9.2%}{majority:>10}{compared}"
                      f"  {one.get('sha256', '')[:12]}".rstrip())
-    return "\n".join(lines)
+    return "\n".join([*lines, *_notes(summary)])
 
 
-def doubt(summary: Row) -> str:
-    """A warning where the accuracy could as well be the baseline's."""
-    if abs(summary["accuracy"] - summary["majority"]) >= 2 * summary["stderr"]:
-        return ""
-    return (f"warning: {summary['accuracy']:.2%} lies within two standard errors ({summary['stderr']:.2%} each) of {summary['majority']:.2%}, "
-            "which always giving the most common answer would reach")
+def _rows(summary: Row) -> dict[tuple[int, str], Row]:
+    """The lines of a table, by section and name."""
+    sections = summary.get("subjects", {}), summary.get("groups", {}), {"total": summary, "unweighted": summary.get("unweighted")}
+    return {(number, name): one for number, section in enumerate(sections) for name, one in section.items() if one}
+
+
+def _notes(summary: Row) -> list[str]:
+    p, e, m = (summary[name] for name in ("accuracy", "stderr", "majority"))
+    return [text for text, said in {
+        f"{summary['ties']} questions had two best answers: the first was taken": summary["ties"],
+        f"to fit {summary['max_length']} tokens: {summary['shots_dropped']} shots dropped, {summary['prompts_cut']} prompts cut at their "
+        "beginning": summary["shots_dropped"] + summary["prompts_cut"],
+        f"warning: {p:.2%} lies within two standard errors ({e:.2%} each) of the {m:.2%} that always giving the most common answer reaches":
+            abs(p - m) < 2 * e}.items() if said]
