@@ -115,5 +115,5 @@ def _line(record: Record) -> str:
 
 def sample_of(model: Llama) -> str:
     """A sha256 over up to 4096 numbers of each parameter, adapters included."""
-    samples = (p.flatten()[::max(1, p.numel() // 4096)].float().cpu().numpy().tobytes() for p in model.parameters())
+    samples = (p.detach().flatten()[::max(1, p.numel() // 4096)].float().cpu().numpy().tobytes() for p in model.parameters())
     return hashlib.sha256(b"".join(samples)).hexdigest()
