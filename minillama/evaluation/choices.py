@@ -1,20 +1,15 @@
 """Questions with given answers (BoolQ, MMLU, C-Eval, CMMLU): from a protocol to queries, and from readings to answers.
 
-    likelihood   the choice with the largest log p(choice | prompt), its tokens those that encode(prompt + choice) adds to the prompt's
-    next         the same of one token, the last of the choice encoded by itself
-    penalised    the logit of ▁A plus that of a bare A, after the repetition penalty 1.1 over the prompt and temperature 0.2
-    written      the model writes one token; the letter found in it, else no answer
-
-Of equal scores the first choice wins. A prompt that does not fit is shortened where it hurts least: shots go first, the last one first;
-only a question that does not fit by itself is cut at its beginning. Both are counted and printed, for they change the score.
+A prompt that does not fit loses shots first, the last one first; only a question too long by itself is cut, at its beginning. Both are
+counted and printed, for they change the score. Of equal scores the first choice wins.
 """
 
-import hashlib
 import re
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
+from minillama.data.sources import hash_of
 from minillama.evaluation import tables
 from minillama.evaluation.scoring import Query, Reading
 from minillama.evaluation.tasks import TASKS, Protocol, find_files, find_protocol, read_questions, read_shots
@@ -26,7 +21,7 @@ PENALTY, TEMPERATURE = 1.1, 0.2  # of Chinese-LLaMA-Alpaca's generation
 class Choices:
     """A test: questions under a protocol, and the queries they become, both by id."""
 
-    measure = "accuracy"
+    measure, show = "accuracy", staticmethod(tables.table)
 
     def __init__(self, options: Namespace, tokenizer: Tokenizer, max_length: int) -> None:
         self.task, self.tokenizer, self.max_length, self.questions, self.queries = options.task, tokenizer, max_length, {}, {}
@@ -35,7 +30,7 @@ class Choices:
         self.about = {"protocol": name, "n_shots": n_shots, "split": TASKS[options.task]["split"]}
         self.notes = {"shots_dropped": 0, "prompts_cut": 0, "example_prompt": ""}
         files = find_files(options.task, Path(options.data), options.subjects)
-        self.hashes = {subject: hashlib.sha256(file.read_bytes()).hexdigest() for subject, file in files.items()}
+        self.hashes = {subject: hash_of(file) for subject, file in files.items()}
         for subject, file in files.items():
             shots = read_shots(options.task, subject, Path(options.data), n_shots)
             for number, question in enumerate(read_questions(options.task, subject, file)[:options.limit or None]):
@@ -46,12 +41,13 @@ class Choices:
         for kept in range(len(shots), -1, -1):
             prompt = self.protocol.prompt(question, shots[:kept])
             query = Query(begin + self.tokenizer.encode(prompt), continuations(self.protocol, self.tokenizer, prompt))
-            if query.length <= self.max_length:
+            if (excess := query.length - self.max_length) <= 0:
                 break
-        excess = max(0, query.length - self.max_length)
-        del query.context[len(begin):len(begin) + excess]
-        self.notes = {"shots_dropped": self.notes["shots_dropped"] + len(shots) - kept,
-                      "prompts_cut": self.notes["prompts_cut"] + (excess > 0), "example_prompt": self.notes["example_prompt"] or prompt}
+        else:
+            del query.context[len(begin):len(begin) + excess]
+            self.notes["prompts_cut"] += 1
+        self.notes["shots_dropped"] += len(shots) - kept
+        self.notes["example_prompt"] = self.notes["example_prompt"] or prompt
         return query
 
     def judge(self, id: str, reading: Reading) -> dict[str, Any]:
@@ -64,9 +60,6 @@ class Choices:
 
     def summarise(self, records: list[dict[str, Any]]) -> dict[str, Any]:
         return tables.summarise(records, TASKS[self.task].get("groups", {}), self.hashes) | self.notes
-
-    def show(self, summary: dict[str, Any], reference: dict[str, Any] | None) -> str:
-        return tables.table(summary, reference)
 
 
 def continuations(protocol: Protocol, tokenizer: Tokenizer, prompt: str) -> list[list[int]]:
@@ -82,9 +75,9 @@ def decide(protocol: Protocol, tokenizer: Tokenizer, query: Query, reading: Read
     """(the answer taken, "" for none; a score for each choice)."""
     values, n = reading.logprobs, len(protocol.choices)
     if protocol.rule == "penalised":
-        factors = [1.0 if token not in query.context else 1 / PENALTY if logit > 0 else PENALTY
-                   for (token,), logit in zip(query.continuations, reading.logits, strict=True)]
-        values = [(reading.logits[i] * factors[i] + reading.logits[i + n] * factors[i + n]) / TEMPERATURE for i in range(n)]
+        logits = [logit if token not in query.context else logit / PENALTY if logit > 0 else logit * PENALTY
+                  for (token,), logit in zip(query.continuations, reading.logits, strict=True)]
+        values = [(logits[i] + logits[i + n]) / TEMPERATURE for i in range(n)]
     scores = dict(zip(protocol.choices, values, strict=True))
     if protocol.rule != "written":
         return max(scores, key=scores.get), scores

@@ -1,12 +1,7 @@
-"""A score from beginning to end, and predictions on disk: an interrupted run goes on where it stopped, several ranks make one file.
+"""A score from beginning to end. Predictions are appended to DIR/predictions.jsonl as batches are done, and put in order at the end.
 
-    DIR/settings.json        what the predictions depend on; under other settings they are refused, never mixed
-    DIR/predictions.jsonl    a line for each question, appended as batches are done (rank r > 0: predictions.rank-r.jsonl),
-                             and in the questions' order at the end
-    DIR/summary.json         the score, with all it depends on beside it
-
-Batches are planned over all questions, whoever computes them and whatever is done already. The same batch gives the same bits, so the
-finished file is the same to the byte for any number of ranks and interruptions.
+An interrupted run goes on from them; under other settings (DIR/settings.json) they are refused. Batches are planned over all questions,
+whoever computes them and whatever is done already, so the file is the same to the byte for any number of ranks and interruptions.
 """
 
 import hashlib
@@ -21,6 +16,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from minillama.checkpoint.directory import write_json
 from minillama.comm import Mesh, gather_objects, start
 from minillama.errors import UserError, read_json
 from minillama.evaluation.choices import Choices
@@ -43,21 +39,21 @@ def evaluate(options: Namespace) -> None:
     if not 1 < max_length <= context:
         raise UserError(f"--max_length {max_length}: the model's context is {context} tokens; use at most that")
     test = (Perplexity if options.task == "perplexity" else Choices)(options, tokenizer, max_length)
+    hashes = next(iter(test.hashes.values())) if len(test.hashes) == 1 else test.hashes
     about = {"task": options.task, **test.about, "bos": tokenizer.bos_id is not None, "max_length": max_length,
-             "tokenizer_sha256": tokenizer.sha256, "data_sha256": next(iter(test.hashes.values())) if len(test.hashes) == 1 else test.hashes}
+             "tokenizer_sha256": tokenizer.sha256, "data_sha256": hashes}
     settings = about | {"queries": len(test.queries), "dtype": options.dtype, "weights_sample_sha256": sample_of(model)}
     with start(options.device) as mesh:
-        model.to(mesh.device)
         mesh.print(f"{path}: {options.task}, protocol {about['protocol']}, {about['n_shots']} shots, "
                    f"{'a' if about['bos'] else 'no'} begin token, split {about['split']}, {len(test.queries)} queries")
-        records = predict(model, test, options.batch_size, out, settings, mesh)
+        records = predict(model.to(mesh.device), test, options.batch_size, out, settings, mesh)
         summary = about | test.summarise(records) | {"seconds": round(time.perf_counter() - began, 2), "model": str(path)}
         mesh.print(test.show(summary, reference))
         if out and mesh.is_first:
-            (out / "summary.json").write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            write_json(out / "summary.json", summary)
 
 
-def predict(model: Llama, test: Choices | Perplexity, batch_size: int, out: Path | None, settings: dict[str, Any], mesh: Mesh) -> list[Record]:
+def predict(model: Llama, test: Choices | Perplexity, batch_size: int, out: Path | None, settings: Record, mesh: Mesh) -> list[Record]:
     """A record for each query, in order, on every rank."""
     ids, queries = list(test.queries), list(test.queries.values())
     records = gather_objects(mesh, _open(out, settings) if mesh.is_first and out else {})[0]
@@ -68,41 +64,39 @@ def predict(model: Llama, test: Choices | Perplexity, batch_size: int, out: Path
     with (tqdm(total=len(ids), initial=len(records), unit="query", disable=not mesh.is_first, dynamic_ncols=True) as bar,
           open(out / name if out else os.devnull, "a", encoding="utf-8") as file):
         for readings in read(model, queries, mine):
-            made = {ids[i]: {"id": ids[i], **test.judge(ids[i], reading)} for i, reading in readings.items()}
-            for record in made.values():
-                if not all(map(math.isfinite, record["scores"].values())):
-                    raise UserError(f"{record['id']}: its scores are {record['scores']}; the weights are damaged, or leave the range of "
-                                    f"{settings['dtype']}: try --dtype float32")
-            file.write("".join(map(_line, made.values())))
+            made = [{"id": ids[i], **test.judge(ids[i], reading)} for i, reading in readings.items()]
+            if bad := [r for r in made if not all(map(math.isfinite, r["scores"].values()))]:
+                raise UserError(f"{bad[0]['id']}: its scores are {bad[0]['scores']}; damaged weights, or try --dtype float32")
+            file.writelines(map(_line, made))
             file.flush()
-            records |= made
-            worth += sum(map(test.worth, made.values()))
+            records |= {record["id"]: record for record in made}
+            worth += sum(map(test.worth, made))
             bar.set_postfix_str(f"{test.measure} {worth / len(records):.3f}", refresh=False)
             bar.update(len(made))
     records = {id: record for part in gather_objects(mesh, records) for id, record in part.items()}
     ordered = [records[id] for id in ids]
     if out and mesh.is_first:
-        _write(out, ordered)
+        write(out, ordered)
     return ordered
 
 
-def _open(out: Path, settings: dict[str, Any]) -> dict[str, Record]:
-    """The predictions that are there already; settings.json is written, or compared."""
+def _open(out: Path, settings: Record) -> dict[str, Record]:
+    """The predictions that are there already, by id; settings.json is written, or compared."""
     out.mkdir(parents=True, exist_ok=True)
     files, path = sorted(out.glob("predictions*.jsonl")), out / "settings.json"
     before = read_json(path) if path.is_file() else {} if files else settings
     if changed := [name for name in settings if before.get(name) != settings[name]]:
         raise UserError(f"{out}: its predictions were made with {changed[0]} = {before.get(changed[0])}, not {settings[changed[0]]}; "
                         "name another --out, or delete it")
-    path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_json(path, settings)
     lines = [line for file in files for line in file.read_text(encoding="utf-8").split("\n")[:-1]]  # one cut short by a crash has no end
     records = {record["id"]: record for record in map(json.loads, lines)}
-    _write(out, list(records.values()))
+    write(out, list(records.values()))
     return records
 
 
-def _write(out: Path, records: list[Record]) -> None:
-    """Replace predictions.jsonl, and the other ranks' files with it."""
+def write(out: Path, records: list[Record]) -> None:
+    """Replace predictions.jsonl, and with it what other ranks have appended to files of their own."""
     (out / "predictions.tmp").write_text("".join(map(_line, records)), encoding="utf-8")
     os.replace(out / "predictions.tmp", out / "predictions.jsonl")
     for part in out.glob("predictions.rank-*.jsonl"):
