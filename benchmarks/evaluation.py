@@ -32,10 +32,11 @@ LONGEST = 2048  # tokens of a prompt
 
 
 def test_of(options: argparse.Namespace, place: Path):
-    from minillama.evaluation.choices import Choices
+    from minillama.evaluation.questions import Choices
     from minillama.tokenizer import open_tokenizer
 
-    asked = argparse.Namespace(task=options.task, data=str(options.data), protocol="lm_eval", n_shots=None, subjects=(), limit=options.limit)
+    asked = argparse.Namespace(task=options.task, data=str(options.data), protocol="lm_eval", n_shots=None, subjects=(),
+                               limit=options.limit)
     return Choices(asked, open_tokenizer(place), LONGEST)
 
 
@@ -66,7 +67,8 @@ def plain(options: argparse.Namespace, place: Path):
 
 
 def lm_eval(options: argparse.Namespace, place: Path):
-    os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_DATASETS_CACHE": str(place / "cache"), "TOKENIZERS_PARALLELISM": "false"}
+    os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_DATASETS_CACHE": str(place / "cache"),
+                   "TOKENIZERS_PARALLELISM": "false"}
     import lm_eval as harness
     import torch
     import transformers
@@ -84,7 +86,8 @@ def lm_eval(options: argparse.Namespace, place: Path):
         files |= {} if options.task == "boolq" else {"dev": (options.data / f"dev/{subject}_dev.csv", 5)}
         for split, (source, limit) in files.items():
             rows = read_questions(options.task, subject, source)[:limit]
-            records = [{"passage": r["passage"], "question": r["question"], "label": int(r["answer"] == "yes")} if options.task == "boolq" else
+            records = [{"passage": r["passage"], "question": r["question"], "label": int(r["answer"] == "yes")}
+                       if options.task == "boolq" else
                        {"question": r["question"], "choices": [r[c] for c in "ABCD"], "answer": "ABCD".index(r["answer"])} for r in rows]
             (tasks / f"{subject}_{split}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
         template = installed / ("super_glue/boolq/default.yaml" if options.task == "boolq" else "mmlu/default/_default_template_yaml")
@@ -96,7 +99,8 @@ def lm_eval(options: argparse.Namespace, place: Path):
             about["description"] = f"The following are multiple choice questions (with answers) about {subject.replace('_', ' ')}.\n\n"
         (tasks / f"{names[subject]}.yaml").write_text(json.dumps(about))  # JSON is YAML
     model = transformers.LlamaForCausalLM.from_pretrained(place, dtype=torch.float32).eval()
-    wrapped = HFLM(pretrained=model, tokenizer=transformers.LlamaTokenizer.from_pretrained(place), batch_size=options.batch_size, device="cpu")
+    tokenizer = transformers.LlamaTokenizer.from_pretrained(place)
+    wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=options.batch_size, device="cpu")
     manager = TaskManager(include_path=str(tasks), include_defaults=False)
 
     def answer() -> dict[str, str]:
@@ -167,7 +171,8 @@ def main() -> None:
                 rounds[side].append(json.loads(done.stdout.splitlines()[-1]))
     questions = len(rounds["minillama"][0]["predicted"])
     print(f"{options.task}, {questions} questions, shape {options.shape}, {options.threads} threads, torch {torch.__version__}")
-    print(f"{'':10}{'questions / CPU s':>24}{'we are, by CPU time':>30}{'questions / s':>24}{'peak MB':>20}{'of it added':>20}  same answers")
+    print(f"{'':10}{'questions / CPU s':>24}{'we are, by CPU time':>30}{'questions / s':>24}{'peak MB':>20}{'of it added':>20}"
+          "  same answers")
     for side, taken in rounds.items():
         ratios = [theirs["cpu"] / ours["cpu"] for ours, theirs in zip(rounds["minillama"], taken, strict=True)]
         same = sum(rounds["minillama"][0]["predicted"][id] == answer for id, answer in taken[0]["predicted"].items())

@@ -13,9 +13,8 @@ import torch
 from minillama.comm import Mesh, start
 from minillama.errors import UserError
 from minillama.evaluation import predictions, scoring, tables
-from minillama.evaluation.choices import Choices, decide
 from minillama.evaluation.losses import compare, read_losses
-from minillama.evaluation.perplexity import Perplexity
+from minillama.evaluation.questions import Choices, Perplexity, decide
 from minillama.evaluation.scoring import Batch, Query, Reading, plan, read
 from minillama.evaluation.tasks import TASKS, find_protocol, read_questions
 from minillama.model import Llama

@@ -12,21 +12,17 @@ import time
 from argparse import Namespace
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
 
 from tqdm import tqdm
 
 from minillama.checkpoint.directory import write_json
 from minillama.comm import Mesh, gather_objects, start
 from minillama.errors import UserError, read_json
-from minillama.evaluation.choices import Choices
-from minillama.evaluation.perplexity import Perplexity
+from minillama.evaluation.questions import Choices, Perplexity, Record
 from minillama.evaluation.scoring import plan, read
 from minillama.generation.loading import load_session
 from minillama.generation.sampling import Sampling
 from minillama.model import Llama
-
-Record = dict[str, Any]
 
 
 def evaluate(options: Namespace) -> None:

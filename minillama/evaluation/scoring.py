@@ -60,25 +60,19 @@ class Batch(NamedTuple):
 def plan(queries: list[Query], batch_size: int) -> list[Batch]:
     """Each query in one batch, of at most `batch_size` rows or by itself. Depends on nothing but its arguments.
     Taken in the order of their contexts, queries form groups; one begins a new group where sharing with the last would save less."""
-    groups: list[tuple[int, list[int]]] = [(0, [])]  # prefix, members; the first group shares nothing
+    groups: list[list] = [[0, 0, []]]  # [tokens in common, rows, members]
     for i in sorted(range(len(queries)), key=lambda i: queries[i].context):
-        (prefix, members), own, rows = groups[-1], len(queries[i].context) - 1, len(queries[i].tails)
-        common = min(prefix, _common(queries[members[-1]].context, queries[i].context)) if members else 0
-        n = sum(len(queries[j].tails) for j in members)
+        (prefix, n, members), own, rows = groups[-1], len(queries[i].context) - 1, len(queries[i].tails)  # own: the last is left to be read
+        pairs = zip(queries[members[-1]].context if members else [], queries[i].context, strict=False)
+        common = min(prefix, next((at for at, (a, b) in enumerate(pairs) if a != b), own))
         if common >= WORTH * own and common * (n + rows - 1) >= prefix * (n - 1) + own * (rows - 1):
-            groups[-1] = common, [*members, i]
+            groups[-1] = [common, n + rows, members]
+            members.append(i)
         else:
-            groups.append((own, [i]))  # all but the last token, which is left to be read
-    for _, members in groups[1:]:
-        groups[0][1].extend(members if sum(len(queries[j].tails) for j in members) == 1 else [])
-    return [batch for prefix, members in groups if prefix == 0 or sum(len(queries[j].tails) for j in members) > 1
-            for batch in _batches(queries, prefix, members, batch_size)]
-
-
-def _common(a: list[int], b: list[int]) -> int:
-    """How many tokens two contexts begin with in common; the last of each is left to be read."""
-    most = min(len(a), len(b)) - 1
-    return next((i for i in range(most) if a[i] != b[i]), most)
+            groups.append([own, rows, [i]])
+    alone = [i for _, n, members in groups if n == 1 for i in members]
+    sharing = [(0, alone), *((prefix, members) for prefix, n, members in groups if n > 1)]
+    return [batch for prefix, members in sharing for batch in _batches(queries, prefix, members, batch_size)]
 
 
 def _batches(queries: list[Query], prefix: int, members: list[int], batch_size: int) -> Iterator[Batch]:

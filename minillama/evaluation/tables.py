@@ -50,10 +50,8 @@ def _rows(summary: Row) -> dict[tuple[int, str], Row]:
 
 
 def _notes(summary: Row) -> list[str]:
-    p, e, m = (summary[name] for name in ("accuracy", "stderr", "majority"))
-    return [text for text, said in {
-        f"{summary['ties']} questions had two best answers: the first was taken": summary["ties"],
-        f"to fit {summary['max_length']} tokens: {summary['shots_dropped']} shots dropped, {summary['prompts_cut']} prompts cut at their "
-        "beginning": summary["shots_dropped"] + summary["prompts_cut"],
-        f"warning: {p:.2%} lies within two standard errors ({e:.2%} each) of the {m:.2%} that always giving the most common answer reaches":
-            abs(p - m) < 2 * e}.items() if said]
+    p, e, m, dropped, cut = (summary[name] for name in ("accuracy", "stderr", "majority", "shots_dropped", "prompts_cut"))
+    notes = [f"{summary['ties']} questions had two best answers: the first was taken"] if summary["ties"] else []
+    notes += [f"to fit {summary['max_length']} tokens: {dropped} shots dropped, {cut} prompts cut in front"] if dropped + cut else []
+    return notes + ([f"warning: {p:.2%} lies within two standard errors ({e:.2%} each) of the {m:.2%} that always giving the most common "
+                     "answer reaches"] if abs(p - m) < 2 * e else [])

@@ -70,29 +70,27 @@ def read_shots(task: str, subject: str, path: Path, count: int) -> list[dict[str
 def read_questions(task: str, subject: str, file: Path) -> list[dict[str, str]]:
     """The questions of a file, each as the fields that protocols format, its right answer as `answer`.
     Raises UserError with file and line for a row that is not as the layout says."""
-    columns, answers, found = TASKS[task]["columns"], TASKS[task].get("answers", LETTERS), []
-    for place, row in containers.records(file) if "answers" in TASKS[task] else _csv_rows(file, TASKS[task]["header"], columns):
-        good = isinstance(row, dict) and all(isinstance(row.get(name), str) for name in columns)
+    about, found = TASKS[task], []
+    names = None if about.get("header") else [*about["columns"], "answer"]
+    for place, row in _csv_rows(file, names) if file.suffix == ".csv" else containers.records(file):
+        good = isinstance(row, dict) and all(isinstance(row.get(name), str) for name in about["columns"])
         answer = str(row.get("answer")).strip() if good else ""
         answer = {"True": "yes", "False": "no"}.get(answer, answer)
-        if answer not in answers:
-            raise UserError(f"{file} {place}: malformed: {row!s:.120}; expected {TASKS[task]['layout']}")
+        if answer not in about["answers"]:
+            raise UserError(f"{file} {place}: malformed: {row!s:.120}; expected {about['layout']}")
         found.append({**row, "answer": answer, "stripped": row["question"].strip(), "key": subject, "subject": subject.replace("_", " ")})
     if not found:
         raise UserError(f"{file}: holds no questions")
     return found
 
 
-def _csv_rows(file: Path, has_header: bool, columns: list[str]) -> Iterator[tuple[str, Any]]:
-    """(line a row ends on, its fields by name, or as they are where they do not fit the names)."""
-    names = None if has_header else [*columns, "answer"]
+def _csv_rows(file: Path, names: list[str] | None) -> Iterator[tuple[str, Any]]:
+    """(line a row ends on, its fields by name, or as they are where there are too many). names: of a file without a header."""
     with open(file, encoding="utf-8-sig", newline="") as lines:
-        reader = csv.reader(lines, strict=True)
+        reader = csv.DictReader(lines, names, strict=True)
         try:
-            for row in filter(None, reader):
-                if names is None:
-                    names = [name if name in LETTERS else name.lower() for name in row]
-                else:
-                    yield f"line {reader.line_num}", dict(zip(names, row, strict=True)) if len(row) == len(names) else row
+            for row in reader:
+                named = {name if name in LETTERS else name.lower(): text for name, text in row.items() if name is not None}
+                yield f"line {reader.line_num}", list(row.values()) if None in row else named
         except (csv.Error, UnicodeDecodeError) as error:
             raise UserError(f"{file} line {reader.line_num + 1}: not CSV in UTF-8 ({error})") from None

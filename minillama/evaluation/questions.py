@@ -1,20 +1,24 @@
-"""Questions with given answers (BoolQ, MMLU, C-Eval, CMMLU): from a protocol to queries, and from readings to answers.
+"""Tests: what is asked becomes queries, and readings become records. `Choices` are questions with given answers, `Perplexity` is texts.
 
 A prompt that does not fit loses shots first, the last one first; only a question too long by itself is cut, at its beginning. Both are
 counted and printed, for they change the score. Of equal scores the first choice wins.
 """
 
+import math
 import re
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
+from minillama.data import containers
 from minillama.data.sources import hash_of
+from minillama.errors import UserError
 from minillama.evaluation import tables
 from minillama.evaluation.scoring import Query, Reading
 from minillama.evaluation.tasks import TASKS, Protocol, find_files, find_protocol, read_questions, read_shots
 from minillama.tokenizer import Tokenizer
 
+Record = dict[str, Any]
 PENALTY, TEMPERATURE = 1.1, 0.2  # of Chinese-LLaMA-Alpaca's generation
 
 
@@ -50,16 +54,56 @@ class Choices:
         self.notes["example_prompt"] = self.notes["example_prompt"] or prompt
         return query
 
-    def judge(self, id: str, reading: Reading) -> dict[str, Any]:
+    def judge(self, id: str, reading: Reading) -> Record:
         """The record of an answer."""
         predicted, scores = decide(self.protocol, self.tokenizer, self.queries[id], reading)
         return {"subject": self.questions[id]["key"], "gold": self.questions[id]["answer"], "predicted": predicted, "scores": scores}
 
-    def worth(self, record: dict[str, Any]) -> float:
+    def worth(self, record: Record) -> float:
         return record["gold"] == record["predicted"]
 
-    def summarise(self, records: list[dict[str, Any]]) -> dict[str, Any]:
+    def summarise(self, records: list[Record]) -> Record:
         return tables.summarise(records, TASKS[self.task].get("groups", {}), self.hashes) | self.notes
+
+
+class Perplexity:
+    """The same for documents: exp of the mean -log p(token | what came before), and bits per byte, which no tokenizer changes.
+    Windows are lm-evaluation-harness's: each token is predicted once, behind the last token of the window before; the last window reaches
+    back to fill its context."""
+
+    measure, about = "nats per token", {"protocol": "rolling", "n_shots": 0, "split": "whole"}
+
+    def __init__(self, options: Namespace, tokenizer: Tokenizer, max_length: int) -> None:
+        path, first = Path(options.data), tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
+        if not path.is_file():
+            raise UserError(f"{path}: no such file; give a .txt, or a .jsonl with \"text\"")
+        self.hashes, self.queries, self.bytes = {path.name: hash_of(path)}, {}, 0
+        for number, (place, row) in enumerate(list(containers.records(path))[:options.limit or None]):
+            if not isinstance(text := row.get("text") if isinstance(row, dict) else row, str):
+                raise UserError(f"{path} {place}: lacks the string \"text\" ({row!s:.120})")
+            ids = [first, *tokenizer.encode(text)]
+            self.bytes += len(text.encode())
+            for start in range(0, len(ids) - 1, max_length):
+                end = min(start + max_length, len(ids) - 1)
+                self.queries[f"{number}/{start}"] = Query(ids[max(0, end - max_length):start + 1], [ids[start + 1:end + 1]])
+
+    def judge(self, id: str, reading: Reading) -> Record:
+        return {"tokens": len(self.queries[id].continuations[0]), "scores": {"text": reading.logprobs[0]}}
+
+    def worth(self, record: Record) -> float:
+        return -record["scores"]["text"] / record["tokens"]
+
+    def summarise(self, records: list[Record]) -> Record:
+        tokens, nats = sum(r["tokens"] for r in records), -math.fsum(r["scores"]["text"] for r in records)
+        return {"n": tokens, "accuracy": None, "stderr": None, "majority": None, "subjects": {}, "perplexity": math.exp(nats / tokens),
+                "loss": nats / tokens, "bits_per_byte": nats / math.log(2) / self.bytes}
+
+    @staticmethod
+    def show(summary: Record, reference: Record | None) -> str:
+        names = ("perplexity", "loss", "bits_per_byte")
+        there = {name: f"   reference {reference[name]:.4f}, difference {summary[name] - reference[name]:+.4f}" if reference else ""
+                 for name in names}
+        return "\n".join(f"{name:15}{summary[name]:>12.4f}{there[name]}" for name in names)
 
 
 def continuations(protocol: Protocol, tokenizer: Tokenizer, prompt: str) -> list[list[int]]:
