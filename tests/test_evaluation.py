@@ -235,6 +235,12 @@ def test_a_short_common_beginning_does_not_split_batches() -> None:
     assert [batch.prefix for batch in plan(queries, 8)] == [0]
 
 
+def test_a_longer_beginning_shared_by_fewer_is_preferred_where_it_saves_more() -> None:
+    header, first, second = list(range(10)), list(range(20, 50)), list(range(60, 90))
+    queries = [Query([*header, *shots, 100 + n, 7], [[1]]) for shots in (first, second) for n in range(4)]
+    assert sorted((batch.prefix, batch.members) for batch in plan(queries, 8)) == [(40, [0, 1, 2, 3]), (40, [4, 5, 6, 7])]
+
+
 def test_choices_of_several_tokens_share_their_question() -> None:
     queries = [Query(random_tokens(30, seed=n).tolist(), [[1, 2], [3]]) for n in range(2)]
     assert sorted((batch.prefix, batch.members, batch.cost) for batch in plan(queries, 8)) == [(29, [0], 4), (29, [1], 4)]
@@ -243,7 +249,9 @@ def test_choices_of_several_tokens_share_their_question() -> None:
 def test_rows_of_a_batch_are_of_like_length() -> None:
     lengths = random_tokens(40, vocab_size=30, seed=3).tolist()
     queries = [Query([n + 10, *([7] * length)], [[1]]) for n, length in enumerate(lengths)]
-    assert sum(batch.cost for batch in plan(queries, 8)) < 1.3 * sum(query.length for query in queries)
+    padded = {tuple(batch.members): len(batch.members) * max(queries[i].length for i in batch.members) for batch in plan(queries, 8)}
+    assert sum(padded.values()) < 1.3 * sum(query.length for query in queries)
+    assert {tuple(batch.members): batch.cost for batch in plan(queries, 8)} == padded
 
 
 # ── rules ──
@@ -308,6 +316,9 @@ def test_shots_are_dropped_before_a_question_is_cut(options: Callable, small_tok
     assert whole.notes["shots_dropped"] == whole.notes["prompts_cut"] == short.notes["prompts_cut"] == 0
     assert 0 < short.notes["shots_dropped"] <= 5 * len(short.queries)
     assert max(query.length for query in short.queries.values()) <= longest
+    fewer = [Choices(options("mmlu", protocol="lm_eval", n_shots=n), small_tokenizer, 10_000).queries for n in range(6)]
+    for id, query in short.queries.items():  # the most of the first shots that fit
+        assert query == max((queries[id] for queries in fewer if queries[id].length <= longest), key=lambda q: q.length)
     cut = Choices(options("mmlu", protocol="lm_eval"), small_tokenizer, 30)
     assert cut.notes["prompts_cut"] > 0
     for id, query in cut.queries.items():
