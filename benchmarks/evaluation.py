@@ -136,7 +136,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--tokenizer", type=Path, required=True)
     parser.add_argument("--shape", default="15m", help="a published shape: 15m, 110m")
-    parser.add_argument("--limit", type=int, default=20, help="questions of each subject")
+    parser.add_argument("--limit", type=int, default=100, help="questions of each subject; the shots weigh less among many")
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1, help="1: CPU time means work, not waiting for the other thread")

@@ -601,6 +601,9 @@ def test_a_score_stands_beside_all_that_it_depends_on(main: Callable, checkpoint
     assert "protocol ascend, 0 shots, a begin token, split dev" in capsys.readouterr().out
     main(["--task", "boolq", "--ckpt", str(checkpoint), "--data", str(data / "dev.jsonl"), "--compare", str(tmp_path / "out/summary.json")])
     assert "+0.00%" in capsys.readouterr().out
+    (tmp_path / "other.json").write_text('{"task": "loss"}')
+    with pytest.raises(UserError, match=r"other\.json: key 'accuracy' is missing"):
+        main(["--task", "boolq", "--ckpt", str(checkpoint), "--data", str(data / "dev.jsonl"), "--compare", str(tmp_path / "other.json")])
     with pytest.raises(UserError, match="protocol = ascend, not lm_eval"):
         main(["--task", "boolq", "--ckpt", str(checkpoint), "--data", str(data / "dev.jsonl"), "--out", str(tmp_path / "out"),
               "--protocol", "lm_eval"])
@@ -647,6 +650,8 @@ def test_a_protocol_or_length_that_does_not_exist_is_refused(main: Callable, che
     command = ["--task", "boolq", "--ckpt", str(checkpoint), "--data", str(data / "dev.jsonl")]
     with pytest.raises(UserError, match=r"boolq has no protocol 'ascent' .did you mean 'ascend'"):
         main([*command, "--protocol", "ascent"])
+    with pytest.raises(UserError, match="perplexity has no protocol 'ascend'; protocols: rolling"):
+        main(["--task", "perplexity", *command[2:], "--protocol", "ascend"])
     with pytest.raises(UserError, match="--max_length 513: the model's context is 512"):
         main([*command, "--max_length", "513"])
 

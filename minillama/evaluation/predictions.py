@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from minillama.checkpoint.directory import write_json
 from minillama.comm import Mesh, gather_objects, start
-from minillama.errors import UserError, read_json
+from minillama.errors import UserError, parsing, read_json
 from minillama.evaluation.questions import Choices, Perplexity, Record
 from minillama.evaluation.scoring import plan, read
 from minillama.generation.loading import load_session
@@ -44,9 +44,10 @@ def evaluate(options: Namespace) -> None:
                    f"{'a' if about['bos'] else 'no'} begin token, split {about['split']}, {len(test.queries)} queries")
         records = predict(model.to(mesh.device), test, options.batch_size, out, settings, mesh)
         summary = about | test.summarise(records) | {"seconds": round(time.perf_counter() - began, 2), "model": str(path)}
-        mesh.print(test.show(summary, reference))
         if out and mesh.is_first:
             write_json(out / "summary.json", summary)
+        with parsing(Path(options.compare)):
+            mesh.print(test.show(summary, reference))
 
 
 def predict(model: Llama, test: Choices | Perplexity, batch_size: int, out: Path | None, settings: Record, mesh: Mesh) -> list[Record]:

@@ -71,12 +71,13 @@ class Perplexity:
     Windows are lm-evaluation-harness's: each token is predicted once, behind the last token of the window before; the last window reaches
     back to fill its context."""
 
-    measure, about = "nats per token", {"protocol": "rolling", "n_shots": 0, "split": "whole"}
+    measure = "nats per token"
 
     def __init__(self, options: Namespace, tokenizer: Tokenizer, max_length: int) -> None:
         path, first = Path(options.data), tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
         if not path.is_file():
             raise UserError(f"{path}: no such file; give a .txt, or a .jsonl with \"text\"")
+        self.about = {"protocol": find_protocol(options.task, options.protocol)[0], "n_shots": 0, "split": "whole"}
         self.hashes, self.queries, self.bytes = {path.name: hash_of(path)}, {}, 0
         for number, (place, row) in enumerate(list(containers.records(path))[:options.limit or None]):
             if not isinstance(text := row.get("text") if isinstance(row, dict) else row, str):
