@@ -20,6 +20,7 @@ from torch import Tensor
 from minillama.model import Llama
 
 LOGIT_CHUNK = 1 << 22  # logits that exist at a time: 16 MB
+SPREAD = 1.1  # longest row of a batch to shortest, and some tokens more: padding is computed like anything else
 WORTH = 0.2  # share a prefix that is this part of a context; less would not pay for smaller batches
 
 
@@ -79,7 +80,7 @@ def _batches(queries: list[Query], prefix: int, members: list[int], batch_size: 
     batch, rows = [], 0
     for i in [*sorted(members, key=lambda i: (queries[i].length, i)), None]:
         more = len(queries[i].tails) if i is not None else batch_size
-        if batch and rows + more > batch_size:
+        if batch and (rows + more > batch_size or queries[i].length - prefix > SPREAD * (queries[batch[0]].length - prefix) + 8):
             yield Batch(prefix, batch, rows * (queries[batch[-1]].length - prefix))
             batch, rows = [], 0
         batch, rows = [*batch, i], rows + more
