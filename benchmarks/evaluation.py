@@ -171,12 +171,12 @@ def main() -> None:
                 rounds[side].append(json.loads(done.stdout.splitlines()[-1]))
     questions = len(rounds["minillama"][0]["predicted"])
     print(f"{options.task}, {questions} questions, shape {options.shape}, {options.threads} threads, torch {torch.__version__}")
-    print(f"{'':10}{'questions / CPU s':>24}{'we are, by CPU time':>30}{'questions / s':>24}{'peak MB':>20}{'of it added':>20}"
+    print(f"{'':10}{'questions / CPU s':>24}{'we are, by CPU time':>34}{'questions / s':>24}{'peak MB':>20}{'of it added':>20}"
           "  same answers")
     for side, taken in rounds.items():
         ratios = [theirs["cpu"] / ours["cpu"] for ours, theirs in zip(rounds["minillama"], taken, strict=True)]
         same = sum(rounds["minillama"][0]["predicted"][id] == answer for id, answer in taken[0]["predicted"].items())
-        print(f"{side:10}{spread([questions / t['cpu'] for t in taken]):>24}{spread(ratios, 2) + ' times faster':>30}"
+        print(f"{side:10}{spread([questions / t['cpu'] for t in taken]):>24}{spread(ratios, 2) + ' times faster':>34}"
               f"{spread([questions / t['wall'] for t in taken]):>24}{spread([t['peak'] for t in taken], 0):>20}"
               f"{spread([t['added'] for t in taken], 0):>20}  {same} of {questions}")
 
