@@ -64,27 +64,30 @@ def smoothed(values: list[float]) -> list[float]:
 
 def plot_loss(out_dir: Path, insist: bool = False) -> Path | None:
     """Draw loss.png from metrics.jsonl: the raw and the smoothed loss, and the evaluations. None where matplotlib is missing."""
+    metrics = read_metrics(out_dir / "metrics.jsonl")
+    train = [(m["step"], m["loss"]) for m in metrics if m.get("loss") is not None]
+    held_out = [(m["step"], m["eval_loss"]) for m in metrics if m.get("eval_loss") is not None]
+    smooth = list(zip([step for step, _ in train], smoothed([loss for _, loss in train]), strict=True))
+    curves = {"loss": train, "smoothed": smooth} | ({"validation": held_out} if held_out else {})
+    drawn = draw_losses(out_dir / "loss.png", curves, f"training loss of {out_dir.name}") if train else None
+    if train and insist and drawn is None:
+        raise UserError("plot_loss needs matplotlib; pip install 'minillama[plot]'")
+    return drawn
+
+
+def draw_losses(file: Path, curves: dict[str, list[tuple[int, float]]], title: str = "") -> Path | None:
+    """Draw (step, loss) curves by name, the first one faint; returns `file`, or None where matplotlib is missing."""
     os.environ.setdefault("MPLBACKEND", "Agg")
     try:
         from matplotlib import pyplot
     except ImportError:
-        if insist:
-            raise UserError("plot_loss needs matplotlib; pip install 'minillama[plot]'") from None
-        return None
-    metrics = read_metrics(out_dir / "metrics.jsonl")
-    train = [(m["step"], m["loss"]) for m in metrics if m.get("loss") is not None]
-    held_out = [(m["step"], m["eval_loss"]) for m in metrics if m.get("eval_loss") is not None]
-    if not train:
         return None
     figure, axes = pyplot.subplots(figsize=(7, 4), layout="tight")
-    steps, losses = zip(*train, strict=True)
-    axes.plot(steps, losses, alpha=0.35, label="loss")
-    axes.plot(steps, smoothed(list(losses)), label="smoothed")
-    if held_out:
-        axes.plot(*zip(*held_out, strict=True), "o-", markersize=3, label="validation")
-    axes.set(xlabel="step", ylabel="loss per target token", title=f"training loss of {out_dir.name}")
+    for number, (name, points) in enumerate(curves.items()):
+        axes.plot(*zip(*points, strict=True), "o-" if name == "validation" else "-", markersize=3, alpha=1 if number else 0.35, label=name)
+    axes.set(xlabel="step", ylabel="loss per target token", title=title)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
-    figure.savefig(out_dir / "loss.png", dpi=100)
+    figure.savefig(file, dpi=100)
     pyplot.close(figure)
-    return out_dir / "loss.png"
+    return file

@@ -1,28 +1,51 @@
 """How well the demo model learnt: exact answers to prompts it was never trained on."""
 
-from dataclasses import dataclass
+import time
+from argparse import Namespace
+from dataclasses import replace
+from pathlib import Path
 
+import torch
 from tqdm import tqdm
 
+from minillama.checkpoint.directory import write_json
 from minillama.data import demo
+from minillama.errors import UserError, closest
+from minillama.evaluation.predictions import write
+from minillama.evaluation.tables import row
+from minillama.generation.loading import load_session
+from minillama.generation.sampling import Sampling
 from minillama.generation.session import Session
+from minillama.model import Llama
 
 
-@dataclass(frozen=True)
-class Score:
-    questions: int
-    correct: int
+def evaluate(options: Namespace) -> None:
+    """Score the demo's kinds of question, with the same architecture untrained beside them."""
+    if unknown := [name for name in options.subjects if name not in demo.KINDS]:
+        raise UserError(f"no subject {unknown[0]!r}{closest(unknown[0], demo.KINDS)}; subjects: {', '.join(demo.KINDS)}")
+    began, limit = time.perf_counter(), options.limit or 300
+    session, path = load_session(options, Sampling(temperature=0.0), max_new_tokens=16)
+    kinds = options.subjects or demo.DEMO + (demo.DEMO_LORA if (path / "adapter_config.json").is_file() else ())
+    scores, predictions = score(session, kinds, limit, str(path))
+    fresh = Llama(session.model.config).initialise(torch.Generator().manual_seed(options.seed)).to(session.model.lm_head.weight.device)
+    before, _ = score(replace(session, model=fresh.eval()), kinds, min(limit, 10 * len(kinds)), "untrained")
+    print(f"{'questions about':16}{'n':>5}{'correct':>10}{'untrained':>12}")
+    for kind, trained in scores.items():
+        print(f"{kind:16}{trained['n']:>5}{trained['accuracy']:>10.1%}{before[kind]['accuracy']:>12.1%}")
+    if options.out:
+        Path(options.out).mkdir(parents=True, exist_ok=True)
+        write_json(Path(options.out) / "summary.json", {
+            "task": "demo", "protocol": "exact match of the greedy answer", "n_shots": 0, **scores["total"], "untrained": before["total"],
+            "subjects": {kind: scores[kind] for kind in kinds}, "seconds": round(time.perf_counter() - began, 2), "model": str(path),
+            "data_sha256": None})
+        write(Path(options.out), predictions)
+    print(f"next: python generate.py --ckpt {options.ckpt} --chat")
 
-    @property
-    def accuracy(self) -> float:
-        return self.correct / self.questions
 
-
-def score(session: Session, kinds: tuple[str, ...], questions: int, label: str) -> tuple[dict[str, Score], list[dict]]:
-    """(a score for each kind of question and one named `total`, a prediction for each held-out prompt): exact match, greedy."""
+def score(session: Session, kinds: tuple[str, ...], questions: int, label: str) -> tuple[dict[str, dict], list[dict]]:
+    """(a `tables.row` for each kind of question and one named `total`, a prediction for each held-out prompt): exact match, greedy."""
     predictions = []
     for number, record in enumerate(tqdm(demo.records(kinds, questions, seed=1, held_out=True), desc=label, unit="question", leave=False)):
         predictions.append({"id": number, "subject": record["kind"], "question": record["instruction"], "gold": record["output"],
                             "predicted": session.answer(record["instruction"]).text.strip()})
-    right = {kind: [p["gold"] == p["predicted"] for p in predictions if kind in (p["subject"], "total")] for kind in (*kinds, "total")}
-    return {kind: Score(len(answers), sum(answers)) for kind, answers in right.items()}, predictions
+    return {kind: row([p for p in predictions if kind in (p["subject"], "total")]) for kind in (*kinds, "total")}, predictions

@@ -1,0 +1,145 @@
+"""Likelihoods of given continuations: the engine under every score.
+
+    context  The following are … Answer: B ⏎⏎ Find all … Answer:      continuations  ▁A  ▁B  ▁C  ▁D
+
+Three things make it fast, and none changes a score by more than rounding. Contexts that begin with the same ids share their keys and
+values: n tails of t tokens behind a prefix of P cost P + n t, not n (P + t). One row gives all continuations that are single tokens.
+Rows of like length are batched, padded on the right, and the head is applied only where it is read.
+
+Shapes: B rows, T tail tokens, P prefix tokens, S all tokens, K key/value heads, D head size, C width, V vocabulary, N positions read.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from minillama.model import Llama
+
+LOGIT_CHUNK = 1 << 22  # logits that exist at a time: 16 MB
+SPREAD = 1.1  # longest row of a batch to shortest, and some tokens more: padding is computed like anything else
+WORTH = 0.2  # share a prefix that is this part of a context; less would not pay for smaller batches
+
+
+@dataclass(frozen=True)
+class Query:
+    """What to read: log p(continuation | context) for each continuation. Nothing in it is empty."""
+
+    context: list[int]
+    continuations: list[list[int]]
+
+    @cached_property
+    def tails(self) -> list[list[int]]:
+        """What the model must see behind the context, a row each; a single empty one where continuations are single tokens."""
+        tails = [continuation[:-1] for continuation in self.continuations]
+        return tails if any(tails) else [[]]
+
+    @property
+    def length(self) -> int:
+        return len(self.context) + max(map(len, self.tails))
+
+
+class Reading(NamedTuple):
+    """What the model says to a query."""
+
+    logprobs: list[float]  # of each continuation, summed over its tokens
+    logits: list[float]    # of each continuation's first token, as the head gives them
+    greedy: int            # the token the model itself would write next
+
+
+class Batch(NamedTuple):
+    """Queries (by index) that go through the model together, behind a common prefix of so many tokens; cost: tokens computed."""
+
+    prefix: int
+    members: list[int]
+    cost: int
+
+
+def plan(queries: list[Query], batch_size: int) -> list[Batch]:
+    """Each query in one batch, of at most `batch_size` rows or by itself. Depends on nothing but its arguments.
+    Taken in the order of their contexts, queries form groups; one begins a new group where sharing with the last would save less."""
+    groups: list[list] = [[0, 0, []]]  # [tokens in common, rows, members]
+    for i in sorted(range(len(queries)), key=lambda i: queries[i].context):
+        (prefix, n, members), own, rows = groups[-1], len(queries[i].context) - 1, len(queries[i].tails)  # own: the last is left to be read
+        pairs = zip(queries[members[-1]].context if members else [], queries[i].context, strict=False)
+        common = min(prefix, next((at for at, (a, b) in enumerate(pairs) if a != b), own))
+        if common >= WORTH * own and common * (n + rows - 1) >= prefix * (n - 1) + own * (rows - 1):
+            groups[-1] = [common, n + rows, members]
+            members.append(i)
+        else:
+            groups.append([own, rows, [i]])
+    alone = [i for _, n, members in groups if n == 1 for i in members]
+    sharing = [(0, alone), *((prefix, members) for prefix, n, members in groups if n > 1)]
+    return [batch for prefix, members in sharing for batch in _batches(queries, prefix, members, batch_size)]
+
+
+def _batches(queries: list[Query], prefix: int, members: list[int], batch_size: int) -> Iterator[Batch]:
+    batch, rows = [], 0
+    for i in [*sorted(members, key=lambda i: (queries[i].length, i)), None]:
+        more = len(queries[i].tails) if i is not None else batch_size
+        if batch and (rows + more > batch_size or queries[i].length - prefix > SPREAD * (queries[batch[0]].length - prefix) + 8):
+            yield Batch(prefix, batch, rows * (queries[batch[-1]].length - prefix))
+            batch, rows = [], 0
+        batch, rows = [*batch, i], rows + more
+
+
+class SharedPrefix:
+    """A cache (`model.KeyValueCache`) that computes the keys and values of some tokens once, and lends them to any number of rows."""
+
+    def __init__(self, model: Llama, tokens: list[int], device: torch.device) -> None:
+        self.config, self.lengths = model.config, None
+        self.layers: list[tuple[Tensor, Tensor]] = []  # (1, P, K, D) each
+        self.capacity, self.positions = model.config.max_seq_len, torch.arange(len(tokens), device=device)
+        model(torch.tensor([tokens], device=device), cache=self)
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """The prefix's keys and values (B, S, K, D) the first time; later those, and behind them the rows' own, which are not kept."""
+        if layer == len(self.layers):
+            self.layers.append((k, v))
+            return k, v
+        return tuple(torch.cat((kept.expand(len(own), -1, -1, -1), own), 1) for kept, own in zip(self.layers[layer], (k, v), strict=True))
+
+
+@torch.inference_mode()
+def read(model: Llama, queries: list[Query], batches: Iterable[Batch]) -> Iterator[dict[int, Reading]]:
+    """{index of a query: its reading} for one batch after another."""
+    device, tokens, prefix = model.lm_head.weight.device, [], None
+    for batch in batches:
+        wanted = queries[batch.members[0]].context[:batch.prefix]
+        if wanted != tokens:
+            tokens, prefix = wanted, SharedPrefix(model, wanted, device) if wanted else None
+        readings = _read_batch(model, [queries[i] for i in batch.members], batch.prefix, prefix)
+        yield dict(zip(batch.members, readings, strict=True))
+
+
+def _read_batch(model: Llama, queries: list[Query], P: int, prefix: SharedPrefix | None) -> Iterator[Reading]:
+    rows = [query.context[P:] + tail for query in queries for tail in query.tails]
+    T, device = max(map(len, rows)), model.lm_head.weight.device
+    if prefix:
+        prefix.positions = torch.arange(P, P + T, device=device)
+    hidden = model(torch.tensor([row + [0] * (T - len(row)) for row in rows], device=device), cache=prefix)  # (B, T, C)
+    at, pairs, row = [], [], 0  # where to apply the head, as positions of B·T; (index into these, token) to read
+    for query in queries:
+        for number, continuation in enumerate(query.continuations):
+            if number < len(query.tails):  # else the row before says it all
+                start = row * T + len(query.context) - P - 1
+                at, row = [*at, *range(start, start + len(continuation))], row + 1
+            pairs += zip(range(len(at) - len(continuation), len(at)), continuation, strict=True)
+    values = iter(_apply_head(model, hidden.flatten(0, 1)[torch.tensor(at, device=device)], torch.tensor(pairs, device=device)))
+    for query in queries:
+        found = [[next(values) for _ in continuation] for continuation in query.continuations]
+        yield Reading([sum(value[1] for value in some) for some in found], [some[0][0] for some in found], int(found[0][0][2]))
+
+
+def _apply_head(model: Llama, hidden: Tensor, pairs: Tensor) -> list[list[float]]:
+    """[logit, log-probability, the position's most likely token] of each (position, token), by position, for hidden (N, C)."""
+    found, step = [], max(1, LOGIT_CHUNK // model.config.vocab_size)
+    for start in range(0, len(hidden), step):
+        logits = model.logits(hidden[start:start + step]).float()  # (step, V)
+        position, token = pairs[(pairs[:, 0] >= start) & (pairs[:, 0] < start + step)].T
+        logit, position = logits[position - start, token], position - start
+        found.append(torch.stack((logit, logit - logits.logsumexp(-1)[position], logits.argmax(-1)[position].float()), 1))
+    return torch.cat(found).tolist()
