@@ -94,8 +94,10 @@ def test_linear_is_its_formula(implementation: Callable, bias: bool) -> None:
 
 @implementations("linear")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_linear_in_16_bits_rounds_once(implementation: Callable, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("units", [True, False], ids=["16-bit units", "none"])
+def test_linear_in_16_bits_rounds_once(implementation: Callable, dtype: torch.dtype, units: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Half a unit in the last place of the exact result, up to the two roundings of an exact tie: 2^-8 for bf16's 8 bits."""
+    monkeypatch.setattr(fused, "has_bf16_units", lambda: units)
     inputs = [randn(2, 5, 64).to(dtype), randn(11, 64, seed=1).to(dtype), randn(11, seed=2).to(dtype)]
     assert_same(implementation, lambda x, w, b: x @ w.T + b, *inputs, tolerance=torch.finfo(dtype).eps)
 
