@@ -171,7 +171,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if x.device.type != "cpu" or (x.dtype == torch.float32 and trains):
         return F.linear(x, weight, bias)
     if x.dtype == torch.float32:
-        return _weight_first(x, weight) if 4 < rows < 16 and bias is None and weight.numel() >= LARGE else F.linear(x, weight, bias)
+        is_read_often = 3 < rows < 48 and bias is None and weight.numel() >= LARGE and torch.backends.mkldnn.is_available()
+        return _some_rows(x, weight) if is_read_often else F.linear(x, weight, bias)
     if x.dtype == torch.bfloat16 and not trains and (rows == 1 or (rows <= MATVEC_ROWS and not has_bf16_units())):
         y = torch.stack([torch.mv(weight, row) if bias is None else torch.addmv(bias, weight, row) for row in x.reshape(rows, -1)])
         return y.view(*x.shape[:-1], -1)
@@ -180,9 +181,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return _Linear16.apply(x, weight, bias)
 
 
-def _weight_first(x: Tensor, weight: Tensor) -> Tensor:
-    """(W x^T)^T: the library reads a large weight once, where x W^T of some rows reads it several times."""
-    return torch.mm(weight, x.reshape(-1, x.shape[-1]).T).T.contiguous().view(*x.shape[:-1], -1)
+def _some_rows(x: Tensor, weight: Tensor) -> Tensor:
+    """oneDNN's product, which reads a large weight once, where the default library reads it again for every few rows."""
+    return torch.ops.mkldnn._linear_pointwise(x.reshape(-1, x.shape[-1]), weight, None, "none", [], "").view(*x.shape[:-1], -1)
 
 
 @cache
@@ -211,6 +212,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, documents: Documents | None = Non
     lengths. Cached decoding takes the heads of a group as if they were positions: keys and values are read once and never expanded."""
     if documents is None:
         return _causal(q, k, v) if k.shape[1] == q.shape[1] and lengths is None else _cached(q, k, v, lengths)
+    if len(documents.lengths) == 1 and q.shape[0] == 1:
+        return _causal(q, k, v)
     B, T, H, D = q.shape
     d = documents
     sizes = [n * length for n, length in d.group_shapes]
