@@ -49,6 +49,12 @@ def test_texts_of_a_trained_llama_are_the_same_in_a_batch(shared: Path) -> None:
     assert [answer.ids for answer in together(model, prompts, 120, GREEDY, (1, 2))] == alone
 
 
+def test_a_batch_may_hold_more_texts_than_each_has_tokens() -> None:
+    model, prompts = random_model(), [[1 + n, 7][:1 + n % 2] for n in range(8)]
+    alone = [list(generate(model, prompt, 3, GREEDY)) for prompt in prompts]
+    assert [answer.ids for answer in together(model, prompts, 3, GREEDY)] == alone
+
+
 @torch.no_grad()
 def test_prompts_read_end_to_end_or_in_chunks_leave_what_each_leaves_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """Logits, and the cache: long prompts by themselves, the others packed, equal ones once."""
