@@ -115,7 +115,8 @@ def read_prompts(options) -> list[str | list[int]]:
     path = Path(options.prompt_file)
     if options.prompt_file and not path.is_file():
         raise errors.UserError(f"{path}: no such file")
-    lines = path.read_text(encoding="utf-8").splitlines() if options.prompt_file else []
+    with errors.parsing(path):
+        lines = path.read_text(encoding="utf-8-sig").split("\n") if options.prompt_file else []
     return prompts + [_prompt_of(line, path, number) for number, line in enumerate(lines, 1) if line.strip()]
 
 
@@ -123,9 +124,12 @@ def _prompt_of(line: str, path: Path, number: int) -> str:
     if path.suffix != ".jsonl":
         return line
     try:
-        return json.loads(line)["prompt"]
+        prompt = json.loads(line)["prompt"]
     except (ValueError, KeyError, TypeError):
-        raise errors.UserError(f'{path}: line {number} is not a JSON object with "prompt"') from None
+        prompt = None
+    if not isinstance(prompt, str):
+        raise errors.UserError(f'{path}: line {number} is not a JSON object with the text "prompt"')
+    return prompt
 
 
 def answer_prompts(session, path: Path, texts: list[str | list[int]], options) -> None:

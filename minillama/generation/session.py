@@ -101,9 +101,10 @@ class Session:
 
     def write_all(self, questions: list[list[Answer]], batch_size: int, seed: int | None) -> Iterator[tuple[int, str]]:
         """Write the answers to many prompts, yielding a prompt's number and new text as it comes. Batches hold up to `batch_size` texts
-        of prompts of like length, the longest first: memory that suffices for the first batch suffices for all."""
+        of prompts of like length, the longest first: memory that suffices for the first batch suffices for all. One by one they come in
+        their own order."""
         alpha = [needed_alpha(self.model.config, several[0]) if self.rope_alpha == 0 else None for several in questions]
-        left = sorted(range(len(questions)), key=lambda i: -len(questions[i][0].prompt_ids))
+        left = sorted(range(len(questions)), key=lambda i: -len(questions[i][0].prompt_ids) if batch_size > 1 else i)
         while left:
             most = 1 if self.beams else max(1, batch_size // len(questions[left[0]]))
             batch = [i for i in left[:most] if alpha[i] == alpha[left[0]]]
