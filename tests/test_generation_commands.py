@@ -255,7 +255,7 @@ def test_mistakes_are_told_by_name(words: list[str], named: str) -> None:
 def test_a_prompt_that_is_no_text_is_an_error_with_its_line(tmp_path: Path) -> None:
     for prompt in (5, None, [1, 2], {"text": "a"}):
         (tmp_path / "a.jsonl").write_text(f'{{"prompt": "a"}}\n{json.dumps({"prompt": prompt})}\n')
-        with pytest.raises(UserError, match="a.jsonl: line 2 is not"):
+        with pytest.raises(UserError, match="line 2 is not"):
             MAIN([*TEMPLATE, "--prompt_file", str(tmp_path / "a.jsonl")])
 
 
