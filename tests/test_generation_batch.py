@@ -10,12 +10,12 @@ from minillama.checkpoint.directory import load_model
 from minillama.errors import UserError
 from minillama.generation import decode as decoding
 from minillama.generation.cache import Cache
-from minillama.generation.decode import Answer, decode, generate, needed_alpha, read_prompts, stretched
+from minillama.generation.decode import Answer, decode, needed_alpha, read_prompts, stretched
 from minillama.generation.sampling import Sampling
 from minillama.model import Llama
 from minillama.ops import Documents, fused, reference
 from minillama.tokenizer import open_tokenizer
-from tests.conftest import TINY, random_model, random_tokens
+from tests.conftest import TINY, generate, random_model, random_tokens
 
 GREEDY, SAMPLED = Sampling(temperature=0.0), Sampling(temperature=1.3, top_p=0.9)
 PROMPTS = [[1, 7, 9], [1], [1, 4, 4, 8, 30, 2, 11, 19, 3, 5], [1, 7, 9, 13], [5] * 20]

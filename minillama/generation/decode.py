@@ -35,15 +35,6 @@ class Answer:
     score: float | None = None  # of a beam: its log-probability over length ** length_penalty
 
 
-def generate(model: Llama, prompt: list[int], max_new_tokens: int, sampling: Sampling, stop: tuple[int, ...] = (),
-             seed: int | None = None) -> Iterator[int]:
-    """Yield the ids that follow `prompt`, until one of `stop` (not yielded) or max_new_tokens."""
-    answer = Answer(prompt, max_new_tokens)
-    for _ in decode(model, [answer], sampling, stop, seed):
-        if answer.finish_reason != "eos":
-            yield answer.ids[-1]
-
-
 @torch.inference_mode()
 def decode(model: Llama, answers: list[Answer], sampling: Sampling, stop: tuple[int, ...] = (), seed: int | None = None,
            rope_alpha: float | None = None) -> Iterator[Answer]:

@@ -77,13 +77,8 @@ class Session:
         left = 256 if self.rope_alpha is not None else min(256, self.model.config.max_seq_len - len(prompt_ids))
         return Answer(prompt_ids, self.max_new_tokens or max(1, left), number)
 
-    def stream(self, answer: Answer, seed: int | None) -> Iterator[str]:
-        """Write one answer, yielding text as it becomes certain."""
-        for _, text in self.write([answer], seed):
-            yield text
-
     def write(self, answers: list[Answer], seed: int | None) -> Iterator[tuple[Answer, str]]:
-        """Write `answers` together, yielding each with its new text as it comes. With beams they are those of one prompt."""
+        """Write `answers` together, yielding each with its new text as it becomes certain. With beams they are those of one prompt."""
         if self.beams:
             steps = beam_search(self.model, answers, self.beams, self.sampling, self.stop_ids, seed, self.rope_alpha)
         else:
@@ -112,13 +107,6 @@ class Session:
             number = {id(answer): i for i in batch for answer in questions[i]}
             for answer, text in self.write([answer for i in batch for answer in questions[i]], seed):
                 yield number[id(answer)], text
-
-    def answer(self, text: str, seed: int | None = None) -> Answer:
-        """The whole answer to one prompt."""
-        answer = self.ask(self.encode_prompt(text))
-        for _ in self.write([answer], seed):
-            pass
-        return answer
 
 
 class Dialogue:

@@ -79,7 +79,7 @@ def answer_in_page(dialogue: Dialogue, text: str, seed: int | None) -> Iterator[
         yield str(error)
         return
     answer, earlier = dialogue.session.ask(ids), dialogue.turns
-    for _ in dialogue.session.stream(answer, seed):
+    for _ in dialogue.session.write([answer], seed):
         dialogue.turns = list(earlier)
         dialogue.remember(text, answer)
         yield f"{len(answer.ids) / answer.seconds:.1f} tokens/s" + f", {dropped} oldest rounds dropped" * bool(dropped)

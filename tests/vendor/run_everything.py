@@ -14,10 +14,9 @@ from typing import Any
 import torch
 
 from minillama import comm, config, device, trainer
-from minillama.generation.decode import generate
 from minillama.generation.loading import load_with_adapters
 from minillama.generation.sampling import Sampling
-from tests.conftest import TEXTS
+from tests.conftest import TEXTS, generate
 from tests.ranks import run_on_ranks
 from tests.vendor import ascend, cambricon, fake_device, sophgo
 
