@@ -15,11 +15,11 @@ import torch
 from minillama.checkpoint.directory import load_model
 from minillama.errors import UserError
 from minillama.generation import session as sessions
-from minillama.generation.decode import generate
 from minillama.generation.files import AnswerFile, read_lines
 from minillama.generation.sampling import Sampling
 from minillama.lora import LoraConfig, add_lora, merge_lora, save_adapter
 from minillama.tokenizer import open_tokenizer
+from tests.conftest import generate
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = str(ROOT / "tests/golden/model")
@@ -151,6 +151,16 @@ def test_a_partial_file_of_other_settings_is_refused(prompts: Path, tmp_path: Pa
     out.with_name("a.jsonl.partial").write_text(json.dumps({"settings": {"checkpoint": "another"}}) + "\n")
     with pytest.raises(UserError, match="was begun with checkpoint = 'another', now it is"):
         run("--prompt_file", str(prompts), output=out)
+
+
+def test_a_partial_file_of_other_weights_at_the_same_place_is_refused(tmp_path: Path) -> None:
+    namespace = runpy.run_path(str(ROOT / "generate.py"))
+    options = namespace["parse"]([*TEMPLATE, "--greedy"])
+    session, path = namespace["open_session"](options)
+    AnswerFile(tmp_path / "a.jsonl", namespace["settings_of"](session, path, [[1]], options))
+    session.model.model.norm.weight[0] += 1
+    with pytest.raises(UserError, match="was begun with weights_sample_sha256"):
+        AnswerFile(tmp_path / "a.jsonl", namespace["settings_of"](session, path, [[1]], options))
 
 
 def test_ctrl_c_keeps_what_was_written_and_exits_130(shared: Path) -> None:

@@ -4,7 +4,6 @@ An interrupted run goes on from them; under other settings (DIR/settings.json) t
 whoever computes them and whatever is done already, so the file is the same to the byte for any number of ranks and interruptions.
 """
 
-import hashlib
 import math
 import os
 import time
@@ -21,7 +20,7 @@ from minillama.errors import UserError, parsing, read_json
 from minillama.evaluation.questions import Choices, Perplexity
 from minillama.evaluation.scoring import plan, read
 from minillama.generation.files import Record, line_of, read_lines, refuse_other_settings, replace_lines
-from minillama.generation.loading import load_session
+from minillama.generation.loading import load_session, sample_of
 from minillama.generation.sampling import Sampling
 from minillama.model import Llama
 
@@ -95,9 +94,3 @@ def write(out: Path, records: Iterable[Record]) -> None:
     replace_lines(out / "predictions.jsonl", records)
     for part in out.glob("predictions.rank-*.jsonl"):
         part.unlink()
-
-
-def sample_of(model: Llama) -> str:
-    """A sha256 over up to 4096 numbers of each parameter, adapters included."""
-    samples = (p.detach().flatten()[::max(1, p.numel() // 4096)].float().cpu().numpy().tobytes() for p in model.parameters())
-    return hashlib.sha256(b"".join(samples)).hexdigest()

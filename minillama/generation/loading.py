@@ -1,5 +1,6 @@
 """Whatever --ckpt names, as a session: a Hugging Face directory, a run directory, or an adapter over its base."""
 
+import hashlib
 import sys
 from argparse import Namespace
 from pathlib import Path
@@ -72,6 +73,12 @@ def add_adapter(model: Llama, directory: Path) -> None:
             old.lora_B = nn.Parameter(torch.cat((old.scale * old.lora_B, new.scale * new.lora_B), dim=1))
             old.scale = 1.0
         model.set_submodule(name, old)
+
+
+def sample_of(model: Llama) -> str:
+    """A sha256 over up to 4096 numbers of each parameter, adapters included."""
+    samples = (p.detach().flatten()[::max(1, p.numel() // 4096)].float().cpu().numpy().tobytes() for p in model.parameters())
+    return hashlib.sha256(b"".join(samples)).hexdigest()
 
 
 def _has_chat_template(directory: Path) -> bool:
