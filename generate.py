@@ -75,6 +75,8 @@ def main(arguments: list[str]) -> None:
     for name, least in (("num_samples", 1), ("num_beams", 1), ("batch_size", 1), ("max_new_tokens", 0)):
         if getattr(options, name) < least:
             raise errors.UserError(f"--{name} {getattr(options, name)}: must be at least {least}")
+    if "" in options.stop:
+        raise errors.UserError('--stop "": an empty text would end every answer before it begins; leave it out')
     texts = read_prompts(options)
     session, path = open_session(options)
     print(f"{path} (template: {session.template})", file=sys.stderr)

@@ -255,6 +255,7 @@ def test_a_template_that_nothing_says_the_model_was_tuned_with_is_warned_of(tmp_
     (["--rope_alpha", "0.5"], "--rope_alpha: '0.5' is neither auto"),
     (["--rope_alpha", "x"], "--rope_alpha: 'x' is neither auto"), (["--num_beams", "2", "--num_samples", "3"], "at most as many texts"),
     (["--prompt_file", "absent.txt"], "absent.txt: no such file"), (["--prompt_ids", "1 99999"], "99999 is beyond the vocabulary"),
+    (["--stop", ""], "an empty text"), (["--temperature", "nan"], "expected temperature >= 0"),
     (["--early_stopping", "often"], "early_stopping"), (["--prompt_ids", "1 a"], "expected whole numbers"),
 ])
 def test_mistakes_are_told_by_name(words: list[str], named: str) -> None:

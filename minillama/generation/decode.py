@@ -91,10 +91,10 @@ def read_prompts(model: Llama, cache: Cache, prompts: list[list[int]]) -> Tensor
         tokens = torch.tensor([[token for row in rows for token in prompts[row]]], device=hidden.device)
         ends = torch.tensor(documents.lengths).cumsum(0) - 1
         hidden[rows] = model(tokens, documents, cache.pack(documents, rows))[0, ends.to(hidden.device)]
-    again = [row for row, prompt in enumerate(prompts) if first[tuple(prompt)] != row]
-    for row in again:
-        cache.copy([first[tuple(prompts[row])]], [row])
-    return model.logits(hidden)[[first[tuple(prompt)] for prompt in prompts]]
+    source = [first[tuple(prompt)] for prompt in prompts]
+    again = [row for row, read in enumerate(source) if read != row]
+    cache.copy([source[row] for row in again], again)
+    return model.logits(hidden[source])
 
 
 def stretched(config: LlamaConfig, answers: list[Answer], alpha: float | None) -> LlamaConfig:
