@@ -204,6 +204,18 @@ def test_every_form_of_the_linear_is_its_formula_rounded_once(rows: int, dtype: 
     assert (y.double() - exact).abs().max() <= max(torch.finfo(dtype).eps, 1e-6) * exact.abs().max()
 
 
+@pytest.mark.parametrize("units", [True, False], ids=["16-bit units", "none"])
+def test_a_16_bit_linear_is_trained_by_the_processors_own_products_where_it_has_them(units: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused, "has_bf16_units", lambda: units)
+    generator = torch.Generator().manual_seed(0)
+    x, weight, dy = (torch.randn(shape, generator=generator).bfloat16() for shape in ((40, 64), (48, 64), (40, 48)))
+    y = fused.linear(x.requires_grad_(), weight.requires_grad_())
+    assert ("Linear16" in y.grad_fn.name()) is not units
+    y.backward(dy)
+    for found, exact in ((x.grad, dy.double() @ weight.double()), (weight.grad, dy.double().T @ x.double())):
+        assert (found.double() - exact).norm() <= 4e-3 * exact.norm()
+
+
 @pytest.mark.parametrize("T", [1, 3])
 @pytest.mark.parametrize("attention", [fused.attention, reference.attention], ids=["fused", "reference"])
 def test_attention_over_rows_of_unlike_length_is_attention_over_each(T: int, attention) -> None:

@@ -160,20 +160,18 @@ class _Linear16(torch.autograd.Function):
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`reference.linear`; of 16-bit data on a processor, fp32 products rounded once: without 16-bit units that is many times faster.
+    """`reference.linear`; of 16-bit data on a processor without 16-bit units, fp32 products rounded once: that is many times faster.
     Decoding there (no gradient, few rows) is bound by reading the weight; what reads it best depends on the rows."""
     if x.device.type != "cpu" or (x.dtype == torch.float32 and torch.is_grad_enabled()):
         return F.linear(x, weight, bias)
     rows = x.numel() // x.shape[-1]
     if x.dtype == torch.float32:
         return _weight_first(x, weight) if 4 < rows < 16 and bias is None and weight.numel() >= LARGE else F.linear(x, weight, bias)
-    if x.dtype == torch.bfloat16 and not torch.is_grad_enabled():
-        if rows == 1 or (rows <= MATVEC_ROWS and not has_bf16_units()):
-            y = torch.stack([torch.mv(weight, row) if bias is None else torch.addmv(bias, weight, row) for row in x.reshape(rows, -1)])
-            return y.view(*x.shape[:-1], -1)
-        if has_bf16_units():
-            return F.linear(x, weight, bias)
-    return _Linear16.apply(x, weight, bias)
+    is_native = x.dtype == torch.bfloat16 and has_bf16_units()
+    if x.dtype == torch.bfloat16 and rows <= (1 if is_native else MATVEC_ROWS) and not torch.is_grad_enabled():
+        y = torch.stack([torch.mv(weight, row) if bias is None else torch.addmv(bias, weight, row) for row in x.reshape(rows, -1)])
+        return y.view(*x.shape[:-1], -1)
+    return F.linear(x, weight, bias) if is_native else _Linear16.apply(x, weight, bias)
 
 
 def _weight_first(x: Tensor, weight: Tensor) -> Tensor:
