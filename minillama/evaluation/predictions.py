@@ -57,7 +57,8 @@ def predict(model: Llama, test: Choices | Perplexity, batch_size: int, out: Path
     batches = [batch for batch in plan(queries, batch_size) if any(ids[i] not in records for i in batch.members)]
     total, ends = sum(batch.cost for batch in batches), accumulate(batch.cost for batch in batches)
     mine = [batch for batch, end in zip(batches, ends, strict=True) if (end - 1) * mesh.size // total == mesh.rank]
-    worth, name = sum(map(test.worth, records.values())), f"predictions{f'.rank-{mesh.rank}' if mesh.rank else ''}.jsonl"
+    name = f"predictions.rank-{mesh.rank}.jsonl" if mesh.rank else "predictions.jsonl"
+    worth = sum(map(test.worth, records.values()))  # so far
     with (tqdm(total=len(ids), initial=len(records), unit="query", disable=not mesh.is_first, dynamic_ncols=True) as bar,
           open(out / name if out else os.devnull, "a", encoding="utf-8") as file):
         for readings in read(model, queries, mine):
