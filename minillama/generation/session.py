@@ -102,8 +102,8 @@ class Session:
         left = sorted(range(len(questions)), key=lambda i: -len(questions[i][0].prompt_ids) if batch_size > 1 else i)
         while left:
             most = 1 if self.beams else max(1, batch_size // len(questions[left[0]]))
-            batch = [i for i in left[:most] if alpha[i] == alpha[left[0]]]
-            left = [i for i in left if i not in batch]
+            batch = [i for i in left[:most] if alpha[i] == alpha[left[0]]]  # the first ones: alpha follows from the length
+            left = left[len(batch):]
             number = {id(answer): i for i in batch for answer in questions[i]}
             for answer, text in self.write([answer for i in batch for answer in questions[i]], seed):
                 yield number[id(answer)], text
