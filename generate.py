@@ -75,6 +75,8 @@ def main(arguments: list[str]) -> None:
     for name, least in (("num_samples", 1), ("num_beams", 1), ("batch_size", 1), ("max_new_tokens", 0)):
         if getattr(options, name) < least:
             raise errors.UserError(f"--{name} {getattr(options, name)}: must be at least {least}")
+    if "" in options.stop:
+        raise errors.UserError('--stop "": an empty text would end every answer before it begins; leave it out')
     texts = read_prompts(options)
     session, path = open_session(options)
     print(f"{path} (template: {session.template})", file=sys.stderr)
@@ -94,13 +96,14 @@ def open_session(options):
     from minillama.generation.loading import load_session
     from minillama.generation.sampling import Sampling
 
-    said = (options.temperature, options.top_k, options.top_p)
-    temperature, top_k, top_p = (default if value is None else value for value, default in zip(said, (0.8, 0, 0.95), strict=True))
-    sampling = Sampling(0.0 if options.greedy else temperature, top_k, top_p, options.repetition_penalty)
+    said = {name: value for name in ("temperature", "top_k", "top_p") if (value := getattr(options, name)) is not None}
+    if options.greedy:
+        said["temperature"] = 0.0
+    sampling = Sampling(**said, repetition_penalty=options.repetition_penalty)
     session, path = load_session(options, sampling, options.max_new_tokens, options.template, options.ignore_eos, tuple(options.stop))
     session.rope_alpha = options.rope_alpha
     if options.num_beams > 1:
-        draws = sampling.temperature > 0 and any(value is not None for value in said)
+        draws = sampling.temperature > 0 and bool(said)
         session.beams = Beams(options.num_beams, options.length_penalty, options.early_stopping, draws)
     return session, path
 
@@ -115,7 +118,8 @@ def read_prompts(options) -> list[str | list[int]]:
     path = Path(options.prompt_file)
     if options.prompt_file and not path.is_file():
         raise errors.UserError(f"{path}: no such file")
-    lines = path.read_text(encoding="utf-8").splitlines() if options.prompt_file else []
+    with errors.parsing(path):
+        lines = path.read_text(encoding="utf-8-sig").split("\n") if options.prompt_file else []
     return prompts + [_prompt_of(line, path, number) for number, line in enumerate(lines, 1) if line.strip()]
 
 
@@ -123,9 +127,12 @@ def _prompt_of(line: str, path: Path, number: int) -> str:
     if path.suffix != ".jsonl":
         return line
     try:
-        return json.loads(line)["prompt"]
+        prompt = json.loads(line)["prompt"]
     except (ValueError, KeyError, TypeError):
-        raise errors.UserError(f'{path}: line {number} is not a JSON object with "prompt"') from None
+        prompt = None
+    if not isinstance(prompt, str):
+        raise errors.UserError(f'{path}: line {number} is not a JSON object with the text "prompt"')
+    return prompt
 
 
 def answer_prompts(session, path: Path, texts: list[str | list[int]], options) -> None:
@@ -172,8 +179,11 @@ def encode(session, text: str | list[int]) -> list[int]:
 
 def settings_of(session, path: Path, prompts: list[list[int]], options) -> dict:
     """What an answer depends on: an interrupted file is continued only where all of it is the same."""
+    from minillama.generation.loading import sample_of
+
     free = {"ckpt", "debug", "stream", "output", "batch_size", "device", "prompt", "prompt_ids", "prompt_file", "host", "port"}
-    return {"checkpoint": str(path), "prompts_sha256": hashlib.sha256(json.dumps(prompts).encode()).hexdigest(),
+    return {"checkpoint": str(path), "weights_sample_sha256": sample_of(session.model),
+            "prompts_sha256": hashlib.sha256(json.dumps(prompts).encode()).hexdigest(),
             **{name: value for name, value in vars(options).items() if name not in free}, "template": session.template}
 
 

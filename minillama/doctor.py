@@ -35,8 +35,7 @@ TINY = LlamaConfig(dim=128, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=32, ff
 class Case:
     """An op on small inputs of LLaMA's shapes. call(op, *inputs) returns what the op does, or the first input where it returns nothing."""
 
-    name: str
-    op: str
+    name: str  # the op's, and what is special after a comma
     call: Callable[..., Any]
     inputs: tuple[Tensor, ...]  # on the host
     trains: bool = True         # with backward
@@ -53,20 +52,20 @@ def cases(dtype: torch.dtype = torch.float32) -> Iterator[Case]:
     labels = (torch.arange(T) * 7 % V).where(torch.arange(T) % 3 > 0, torch.tensor(ops.IGNORE))
     q, k, v = randn(1, T, H, D), randn(1, T, K, D), randn(1, T, K, D)
     adam = {"learning_rate": 1e-2, "beta1": 0.9, "beta2": 0.999, "epsilon": 1e-8, "weight_decay": 0.1}
-    yield Case("rms_norm", "rms_norm", lambda op, x, w: op(x, w, 1e-5), (randn(1, T, C, scale=1e-3), randn(C)))  # epsilon matters
-    yield Case("rope", "rope", lambda op, x: op(x, cos.to(x.device), sin.to(x.device)), (q,))
-    yield Case("swiglu", "swiglu", lambda op, gate, up: op(gate, up), (randn(1, T, F), randn(1, T, F)))
+    yield Case("rms_norm", lambda op, x, w: op(x, w, 1e-5), (randn(1, T, C, scale=1e-3), randn(C)))  # epsilon matters
+    yield Case("rope", lambda op, x: op(x, cos.to(x.device), sin.to(x.device)), (q,))
+    yield Case("swiglu", lambda op, gate, up: op(gate, up), (randn(1, T, F), randn(1, T, F)))
     mask = torch.ones(T, T, dtype=torch.bool).triu(1)
-    yield Case("scaled_masked_softmax", "scaled_masked_softmax", lambda op, x: op(x, mask.to(x.device), 0.125), (randn(1, H, T, T),))
-    yield Case("linear", "linear", lambda op, x, w: op(x, w), (randn(1, T, C), randn(F, C)))
-    yield Case("attention", "attention", lambda op, q, k, v: op(q, k, v), (q, k, v))
-    yield Case("attention, packed", "attention", lambda op, q, *kv: op(q, *kv, ops.Documents([70, 3, 55], q.device)), (q, k, v))
-    yield Case("attention, cached", "attention", lambda op, q, k, v: op(q, k, v), (q[:, :3], k, v), trains=False)
-    yield Case("attention, one query", "attention", lambda op, q, k, v: op(q, k, v), (q[:, :1], k, v), trains=False)
+    yield Case("scaled_masked_softmax", lambda op, x: op(x, mask.to(x.device), 0.125), (randn(1, H, T, T),))
+    yield Case("linear", lambda op, x, w: op(x, w), (randn(1, T, C), randn(F, C)))
+    yield Case("attention", lambda op, q, k, v: op(q, k, v), (q, k, v))
+    yield Case("attention, packed", lambda op, q, *kv: op(q, *kv, ops.Documents([70, 3, 55], q.device)), (q, k, v))
+    yield Case("attention, cached", lambda op, q, k, v: op(q, k, v), (q[:, :3], k, v), trains=False)
+    yield Case("attention, one query", lambda op, q, k, v: op(q, k, v), (q[:, :1], k, v), trains=False)
     head = (randn(T, C), randn(V, C))
-    yield Case("linear_cross_entropy", "linear_cross_entropy", lambda op, h, w: op(h, w, labels.to(h.device)), head)
+    yield Case("linear_cross_entropy", lambda op, h, w: op(h, w, labels.to(h.device)), head)
     flat = (randn(V), randn(V), randn(V), randn(V).abs())
-    yield Case("adamw", "adamw", lambda op, w, g, m, v: op(w, g, m, v, 3, **adam) or w, flat, trains=False)
+    yield Case("adamw", lambda op, w, g, m, v: op(w, g, m, v, 3, **adam) or w, flat, trains=False)
 
 
 def solve(case: Case, function: Callable, device: torch.device, dtype: torch.dtype) -> tuple[list[Tensor], float, int]:
@@ -128,11 +127,12 @@ def main(arguments: list[str]) -> int:
     print(f"a model, forward and backward, {str(dtype)[6:]}: loss {loss:.6f}, error {wrong:.1e} ({'ok' if wrong <= limit else 'WRONG'})\n")
     print(f"{'op':22}{'form':11}{'error':>8}{'':7}{'ms':>8}{'formula':>9}{'kept kB':>9}{'formula':>9}")
     for case in cases(dtype):
-        formula = getattr(ops.reference, case.op)
+        name = case.name.partition(",")[0]
+        op, formula = ops.TABLE[name], getattr(ops.reference, name)
         right, _, _ = solve(case, formula, torch.device("cpu"), torch.float32)
-        found, seconds, kept = solve(case, ops.TABLE[case.op], device, dtype)
+        found, seconds, kept = solve(case, op, device, dtype)
         _, plain_seconds, plain_kept = solve(case, formula, device, dtype)
-        form = case.call(ops.TABLE[case.op].pick, *(x.to(device, dtype, copy=True).requires_grad_(case.trains) for x in case.inputs))
+        form = case.call(op.pick, *(x.to(device, dtype, copy=True).requires_grad_(case.trains) for x in case.inputs))
         wrong = error(found, right)
         failed += [] if wrong <= limit else [case.name]
         print(f"{case.name:22}{form.name:11}{wrong:8.1e}  {'ok' if wrong <= limit else 'WRONG':5}{1e3 * seconds:8.2f}"

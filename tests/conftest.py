@@ -1,7 +1,7 @@
 """Fixtures that several chapters' tests share."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +10,8 @@ import torch
 
 from minillama.architecture import LlamaConfig
 from minillama.checkpoint.directory import save_model
+from minillama.generation.decode import Answer, decode
+from minillama.generation.sampling import Sampling
 from minillama.model import Llama
 from minillama.tokenizer import SentencePieceTokenizer, open_tokenizer, train_tokenizer
 
@@ -33,6 +35,15 @@ def random_model(seed: int = 0, **changes) -> Llama:
         for name, parameter in model.named_parameters():
             parameter.normal_(float(name.endswith("norm.weight")), 0.2, generator=generator)
     return model
+
+
+def generate(model: Llama, prompt: list[int], max_new_tokens: int, sampling: Sampling, stop: tuple[int, ...] = (),
+             seed: int | None = None) -> Iterator[int]:
+    """Yield the ids that follow `prompt`, until one of `stop` (not yielded) or max_new_tokens."""
+    answer = Answer(prompt, max_new_tokens)
+    for _ in decode(model, [answer], sampling, stop, seed):
+        if answer.finish_reason != "eos":
+            yield answer.ids[-1]
 
 
 def random_tokens(*shape: int, vocab_size: int = 50, seed: int = 0) -> torch.Tensor:

@@ -23,7 +23,7 @@ def as_it_was() -> Iterator[None]:
 
 
 def test_every_op_has_a_case() -> None:
-    assert {case.op for case in doctor.cases()} == set(ops.TABLE)
+    assert {case.name.partition(",")[0] for case in doctor.cases()} == set(ops.TABLE)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from minillama import device
 from minillama.comm import Mesh, start
 from minillama.errors import UserError
 from minillama.evaluation import predictions, scoring, tables
@@ -372,7 +373,7 @@ def test_an_interrupted_run_goes_on_and_its_file_is_that_of_an_uninterrupted_one
 def test_predictions_of_other_settings_are_refused(model: Llama, options: Callable, small_tokenizer: Tokenizer, tmp_path: Path) -> None:
     test = Choices(options("mmlu", limit=1), small_tokenizer, 512)
     run(model, test, tmp_path, n_shots=5)
-    with pytest.raises(UserError, match="n_shots = 5, not 0"):
+    with pytest.raises(UserError, match="n_shots = 5, now it is 0"):
         run(model, test, tmp_path, n_shots=0)
     (tmp_path / "settings.json").unlink()
     with pytest.raises(UserError, match="dtype = None"):
@@ -538,6 +539,9 @@ def test_documents_of_a_jsonl_file_do_not_see_each_other(tmp_path: Path, small_t
     (tmp_path / "t.jsonl").write_text('{"text": "the cat"}\n{"txt": "the mat"}\n')
     with pytest.raises(UserError, match=r"line 2\): lacks the string"):
         Perplexity(options("perplexity", data=str(tmp_path / "t.jsonl")), small_tokenizer, 512)
+    (tmp_path / "t.jsonl").write_text('{"text": ""}\n')
+    with pytest.raises(UserError, match="its texts are empty"):
+        Perplexity(options("perplexity", data=str(tmp_path / "t.jsonl")), small_tokenizer, 512)
 
 
 # ── losses ──
@@ -604,9 +608,17 @@ def test_a_score_stands_beside_all_that_it_depends_on(main: Callable, checkpoint
     (tmp_path / "other.json").write_text('{"task": "loss"}')
     with pytest.raises(UserError, match=r"other\.json: key 'accuracy' is missing"):
         main(["--task", "boolq", "--ckpt", str(checkpoint), "--data", str(data / "dev.jsonl"), "--compare", str(tmp_path / "other.json")])
-    with pytest.raises(UserError, match="protocol = ascend, not lm_eval"):
+    with pytest.raises(UserError, match="protocol = 'ascend', now it is 'lm_eval'"):
         main(["--task", "boolq", "--ckpt", str(checkpoint), "--data", str(data / "dev.jsonl"), "--out", str(tmp_path / "out"),
               "--protocol", "lm_eval"])
+
+
+def test_a_rank_loads_the_model_onto_its_own_chip_and_no_other(main: Callable, checkpoint: Path, data: Path, monkeypatch) -> None:
+    picked = []
+    monkeypatch.setattr(device, "pick", lambda name, local_rank=0: picked.append(local_rank) or torch.device("cpu"))
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    main(["--task", "boolq", "--ckpt", str(checkpoint), "--data", str(data / "dev.jsonl")])
+    assert picked == [3]
 
 
 def test_an_adapter_is_scored_as_its_merged_model(main: Callable, checkpoint: Path, data: Path, tmp_path: Path) -> None:

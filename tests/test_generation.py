@@ -10,12 +10,12 @@ from minillama.architecture import RopeScaling
 from minillama.checkpoint.directory import find_checkpoint, load_model, save_model
 from minillama.errors import UserError
 from minillama.generation.cache import Cache
-from minillama.generation.decode import generate
+from minillama.generation.decode import Answer
 from minillama.generation.sampling import Sampling, keep_top_k, keep_top_p, next_tokens, penalise, tokens_seen
 from minillama.generation.session import Dialogue, Session
 from minillama.model import Llama
 from minillama.tokenizer import open_tokenizer
-from tests.conftest import random_model, random_tokens
+from tests.conftest import generate, random_model, random_tokens
 from tests.peers import open_in_transformers
 
 GREEDY = Sampling(temperature=0.0)
@@ -154,34 +154,41 @@ def session() -> Session:
     return Session(model, open_tokenizer(GOLDEN), "llama_factory_default", GREEDY, 24, model.config.eos_ids)
 
 
+def answer(session: Session, text: str) -> Answer:
+    """The whole answer to one prompt."""
+    one = session.ask(session.encode_prompt(text))
+    list(session.write([one], None))
+    return one
+
+
 def test_an_answer_ends_at_the_end_token(session: Session) -> None:
-    answer = session.answer("Which number is larger, 31 or 62?")
-    assert (answer.text.strip(), answer.finish_reason) == ("62", "eos")
+    found = answer(session, "Which number is larger, 31 or 62?")
+    assert (found.text.strip(), found.finish_reason) == ("62", "eos")
     session.stop_ids, session.max_new_tokens = (), 5
-    answer = session.answer("Which number is larger, 31 or 62?")
-    assert (len(answer.ids), answer.finish_reason) == (5, "length")
+    found = answer(session, "Which number is larger, 31 or 62?")
+    assert (len(found.ids), found.finish_reason) == (5, "length")
 
 
 def test_a_stop_text_ends_the_answer_even_across_tokens_and_is_not_printed(session: Session) -> None:
-    whole = session.answer("Please repeat cat, dog and owl.").text
+    whole = answer(session, "Please repeat cat, dog and owl.").text
     assert len(whole) > 6
     for stop in (whole[3:6], whole[4]):
         session.stop_texts = (stop,)
-        answer = session.ask(session.encode_prompt("Please repeat cat, dog and owl."))
-        streamed = "".join(session.stream(answer, None))
-        assert streamed == answer.text == whole[:whole.index(stop)]
-        assert answer.finish_reason == "stop"
+        one = session.ask(session.encode_prompt("Please repeat cat, dog and owl."))
+        streamed = "".join(text for _, text in session.write([one], None))
+        assert streamed == one.text == whole[:whole.index(stop)]
+        assert one.finish_reason == "stop"
 
 
 def test_what_is_held_back_for_a_stop_text_comes_out_when_it_does_not_follow(session: Session) -> None:
-    whole = session.answer("Please repeat cat, dog and owl.").text
+    whole = answer(session, "Please repeat cat, dog and owl.").text
     session.stop_texts = (whole[-2:] + "!", whole[2:4] + "###")
-    assert session.answer("Please repeat cat, dog and owl.").text == whole
+    assert answer(session, "Please repeat cat, dog and owl.").text == whole
 
 
 def test_streamed_text_is_the_decoded_text(session: Session) -> None:
-    answer = session.answer("Please repeat cat, dog and owl.")
-    assert answer.text == session.tokenizer.decode(answer.ids)
+    found = answer(session, "Please repeat cat, dog and owl.")
+    assert found.text == session.tokenizer.decode(found.ids)
 
 
 def test_the_oldest_rounds_are_dropped_when_the_context_is_full(session: Session) -> None:
@@ -206,7 +213,7 @@ def test_a_conversation_is_the_template_of_its_rounds(session: Session) -> None:
     dialogue = Dialogue(session)
     ids, _ = dialogue.prompt_ids("Which number is larger, 31 or 62?")
     first = session.ask(ids)
-    list(session.stream(first, None))
+    list(session.write([first], None))
     dialogue.remember("Which number is larger, 31 or 62?", first)
     assert dialogue.turns == [chat.Turn("Which number is larger, 31 or 62?", "62")]
     ids, _ = dialogue.prompt_ids("Which number is larger, 77 or 18?")

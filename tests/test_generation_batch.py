@@ -10,12 +10,12 @@ from minillama.checkpoint.directory import load_model
 from minillama.errors import UserError
 from minillama.generation import decode as decoding
 from minillama.generation.cache import Cache
-from minillama.generation.decode import Answer, decode, generate, needed_alpha, read_prompts, stretched
+from minillama.generation.decode import Answer, decode, needed_alpha, read_prompts, stretched
 from minillama.generation.sampling import Sampling
 from minillama.model import Llama
 from minillama.ops import Documents, fused, reference
 from minillama.tokenizer import open_tokenizer
-from tests.conftest import TINY, random_model, random_tokens
+from tests.conftest import TINY, generate, random_model, random_tokens
 
 GREEDY, SAMPLED = Sampling(temperature=0.0), Sampling(temperature=1.3, top_p=0.9)
 PROMPTS = [[1, 7, 9], [1], [1, 4, 4, 8, 30, 2, 11, 19, 3, 5], [1, 7, 9, 13], [5] * 20]
@@ -47,6 +47,12 @@ def test_texts_of_a_trained_llama_are_the_same_in_a_batch(shared: Path) -> None:
     prompts = [[1, *tokenizer.encode(text)] for text in ("Once upon a time", "The", "Lily and Tom went to the park with a big red ball")]
     alone = [list(generate(model, prompt, 120, GREEDY, (1, 2))) for prompt in prompts]
     assert [answer.ids for answer in together(model, prompts, 120, GREEDY, (1, 2))] == alone
+
+
+def test_a_batch_may_hold_more_texts_than_each_has_tokens() -> None:
+    model, prompts = random_model(), [[1 + n, 7][:1 + n % 2] for n in range(8)]
+    alone = [list(generate(model, prompt, 3, GREEDY)) for prompt in prompts]
+    assert [answer.ids for answer in together(model, prompts, 3, GREEDY)] == alone
 
 
 @torch.no_grad()
@@ -196,6 +202,18 @@ def test_every_form_of_the_linear_is_its_formula_rounded_once(rows: int, dtype: 
         y = fused.linear(x, weight, b if bias else None)
     assert (y.shape, y.dtype) == ((rows, 1, 48), dtype)
     assert (y.double() - exact).abs().max() <= max(torch.finfo(dtype).eps, 1e-6) * exact.abs().max()
+
+
+@pytest.mark.parametrize("units", [True, False], ids=["16-bit units", "none"])
+def test_a_16_bit_linear_is_trained_by_the_processors_own_products_where_it_has_them(units: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused, "has_bf16_units", lambda: units)
+    generator = torch.Generator().manual_seed(0)
+    x, weight, dy = (torch.randn(shape, generator=generator).bfloat16() for shape in ((40, 64), (48, 64), (40, 48)))
+    y = fused.linear(x.requires_grad_(), weight.requires_grad_())
+    assert ("Linear16" in y.grad_fn.name()) is not units
+    y.backward(dy)
+    for found, exact in ((x.grad, dy.double() @ weight.double()), (weight.grad, dy.double().T @ x.double())):
+        assert (found.double() - exact).norm() <= 4e-3 * exact.norm()
 
 
 @pytest.mark.parametrize("T", [1, 3])

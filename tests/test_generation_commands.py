@@ -15,10 +15,11 @@ import torch
 from minillama.checkpoint.directory import load_model
 from minillama.errors import UserError
 from minillama.generation import session as sessions
-from minillama.generation.decode import generate
+from minillama.generation.files import AnswerFile, read_lines
 from minillama.generation.sampling import Sampling
 from minillama.lora import LoraConfig, add_lora, merge_lora, save_adapter
 from minillama.tokenizer import open_tokenizer
+from tests.conftest import generate
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = str(ROOT / "tests/golden/model")
@@ -29,7 +30,7 @@ TEMPLATE = ["--ckpt", GOLDEN, "--template", "llama_factory_default", "--max_new_
 
 def run(*words: str, output: Path) -> list[dict]:
     MAIN([*TEMPLATE, *words, "--output", str(output)])
-    return [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
+    return read_lines(output)
 
 
 @pytest.fixture
@@ -103,11 +104,63 @@ def test_an_interrupted_run_goes_on_and_ends_as_if_it_had_not_been(prompts: Path
     assert not (tmp_path / "part.jsonl.partial").exists()
 
 
+def test_a_separator_of_unicode_within_a_text_ends_no_line(tmp_path: Path) -> None:
+    asked = ["one\u2028two", "three\x85four", "five\x0csix"]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"prompt": text}, ensure_ascii=False) + "\n" for text in asked), encoding="utf-8")
+    (tmp_path / "a.txt").write_text("\n".join(asked), encoding="utf-8-sig")
+    for name in ("a.jsonl", "a.txt"):
+        records = run("--prompt_file", str(tmp_path / name), "--greedy", output=tmp_path / f"{name}.out")
+        assert [record["prompt"] for record in records] == asked
+    file = AnswerFile(tmp_path / "b.jsonl", {"seed": 1})
+    for number, text in enumerate(asked):
+        file.add(number, {"prompt": text})
+    assert AnswerFile(tmp_path / "b.jsonl", {"seed": 1}).done == {number: {"prompt": text} for number, text in enumerate(asked)}
+
+
+@pytest.mark.parametrize("call", ["write_text", "replace"])
+def test_finished_answers_survive_an_end_at_any_time(call: str, tmp_path: Path, monkeypatch) -> None:
+    """Killed while the file is opened again, or put in order."""
+    file = AnswerFile(tmp_path / "b.jsonl", {"seed": 1})
+    for number in (1, 0):
+        file.add(number, {"prompt": str(number)})
+
+    def killed(path: Path, *_: object, **__: object) -> None:
+        if call == "write_text":
+            path.write_bytes(b"half a li")
+        raise KeyboardInterrupt
+
+    for act in (lambda: AnswerFile(tmp_path / "b.jsonl", {"seed": 1}), file.finish):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(Path, "write_text", killed) if call == "write_text" else patch.setattr(os, "replace", killed)
+            act()
+        assert AnswerFile(tmp_path / "b.jsonl", {"seed": 1}).done == {0: {"prompt": "0"}, 1: {"prompt": "1"}}
+
+
+def test_streamed_answers_come_in_the_order_asked(capsys) -> None:
+    short, long = QUESTIONS[0], QUESTIONS[2]
+    told = []
+    for order in ((short, long), (long, short)):
+        MAIN([*TEMPLATE, *(word for text in order for word in ("--prompt", text)), "--greedy", "--stream"])
+        told.append(capsys.readouterr().out.splitlines())
+    assert told[0] == told[1][::-1]
+    assert told[0][0] != told[0][1]
+
+
 def test_a_partial_file_of_other_settings_is_refused(prompts: Path, tmp_path: Path) -> None:
     out = tmp_path / "a.jsonl"
     out.with_name("a.jsonl.partial").write_text(json.dumps({"settings": {"checkpoint": "another"}}) + "\n")
     with pytest.raises(UserError, match="was begun with checkpoint = 'another', now it is"):
         run("--prompt_file", str(prompts), output=out)
+
+
+def test_a_partial_file_of_other_weights_at_the_same_place_is_refused(tmp_path: Path) -> None:
+    namespace = runpy.run_path(str(ROOT / "generate.py"))
+    options = namespace["parse"]([*TEMPLATE, "--greedy"])
+    session, path = namespace["open_session"](options)
+    AnswerFile(tmp_path / "a.jsonl", namespace["settings_of"](session, path, [[1]], options))
+    session.model.model.norm.weight[0] += 1
+    with pytest.raises(UserError, match="was begun with weights_sample_sha256"):
+        AnswerFile(tmp_path / "a.jsonl", namespace["settings_of"](session, path, [[1]], options))
 
 
 def test_ctrl_c_keeps_what_was_written_and_exits_130(shared: Path) -> None:
@@ -202,11 +255,19 @@ def test_a_template_that_nothing_says_the_model_was_tuned_with_is_warned_of(tmp_
     (["--rope_alpha", "0.5"], "--rope_alpha: '0.5' is neither auto"),
     (["--rope_alpha", "x"], "--rope_alpha: 'x' is neither auto"), (["--num_beams", "2", "--num_samples", "3"], "at most as many texts"),
     (["--prompt_file", "absent.txt"], "absent.txt: no such file"), (["--prompt_ids", "1 99999"], "99999 is beyond the vocabulary"),
+    (["--stop", ""], "an empty text"), (["--temperature", "nan"], "expected temperature >= 0"),
     (["--early_stopping", "often"], "early_stopping"), (["--prompt_ids", "1 a"], "expected whole numbers"),
 ])
 def test_mistakes_are_told_by_name(words: list[str], named: str) -> None:
     with pytest.raises(UserError, match=named):
         MAIN([*TEMPLATE, "--prompt", "a", *words])
+
+
+def test_a_prompt_that_is_no_text_is_an_error_with_its_line(tmp_path: Path) -> None:
+    for prompt in (5, None, [1, 2], {"text": "a"}):
+        (tmp_path / "a.jsonl").write_text(f'{{"prompt": "a"}}\n{json.dumps({"prompt": prompt})}\n')
+        with pytest.raises(UserError, match="line 2 is not"):
+            MAIN([*TEMPLATE, "--prompt_file", str(tmp_path / "a.jsonl")])
 
 
 def test_a_conversation_in_the_terminal(tmp_path: Path) -> None:

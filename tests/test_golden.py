@@ -15,13 +15,13 @@ from minillama import chat
 from minillama.checkpoint.directory import load_model, stop_ids
 from minillama.comm import Mesh
 from minillama.data.encode import encode_pieces
-from minillama.generation.decode import generate
 from minillama.generation.sampling import Sampling
 from minillama.lora import load_adapter, merge_lora
 from minillama.model import Llama
 from minillama.ops import IGNORE, Documents
 from minillama.parallel.optimizer import Optimizer
 from minillama.tokenizer import open_tokenizer
+from tests.conftest import generate
 from tests.peers import assert_same_logits
 
 GOLDEN = Path(__file__).parent / "golden"

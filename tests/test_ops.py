@@ -130,7 +130,7 @@ def test_long_and_short_documents_are_grouped_and_put_back(implementation: Calla
     lengths = [40, 3, 38, 90, 1, 88, 17]
     q, k, v = randn(1, 277, 4, 4), randn(1, 277, 2, 4, seed=1), randn(1, 277, 2, 4, seed=2)
     assert len(Documents(lengths).groups) > 1
-    assert len(Documents(lengths).holes) > 0
+    assert len(Documents(lengths).layout.holes) > 0
     whole = implementation(q, k, v, Documents(lengths))
     alone = [attention64(*part) for part in zip(*(x.double().split(lengths, dim=1) for x in (q, k, v)), strict=True)]
     assert torch.allclose(whole.double(), torch.cat(alone, dim=1), atol=1e-5)

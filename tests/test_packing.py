@@ -16,28 +16,28 @@ def test_positions_restart_in_each_document() -> None:
 
 def test_the_picture_of_the_layout() -> None:
     """The worked example of `ops.documents`, where three lengths within 16 of each other share one group of three rows."""
-    layout = Documents([5, 2, 4])
-    assert layout.group_shapes == [(3, 5)]
-    assert layout.slots.tolist() == [0, 1, 2, 3, 4, 7, 8, 9, 10, 10, 5, 6, 6, 6, 6]
-    assert layout.back.tolist() == [0, 1, 2, 3, 4, 10, 11, 5, 6, 7, 8]
-    assert layout.holes.tolist() == [9, 12, 13, 14]
+    documents = Documents([5, 2, 4])
+    assert documents.group_shapes == [(3, 5)]
+    assert documents.layout.slots.tolist() == [0, 1, 2, 3, 4, 7, 8, 9, 10, 10, 5, 6, 6, 6, 6]
+    assert documents.layout.back.tolist() == [0, 1, 2, 3, 4, 10, 11, 5, 6, 7, 8]
+    assert documents.layout.holes.tolist() == [9, 12, 13, 14]
 
 
 @given(LENGTHS)
 @settings(max_examples=150, deadline=None)
 def test_every_token_has_one_slot_and_every_other_slot_is_a_hole(lengths: list[int]) -> None:
-    layout, total = Documents(lengths), sum(lengths)
-    assert layout.slots[layout.back].tolist() == list(range(total))
-    assert sorted([*layout.back.tolist(), *layout.holes.tolist()]) == list(range(len(layout.slots)))
-    assert len(layout.slots) == sum(rows * length for rows, length in layout.group_shapes)
-    assert sorted(document for group in layout.groups for document in group) == list(range(len(lengths)))
+    documents, total = Documents(lengths), sum(lengths)
+    assert documents.layout.slots[documents.layout.back].tolist() == list(range(total))
+    assert sorted([*documents.layout.back.tolist(), *documents.layout.holes.tolist()]) == list(range(len(documents.layout.slots)))
+    assert len(documents.layout.slots) == sum(rows * length for rows, length in documents.group_shapes)
+    assert sorted(document for group in documents.groups for document in group) == list(range(len(lengths)))
 
 
 @given(LENGTHS)
 @settings(max_examples=150, deadline=None)
 def test_padding_is_bounded_by_an_eighth_and_sixteen(lengths: list[int]) -> None:
-    layout = Documents(lengths)
-    for group, (_, padded) in zip(layout.groups, layout.group_shapes, strict=True):
+    documents = Documents(lengths)
+    for group, (_, padded) in zip(documents.groups, documents.group_shapes, strict=True):
         assert all(padded - lengths[document] <= 16 + padded // 8 for document in group)
 
 
@@ -58,10 +58,10 @@ def test_the_loss_of_packed_documents_is_the_sum_of_their_losses() -> None:
 
 def test_no_document_sees_another() -> None:
     """Changing every token of the middle document leaves the others' hidden states alone to the bit."""
-    model, layout, tokens = random_model(), Documents([6, 8, 5]), random_tokens(1, 19)
+    model, documents, tokens = random_model(), Documents([6, 8, 5]), random_tokens(1, 19)
     changed = tokens.clone()
     changed[0, 6:14] = (changed[0, 6:14] + 1) % 50
-    before, after = model(tokens, layout), model(changed, layout)
+    before, after = model(tokens, documents), model(changed, documents)
     others = [*range(6), *range(14, 19)]
     assert torch.equal(before[0, others], after[0, others])
     assert not torch.equal(before[0, 6:14], after[0, 6:14])

@@ -109,6 +109,30 @@ def test_frozen_tied_and_unused_parameters_need_nothing_special(stage):
     assert max(abs(a - b).max() for a, b in zip(alone, shared[0], strict=True)) < 1e-3  # both ranks saw the same batch: the same direction
 
 
+@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_parameters_of_two_dtypes_meet_their_peers_where_a_rank_has_no_micro_batch(stage, exact):
+    """Backward completes the head, an fp32 factor and the embedding in turn; a rank that runs none must send them in the same order."""
+    def run():
+        with comm.start("cpu", timeout_minutes=1) as mesh:
+            generator = torch.Generator().manual_seed(0)
+            embed, factor, head = (nn.Parameter(torch.randn(40, 40, generator=generator).to(dtype))
+                                   for dtype in (torch.bfloat16, torch.float32, torch.bfloat16))
+            optimizer = Optimizer([("embed", embed), ("factor", factor), ("head", head)], mesh, stage=stage, exact=exact,
+                                  bucket_elements=1000, **SETTINGS)
+            for batches in (3, 2, 1):
+                optimizer.zero_grad()
+                for first in range(0, batches, mesh.size):
+                    loss = (((embed.float() * (first + mesh.rank + 1)) @ factor).bfloat16() @ head).float().square().sum() / 1e4
+                    optimizer.backward(loss if first + mesh.rank < batches else None, min(mesh.size, batches - first))
+                optimizer.step(1e-2, 1.0)
+            return [p.detach().float().numpy().copy() for p in (embed, factor, head)]
+
+    alone, shared = run_on_ranks(1, run)[0], run_on_ranks(2, run)
+    assert all((a == b).all() for a, b in zip(*shared, strict=True))
+    assert max(abs(a - b).max() for a, b in zip(alone, shared[0], strict=True)) < 0.05
+
+
 @pytest.mark.parametrize("size, stage, expected", [(2, 0, 2 / 2), (2, 1, 2 / 2), (2, 2, 4 / 2), (4, 1, 2 * 3 / 4), (4, 2, 3 * 3 / 4)])
 def test_what_is_sent_is_what_the_theory_says(size, stage, expected):
     """2Ψ(N-1)/N elements a step; at stage 2, with A micro-batches a rank, (A+1)Ψ(N-1)/N."""

@@ -26,9 +26,9 @@ def evaluate(options: Namespace) -> None:
     began, limit = time.perf_counter(), options.limit or 300
     session, path = load_session(options, Sampling(temperature=0.0), max_new_tokens=16)
     kinds = options.subjects or demo.DEMO + (demo.DEMO_LORA if (path / "adapter_config.json").is_file() else ())
-    scores, predictions = score(session, kinds, limit, str(path))
+    scores, predictions = score(session, kinds, limit, options.batch_size, str(path))
     fresh = Llama(session.model.config).initialise(torch.Generator().manual_seed(options.seed)).to(session.model.lm_head.weight.device)
-    before, _ = score(replace(session, model=fresh.eval()), kinds, min(limit, 10 * len(kinds)), "untrained")
+    before, _ = score(replace(session, model=fresh.eval()), kinds, min(limit, 10 * len(kinds)), options.batch_size, "untrained")
     print(f"{'questions about':16}{'n':>5}{'correct':>10}{'untrained':>12}")
     for kind, trained in scores.items():
         print(f"{kind:16}{trained['n']:>5}{trained['accuracy']:>10.1%}{before[kind]['accuracy']:>12.1%}")
@@ -42,10 +42,13 @@ def evaluate(options: Namespace) -> None:
     print(f"next: python generate.py --ckpt {options.ckpt} --chat")
 
 
-def score(session: Session, kinds: tuple[str, ...], questions: int, label: str) -> tuple[dict[str, dict], list[dict]]:
+def score(session: Session, kinds: tuple[str, ...], questions: int, batch_size: int, label: str) -> tuple[dict[str, dict], list[dict]]:
     """(a `tables.row` for each kind of question and one named `total`, a prediction for each held-out prompt): exact match, greedy."""
-    predictions = []
-    for number, record in enumerate(tqdm(demo.records(kinds, questions, seed=1, held_out=True), desc=label, unit="question", leave=False)):
-        predictions.append({"id": number, "subject": record["kind"], "question": record["instruction"], "gold": record["output"],
-                            "predicted": session.answer(record["instruction"]).text.strip()})
+    records = list(demo.records(kinds, questions, seed=1, held_out=True))
+    asked = session.ask_all([session.encode_prompt(record["instruction"]) for record in records], samples=1)
+    with tqdm(total=len(records), desc=label, unit="question", leave=False) as bar:
+        for number, _ in session.write_all(asked, batch_size, seed=None):
+            bar.update(bool(asked[number][0].finish_reason))
+    predictions = [{"id": number, "subject": record["kind"], "question": record["instruction"], "gold": record["output"],
+                    "predicted": answer.text.strip()} for number, (record, (answer,)) in enumerate(zip(records, asked, strict=True))]
     return {kind: row([p for p in predictions if kind in (p["subject"], "total")]) for kind in (*kinds, "total")}, predictions

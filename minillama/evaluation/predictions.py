@@ -4,12 +4,11 @@ An interrupted run goes on from them; under other settings (DIR/settings.json) t
 whoever computes them and whatever is done already, so the file is the same to the byte for any number of ranks and interruptions.
 """
 
-import hashlib
-import json
 import math
 import os
 import time
 from argparse import Namespace
+from collections.abc import Iterable
 from itertools import accumulate
 from pathlib import Path
 
@@ -18,9 +17,10 @@ from tqdm import tqdm
 from minillama.checkpoint.directory import write_json
 from minillama.comm import Mesh, gather_objects, start
 from minillama.errors import UserError, parsing, read_json
-from minillama.evaluation.questions import Choices, Perplexity, Record
+from minillama.evaluation.questions import Choices, Perplexity
 from minillama.evaluation.scoring import plan, read
-from minillama.generation.loading import load_session
+from minillama.generation.files import Record, line_of, read_lines, refuse_other_settings, replace_lines
+from minillama.generation.loading import load_session, sample_of
 from minillama.generation.sampling import Sampling
 from minillama.model import Llama
 
@@ -29,20 +29,20 @@ def evaluate(options: Namespace) -> None:
     """`eval.py` for the tasks that read data. Under torchrun every rank calls it, and the first one reports."""
     began, out = time.perf_counter(), Path(options.out) if options.out else None
     reference = read_json(Path(options.compare)) if options.compare else None
-    session, path = load_session(options, Sampling(temperature=0.0))
-    model, tokenizer, context = session.model, session.tokenizer, session.model.config.max_seq_len
-    max_length = options.max_length or context
-    if not 1 < max_length <= context:
-        raise UserError(f"--max_length {max_length}: the model's context is {context} tokens; use at most that")
-    test = (Perplexity if options.task == "perplexity" else Choices)(options, tokenizer, max_length)
-    hashes = next(iter(test.hashes.values())) if len(test.hashes) == 1 else test.hashes
-    about = {"task": options.task, **test.about, "bos": tokenizer.bos_id is not None, "max_length": max_length,
-             "tokenizer_sha256": tokenizer.sha256, "data_sha256": hashes}
-    settings = about | {"queries": len(test.queries), "dtype": options.dtype, "weights_sample_sha256": sample_of(model)}
     with start(options.device) as mesh:
+        session, path = load_session(options, Sampling(temperature=0.0), place=mesh.device)
+        model, tokenizer, context = session.model, session.tokenizer, session.model.config.max_seq_len
+        max_length = options.max_length or context
+        if not 1 < max_length <= context:
+            raise UserError(f"--max_length {max_length}: the model's context is {context} tokens; use at most that")
+        test = (Perplexity if options.task == "perplexity" else Choices)(options, tokenizer, max_length)
+        hashes = next(iter(test.hashes.values())) if len(test.hashes) == 1 else test.hashes
+        about = {"task": options.task, **test.about, "bos": tokenizer.bos_id is not None, "max_length": max_length,
+                 "tokenizer_sha256": tokenizer.sha256, "data_sha256": hashes}
+        settings = about | {"queries": len(test.queries), "dtype": options.dtype, "weights_sample_sha256": sample_of(model)}
         mesh.print(f"{path}: {options.task}, protocol {about['protocol']}, {about['n_shots']} shots, "
                    f"{'a' if about['bos'] else 'no'} begin token, split {about['split']}, {len(test.queries)} queries")
-        records = predict(model.to(mesh.device), test, options.batch_size, out, settings, mesh)
+        records = predict(model, test, options.batch_size, out, settings, mesh)
         summary = about | test.summarise(records) | {"seconds": round(time.perf_counter() - began, 2), "model": str(path)}
         if out and mesh.is_first:
             write_json(out / "summary.json", summary)
@@ -57,14 +57,15 @@ def predict(model: Llama, test: Choices | Perplexity, batch_size: int, out: Path
     batches = [batch for batch in plan(queries, batch_size) if any(ids[i] not in records for i in batch.members)]
     total, ends = sum(batch.cost for batch in batches), accumulate(batch.cost for batch in batches)
     mine = [batch for batch, end in zip(batches, ends, strict=True) if (end - 1) * mesh.size // total == mesh.rank]
-    worth, name = sum(map(test.worth, records.values())), f"predictions{f'.rank-{mesh.rank}' if mesh.rank else ''}.jsonl"
+    name = f"predictions.rank-{mesh.rank}.jsonl" if mesh.rank else "predictions.jsonl"
+    worth = sum(map(test.worth, records.values()))  # so far
     with (tqdm(total=len(ids), initial=len(records), unit="query", disable=not mesh.is_first, dynamic_ncols=True) as bar,
           open(out / name if out else os.devnull, "a", encoding="utf-8") as file):
         for readings in read(model, queries, mine):
             made = [{"id": ids[i], **test.judge(ids[i], reading)} for i, reading in readings.items()]
             if bad := [r for r in made if not all(map(math.isfinite, r["scores"].values()))]:
                 raise UserError(f"{bad[0]['id']}: its scores are {bad[0]['scores']}; damaged weights, or try --dtype float32")
-            file.writelines(map(_line, made))
+            file.writelines(map(line_of, made))
             file.flush()
             records |= {record["id"]: record for record in made}
             worth += sum(map(test.worth, made))
@@ -82,29 +83,15 @@ def _open(out: Path, settings: Record) -> dict[str, Record]:
     out.mkdir(parents=True, exist_ok=True)
     files, path = sorted(out.glob("predictions*.jsonl")), out / "settings.json"
     before = read_json(path) if path.is_file() else {} if files else settings
-    if changed := [name for name in settings if before.get(name) != settings[name]]:
-        raise UserError(f"{out}: its predictions were made with {changed[0]} = {before.get(changed[0])}, not {settings[changed[0]]}; "
-                        "name another --out, or delete it")
+    refuse_other_settings(out, before, settings, "name another --out, or delete it")
     write_json(path, settings)
-    lines = [line for file in files for line in file.read_text(encoding="utf-8").split("\n")[:-1]]  # one cut short by a crash has no end
-    records = {record["id"]: record for record in map(json.loads, lines)}
-    write(out, list(records.values()))
+    records = {record["id"]: record for file in files for record in read_lines(file)}
+    write(out, records.values())
     return records
 
 
-def write(out: Path, records: list[Record]) -> None:
+def write(out: Path, records: Iterable[Record]) -> None:
     """Replace predictions.jsonl, and with it what other ranks have appended to files of their own."""
-    (out / "predictions.tmp").write_text("".join(map(_line, records)), encoding="utf-8")
-    os.replace(out / "predictions.tmp", out / "predictions.jsonl")
+    replace_lines(out / "predictions.jsonl", records)
     for part in out.glob("predictions.rank-*.jsonl"):
         part.unlink()
-
-
-def _line(record: Record) -> str:
-    return json.dumps(record, ensure_ascii=False) + "\n"
-
-
-def sample_of(model: Llama) -> str:
-    """A sha256 over up to 4096 numbers of each parameter, adapters included."""
-    samples = (p.detach().flatten()[::max(1, p.numel() // 4096)].float().cpu().numpy().tobytes() for p in model.parameters())
-    return hashlib.sha256(b"".join(samples)).hexdigest()

@@ -8,7 +8,6 @@ import math
 import re
 from argparse import Namespace
 from pathlib import Path
-from typing import Any
 
 from minillama.data.formats import read_records
 from minillama.data.sources import Source, hash_of
@@ -16,9 +15,9 @@ from minillama.errors import UserError
 from minillama.evaluation import tables
 from minillama.evaluation.scoring import Query, Reading
 from minillama.evaluation.tasks import TASKS, Protocol, find_files, find_protocol, read_questions, read_shots
+from minillama.generation.files import Record
 from minillama.tokenizer import Tokenizer
 
-Record = dict[str, Any]
 PENALTY, TEMPERATURE = 1.1, 0.2  # of Chinese-LLaMA-Alpaca's generation
 
 
@@ -87,6 +86,8 @@ class Perplexity:
             for start in range(0, len(ids) - 1, max_length):
                 end = min(start + max_length, len(ids) - 1)
                 self.queries[f"{number}/{start}"] = Query(ids[max(0, end - max_length):start + 1], [ids[start + 1:end + 1]])
+        if not self.queries:
+            raise UserError(f"{path}: its texts are empty")
 
     def judge(self, id: str, reading: Reading) -> Record:
         return {"tokens": len(self.queries[id].continuations[0]), "scores": {"text": reading.logprobs[0]}}

@@ -53,24 +53,25 @@ def beam_search(model: Llama, answers: list[Answer], beams: Beams, sampling: Sam
     logits = read_prompts(model, cache, [prompt] * W)
     texts, rows = [[] for _ in range(W)], list(range(W))  # the beginnings, the best first, and their rows in the cache
     scores = torch.tensor([0.0] + [NEVER] * (W - 1), device=weight.device)  # all are alike at first, so only one counts
-    finished = Finished(beams, room)
+    finished: list[tuple[float, list[int]]] = []  # the W best ended texts so far and their scores, the best first
     while True:
         tried, parents, tokens = candidates(logits[rows], scores, texts, prompt, beams, sampling, len(stop), generator)
         grown = [[*texts[parent], token] for parent, token in zip(parents, tokens, strict=True)]
-        ends = torch.tensor([token in stop or len(text) == room for text, token in zip(grown, tokens, strict=True)], device=tried.device)
-        going = tried + ends * NEVER
-        finished.add(grown, tried, ends)
+        ends = [token in stop or len(text) == room for text, token in zip(grown, tokens, strict=True)]
+        ended = [(score / len(grown[i]) ** beams.length_penalty, grown[i]) for i, score in enumerate(tried[:W].tolist()) if ends[i]]
+        finished = sorted([*finished, *ended], key=lambda one: -one[0])[:W]
+        going = tried + NEVER * torch.tensor(ends, device=tried.device)
         best = going.topk(W).indices
         scores, chosen = going[best], best.tolist()
-        if bool(ends.all()) or finished.is_over(float(scores[0]), len(grown[0])):
+        if all(ends) or (len(finished) == W and is_over(beams, finished[-1][0], float(scores[0]), len(grown[0]), room)):
             break
         texts, rows = [grown[i] for i in chosen], move_rows(cache, [rows[parents[i]] for i in chosen], len(prompt))
         step = torch.empty(W, 1, dtype=torch.int64, device=weight.device)
         step[rows, 0] = torch.tensor([text[-1] for text in texts], device=weight.device)
         logits = model.logits(model(step, cache=cache.extend(1))[:, 0])  # (W, V)
-    for answer, text, score in zip(answers, finished.texts, finished.scores.tolist(), strict=False):
-        ended = bool(text) and text[-1] in stop
-        answer.ids, answer.score, answer.finish_reason = text[:-1] if ended else text, score, "eos" if ended else "length"
+    for answer, (score, text) in zip(answers, finished, strict=False):
+        has_end = text[-1] in stop
+        answer.ids, answer.score, answer.finish_reason = text[:-1] if has_end else text, score, "eos" if has_end else "length"
         yield answer
 
 
@@ -101,26 +102,8 @@ def move_rows(cache: Cache, parents: list[int], start: int) -> list[int]:
     return rows
 
 
-class Finished:
-    """The W best finished texts so far, the best first; places not yet taken have the score NEVER."""
-
-    def __init__(self, beams: Beams, room: int) -> None:
-        self.beams, self.room = beams, room
-        self.texts, self.scores = [[] for _ in range(beams.width)], torch.full((beams.width,), NEVER)
-
-    def add(self, texts: list[list[int]], scores: Tensor, ends: Tensor) -> None:
-        """Take in those of the first W candidates that end."""
-        taken = ends[:self.beams.width].nonzero().squeeze(1).cpu()
-        new = scores.cpu()[taken] / len(texts[0]) ** self.beams.length_penalty
-        self.scores, best = torch.cat((self.scores, new)).topk(self.beams.width)
-        everyone = [*self.texts, *(texts[i] for i in taken.tolist())]
-        self.texts = [everyone[i] for i in best.tolist()]
-
-    def is_over(self, best_going: float, length: int) -> bool:
-        """Whether to stop, where the best beginning of `length` tokens has the score `best_going`."""
-        worst = float(self.scores[-1])
-        if worst == NEVER:
-            return False
-        if self.beams.early_stopping == "never" and self.beams.length_penalty > 0:
-            length = self.room
-        return self.beams.early_stopping == "true" or best_going / length ** self.beams.length_penalty <= worst
+def is_over(beams: Beams, worst: float, best_going: float, length: int, room: int) -> bool:
+    """Whether to stop with W finished texts, the worst of this score, where the best beginning of `length` tokens has `best_going`."""
+    if beams.early_stopping == "never" and beams.length_penalty > 0:
+        length = room
+    return beams.early_stopping == "true" or best_going / length ** beams.length_penalty <= worst

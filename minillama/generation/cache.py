@@ -63,7 +63,7 @@ class Cache:
             keys[:, :, start:self._longest] = k.transpose(1, 2)
             values[:, :, start:self._longest] = v.transpose(1, 2)
         else:
-            rows = self.places[:len(k)].unsqueeze(1)
+            rows = torch.arange(len(k), device=k.device).unsqueeze(1)
             keys[rows, :, self.positions] = k
             values[rows, :, self.positions] = v
         return keys[:, :, :self._longest].transpose(1, 2), values[:, :, :self._longest].transpose(1, 2)

@@ -35,15 +35,6 @@ class Answer:
     score: float | None = None  # of a beam: its log-probability over length ** length_penalty
 
 
-def generate(model: Llama, prompt: list[int], max_new_tokens: int, sampling: Sampling, stop: tuple[int, ...] = (),
-             seed: int | None = None) -> Iterator[int]:
-    """Yield the ids that follow `prompt`, until one of `stop` (not yielded) or max_new_tokens."""
-    answer = Answer(prompt, max_new_tokens)
-    for _ in decode(model, [answer], sampling, stop, seed):
-        if answer.finish_reason != "eos":
-            yield answer.ids[-1]
-
-
 @torch.inference_mode()
 def decode(model: Llama, answers: list[Answer], sampling: Sampling, stop: tuple[int, ...] = (), seed: int | None = None,
            rope_alpha: float | None = None) -> Iterator[Answer]:
@@ -100,10 +91,10 @@ def read_prompts(model: Llama, cache: Cache, prompts: list[list[int]]) -> Tensor
         tokens = torch.tensor([[token for row in rows for token in prompts[row]]], device=hidden.device)
         ends = torch.tensor(documents.lengths).cumsum(0) - 1
         hidden[rows] = model(tokens, documents, cache.pack(documents, rows))[0, ends.to(hidden.device)]
-    again = [row for row, prompt in enumerate(prompts) if first[tuple(prompt)] != row]
-    for row in again:
-        cache.copy([first[tuple(prompts[row])]], [row])
-    return model.logits(hidden)[[first[tuple(prompt)] for prompt in prompts]]
+    source = [first[tuple(prompt)] for prompt in prompts]
+    again = [row for row, read in enumerate(source) if read != row]
+    cache.copy([source[row] for row in again], again)
+    return model.logits(hidden[source])
 
 
 def stretched(config: LlamaConfig, answers: list[Answer], alpha: float | None) -> LlamaConfig:

@@ -1,47 +1,63 @@
-"""A file of answers: a record for each prompt, in the prompts' order, and a run that was cut off goes on where it stopped.
+"""Files of records, a line of JSON each, that grow while they are computed: a run that was cut off goes on where it stopped.
 
-Records are appended to FILE.partial as they are finished, in whatever order, after a first line that says which prompts and settings
-they belong to. At the end they are put in order, and FILE appears by one rename: it is complete or absent.
+Lines are appended to an unfinished file in whatever order they come. At the end they are put in order, and the file appears by one
+rename: it is complete or absent. An unfinished file belongs to the settings it was begun with, and is refused under others.
 """
 
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from minillama.errors import UserError
 
+Record = dict[str, Any]
+
+
+def read_lines(path: Path) -> list[Record]:
+    """The records of a file, without a last line that was cut short."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
+
+
+def line_of(record: Record) -> str:
+    return json.dumps(record, ensure_ascii=False) + "\n"
+
+
+def replace_lines(path: Path, records: Iterable[Record]) -> None:
+    """Let a file hold these records; at any moment it holds the old ones or the new ones."""
+    unfinished = path.with_name(path.name + ".tmp")
+    unfinished.write_text("".join(map(line_of, records)), encoding="utf-8")
+    os.replace(unfinished, path)
+
+
+def refuse_other_settings(path: Path, old: Record, new: Record, remedy: str) -> None:
+    """Raises UserError where a file was begun with other settings than those now."""
+    for name in {**new, **old}:
+        if old.get(name) != new.get(name):
+            raise UserError(f"{path}: was begun with {name} = {old.get(name)!r}, now it is {new.get(name)!r}; {remedy}")
+
 
 class AnswerFile:
-    """FILE.jsonl in the making; `done` holds the finished records by their prompt's number."""
+    """FILE.jsonl in the making, as FILE.jsonl.partial, whose first line holds the settings; `done`: finished records by their number."""
 
-    def __init__(self, path: Path, settings: dict[str, Any]) -> None:
+    def __init__(self, path: Path, settings: Record) -> None:
         """Raises UserError where FILE.partial was begun with other settings."""
-        self.path, self.partial, self.done = path, path.with_name(path.name + ".partial"), {}
+        self.path, self.partial = path, path.with_name(path.name + ".partial")
         path.parent.mkdir(parents=True, exist_ok=True)
-        head, lines = {"settings": json.loads(json.dumps(settings))}, []
-        if self.partial.is_file():
-            lines = [json.loads(line) for line in self.partial.read_text(encoding="utf-8").splitlines(keepends=True) if line[-1] == "\n"]
-        if lines and lines[0] != head:
-            old, new = lines[0]["settings"], head["settings"]
-            changed = next(key for key in (*new, *old) if old.get(key) != new.get(key))
-            raise UserError(f"{self.partial}: was begun with {changed} = {old.get(changed)!r}, now it is {new.get(changed)!r}; "
-                            "repeat the first command to go on, or delete this file to start over")
-        for record in lines[1:]:
-            self.done[record.pop("number")] = record
-        kept = [head, *({"number": number} | record for number, record in self.done.items())]
-        self.partial.write_text("".join(map(_line, kept)), encoding="utf-8")  # without a last line that was cut off
+        head = {"settings": json.loads(json.dumps(settings))}
+        begun, *records = (read_lines(self.partial) if self.partial.is_file() else []) or [head]
+        refuse_other_settings(self.partial, begun["settings"], head["settings"],
+                              "repeat the first command to go on, or delete this file to start over")
+        replace_lines(self.partial, [head, *records])
+        self.done = {record.pop("number"): record for record in records}
 
-    def add(self, number: int, record: dict[str, Any]) -> None:
+    def add(self, number: int, record: Record) -> None:
         self.done[number] = record
         with open(self.partial, "a", encoding="utf-8") as file:
-            file.write(_line({"number": number} | record))
+            file.write(line_of({"number": number} | record))
 
     def finish(self) -> None:
         """All records in order under the file's own name."""
-        self.partial.write_text("".join(_line(self.done[number]) for number in sorted(self.done)), encoding="utf-8")
-        os.replace(self.partial, self.path)
-
-
-def _line(record: dict[str, Any]) -> str:
-    return json.dumps(record, ensure_ascii=False) + "\n"
+        replace_lines(self.path, [self.done[number] for number in sorted(self.done)])
+        self.partial.unlink()

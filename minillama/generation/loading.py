@@ -1,5 +1,6 @@
 """Whatever --ckpt names, as a session: a Hugging Face directory, a run directory, or an adapter over its base."""
 
+import hashlib
 import sys
 from argparse import Namespace
 from pathlib import Path
@@ -18,11 +19,12 @@ from minillama.tokenizer import open_tokenizer
 
 
 def load_session(options: Namespace, sampling: Sampling, max_new_tokens: int = 0, template: str = "", ignore_eos: bool = False,
-                 stop: tuple[str, ...] = ()) -> tuple[Session, Path]:
-    """(session, the directory in use) for a script's `Parser.add_model_flags`. template "": the checkpoint's own."""
+                 stop: tuple[str, ...] = (), place: torch.device | None = None) -> tuple[Session, Path]:
+    """(session, the directory in use) for a script's `Parser.add_model_flags`. template "": the checkpoint's own. place: in place of
+    options.device, for a rank that has a device of its own."""
     ops.choose(options.ops)
     path = checkpoints.find_checkpoint(Path(options.ckpt))
-    model, base = load_with_adapters(path, options.base, options.lora, options.dtype, options.device)
+    model, base = load_with_adapters(path, options.base, options.lora, options.dtype, place or device.pick(options.device))
     tokenizer = open_tokenizer(options.tokenizer or (path if checkpoints.has_tokenizer(path) else base))
     tuned = checkpoints.read_about(path).get("template")
     template = template or tuned or "none"
@@ -38,9 +40,8 @@ def load_session(options: Namespace, sampling: Sampling, max_new_tokens: int = 0
     return Session(model, tokenizer, template, sampling, max_new_tokens, stop_ids, stop), path
 
 
-def load_with_adapters(path: Path, base_named: str, adapters: list[str], dtype: str, device_name: str) -> tuple[Llama, Path]:
-    """(model in evaluation mode on its device, its base directory); `path` may itself be an adapter."""
-    place = device.pick(device_name)
+def load_with_adapters(path: Path, base_named: str, adapters: list[str], dtype: str, place: torch.device) -> tuple[Llama, Path]:
+    """(model in evaluation mode on `place`, its base directory); `path` may itself be an adapter."""
     wanted, warning = device.compute_dtype(dtype, place)
     if warning:
         print(f"warning: {warning}", file=sys.stderr)
@@ -72,6 +73,12 @@ def add_adapter(model: Llama, directory: Path) -> None:
             old.lora_B = nn.Parameter(torch.cat((old.scale * old.lora_B, new.scale * new.lora_B), dim=1))
             old.scale = 1.0
         model.set_submodule(name, old)
+
+
+def sample_of(model: Llama) -> str:
+    """A sha256 over up to 4096 numbers of each parameter, adapters included."""
+    samples = (p.detach().flatten()[::max(1, p.numel() // 4096)].float().cpu().numpy().tobytes() for p in model.parameters())
+    return hashlib.sha256(b"".join(samples)).hexdigest()
 
 
 def _has_chat_template(directory: Path) -> bool:

@@ -32,7 +32,7 @@ class Sampling:
     repetition_penalty: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1 or self.repetition_penalty <= 0:
+        if not (self.temperature >= 0 and self.top_k >= 0 and 0 < self.top_p <= 1 and self.repetition_penalty > 0):  # nan is none of these
             raise UserError(f"{self}: expected temperature >= 0, top_k >= 0, 0 < top_p <= 1, repetition_penalty > 0")
 
 
@@ -50,9 +50,9 @@ def next_tokens(logits: Tensor, seen: Tensor | None, sampling: Sampling, generat
         raise UserError("the model's logits are not finite numbers; its weights are damaged, or overflow: try --dtype float32")
     if sampling.temperature == 0:
         return best.indices
-    mass = warp(logits, sampling).softmax(-1).double().cumsum(-1)  # (B, V)
-    uniform = torch.stack([torch.rand(1, generator=generator, dtype=torch.float64) for generator in generators]).to(mass.device)  # (B, 1)
-    return torch.searchsorted(mass, uniform * mass[:, -1:], right=True).squeeze(1)
+    mass = warp(logits, sampling).softmax(-1).cpu().double().cumsum(-1)  # (B, V), on the host: not every device has fp64
+    uniform = torch.stack([torch.rand(1, generator=generator, dtype=torch.float64) for generator in generators])  # (B, 1)
+    return torch.searchsorted(mass, uniform * mass[:, -1:], right=True).squeeze(1).to(logits.device)
 
 
 def warp(logits: Tensor, sampling: Sampling, at_least: int = 1) -> Tensor:

@@ -77,13 +77,8 @@ class Session:
         left = 256 if self.rope_alpha is not None else min(256, self.model.config.max_seq_len - len(prompt_ids))
         return Answer(prompt_ids, self.max_new_tokens or max(1, left), number)
 
-    def stream(self, answer: Answer, seed: int | None) -> Iterator[str]:
-        """Write one answer, yielding text as it becomes certain."""
-        for _, text in self.write([answer], seed):
-            yield text
-
     def write(self, answers: list[Answer], seed: int | None) -> Iterator[tuple[Answer, str]]:
-        """Write `answers` together, yielding each with its new text as it comes. With beams they are those of one prompt."""
+        """Write `answers` together, yielding each with its new text as it becomes certain. With beams they are those of one prompt."""
         if self.beams:
             steps = beam_search(self.model, answers, self.beams, self.sampling, self.stop_ids, seed, self.rope_alpha)
         else:
@@ -101,23 +96,17 @@ class Session:
 
     def write_all(self, questions: list[list[Answer]], batch_size: int, seed: int | None) -> Iterator[tuple[int, str]]:
         """Write the answers to many prompts, yielding a prompt's number and new text as it comes. Batches hold up to `batch_size` texts
-        of prompts of like length, the longest first: memory that suffices for the first batch suffices for all."""
+        of prompts of like length, the longest first: memory that suffices for the first batch suffices for all. One by one they come in
+        their own order."""
         alpha = [needed_alpha(self.model.config, several[0]) if self.rope_alpha == 0 else None for several in questions]
-        left = sorted(range(len(questions)), key=lambda i: -len(questions[i][0].prompt_ids))
+        left = sorted(range(len(questions)), key=lambda i: -len(questions[i][0].prompt_ids) if batch_size > 1 else i)
         while left:
             most = 1 if self.beams else max(1, batch_size // len(questions[left[0]]))
-            batch = [i for i in left[:most] if alpha[i] == alpha[left[0]]]
-            left = [i for i in left if i not in batch]
+            batch = [i for i in left[:most] if alpha[i] == alpha[left[0]]]  # the first ones: alpha follows from the length
+            left = left[len(batch):]
             number = {id(answer): i for i in batch for answer in questions[i]}
             for answer, text in self.write([answer for i in batch for answer in questions[i]], seed):
                 yield number[id(answer)], text
-
-    def answer(self, text: str, seed: int | None = None) -> Answer:
-        """The whole answer to one prompt."""
-        answer = self.ask(self.encode_prompt(text))
-        for _ in self.write([answer], seed):
-            pass
-        return answer
 
 
 class Dialogue:

@@ -38,7 +38,7 @@ def _answer(dialogue: Dialogue, text: str, seed: int | None) -> None:
     answer = dialogue.session.ask(ids)
     print("Answer: ", end="", flush=True)
     try:
-        for piece in dialogue.session.stream(answer, seed):
+        for _, piece in dialogue.session.write([answer], seed):
             print(piece, end="", flush=True)
     except KeyboardInterrupt:
         print(" (stopped)", end="")

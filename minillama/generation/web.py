@@ -41,7 +41,7 @@ def build_page(session: Session, system: str, seed: int | None) -> Any:
         import gradio
     except ImportError:
         raise UserError("--web needs gradio; pip install 'minillama[web]'") from None
-    s = session.sampling
+    s, context = session.sampling, session.model.config.max_seq_len
     with gradio.Blocks(title="minillama", analytics_enabled=False) as page:
         rounds = gradio.State([])
         shown = gradio.Chatbot(label="conversation", render_markdown=False, height=420, buttons=["copy", "copy_all"])
@@ -54,7 +54,7 @@ def build_page(session: Session, system: str, seed: int | None) -> Any:
                 gradio.Dropdown(["none", *chat.TEMPLATES], value=session.template, label="template"),
                 gradio.Slider(0, 2, s.temperature, label="temperature"), gradio.Slider(0, 200, s.top_k, step=1, label="top k"),
                 gradio.Slider(0.05, 1, s.top_p, label="top p"), gradio.Slider(0.5, 2, s.repetition_penalty, label="repetition penalty"),
-                gradio.Slider(1, session.model.config.max_seq_len, session.max_new_tokens or 256, step=1, label="most new tokens"),
+                gradio.Slider(1, context, session.max_new_tokens or min(256, context // 2), step=1, label="most new tokens"),
             ]
 
         def ask(text: str, turns: list, template: str, temperature: float, top_k: float, top_p: float, penalty: float,
@@ -79,7 +79,7 @@ def answer_in_page(dialogue: Dialogue, text: str, seed: int | None) -> Iterator[
         yield str(error)
         return
     answer, earlier = dialogue.session.ask(ids), dialogue.turns
-    for _ in dialogue.session.stream(answer, seed):
+    for _ in dialogue.session.write([answer], seed):
         dialogue.turns = list(earlier)
         dialogue.remember(text, answer)
         yield f"{len(answer.ids) / answer.seconds:.1f} tokens/s" + f", {dropped} oldest rounds dropped" * bool(dropped)

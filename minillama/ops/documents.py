@@ -12,9 +12,16 @@ padded on the right, where causality hides the padding from every real query.
 """
 
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+
+class Layout(NamedTuple):
+    slots: Tensor  # the token in each slot of the padded rows; a hole repeats its document's last token
+    back: Tensor   # the slot of each token: slots[back] is 0, 1, 2, …
+    holes: Tensor  # the slots that are padding
 
 
 class Documents:
@@ -46,23 +53,8 @@ class Documents:
         """(documents, padded length) of each group."""
         return [(len(group), self.lengths[group[0]]) for group in self.groups]
 
-    @property
-    def slots(self) -> Tensor:
-        """The token in each slot of the padded rows; a hole repeats its document's last token."""
-        return self._layout[0]
-
-    @property
-    def back(self) -> Tensor:
-        """The slot of each token: slots[back] is 0, 1, 2, …"""
-        return self._layout[1]
-
-    @property
-    def holes(self) -> Tensor:
-        """The slots that are padding."""
-        return self._layout[2]
-
     @cached_property
-    def _layout(self) -> tuple[Tensor, Tensor, Tensor]:
+    def layout(self) -> Layout:
         lengths = torch.tensor(self.lengths)
         starts, slots, real = lengths.cumsum(0) - lengths, [], []
         for group, (_, padded) in zip(self.groups, self.group_shapes, strict=True):
@@ -72,4 +64,4 @@ class Documents:
         all_slots, is_real = torch.cat(slots), torch.cat(real)
         back = torch.empty(int(lengths.sum()), dtype=torch.int64)
         back[all_slots[is_real]] = is_real.nonzero().squeeze(1)
-        return all_slots.to(self.device), back.to(self.device), (~is_real).nonzero().squeeze(1).to(self.device)
+        return Layout(all_slots.to(self.device), back.to(self.device), (~is_real).nonzero().squeeze(1).to(self.device))

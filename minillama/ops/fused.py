@@ -14,17 +14,12 @@ from torch import Tensor
 
 from minillama.ops import reference
 from minillama.ops.documents import Documents
-from minillama.ops.reference import IGNORE, seen_keys
+from minillama.ops.reference import IGNORE, needs_grad, seen_keys
 
 MATVEC_ROWS = 6  # rows up to which a product each is cheaper than turning the weight into fp32
 LARGE = 1 << 20  # elements of a weight that is better read once than quickly
 LOGIT_CHUNK = 1 << 22  # elements of logits that exist at a time: 16 MiB in fp32
 CACHED = 1 << 17       # elements of a block of rows that is worked on within a processor's cache: 512 KiB in fp32
-
-
-def _trains(*inputs: Tensor) -> bool:
-    """Whether a gradient will be asked for; where it is not (decoding: a row at a time), the plain formula has the least overhead."""
-    return torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
 
 
 def _row_blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
@@ -66,7 +61,7 @@ class _RMSNorm(torch.autograd.Function):
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """`reference.rms_norm`, keeping x (alive anyway) and one fp32 number a row; row blocks stay in the cache."""
-    return _RMSNorm.apply(x, weight, eps) if _trains(x, weight) else reference.rms_norm(x, weight, eps)
+    return _RMSNorm.apply(x, weight, eps) if needs_grad(x, weight) else reference.rms_norm(x, weight, eps)
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -95,7 +90,7 @@ class _Rope(torch.autograd.Function):
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """`reference.rope`, keeping the tables (shared by all layers) only."""
-    return _Rope.apply(x, cos, sin) if _trains(x) else reference.rope(x, cos, sin)
+    return _Rope.apply(x, cos, sin) if needs_grad(x) else reference.rope(x, cos, sin)
 
 
 class _SwiGLU(torch.autograd.Function):
@@ -117,7 +112,7 @@ class _SwiGLU(torch.autograd.Function):
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """`reference.swiglu`, keeping gate and up only."""
-    return _SwiGLU.apply(gate, up) if _trains(gate, up) else F.silu(gate).mul_(up)
+    return _SwiGLU.apply(gate, up) if needs_grad(gate, up) else F.silu(gate).mul_(up)
 
 
 class _ScaledMaskedSoftmax(torch.autograd.Function):
@@ -215,12 +210,12 @@ def attention(q: Tensor, k: Tensor, v: Tensor, documents: Documents | None = Non
     if len(documents.lengths) == 1 and q.shape[0] == 1:
         return _causal(q, k, v)
     B, T, H, D = q.shape
-    d = documents
-    sizes = [n * length for n, length in d.group_shapes]
-    parts = [_Rearrange.apply(x.reshape(B * T, -1), d.slots, d.back, None).split(sizes) for x in (q, k, v)]  # (slots, heads·D)
+    slots, back, holes = documents.layout
+    sizes = [n * length for n, length in documents.group_shapes]
+    parts = [_Rearrange.apply(x.reshape(B * T, -1), slots, back, None).split(sizes) for x in (q, k, v)]  # (slots, heads·D)
     y = [_causal(*(x.view(*shape, -1, D) for x in group)).reshape(-1, H * D)
-         for shape, *group in zip(d.group_shapes, *parts, strict=True)]
-    return _Rearrange.apply(torch.cat(y), d.back, d.slots, d.holes).view(B, T, H, D)
+         for shape, *group in zip(documents.group_shapes, *parts, strict=True)]
+    return _Rearrange.apply(torch.cat(y), back, slots, holes).view(B, T, H, D)
 
 
 def _causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

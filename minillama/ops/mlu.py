@@ -12,6 +12,8 @@ import inspect
 import torch
 from torch import Tensor
 
+from minillama.ops.reference import needs_grad
+
 
 def has_fused_adam() -> bool:
     return hasattr(torch.ops.torch_mlu, "fused_adam")
@@ -33,7 +35,7 @@ def _takes(name: str, *parameters: str) -> bool:
 
 def can_infer(x: Tensor, other: Tensor, eps: float = 0.0) -> bool:
     """Whether nothing needs a gradient, and the data is 16-bit."""
-    return x.dtype == other.dtype != torch.float32 and not (torch.is_grad_enabled() and (x.requires_grad or other.requires_grad))
+    return x.dtype == other.dtype != torch.float32 and not needs_grad(x, other)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from minillama.ops.documents import Documents
+from minillama.ops.reference import needs_grad
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 ATTENTION = ("npu_fusion_attention", "npu_prompt_flash_attention", "npu_incre_flash_attention")
@@ -74,7 +75,7 @@ def can_attention(q: Tensor, k: Tensor, v: Tensor, documents: Documents | None =
         return False
     if documents is not None:
         return q.dtype in FLOATS and D <= 768 and len(documents.lengths) <= 1024 and B * T <= 1 << 20
-    if _is_trained(q, k, v):
+    if needs_grad(q, k, v):
         return q.dtype in FLOATS and D <= 768
     return q.dtype in (torch.float16, torch.bfloat16) and D <= 512 and D % 16 == 0 and H // K <= 64 and H * D < 65535 and B <= 65535
 
@@ -90,17 +91,13 @@ def attention(q: Tensor, k: Tensor, v: Tensor, documents: Documents | None = Non
         run = [x.reshape(B * T, -1, D) for x in (q, k, v)]  # (B·T, heads, D)
         y = torch.ops.npu.npu_fusion_attention(*run, H, "TND", scale=scale, actual_seq_qlen=ends, actual_seq_kvlen=ends, **causal)[0]
         return y.view(B, T, H, D)
-    if _is_trained(q, k, v):
+    if needs_grad(q, k, v):
         return torch.ops.npu.npu_fusion_attention(q, k, v, H, "BSND", scale=scale, **causal)[0]
     q, k, v = (x.contiguous() for x in (q, k, v))
     shape = {"num_heads": H, "num_key_value_heads": k.shape[2], "input_layout": "BSND", "scale_value": scale}
     if T == 1:
         return torch.ops.npu.npu_incre_flash_attention(q, k, v, inner_precise=0, **shape)
     return torch.ops.npu.npu_prompt_flash_attention(q, k, v, **shape, **causal)
-
-
-def _is_trained(*tensors: Tensor) -> bool:
-    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
 
 
 def can_adamw(weight: Tensor, grad: Tensor, m: Tensor, v: Tensor, step: int, **settings: float) -> bool:

@@ -18,6 +18,11 @@ IGNORE = -100      # the label of a position that is not trained on
 MASKED = -10000.0  # the score of a masked position, which exp() makes 0; finite, so a row masked whole has no 0/0
 
 
+def needs_grad(*inputs: Tensor) -> bool:
+    """Whether a gradient will be asked for: what decoding calls without one may take another path than training."""
+    return torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """y = x / sqrt(mean(x^2) + eps) * weight over the last dimension (Zhang & Sennrich 2019, eq. 4).
     x (..., C), weight (C,). The normalized x is rounded to x's dtype before the product, as Hugging Face's LLaMA does."""

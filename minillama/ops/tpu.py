@@ -34,5 +34,4 @@ class _RMSNorm(torch.autograd.Function):
         return dx, dw, None
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    return _RMSNorm.apply(x, weight, eps)
+rms_norm = _RMSNorm.apply

@@ -30,6 +30,7 @@ class Gradients:
                  accumulates: bool) -> None:
         self.mesh, self.stage, self.exact, self.bucket_elements = mesh, stage, exact, bucket_elements
         self.parameters, self.at_once, self.present, self.freed = parameters, stage == 2 or exact, mesh.size, 0
+        self.waits = False  # send nothing before the end of the micro-batch: another vector goes first
         self.dtype = torch.float32 if accumulates or exact else parameters[0].dtype  # several micro-batches add up in fp32
         self.sent_as = parameters[0].dtype if self.at_once and not exact else self.dtype
         self.for_everyone = stage == 0 and not exact  # the exact sums of stage 0 are gathered in the end
@@ -93,7 +94,7 @@ class Gradients:
         else:
             self._values(bucket)[self.starts[i] - start:self.starts[i + 1] - start] = gradient.flatten()
         self.missing[bucket] -= 1
-        while self.next_bucket < len(self.buckets) and self.missing[self.next_bucket] == 0:
+        while not self.waits and self.next_bucket < len(self.buckets) and self.missing[self.next_bucket] == 0:
             self._send()
 
     def _values(self, bucket: int) -> Tensor:

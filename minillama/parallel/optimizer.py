@@ -1,7 +1,8 @@
 """What the trainer talks to: backward, clip, step, over all trainable parameters, in any precision.
 
-Parameters of one dtype form one flat vector (`parallel.zero`); LoRA's fp32 factors beside 16-bit embeddings make two. The gradient's
-norm is that of all of them. In fp16 the loss is multiplied by a scale that keeps small gradients above 2^-24 and is divided out
+Parameters of one dtype form one flat vector (`parallel.zero`); LoRA's fp32 factors beside 16-bit embeddings make two. Only the largest
+sends while backward runs: a rank without a micro-batch sends one after the other, and all ranks must send alike. The gradient's norm is
+that of all of them. In fp16 the loss is multiplied by a scale that keeps small gradients above 2^-24 and is divided out
 again in the step; a scale too large shows as a gradient that is not finite, the same on every rank because the norm is.
 """
 
@@ -52,7 +53,10 @@ class Optimizer:
         if not trainable:
             raise UserError("nothing to train: every parameter is frozen")
         dtypes = sorted({p.dtype for _, p in trainable}, key=str)
-        self.parts = [ZeroAdamW([x for x in trainable if x[1].dtype == dtype], mesh, **settings) for dtype in dtypes]
+        parts = [ZeroAdamW([x for x in trainable if x[1].dtype == dtype], mesh, **settings) for dtype in dtypes]
+        self.parts = sorted(parts, key=lambda part: -part.total)
+        for part in self.parts[1:]:
+            part.gradients.waits = True
         self.loss_scale, self.trained = loss_scale, sum(part.total for part in self.parts)
 
     def zero_grad(self) -> None:

@@ -14,10 +14,9 @@ from typing import Any
 import torch
 
 from minillama import comm, config, device, trainer
-from minillama.generation.decode import generate
 from minillama.generation.loading import load_with_adapters
 from minillama.generation.sampling import Sampling
-from tests.conftest import TEXTS
+from tests.conftest import TEXTS, generate
 from tests.ranks import run_on_ranks
 from tests.vendor import ascend, cambricon, fake_device, sophgo
 
@@ -76,7 +75,7 @@ def kernels() -> list[str]:
 def write(name: str, checkpoint: Path, dtype: str) -> dict:
     if name != "cpu":
         fake_device.install(name)
-    model, _ = load_with_adapters(checkpoint, "", [], dtype, "auto")
+    model, _ = load_with_adapters(checkpoint, "", [], dtype, device.pick("auto"))
     assert model.lm_head.weight.device.type == name
     return {"ids": list(generate(model, [1, 5, 9, 30], 8, Sampling(temperature=0.0))), "kernels": kernels()}
 
