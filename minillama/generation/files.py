@@ -9,21 +9,24 @@ import os
 from pathlib import Path
 from typing import Any
 
-from minillama.errors import UserError
+from minillama.errors import UserError, parsing
 
 
 class AnswerFile:
     """FILE.jsonl in the making; `done` holds the finished records by their prompt's number."""
 
     def __init__(self, path: Path, settings: dict[str, Any]) -> None:
-        """Raises UserError where FILE.partial was begun with other settings."""
+        """Raises UserError where FILE.partial was begun with other settings, or FILE cannot be."""
+        if path.is_dir():
+            raise UserError(f"{path}: is a directory; name a file")
         self.path, self.partial, self.done = path, path.with_name(path.name + ".partial"), {}
         path.parent.mkdir(parents=True, exist_ok=True)
         head, lines = {"settings": json.loads(json.dumps(settings))}, []
         if self.partial.is_file():
-            lines = [json.loads(line) for line in self.partial.read_text(encoding="utf-8").splitlines(keepends=True) if line[-1] == "\n"]
+            with parsing(self.partial):  # cut at line feeds alone: a text may hold other kinds of line break
+                lines = [dict(json.loads(line)) for line in self.partial.read_text(encoding="utf-8").split("\n")[:-1]]
         if lines and lines[0] != head:
-            old, new = lines[0]["settings"], head["settings"]
+            old, new = lines[0].get("settings", {}), head["settings"]
             changed = next(key for key in (*new, *old) if old.get(key) != new.get(key))
             raise UserError(f"{self.partial}: was begun with {changed} = {old.get(changed)!r}, now it is {new.get(changed)!r}; "
                             "repeat the first command to go on, or delete this file to start over")
