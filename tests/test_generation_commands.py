@@ -211,7 +211,7 @@ def test_a_template_that_nothing_says_the_model_was_tuned_with_is_warned_of(tmp_
     (["--length_penalty", "2"], "--length_penalty has no meaning without --num_beams"),
     (["--num_beams", "2", "--length_penalty", "inf"], "must be from -10 to 10"),
     (["--chat"], "--prompt has no meaning with --chat"), (["--web", "--num_beams", "2"], "--num_beams has no meaning with --web"),
-    (["--output", "tests"], "tests: is a directory"),
+    (["--output", "tests"], "tests: already exists; name another --output"),
 ])
 def test_mistakes_are_told_by_name(words: list[str], named: str) -> None:
     with pytest.raises(UserError, match=named):
@@ -249,8 +249,8 @@ def test_a_system_text_reaches_a_prompt_as_it_reaches_a_conversation(tmp_path: P
     words = ["--ckpt", GOLDEN, "--template", "vicuna_v1.1", "--max_new_tokens", "1", "--prompt", "cat", "--output"]
     lengths = []
     for more in ([], ["--system", "x"]):
-        MAIN([*words, str(tmp_path / "a.jsonl"), *more])
-        lengths.append(len(json.loads((tmp_path / "a.jsonl").read_text())["prompt_ids"]))
+        MAIN([*words, str(tmp_path / f"{len(lengths)}.jsonl"), *more])
+        lengths.append(len(json.loads((tmp_path / f"{len(lengths)}.jsonl").read_text())["prompt_ids"]))
     assert lengths[1] < lengths[0]
 
 

@@ -16,9 +16,9 @@ class AnswerFile:
     """FILE.jsonl in the making; `done` holds the finished records by their prompt's number."""
 
     def __init__(self, path: Path, settings: dict[str, Any]) -> None:
-        """Raises UserError where FILE.partial was begun with other settings, or FILE cannot be."""
-        if path.is_dir():
-            raise UserError(f"{path}: is a directory; name a file")
+        """Raises UserError where FILE is there already, or FILE.partial was begun with other settings."""
+        if path.exists():
+            raise UserError(f"{path}: already exists; name another --output, or delete it")
         self.path, self.partial, self.done = path, path.with_name(path.name + ".partial"), {}
         path.parent.mkdir(parents=True, exist_ok=True)
         head, lines = {"settings": json.loads(json.dumps(settings))}, []
