@@ -158,11 +158,8 @@ def data(argv: list[str]) -> None:
         if not flags.overwrite:
             raise UserError(f"{existing}: already exists; --overwrite replaces the data set once the new one is complete")
     started, opened = time.monotonic(), open_tokenizer(flags.tokenizer)
-    try:
-        made = build_dataset(flags.input, opened, flags.output, data_format=flags.format, template=flags.template, workers=flags.workers,
-                             append_eod=flags.append_eod, skip_bad_records=flags.skip_bad_records, dataset_dir=flags.dataset_dir)
-    except OSError as error:
-        raise UserError(f"{error.filename or flags.output}: {error.strerror}; name another --output, or make room") from error
+    made = build_dataset(flags.input, opened, flags.output, data_format=flags.format, template=flags.template, workers=flags.workers,
+                         append_eod=flags.append_eod, skip_bad_records=flags.skip_bad_records, dataset_dir=flags.dataset_dir)
     print(f"{flags.output}: {made['documents']} documents, {made['tokens']} tokens, {made['targets']} targets, "
           f"{len(made['skipped_records'])} records skipped, {time.monotonic() - started:.1f} s")
     model = ["7b_lora", "--ckpt", "LLAMA_DIR"] if made["template"] else ["7b_pretrain", "--tokenizer", str(opened.path)]

@@ -28,7 +28,9 @@ def parse(arguments: list[str]):
     add("--compare", default="", metavar="FILE", help="another summary.json to stand beside; loss: the reference's metrics.jsonl")
     add("--out", default="", metavar="DIR", help="write summary.json and predictions.jsonl; an interrupted run goes on from them")
     add("--seed", type=int, default=0, metavar="N", help="demo: seed of the untrained model that is printed beside [0]")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    parser.refuse(options, f"for --task {options.task}", TASKS.get(options.task, {}).get("unused", ()))
+    return options
 
 
 def main(arguments: list[str]) -> None:

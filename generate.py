@@ -52,7 +52,15 @@ def parse(arguments: list[str]):
     add("--stream", action="store_true", help="print text as it comes")
     add("--output", default="", metavar="FILE.jsonl", help="write a record for each prompt")
     add("--seed", type=int, default=None, metavar="N", help="the same seed gives the same text")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    one_text, instead = options.num_beams == 1, ("prompt", "prompt_ids", "prompt_file", "output", "num_samples")
+    for asked, reason, names in (
+            ((options.greedy or options.temperature == 0) and one_text, "where nothing is drawn", ("num_samples",)),
+            (one_text, "without --num_beams", ("length_penalty", "early_stopping")),
+            (options.chat, "with --chat", ("web", *instead)), (options.web, "with --web", ("num_beams", *instead))):
+        if asked:
+            parser.refuse(options, reason, names)
+    return options
 
 
 def _alpha(text: str) -> float:
@@ -75,8 +83,10 @@ def main(arguments: list[str]) -> None:
     for name, least in (("num_samples", 1), ("num_beams", 1), ("batch_size", 1), ("max_new_tokens", 0)):
         if getattr(options, name) < least:
             raise errors.UserError(f"--{name} {getattr(options, name)}: must be at least {least}")
+    if not abs(options.length_penalty) <= 10:
+        raise errors.UserError(f"--length_penalty {options.length_penalty}: must be from -10 to 10")
     if "" in options.stop:
-        raise errors.UserError('--stop "": an empty text would end every answer before it begins; leave it out')
+        raise errors.UserError('--stop "": an empty text would end every answer at once; leave it out')
     texts = read_prompts(options)
     session, path = open_session(options)
     print(f"{path} (template: {session.template})", file=sys.stderr)
@@ -112,15 +122,18 @@ def read_prompts(options) -> list[str | list[int]]:
     """Texts and id lists, in the order of the flags and then the file."""
     prompts: list[str | list[int]] = list(options.prompt)
     for ids in options.prompt_ids:
-        if not all(word.isdigit() for word in ids.split()):
+        if not all(word.isdecimal() for word in ids.split()):
             raise errors.UserError(f"--prompt_ids {ids!r}: expected whole numbers, such as \"1 15043 3186\"")
         prompts.append([int(word) for word in ids.split()])
     path = Path(options.prompt_file)
     if options.prompt_file and not path.is_file():
         raise errors.UserError(f"{path}: no such file")
-    with errors.parsing(path):
+    with errors.parsing(path):  # lines end at line feeds alone: JSON may hold other kinds of line break
         lines = path.read_text(encoding="utf-8-sig").split("\n") if options.prompt_file else []
-    return prompts + [_prompt_of(line, path, number) for number, line in enumerate(lines, 1) if line.strip()]
+    prompts += [_prompt_of(line, path, number) for number, line in enumerate(lines, 1) if line.strip()]
+    if lines and not prompts:
+        raise errors.UserError(f"{path}: holds no prompts")
+    return prompts
 
 
 def _prompt_of(line: str, path: Path, number: int) -> str:
@@ -141,7 +154,7 @@ def answer_prompts(session, path: Path, texts: list[str | list[int]], options) -
 
     from minillama.generation.files import AnswerFile
 
-    prompts = [encode(session, text) for text in texts]
+    prompts = [encode(session, text, options.system) for text in texts]
     file = AnswerFile(Path(options.output), settings_of(session, path, prompts, options)) if options.output else None
     left = [i for i in range(len(prompts)) if not file or i not in file.done]
     asked = session.ask_all(prompts, options.num_samples)
@@ -169,9 +182,9 @@ def answer_prompts(session, path: Path, texts: list[str | list[int]], options) -
         file.finish()
 
 
-def encode(session, text: str | list[int]) -> list[int]:
+def encode(session, text: str | list[int], system: str) -> list[int]:
     """The ids of a prompt, which may be given as ids."""
-    ids = text if isinstance(text, list) else session.encode_prompt(text)
+    ids = text if isinstance(text, list) else session.encode_prompt(text, system)
     if ids and max(ids) >= session.model.config.vocab_size:
         raise errors.UserError(f"--prompt_ids: {max(ids)} is beyond the vocabulary of {session.model.config.vocab_size}")
     return ids

@@ -27,12 +27,14 @@ def parse(arguments: list[str]) -> tuple[config.Settings, object]:
     add("--list_configs", action="store_true", help="print the presets, a line each")
     add("--dry_run", action="store_true", help="print parameters, memory per rank and tokens per step, and stop")
     add("--show_batch", action="store_true", help="print the first batch with the trained tokens marked, and stop")
-    add("--world_size", type=int, default=int(os.environ.get("WORLD_SIZE", "1")), metavar="N", help="with --dry_run: plan for N ranks")
+    add("--world_size", type=int, default=os.environ.get("WORLD_SIZE", "1"), metavar="N", help="with --dry_run: plan for N ranks")
     add("--overwrite_output_dir", **config.BOOLEAN, default=False, help="empty out_dir first")
     add("--deepspeed", default="", metavar="FILE", help="take settings from a DeepSpeed JSON file")
     add("--debug", action="store_true", help="show the traceback of an error")
     config.add_keys(parser)
     found = parser.parse_args(arguments)
+    if found.world_size < 1:
+        raise errors.UserError(f"--world_size {found.world_size}: must be at least 1")
     flags = vars(found)
     brings_its_own = any(name in flags for name in ("ckpt", "data", "model", "init", "tokenizer", "dim"))
     source = flags["config"] or ("" if brings_its_own else "demo")
@@ -55,7 +57,7 @@ def main(arguments: list[str]) -> None:
     ranks = os.environ.get("LOCAL_WORLD_SIZE")
     launcher = f"torchrun --nproc_per_node {ranks} train.py" if ranks else "python train.py"
     building.check_inputs(settings, shlex.join([*launcher.split(), *arguments]))
-    if not settings.out_dir:
+    if not settings.out_dir and not found.show_batch:
         raise errors.UserError("name a run directory with --out_dir runs/NAME")
     building.refuse_what_cannot_fit(settings)
     with comm.start(settings.device) as mesh:

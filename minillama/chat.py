@@ -49,9 +49,9 @@ class Conversation:
     system: str = ""  # empty: the template's own
 
 
-def prompt(template: str, text: str) -> list[Piece]:
+def prompt(template: str, text: str, system: str = "") -> list[Piece]:
     """The pieces of a single open question."""
-    return render(template, Conversation((Turn(text, None),)))
+    return render(template, Conversation((Turn(text, None),), system))
 
 
 def render(template: str, conversation: Conversation) -> list[Piece]:

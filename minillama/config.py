@@ -21,9 +21,10 @@ DEVICES = ("auto", "cpu", "cuda", "npu", "mlu", "tpu")
 PRECISIONS = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}  # torch's names -> ours
 
 
-def key(section: str, default: Any, help: str, choices: Sequence[Any] = (), least: int = 0) -> Any:
-    """One row of the table. choices: the only values; least: the smallest a number may be."""
-    return dataclasses.field(default=default, metadata={"section": section, "help": help, "choices": choices, "least": least})
+def key(section: str, default: Any, help: str, choices: Sequence[Any] = (), least: int = 0, below: float = 2**63) -> Any:
+    """One row of the table. choices: the only values; least: the smallest a number may be; below: what it must not reach."""
+    return dataclasses.field(default=default, metadata={"section": section, "help": help, "choices": choices, "least": least,
+                                                        "below": below})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +46,7 @@ class Settings:
 
     data: tuple[str, ...] = key("data", (), "training data: files, folders, names in dataset_info.json, or a prefix of `convert.py data`")
     eval_data: tuple[str, ...] = key("data", (), "validation data, likewise")
-    validation_split: float = key("data", 0.0, "fraction of the training documents held out for validation, without eval_data")
+    validation_split: float = key("data", 0.0, "fraction of the training documents held out for validation, without eval_data", below=1)
     dataset_dir: str = key("data", "data", "folder of the dataset_info.json that gives names of data sets meaning")
     data_format: str = key("data", "auto", "format of raw files", ("auto", "alpaca", "sharegpt", "moss", "ascend", "text", "lines"))
     template: str = key("data", "", "prompt template (empty: the checkpoint's own, else alpaca)")
@@ -59,7 +60,7 @@ class Settings:
     lora: bool = key("lora", False, "train low-rank adapters instead of the weights; any key below turns it on")
     lora_rank: int = key("lora", 8, "rank R of the adapters", least=1)
     lora_alpha: float = key("lora", 0.0, "adapters are scaled by alpha / rank (0: alpha is twice the rank)")
-    lora_dropout: float = key("lora", 0.0, "dropout on the adapters' input")
+    lora_dropout: float = key("lora", 0.0, "dropout on the adapters' input", below=1)
     lora_targets: tuple[str, ...] = key("lora", ("q_proj", "v_proj"), "linears that get an adapter, by name, or `all`")
     modules_to_save: tuple[str, ...] = key("lora", (), "modules trained whole beside the adapters: embed_tokens, lm_head")
     use_rslora: bool = key("lora", False, "scale by alpha / sqrt(rank)")
@@ -73,16 +74,16 @@ class Settings:
     learning_rate: float = key("train", 5e-5, "peak learning rate")
     min_learning_rate: float = key("train", 0.0, "where the cosine and linear schedules end")
     lr_scheduler_type: str = key("train", "linear", "schedule after warm-up", ("linear", "cosine", "constant", "constant_with_warmup"))
-    warmup_ratio: float = key("train", 0.0, "share of the updates spent warming up")
+    warmup_ratio: float = key("train", 0.0, "share of the updates spent warming up", below=1)
     warmup_steps: int = key("train", 0, "updates spent warming up; wins over warmup_ratio")
     weight_decay: float = key("train", 0.0, "decay of matrices; norms and biases never decay")
-    adam_beta1: float = key("train", 0.9, "AdamW's first-moment decay")
-    adam_beta2: float = key("train", 0.999, "AdamW's second-moment decay")
+    adam_beta1: float = key("train", 0.9, "AdamW's first-moment decay", below=1)
+    adam_beta2: float = key("train", 0.999, "AdamW's second-moment decay", below=1)
     adam_epsilon: float = key("train", 1e-8, "AdamW's epsilon")
     max_grad_norm: float = key("train", 1.0, "clip the global gradient norm to this (0: do not)")
     gradient_checkpointing: bool = key("train", False, "recompute activations in backward: less memory, about a third more time")
     precision: str = key("train", "fp32", "dtype of the computation; trained weights keep fp32 masters", tuple(PRECISIONS.values()))
-    initial_scale_power: int = key("train", 16, "fp16: the loss is first multiplied by 2 to this power")
+    initial_scale_power: int = key("train", 16, "fp16: the loss is first multiplied by 2 to this power", below=128)
     loss_scale_window: int = key("train", 1000, "fp16: double the loss scale after this many updates without overflow")
     loss_scale_hysteresis: int = key("train", 2, "fp16: overflows before the loss scale is halved")
     min_loss_scale: float = key("train", 1.0, "fp16: the smallest loss scale; an overflow there stops the run")
@@ -100,7 +101,7 @@ class Settings:
     peak_tflops: float = key("train", 0.0, "the device's peak TFLOP/s, to report model-FLOPs utilisation against")
     device: str = key("train", "auto", "device", DEVICES)
     ops: str = key("train", "", "forms of the ops: reference, fused, auto, …, or some by name: rms_norm=reference,attention=fused")
-    threads: int = key("train", 0, "processor threads a rank uses (0: torch's choice)")
+    threads: int = key("train", 0, "processor threads a rank uses (0: torch's choice)", below=1025)
 
     zero_stage: int = key("parallel", 0, "what ranks share out: 1 the optimizer's state, 2 the gradients too", (0, 1, 2))
     reduction: str = key("parallel", "fast", "order in which gradients are summed", ("exact", "fast"))
@@ -108,13 +109,13 @@ class Settings:
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            value, choices, least = getattr(self, field.name), [str(one) for one in field.metadata["choices"]], field.metadata["least"]
+            value, choices = getattr(self, field.name), [str(one) for one in field.metadata["choices"]]
+            least, below = field.metadata["least"], field.metadata["below"]
             if choices and str(value) not in choices:
                 raise UserError(f"{field.name} = {value!r}{closest(str(value), choices)}; choose one of: {', '.join(choices)}")
-            if isinstance(value, (int, float)) and value < least:
-                raise UserError(f"{field.name} = {value}: must {f'be at least {least}' if least else 'not be negative'}")
-        if not self.validation_split < 1:
-            raise UserError(f"validation_split = {self.validation_split}: a fraction below 1, such as 0.05")
+            if isinstance(value, (int, float)) and not least <= value < below:
+                raise UserError(f"{field.name} = {value}: must {f'be at least {least}' if least else 'not be negative'}, and be "
+                                f"{'finite' if below == 2**63 else f'below {below}'}")
 
     @property
     def lora_scale_alpha(self) -> float:
@@ -141,6 +142,11 @@ class Parser(argparse.ArgumentParser):
             known = [flag for action in self._actions for flag in action.option_strings] + [f"--{name}" for name in self.renamed]
             raise UserError(f"unknown argument {unknown[0]}{closest(unknown[0].split('=')[0], known)}; --help lists them all")
         return found
+
+    def refuse(self, found: Any, reason: str, names: Sequence[str]) -> None:
+        """UserError where one of the flags `names` was given, which has no meaning for this `reason`."""
+        if given := [name for name in names if getattr(found, name) != self.get_default(name)]:
+            raise UserError(f"--{given[0]} has no meaning {reason}; leave one of them out")
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; --help lists every flag")
@@ -220,8 +226,8 @@ def read_source(source: str) -> dict[str, Any]:
         raise UserError(f"no preset or file {source!r}{closest(source, known)}; presets: {', '.join(known)}")
     try:
         text = path.read_text(encoding="utf-8")
-        tree = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
-    except ValueError as error:
+        tree = dict(json.loads(text)) if path.suffix == ".json" else tomllib.loads(text)
+    except (TypeError, ValueError) as error:
         raise UserError(f"{path}: {error}") from None
     values: dict[str, Any] = {}
     rows = [("", name, value) for name, value in tree.items() if not isinstance(value, dict)]

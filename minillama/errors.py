@@ -20,20 +20,21 @@ class UserError(Exception):
 
 def closest(name: str, known: Iterable[str]) -> str:
     """` (did you mean 'learning_rate'?)` for the known name nearest to `name`, or an empty string."""
-    match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    match = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.6)
     return f" (did you mean {match[0]!r}?)" if match else ""
 
 
-def read_json(path: Path, remedy: str = "") -> Any:
-    """What a JSON file of the user's holds. Raises UserError where it is missing (with `remedy`) or damaged."""
+def read_json(path: Path, remedy: str = "") -> dict[str, Any]:
+    """The JSON object that a file of the user's holds. Raises UserError where it is missing (with `remedy`) or damaged."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file" + (f"; {remedy}" if remedy else "")) from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     except ValueError as error:
         raise UserError(f"{path}: not valid JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: holds no JSON object")
+    return content
 
 
 @contextmanager
@@ -46,8 +47,8 @@ def parsing(where: Path | None = None) -> Iterator[None]:
         raise UserError(f"{place}{error}") from None
     except KeyError as error:
         raise UserError(f"{place}key {error.args[0]!r} is missing") from None
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{place}a value has the wrong type ({error})") from None
+    except (ArithmeticError, TypeError, ValueError) as error:
+        raise UserError(f"{place}a value is wrong or of the wrong type ({error})") from None
 
 
 def run(main: Callable[[list[str]], int | None], argv: list[str] | None = None) -> None:
@@ -60,17 +61,25 @@ def run(main: Callable[[list[str]], int | None], argv: list[str] | None = None) 
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     try:
         sys.exit(main(argv) or 0)
-    except UserError as error:
-        if debug:
+    except (UserError, OSError, RuntimeError, MemoryError) as error:
+        message = _message(error)
+        if debug or not message:
             raise
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except RuntimeError as error:  # torch imports every device plug-in that is installed, and fails as a whole where one does
-        if debug or not str(error).startswith("Failed to load the backend extension"):
-            raise
-        print(f"error: torch's device plug-in {str(error).split(': ')[1].split('.')[0]} does not load ({error.__cause__}); mend it, or set "
-              "TORCH_DEVICE_BACKEND_AUTOLOAD=0 to go on without it", file=sys.stderr)
+        print(f"error: {message}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def _message(error: Exception) -> str:
+    """One line for the user about an error the user can mend; "": it is a defect of ours."""
+    text = str(error)
+    if isinstance(error, OSError) and error.strerror:
+        return f"{f'{error.filename}: ' if error.filename else ''}{error.strerror}; name another path, or make room or rights for this one"
+    if text.startswith("Failed to load the backend extension"):  # torch imports all device plug-ins, and fails where one does
+        return (f"torch's device plug-in {text.split(': ')[1].split('.')[0]} does not load ({error.__cause__}); mend it, or set "
+                "TORCH_DEVICE_BACKEND_AUTOLOAD=0 to go on without it")
+    if isinstance(error, MemoryError) or "can't allocate memory" in text or "out of memory" in text:
+        return f"not enough memory; take fewer rows or tokens at once, such as a smaller batch size or length ({text[:120]})"
+    return text if isinstance(error, UserError) else ""

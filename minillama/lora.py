@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -173,7 +174,10 @@ def load_adapter(model: nn.Module, directory: Path, dropout: float | None = None
     path = directory / "adapter_model.safetensors"
     if not path.is_file():
         raise UserError(f"{path}: no such file")
-    tensors = {_plain_name(name): tensor for name, tensor in load_file(path).items()}
+    try:
+        tensors = {_plain_name(name): tensor for name, tensor in load_file(path).items()}
+    except SafetensorError as error:
+        raise UserError(f"{path}: not a safetensors file, or cut short ({error}); download it again") from None
     add_lora(model, config)
     places = adapter_weights(model, config)
     problems = [f"{name} fits no module" for name in tensors if name not in places]

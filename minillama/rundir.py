@@ -29,12 +29,9 @@ def prepare_directory(settings: Settings, mesh: Mesh, overwrite: bool) -> tuple[
         _refuse_other_settings(settings, out_dir)
         if settings.resume == "auto" and (out_dir / "summary.json").is_file():
             return None, read_json(out_dir / "summary.json")
-        try:
-            out_dir.mkdir(parents=True, exist_ok=True)
-            if mesh.is_first:
-                config.save(settings, out_dir / "train_config.json")
-        except OSError as error:
-            raise UserError(f"out_dir {out_dir}: cannot be written ({error.strerror})") from None
+        out_dir.mkdir(parents=True, exist_ok=True)
+        if mesh.is_first:
+            config.save(settings, out_dir / "train_config.json")
     if settings.resume != "auto":
         return None if settings.resume == "none" else Path(settings.resume), None
     found = train_state.newest_intact(out_dir, mesh.print) if mesh.is_first else None

@@ -164,6 +164,8 @@ class Stream:
 
 
 def _refuse_other_formats(path: Path, raw: bytes) -> None:
+    if not raw:
+        raise UserError(f"{path}: the file is empty; download it again")
     if raw.startswith(b"version https://git-lfs"):
         raise UserError(f"{path}: a git-lfs pointer, not the file; run `git lfs pull` or download it again")
     if raw.lstrip()[:1] in (b"<", b"{"):

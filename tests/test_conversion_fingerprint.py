@@ -79,7 +79,7 @@ def test_the_command_writes_and_checks(tmp_path, tiny_checkpoint, capsys):
     assert "all 21 tensors are equal" in capsys.readouterr().out
     with pytest.raises(UserError, match=r"lm_head\.weight: .*dtype float16 here, float32 there"):
         convert.main(["sha256", two, "--check", one])
-    for content, message in [("{}", "not a manifest"), ("<html>", "not a manifest"), (None, "no such file")]:
+    for content, message in [("{}", "not a manifest"), ("<html>", "not valid JSON"), (None, "no such file")]:
         path = tmp_path / f"{content}.json"
         if content is not None:
             path.write_text(content)

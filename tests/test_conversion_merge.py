@@ -203,9 +203,9 @@ def test_an_adapter_directory_needs_its_files(tmp_path, tiny_checkpoint):
     (tmp_path / "a").mkdir()
     with pytest.raises(UserError, match=r"no adapter_config\.json"):
         read_adapter(tmp_path / "a")
-    for content in ("{", "[]", '{"r": 8}'):
+    for content, said in (("{", "not valid JSON"), ("[]", "holds no JSON object"), ('{"r": 8}', "not a LoRA configuration")):
         (tmp_path / "a" / "adapter_config.json").write_text(content)
-        with pytest.raises(UserError, match="not a LoRA configuration"):
+        with pytest.raises(UserError, match=said):
             read_adapter(tmp_path / "a")
     (tmp_path / "a" / "adapter_config.json").write_text('{"r": 8, "lora_alpha": 8}')
     with pytest.raises(UserError, match=r"holds no adapter_model\.safetensors"):

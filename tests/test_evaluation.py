@@ -563,7 +563,18 @@ def test_loss_errors_worked_by_hand() -> None:
     assert compare({2: 0.097}, {2: 0.1})["passed"] == {"mean_relative": False, "mean_absolute": True}
 
 
+def test_a_run_compared_with_itself_differs_by_nothing(main: Callable, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    file = str(metrics(tmp_path / "a.jsonl", {1: 2.0, 2: 1.0}))
+    main(["--task", "loss", "--data", file, "--compare", file])
+    assert "2 steps in both runs, 0 in only one" in capsys.readouterr().out
+
+
 def test_losses_that_cannot_be_compared_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="step 2: the reference's loss is 0"):
+        compare({1: 1.0, 2: 1.0}, {1: 1.0, 2: 0.0})
+    (tmp_path / "text.jsonl").write_text('{"step": 1, "loss": "low"}\n')
+    with pytest.raises(UserError, match=r"text\.jsonl: a value is wrong"):
+        read_losses(tmp_path / "text.jsonl")
     assert read_losses(metrics(tmp_path / "a.jsonl", {1: None, 2: 2.0})) == {1: None, 2: 2.0}
     with pytest.raises(UserError, match=r"step 1: .*only one"):
         compare({1: None, 2: 2.0}, {1: 1.0, 2: 2.0})
@@ -605,7 +616,7 @@ def test_a_score_stands_beside_all_that_it_depends_on(main: Callable, checkpoint
     assert "protocol ascend, 0 shots, a begin token, split dev" in capsys.readouterr().out
     main(["--task", "boolq", "--ckpt", str(checkpoint), "--data", str(data / "dev.jsonl"), "--compare", str(tmp_path / "out/summary.json")])
     assert "+0.00%" in capsys.readouterr().out
-    (tmp_path / "other.json").write_text('{"task": "loss"}')
+    (tmp_path / "other.json").write_text('{"task": "boolq"}')
     with pytest.raises(UserError, match=r"other\.json: key 'accuracy' is missing"):
         main(["--task", "boolq", "--ckpt", str(checkpoint), "--data", str(data / "dev.jsonl"), "--compare", str(tmp_path / "other.json")])
     with pytest.raises(UserError, match="protocol = 'ascend', now it is 'lm_eval'"):
@@ -652,7 +663,9 @@ def test_an_adapter_is_scored_as_its_merged_model(main: Callable, checkpoint: Pa
     (["--task", "demo"], "--ckpt missing; .*--ckpt runs/demo"), (["--task", "bolq"], "did you mean 'boolq'"),
     ([], "--task NAME is missing"),
     (["--task", "boolq", "--ckpt", "x", "--data", "y", "--batch_size", "0"], "--batch_size 0: must be at least 1"),
-    (["--task", "boolq", "--ckpt", "x", "--data", "y", "--limit", "-1"], "--limit -1: must be at least 0")])
+    (["--task", "boolq", "--ckpt", "x", "--data", "y", "--limit", "-1"], "--limit -1: must be at least 0"),
+    (["--task", "perplexity", "--ckpt", "x", "--data", "y", "--n_shots", "5"], "--n_shots has no meaning for --task perplexity"),
+    (["--task", "demo", "--ckpt", "x", "--data", "y"], "--data has no meaning for --task demo")])
 def test_what_is_missing_is_said_with_the_command_to_type(main: Callable, arguments: list[str], said: str) -> None:
     with pytest.raises(UserError, match=said):
         main(arguments)
@@ -664,8 +677,24 @@ def test_a_protocol_or_length_that_does_not_exist_is_refused(main: Callable, che
         main([*command, "--protocol", "ascent"])
     with pytest.raises(UserError, match="perplexity has no protocol 'ascend'; protocols: rolling"):
         main(["--task", "perplexity", *command[2:], "--protocol", "ascend"])
-    with pytest.raises(UserError, match="--max_length 513: the model's context is 512"):
+    with pytest.raises(UserError, match="--max_length 513: must be from 2 to the model's context of 512 tokens"):
         main([*command, "--max_length", "513"])
+
+
+def test_a_summary_of_another_task_is_refused_before_anything_is_computed(main: Callable, checkpoint: Path, data: Path,
+                                                                          tmp_path: Path) -> None:
+    (tmp_path / "summary.json").write_text('{"task": "mmlu", "accuracy": 0.5}')
+    with pytest.raises(UserError, match="not a summary of --task boolq, but of 'mmlu'"):
+        main(["--task", "boolq", "--ckpt", str(checkpoint), "--data", str(data / "dev.jsonl"), "--compare", str(tmp_path / "summary.json")])
+
+
+def test_a_damaged_line_among_finished_predictions_is_named(main: Callable, checkpoint: Path, data: Path, tmp_path: Path) -> None:
+    command = ["--task", "boolq", "--ckpt", str(checkpoint), "--data", str(data / "dev.jsonl"), "--out", str(tmp_path / "out")]
+    main(command)
+    with open(tmp_path / "out/predictions.jsonl", "a", encoding="utf-8") as file:
+        file.write("junk\n")
+    with pytest.raises(UserError, match="out: a value is wrong"):
+        main(command)
 
 
 def test_list_tasks_prints_every_layout(main: Callable, capsys: pytest.CaptureFixture) -> None:

@@ -257,6 +257,13 @@ def test_a_template_that_nothing_says_the_model_was_tuned_with_is_warned_of(tmp_
     (["--prompt_file", "absent.txt"], "absent.txt: no such file"), (["--prompt_ids", "1 99999"], "99999 is beyond the vocabulary"),
     (["--stop", ""], "an empty text"), (["--temperature", "nan"], "expected temperature >= 0"),
     (["--early_stopping", "often"], "early_stopping"), (["--prompt_ids", "1 a"], "expected whole numbers"),
+    (["--prompt_ids", "²"], "expected whole numbers"), (["--stop", ""], "an empty text would end every answer"),
+    (["--temperature", "nan"], "expected temperature >= 0"), (["--repetition_penalty", "nan"], "repetition_penalty > 0"),
+    (["--greedy", "--num_samples", "2"], "--num_samples has no meaning where nothing is drawn"),
+    (["--length_penalty", "2"], "--length_penalty has no meaning without --num_beams"),
+    (["--num_beams", "2", "--length_penalty", "inf"], "must be from -10 to 10"),
+    (["--chat"], "--prompt has no meaning with --chat"), (["--web", "--num_beams", "2"], "--num_beams has no meaning with --web"),
+    (["--output", "tests"], "tests: already exists; name another --output"),
 ])
 def test_mistakes_are_told_by_name(words: list[str], named: str) -> None:
     with pytest.raises(UserError, match=named):
@@ -268,6 +275,40 @@ def test_a_prompt_that_is_no_text_is_an_error_with_its_line(tmp_path: Path) -> N
         (tmp_path / "a.jsonl").write_text(f'{{"prompt": "a"}}\n{json.dumps({"prompt": prompt})}\n')
         with pytest.raises(UserError, match="line 2 is not"):
             MAIN([*TEMPLATE, "--prompt_file", str(tmp_path / "a.jsonl")])
+@pytest.mark.parametrize(("content", "named"), [
+    (b"", "holds no prompts"), (b"\n \n", "holds no prompts"), (b"\xff\xfe", "utf-8"), (b'{"prompt": 3}\n', "line 1 is not a JSON object"),
+    (b'{"prompt": null}\n', "line 1 is not a JSON object"), (b'["x"]\n', "line 1 is not a JSON object")])
+def test_a_file_without_prompts_is_refused_and_leaves_no_answers(tmp_path: Path, content: bytes, named: str) -> None:
+    (tmp_path / "p.jsonl").write_bytes(content)
+    with pytest.raises(UserError, match=named):
+        MAIN([*TEMPLATE, "--prompt_file", str(tmp_path / "p.jsonl"), "--output", str(tmp_path / "a.jsonl")])
+    assert [path.name for path in tmp_path.iterdir()] == ["p.jsonl"]
+
+
+def test_line_breaks_other_than_the_line_feed_belong_to_a_prompt_and_to_an_answer(tmp_path: Path) -> None:
+    """U+2028 stands in JSON as it is; splitlines would end a line there."""
+    (tmp_path / "p.jsonl").write_text('{"prompt": "a\u2028b"}\n', encoding="utf-8")
+    words = [*TEMPLATE, "--greedy", "--prompt_file", str(tmp_path / "p.jsonl"), "--output", str(tmp_path / "a.jsonl")]
+    MAIN(words)
+    assert json.loads((tmp_path / "a.jsonl").read_text(encoding="utf-8"))["prompt"] == "a\u2028b"
+    file = AnswerFile(tmp_path / "b.jsonl", {})
+    file.add(0, {"completions": ["a\u2028b\x85"]})
+    assert AnswerFile(tmp_path / "b.jsonl", {}).done == {0: {"completions": ["a\u2028b\x85"]}}
+
+
+def test_a_damaged_file_of_unfinished_answers_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl.partial").write_text("junk\n")
+    with pytest.raises(UserError, match=r"a\.jsonl\.partial: a value is wrong"):
+        AnswerFile(tmp_path / "a.jsonl", {})
+
+
+def test_a_system_text_reaches_a_prompt_as_it_reaches_a_conversation(tmp_path: Path) -> None:
+    words = ["--ckpt", GOLDEN, "--template", "vicuna_v1.1", "--max_new_tokens", "1", "--prompt", "cat", "--output"]
+    lengths = []
+    for more in ([], ["--system", "x"]):
+        MAIN([*words, str(tmp_path / f"{len(lengths)}.jsonl"), *more])
+        lengths.append(len(json.loads((tmp_path / f"{len(lengths)}.jsonl").read_text())["prompt_ids"]))
+    assert lengths[1] < lengths[0]
 
 
 def test_a_conversation_in_the_terminal(tmp_path: Path) -> None:

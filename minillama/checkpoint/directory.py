@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from minillama import errors
 from minillama.architecture import LlamaConfig, read_config, to_hf, with_layers
 from minillama.checkpoint.tensor_files import Entry, Plan, plan_of, read_safetensors, safetensors_writer
 from minillama.checkpoint.torch_files import read_torch, torch_writer
@@ -248,14 +249,9 @@ def stop_ids(directory: Path, config: LlamaConfig) -> tuple[int, ...]:
 
 def read_json(path: Path, what: str, keys: Mapping[str, type] | None = None, missing: str = "download it") -> dict[str, Any]:
     """A JSON object with these keys. Raises UserError where it is not `what` it should be, or not there (`missing`: what to do)."""
-    try:
-        content = dict(json.loads(path.read_text(encoding="utf-8")))
-        if wrong := [key for key, kind in (keys or {}).items() if not isinstance(content[key], kind)]:
-            raise TypeError(f"{wrong[0]} is {content[wrong[0]]!r}")
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; {missing}") from None
-    except (ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{path}: not {what} ({type(error).__name__}: {error})") from None
+    content = errors.read_json(path, missing)
+    if wrong := [key for key, kind in (keys or {}).items() if key not in content or not isinstance(content[key], kind)]:
+        raise UserError(f"{path}: not {what} ({wrong[0]} is {content.get(wrong[0], 'missing')})")
     return content
 
 

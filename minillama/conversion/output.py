@@ -167,6 +167,6 @@ def write_file(path: Path, content: bytes, overwrite: bool) -> None:
         unfinished.write_bytes(content)
         to_disk(unfinished)
         unfinished.replace(path)
-    except OSError as error:
-        unfinished.unlink(missing_ok=True)
-        raise UserError(f"{path}: {error.strerror}; nothing was written") from error
+    finally:
+        if unfinished.exists():
+            unfinished.unlink()

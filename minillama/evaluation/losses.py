@@ -18,8 +18,8 @@ LIMITS = {"mean_relative": 0.02, "mean_absolute": 0.005}
 
 def evaluate(options: Namespace) -> None:
     """`eval.py --task loss`: --data is the run, --compare the reference; --out DIR gets summary.json, and a plot with the extra."""
-    losses = {name: read_losses(Path(name)) for name in (options.data, options.compare)}
-    result = {"task": "loss", "run": options.data, "reference": options.compare, **compare(*losses.values())}
+    losses = [read_losses(Path(name)) for name in (options.data, options.compare)]
+    result = {"task": "loss", "run": options.data, "reference": options.compare, **compare(*losses)}
     print(f"{result['n']} steps in both runs, {result['only_in_one']} in only one of them")
     for name in ("mean_relative", "max_relative", "mean_absolute"):
         verdict = f"   {'pass' if result['passed'][name] else 'FAIL'} (limit {LIMITS[name]})" if name in LIMITS else ""
@@ -28,7 +28,8 @@ def evaluate(options: Namespace) -> None:
         out = Path(options.out)
         out.mkdir(parents=True, exist_ok=True)
         write_json(out / "summary.json", result)
-        curves = {name: [(step, loss) for step, loss in some.items() if loss is not None] for name, some in losses.items()}
+        curves = {name: [(step, loss) for step, loss in some.items() if loss is not None]
+                  for name, some in zip((options.data, options.compare), losses, strict=True)}
         print(f"plot: {draw_losses(out / 'loss.png', curves) or 'not drawn; pip install minillama[plot]'}")
 
 
@@ -38,6 +39,8 @@ def compare(run: dict[int, float | None], reference: dict[int, float | None]) ->
     if odd := [step for step in common if (run[step] is None) != (reference[step] is None)]:
         raise UserError(f"step {odd[0]}: its loss is finite in only one of the runs; they skipped different updates")
     pairs = [(run[step], reference[step]) for step in common if run[step] is not None]
+    if zero := [step for step in common if reference[step] == 0]:
+        raise UserError(f"step {zero[0]}: the reference's loss is 0, so an error relative to it has no meaning")
     if not pairs:
         raise UserError("the runs have no step with a loss in common")
     relative = [(a - b) / b for a, b in pairs]
@@ -49,5 +52,6 @@ def compare(run: dict[int, float | None], reference: dict[int, float | None]) ->
 
 def read_losses(path: Path) -> dict[int, float | None]:
     """Step -> loss of a metrics.jsonl."""
+    records = read_metrics(path)
     with parsing(path):
-        return {record["step"]: record["loss"] for record in read_metrics(path) if "loss" in record}
+        return {record["step"]: None if record["loss"] is None else float(record["loss"]) for record in records if "loss" in record}

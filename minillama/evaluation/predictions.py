@@ -29,12 +29,14 @@ def evaluate(options: Namespace) -> None:
     """`eval.py` for the tasks that read data. Under torchrun every rank calls it, and the first one reports."""
     began, out = time.perf_counter(), Path(options.out) if options.out else None
     reference = read_json(Path(options.compare)) if options.compare else None
+    if reference and reference.get("task") != options.task:
+        raise UserError(f"{options.compare}: not a summary of --task {options.task}, but of {reference.get('task')!r}")
     with start(options.device) as mesh:
         session, path = load_session(options, Sampling(temperature=0.0), place=mesh.device)
         model, tokenizer, context = session.model, session.tokenizer, session.model.config.max_seq_len
         max_length = options.max_length or context
         if not 1 < max_length <= context:
-            raise UserError(f"--max_length {max_length}: the model's context is {context} tokens; use at most that")
+            raise UserError(f"--max_length {max_length}: must be from 2 to the model's context of {context} tokens")
         test = (Perplexity if options.task == "perplexity" else Choices)(options, tokenizer, max_length)
         hashes = next(iter(test.hashes.values())) if len(test.hashes) == 1 else test.hashes
         about = {"task": options.task, **test.about, "bos": tokenizer.bos_id is not None, "max_length": max_length,
@@ -85,7 +87,8 @@ def _open(out: Path, settings: Record) -> dict[str, Record]:
     before = read_json(path) if path.is_file() else {} if files else settings
     refuse_other_settings(out, before, settings, "name another --out, or delete it")
     write_json(path, settings)
-    records = {record["id"]: record for file in files for record in read_lines(file)}
+    with parsing(out):
+        records = {record["id"]: record for file in files for record in read_lines(file)}
     write(out, records.values())
     return records
 

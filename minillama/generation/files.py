@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from minillama.errors import UserError
+from minillama.errors import UserError, parsing
 
 Record = dict[str, Any]
 
@@ -42,12 +42,16 @@ class AnswerFile:
     """FILE.jsonl in the making, as FILE.jsonl.partial, whose first line holds the settings; `done`: finished records by their number."""
 
     def __init__(self, path: Path, settings: Record) -> None:
-        """Raises UserError where FILE.partial was begun with other settings."""
+        """Raises UserError where FILE holds something already, or FILE.partial was begun with other settings."""
+        if path.exists() and (path.is_dir() or path.stat().st_size):
+            raise UserError(f"{path}: already exists; name another --output, or delete it")
         self.path, self.partial = path, path.with_name(path.name + ".partial")
         path.parent.mkdir(parents=True, exist_ok=True)
         head = {"settings": json.loads(json.dumps(settings))}
-        begun, *records = (read_lines(self.partial) if self.partial.is_file() else []) or [head]
-        refuse_other_settings(self.partial, begun["settings"], head["settings"],
+        with parsing(self.partial):
+            begun, *records = (read_lines(self.partial) if self.partial.is_file() else []) or [head]
+            settings_then = begun["settings"]
+        refuse_other_settings(self.partial, settings_then, head["settings"],
                               "repeat the first command to go on, or delete this file to start over")
         replace_lines(self.partial, [head, *records])
         self.done = {record.pop("number"): record for record in records}

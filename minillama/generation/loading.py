@@ -49,9 +49,10 @@ def load_with_adapters(path: Path, base_named: str, adapters: list[str], dtype: 
     base = path
     if (path / "adapter_config.json").is_file():
         layers.insert(0, path)
-        base = checkpoints.find_checkpoint(Path(base_named or read_adapter_config(path)[1]))
+        base = Path(base_named or read_adapter_config(path)[1])
         if not base.is_dir():
             raise UserError(f"{path}: its base model {base} is not here; name it with --base DIR")
+        base = checkpoints.find_checkpoint(base)
     model = checkpoints.load_model(base, wanted)
     for adapter in layers:
         add_adapter(model, adapter)

@@ -32,7 +32,7 @@ class Sampling:
     repetition_penalty: float = 1.0
 
     def __post_init__(self) -> None:
-        if not (self.temperature >= 0 and self.top_k >= 0 and 0 < self.top_p <= 1 and self.repetition_penalty > 0):  # nan is none of these
+        if not (0 <= self.temperature < 1e9 and self.top_k >= 0 and 0 < self.top_p <= 1 and 0 < self.repetition_penalty < 1e9):
             raise UserError(f"{self}: expected temperature >= 0, top_k >= 0, 0 < top_p <= 1, repetition_penalty > 0")
 
 

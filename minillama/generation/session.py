@@ -66,9 +66,9 @@ class Session:
     beams: Beams | None = None  # beam search in place of one text at a time
     rope_alpha: float | None = None  # beyond the context: see `decode.stretched`
 
-    def encode_prompt(self, text: str) -> list[int]:
+    def encode_prompt(self, text: str, system: str = "") -> list[int]:
         if self.template != "none":
-            return encode_pieces(self.tokenizer, chat.prompt(self.template, text))[0]
+            return encode_pieces(self.tokenizer, chat.prompt(self.template, text, system))[0]
         begin = [] if self.tokenizer.bos_id is None else [chat.BOS]
         return encode_pieces(self.tokenizer, [*begin, chat.Piece(text)])[0]
 
