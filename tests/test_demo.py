@@ -97,8 +97,10 @@ def test_the_same_command_again_trains_nothing_and_prints_the_same_summary(demo_
     assert (out / "final/model.safetensors").stat().st_mtime_ns == weights
 
 
-def test_the_demo_is_scored_beside_its_untrained_self(demo_run: tuple[Path, str]) -> None:
-    printed = run("eval.py", "--task", "demo", "--ckpt", str(demo_run[0]), "--limit", "10")
+def test_the_demo_is_scored_beside_its_untrained_self(demo_run: tuple[Path, str], tmp_path: Path) -> None:
+    printed = run("eval.py", "--task", "demo", "--ckpt", str(demo_run[0]), "--limit", "10", "--out", str(tmp_path))
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert 0 <= summary["untrained"] <= 1 and 0 <= summary["accuracy"] <= 1 and summary["n"] == 10
     assert "untrained" in printed.splitlines()[0]
     assert [line.split()[0] for line in printed.splitlines()[1:-1]] == [*demo.DEMO, "total"]
     assert printed.splitlines()[-1].startswith("next: python generate.py")
