@@ -1,6 +1,5 @@
 """The ops: every implementation is the formula, forward and backward, and keeps no more for backward than it says."""
 
-import math
 import os
 import subprocess
 import sys
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from minillama import ops
 from minillama.ops import IGNORE, Documents, fused
+from tests.parity import attention64
 
 EPS = 1e-5
 
@@ -44,17 +44,6 @@ def assert_same(fast: Callable, formula: Callable, *inputs: Tensor, tolerance: f
 
 def rms_norm64(x: Tensor, weight: Tensor) -> Tensor:
     return x / (x.square().mean(-1, keepdim=True) + EPS).sqrt() * weight
-
-
-def attention64(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Query head h reads key head h // (H / K); query t of T stands at position S - T + t."""
-    (_, T, H, D), (_, S, K, _) = q.shape, k.shape
-    heads = []
-    for h in range(H):
-        scores = q[:, :, h] @ k[:, :, h * K // H].transpose(1, 2) / math.sqrt(D)  # (B, T, S)
-        future = torch.arange(S)[None, :] > torch.arange(S - T, S)[:, None]
-        heads.append(scores.masked_fill(future, -math.inf).softmax(-1) @ v[:, :, h * K // H])
-    return torch.stack(heads, dim=2)
 
 
 def cross_entropy64(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
