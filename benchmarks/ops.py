@@ -63,8 +63,9 @@ def rms_norm(T: int, C: int) -> Measured:
 
 def rope(T: int, C: int) -> Measured:
     D = 64 if C < 2048 else 128
-    turned = torch.outer(torch.arange(T), torch.arange(D // 2) / D)
-    return Measured("rope", f"{T} x {C // D} x {D}", [randn(1, T, C // D, D)], (turned.cos(), turned.sin()), {})
+    turned = torch.outer(torch.arange(T), torch.arange(D // 2) / D).unsqueeze(1)
+    tables = torch.cat([turned.cos()] * 2, -1), torch.cat((-turned.sin(), turned.sin()), -1)
+    return Measured("rope", f"{T} x {C // D} x {D}", [randn(1, T, C // D, D)], tables, {})
 
 
 def swiglu(T: int, C: int) -> Measured:

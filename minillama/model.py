@@ -133,7 +133,7 @@ class Llama(nn.Module):
         else:
             positions, length = slice(T), T
         tables = self.rope_tables(length, tokens.device, None if cache is None else cache.config)
-        cos, sin = (table[positions] for table in tables)  # (T, D/2) or (B, T, D/2)
+        cos, sin = (table[positions] for table in tables)  # (T, 1, D) or (B, T, 1, D)
         x = self.model.embed_tokens(tokens)  # (B, T, C)
         for layer in self.model.layers:
             x = layer(x, cos, sin, documents, cache)

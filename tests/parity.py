@@ -34,8 +34,12 @@ class Case:
 
 
 def angles(*shape: int) -> tuple[Tensor, Tensor]:
-    turned = randn(*shape, seed=7) * 3
-    return turned.cos(), turned.sin()
+    """Rotary tables (..., T, 1, D) of random angles (..., T, D/2)."""
+    return wide_tables((3 * randn(*shape, seed=7)).cos(), (3 * randn(*shape, seed=7)).sin())
+
+
+def wide_tables(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.cat((cos, cos), -1).unsqueeze(-2), torch.cat((-sin, sin), -1).unsqueeze(-2)
 
 
 def randn(*shape: int, seed: int) -> Tensor:
@@ -100,7 +104,7 @@ def rms_norm64(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def rope64(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """A pair is a complex number, and turning it is a product."""
-    pairs = torch.complex(*x.chunk(2, dim=-1)) * torch.complex(cos, sin).unsqueeze(-2)
+    pairs = torch.complex(*x.chunk(2, dim=-1)) * torch.complex(cos[..., cos.shape[-1] // 2:], sin[..., sin.shape[-1] // 2:])
     return torch.cat((pairs.real, pairs.imag), dim=-1)
 
 

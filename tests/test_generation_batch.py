@@ -4,7 +4,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
+from minillama import ops
 from minillama.architecture import RopeScaling
 from minillama.checkpoint.directory import load_model
 from minillama.errors import UserError
@@ -13,7 +15,7 @@ from minillama.generation.cache import Cache
 from minillama.generation.decode import Answer, decode, needed_alpha, read_prompts, stretched
 from minillama.generation.sampling import Sampling
 from minillama.model import Llama
-from minillama.ops import Documents, fused, reference
+from minillama.ops import Documents, fused, packed, reference
 from minillama.tokenizer import open_tokenizer
 from tests.conftest import TINY, generate, random_model, random_tokens
 
@@ -194,14 +196,55 @@ def test_every_form_of_the_linear_is_its_formula_rounded_once(rows: int, dtype: 
                                                               monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever is chosen by rows, dtype and processor; large weights and small ones."""
     monkeypatch.setattr(fused, "has_bf16_units", lambda: units)
-    monkeypatch.setattr(fused, "LARGE", 1)
     generator = torch.Generator().manual_seed(rows)
     x, weight, b = (torch.randn(shape, generator=generator).to(dtype) for shape in ((rows, 1, 64), (48, 64), (48,)))
     exact = x.double() @ weight.double().T + (b.double() if bias else 0)
-    with torch.inference_mode():
-        y = fused.linear(x, weight, b if bias else None)
-    assert (y.shape, y.dtype) == ((rows, 1, 48), dtype)
-    assert (y.double() - exact).abs().max() <= max(torch.finfo(dtype).eps, 1e-6) * exact.abs().max()
+    as_it_is, shuffled = nn.Linear(64, 48), nn.Linear(64, 48)
+    as_it_is.weight = shuffled.weight = nn.Parameter(weight, requires_grad=False)
+    monkeypatch.setattr(packed, "gains", lambda weight, rows: True)
+    packed.pack(shuffled, rows)
+    assert shuffled.weight.is_mkldnn
+    assert torch.equal(shuffled.weight.to_dense(), weight)
+    for linear in (as_it_is, shuffled):
+        with torch.inference_mode():
+            y = fused.linear(x, linear.weight, b if bias else None)
+        assert (y.shape, y.dtype) == ((rows, 1, 48), dtype)
+        assert (y.double() - exact).abs().max() <= max(torch.finfo(dtype).eps, 1e-6) * exact.abs().max()
+
+
+@pytest.mark.parametrize(("dtype", "rows", "units", "packs"), [
+    (torch.bfloat16, 1, True, True), (torch.bfloat16, 8, False, False), (torch.float16, 8, True, False),
+    (torch.float32, 3, True, False), (torch.float32, 4, False, True)])
+def test_weights_are_packed_where_the_rows_and_the_processor_gain(dtype: torch.dtype, rows: int, units: bool, packs: bool,
+                                                                  monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packed, "has_bf16_units", lambda: units)
+    monkeypatch.setattr(packed, "LARGE", TINY.dim**2 + 1)
+    model = random_model().to(dtype)
+    model.lm_head.weight = model.model.embed_tokens.weight
+    layer, embedding = model.model.layers[0], model.lm_head.weight
+    ops.pack(model, rows)
+    assert layer.mlp.gate_proj.weight.is_mkldnn is packs
+    assert layer.self_attn.q_proj.weight.is_mkldnn is (packs and dtype == torch.bfloat16)  # small
+    assert model.lm_head.weight is embedding, "shared with the embedding"
+    once = layer.mlp.gate_proj.weight
+    ops.pack(model, rows)
+    assert layer.mlp.gate_proj.weight is once
+
+
+def test_packed_weights_give_the_same_texts_and_are_for_the_fused_linear_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packed, "LARGE", 1)
+    model = random_model()
+    try:
+        ops.choose("reference")
+        ops.pack(model, 4)
+        assert not model.lm_head.weight.is_mkldnn
+        ops.choose("auto")
+        before = [answer.ids for answer in together(model, PROMPTS, 6, GREEDY)]
+        ops.pack(model, 4)
+        assert model.lm_head.weight.is_mkldnn
+        assert [answer.ids for answer in together(model, PROMPTS, 6, GREEDY)] == before
+    finally:
+        ops.choose("")
 
 
 @pytest.mark.parametrize("units", [True, False], ids=["16-bit units", "none"])

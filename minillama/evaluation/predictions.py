@@ -14,6 +14,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from minillama import ops
 from minillama.checkpoint.directory import write_json
 from minillama.comm import Mesh, gather_objects, start
 from minillama.errors import UserError, parsing, read_json
@@ -44,6 +45,7 @@ def evaluate(options: Namespace) -> None:
         settings = about | {"queries": len(test.queries), "dtype": options.dtype, "weights_sample_sha256": sample_of(model)}
         mesh.print(f"{path}: {options.task}, protocol {about['protocol']}, {about['n_shots']} shots, "
                    f"{'a' if about['bos'] else 'no'} begin token, split {about['split']}, {len(test.queries)} queries")
+        ops.pack(model, rows=1)
         records = predict(model, test, options.batch_size, out, settings, mesh)
         summary = about | test.summarise(records) | {"seconds": round(time.perf_counter() - began, 2), "model": str(path)}
         if out and mesh.is_first:

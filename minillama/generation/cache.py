@@ -40,6 +40,7 @@ class Cache:
         else:
             self.lengths = torch.tensor(filled, device=self.places.device)
             self.positions = (self.lengths - count).unsqueeze(1) + self.places[:count]  # (B, T)
+            self._row = torch.arange(len(filled), device=self.places.device).unsqueeze(1)
         return self
 
     def pack(self, documents: Documents, rows: list[int]) -> "Cache":
@@ -58,15 +59,15 @@ class Cache:
             self.keys[layer][self._packed, :, self.positions[0]] = k[0]
             self.values[layer][self._packed, :, self.positions[0]] = v[0]
             return k, v
+        keys, values = keys.transpose(1, 2), values.transpose(1, 2)  # (B, capacity, K, D)
         if self.lengths is None:
-            start = self._longest - k.shape[1]
-            keys[:, :, start:self._longest] = k.transpose(1, 2)
-            values[:, :, start:self._longest] = v.transpose(1, 2)
+            start, count = self._longest - k.shape[1], k.shape[1]
+            keys.narrow(1, start, count).copy_(k)
+            values.narrow(1, start, count).copy_(v)
         else:
-            rows = torch.arange(len(k), device=k.device).unsqueeze(1)
-            keys[rows, :, self.positions] = k
-            values[rows, :, self.positions] = v
-        return keys[:, :, :self._longest].transpose(1, 2), values[:, :, :self._longest].transpose(1, 2)
+            keys[self._row, self.positions] = k
+            values[self._row, self.positions] = v
+        return keys.narrow(1, 0, self._longest), values.narrow(1, 0, self._longest)
 
     def copy(self, source: list[int], target: list[int], start: int = 0) -> None:
         """Make rows `target` equal to rows `source`, pair by pair, where they agree before `start` already."""

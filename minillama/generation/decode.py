@@ -73,7 +73,8 @@ def decode(model: Llama, answers: list[Answer], sampling: Sampling, stop: tuple[
 def read_prompts(model: Llama, cache: Cache, prompts: list[list[int]]) -> Tensor:
     """Fill row r of the cache with prompts[r] and return the logits that follow each, (B, V). Equal prompts are read once."""
     first = {tuple(prompt): row for row, prompt in reversed(list(enumerate(prompts)))}
-    hidden = model.lm_head.weight.new_empty(len(prompts), model.config.dim)  # (B, C), of each prompt's last token
+    weight = model.lm_head.weight
+    hidden = torch.empty(len(prompts), model.config.dim, dtype=weight.dtype, device=weight.device)  # (B, C), of each prompt's last token
     runs, size = [[]], 0  # rows read together
     for prompt, row in sorted(first.items(), key=lambda item: item[1]):
         if len(prompt) > CHUNK or len(first) == 1:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import count
 
-from minillama import chat
+from minillama import chat, ops
 from minillama.data.encode import encode_pieces
 from minillama.errors import UserError
 from minillama.generation.beam import Beams, beam_search
@@ -79,6 +79,7 @@ class Session:
 
     def write(self, answers: list[Answer], seed: int | None) -> Iterator[tuple[Answer, str]]:
         """Write `answers` together, yielding each with its new text as it becomes certain. With beams they are those of one prompt."""
+        ops.pack(self.model, self.beams.width if self.beams else len(answers))
         if self.beams:
             steps = beam_search(self.model, answers, self.beams, self.sampling, self.stop_ids, seed, self.rope_alpha)
         else:

@@ -14,10 +14,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from minillama.errors import UserError, closest
-from minillama.ops import cuda, fused, mlu, npu, reference, tpu
+from minillama.ops import cuda, fused, mlu, npu, packed, reference, tpu
 from minillama.ops.documents import Documents
 from minillama.ops.reference import IGNORE, rope_tables
 
@@ -45,14 +46,14 @@ class Op:
         self.want("")
 
     def __call__(self, x: Tensor, *rest: Any, **named: Any) -> Any:
-        function = self._only.get(x.device.type) or self.pick(x, *rest, **named).function
+        function = self._only.get(x.device) or self.pick(x, *rest, **named).function
         return function(x, *rest, **named)
 
     def want(self, name: str) -> None:
         """Use the form of this name alone; "auto", or a name that this op has no form of: the table's order."""
         self.wanted = name
         self._usable: dict[str, list[Form]] = {}  # by type of device
-        self._only: dict[str, Callable] = {}      # where there is nothing to ask: the common case costs one look
+        self._only: dict[torch.device, Callable] = {}  # where there is nothing to ask: the common case costs one look
         self._said: dict[str, list[str]] = {}     # forms used so far
 
     def usable(self, device: str) -> list[Form]:
@@ -66,17 +67,16 @@ class Op:
                 if not forms:
                     raise UserError(f"MINILLAMA_OPS: {self.name}={self.wanted} cannot be used on {device}: it has no such kernel; use auto")
             self._usable[device] = forms
-            if forms[0].supports is None:
-                self._say(device, forms[0])
-                self._only[device] = forms[0].function
         return self._usable[device]
 
     def pick(self, x: Tensor, *rest: Any, **named: Any) -> Form:
         """The form for a call with these arguments."""
         device = x.device.type
-        for form in self.usable(device):
+        for i, form in enumerate(self.usable(device)):
             if form.supports is None or form.supports(x, *rest, **named):
                 self._say(device, form)
+                if i == 0 and form.supports is None:
+                    self._only[x.device] = form.function
                 return form
         shapes = ", ".join(f"{tuple(a.shape)} {a.dtype}" for a in (x, *rest) if isinstance(a, Tensor))
         raise UserError(f"MINILLAMA_OPS: {self.name}={self.wanted} does not take {shapes}; use auto")
@@ -119,6 +119,12 @@ adamw = Op(
     Form("mlu", mlu.adamw, "mlu", mlu.has_fused_adam, mlu.can_adamw),
     Form("fused", fused.adamw), Form("reference", reference.adamw))
 TABLE = {op.name: op for op in (rms_norm, rope, swiglu, scaled_masked_softmax, linear, attention, linear_cross_entropy, adamw)}
+
+
+def pack(model: nn.Module, rows: int) -> None:
+    """Before decoding `rows` texts at a time: `packed.pack`, where the fused linear is in use. Doing it again costs nothing."""
+    if linear.usable("cpu")[0].name == "fused":
+        packed.pack(model, rows)
 
 
 def choose(spec: str) -> None:

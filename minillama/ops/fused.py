@@ -6,18 +6,18 @@ how little is really needed: RMSNorm needs its input and one number a row, the c
 """
 
 from collections.abc import Iterator
-from functools import cache
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minillama.ops import reference
+from minillama.ops import packed, reference
 from minillama.ops.documents import Documents
+from minillama.ops.packed import has_bf16_units
 from minillama.ops.reference import IGNORE, needs_grad, seen_keys
 
 MATVEC_ROWS = 6  # rows up to which a product each is cheaper than turning the weight into fp32
-LARGE = 1 << 20  # elements of a weight that is better read once than quickly
 LOGIT_CHUNK = 1 << 22  # elements of logits that exist at a time: 16 MiB in fp32
 CACHED = 1 << 17       # elements of a block of rows that is worked on within a processor's cache: 512 KiB in fp32
 
@@ -61,17 +61,12 @@ class _RMSNorm(torch.autograd.Function):
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """`reference.rms_norm`, keeping x (alive anyway) and one fp32 number a row; row blocks stay in the cache."""
-    return _RMSNorm.apply(x, weight, eps) if needs_grad(x, weight) else reference.rms_norm(x, weight, eps)
+    return _RMSNorm.apply(x, weight, eps) if needs_grad(x, weight) else F.rms_norm(x, weight.shape, weight, eps)
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """`reference.rope` into one new tensor."""
-    cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)  # (..., T, 1, D/2)
-    y = torch.empty(x.shape, dtype=cos.dtype, device=x.device)
-    (x1, x2), (y1, y2) = x.chunk(2, dim=-1), y.chunk(2, dim=-1)
-    torch.mul(x1, cos, out=y1).addcmul_(x2, sin, value=-1)
-    torch.mul(x2, cos, out=y2).addcmul_(x1, sin)
-    return y.to(x.dtype)
+    """`reference.rope` in three passes."""
+    return (x * cos).addcmul_(x.roll(x.shape[-1] // 2, dims=-1), sin).to(x.dtype)
 
 
 class _Rope(torch.autograd.Function):
@@ -90,7 +85,7 @@ class _Rope(torch.autograd.Function):
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """`reference.rope`, keeping the tables (shared by all layers) only."""
-    return _Rope.apply(x, cos, sin) if needs_grad(x) else reference.rope(x, cos, sin)
+    return _Rope.apply(x, cos, sin) if needs_grad(x) else _rotate(x, cos, sin)
 
 
 class _SwiGLU(torch.autograd.Function):
@@ -161,30 +156,16 @@ class _Linear16(torch.autograd.Function):
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`reference.linear`; of 16-bit data on a processor without units for it, fp32 products rounded once: many times faster.
-    Decoding (no gradient, few rows) is bound by reading the weight; what reads it best depends on the rows."""
-    trains, rows = torch.is_grad_enabled(), x.numel() // x.shape[-1]
-    if x.device.type != "cpu" or (x.dtype == torch.float32 and trains):
+    Decoding (no gradient, few rows) is bound by reading the weight: see `ops.packed`, and a product for each row reads no slower."""
+    if weight.is_mkldnn:
+        return packed.linear(x, weight, bias)
+    if x.dtype is torch.float32 or not x.is_cpu:
         return F.linear(x, weight, bias)
-    if x.dtype == torch.float32:
-        is_read_often = 3 < rows < 48 and bias is None and weight.numel() >= LARGE and torch.backends.mkldnn.is_available()
-        return _some_rows(x, weight) if is_read_often else F.linear(x, weight, bias)
-    if x.dtype == torch.bfloat16 and not trains and (rows == 1 or (rows <= MATVEC_ROWS and not has_bf16_units())):
+    rows, is_bf16 = x.numel() // x.shape[-1], x.dtype is torch.bfloat16
+    if is_bf16 and not torch.is_grad_enabled() and rows <= (1 if has_bf16_units() else MATVEC_ROWS):
         y = torch.stack([torch.mv(weight, row) if bias is None else torch.addmv(bias, weight, row) for row in x.reshape(rows, -1)])
         return y.view(*x.shape[:-1], -1)
-    if x.dtype == torch.bfloat16 and has_bf16_units():
-        return F.linear(x, weight, bias)
-    return _Linear16.apply(x, weight, bias)
-
-
-def _some_rows(x: Tensor, weight: Tensor) -> Tensor:
-    """oneDNN's product, which reads a large weight once, where the default library reads it again for every few rows."""
-    return torch.ops.mkldnn._linear_pointwise(x.reshape(-1, x.shape[-1]), weight, None, "none", [], "").view(*x.shape[:-1], -1)
-
-
-@cache
-def has_bf16_units() -> bool:
-    """Does this processor multiply bf16 matrices without first turning them into fp32?"""
-    return torch.cpu._is_avx512_bf16_supported()
+    return F.linear(x, weight, bias) if is_bf16 and has_bf16_units() else _Linear16.apply(x, weight, bias)
 
 
 class _Rearrange(torch.autograd.Function):
@@ -206,7 +187,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, documents: Documents | None = Non
     Documents of like length are rows of one call (`ops.documents` has the picture), so a run of them costs about the sum of their squared
     lengths. Cached decoding takes the heads of a group as if they were positions: keys and values are read once and never expanded."""
     if documents is None:
-        return _causal(q, k, v) if k.shape[1] == q.shape[1] and lengths is None else _cached(q, k, v, lengths)
+        return _causal(q, k, v) if lengths is None and k.shape[1] == q.shape[1] else _cached(q, k, v, lengths)
     if len(documents.lengths) == 1 and q.shape[0] == 1:
         return _causal(q, k, v)
     B, T, H, D = q.shape
@@ -229,14 +210,22 @@ def _causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 def _cached(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None) -> Tensor:
     """S >= T, or rows of unlike length."""
-    B, T, H, D = q.shape
-    S, K = k.shape[1], k.shape[2]
+    (B, T, H, D), (_, S, K, _) = q.shape, k.shape
+    k, v = k.transpose(1, 2), v.transpose(1, 2)
+    if T == 1 and lengths is None:  # a step of decoding
+        return F.scaled_dot_product_attention(q.view(B, K, -1, D), k, v).view(B, 1, H, D)
     q = q.view(B, T, K, H // K, D).permute(0, 2, 3, 1, 4).reshape(B, K, -1, D)  # (B, K, H/K·T, D): a group's heads, each with T positions
-    seen = None
-    if T > 1 or lengths is not None:
-        seen = torch.cat([seen_keys(T, S, lengths, q.device)] * (H // K), dim=-2)
-    y = F.scaled_dot_product_attention(q, k.transpose(1, 2), v.transpose(1, 2), seen)
+    y = F.scaled_dot_product_attention(q, k, v, _mask(T, S, lengths, H // K, q.dtype, q.device))
     return y.view(B, K, H // K, T, D).permute(0, 3, 1, 2, 4).reshape(B, T, H, D)
+
+
+@lru_cache(maxsize=1)
+@torch.inference_mode(False)
+def _mask(T: int, S: int, lengths: Tensor | None, groups: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """-inf at the scores that a query must not see, (T·groups, S) or (B, 1, T·groups, S): made by the first layer of a step, which hands
+    the same `lengths` to all."""
+    seen = torch.cat([seen_keys(T, S, lengths, device)] * groups, dim=-2)
+    return torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill_(~seen, -torch.inf)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):

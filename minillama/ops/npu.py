@@ -46,9 +46,10 @@ def can_rope(x: Tensor, cos: Tensor, sin: Tensor) -> bool:
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Tables at full width; they and the product stay fp32."""
-    wide = [torch.cat((t, t), dim=-1).view(-1, x.shape[1], 1, x.shape[-1]) for t in (cos, sin)]  # (1 or B, T, 1, D)
-    return torch.ops.npu.npu_rotary_mul(x.float(), *wide).to(x.dtype)
+    """The kernel wants 4 dimensions, and a sine without the minus of its first half. Tables and product stay fp32."""
+    sin = torch.cat([sin[..., x.shape[-1] // 2:]] * 2, dim=-1)
+    cos, sin = (table.view(-1, x.shape[1], 1, x.shape[-1]) for table in (cos, sin))  # (1 or B, T, 1, D)
+    return torch.ops.npu.npu_rotary_mul(x.float(), cos, sin).to(x.dtype)
 
 
 def can_swiglu(gate: Tensor, up: Tensor) -> bool:

@@ -97,18 +97,18 @@ def _yarn_mscale(factor: float, weight: float) -> float:
 
 
 def rope_tables(config: LlamaConfig, length: int) -> tuple[Tensor, Tensor]:
-    """cos and sin of every position below `length`, each (length, D/2) fp32."""
+    """cos and sin of every position below `length`, each (length, 1, D) fp32: for both halves of a head, sin with the sign it has there."""
     frequencies, factor = rope_frequencies(config, length)
     angles = torch.outer(torch.arange(length, dtype=torch.float32), frequencies)  # (length, D/2)
-    return angles.cos() * factor, angles.sin() * factor
+    cos, sin = angles.cos() * factor, angles.sin() * factor
+    return torch.cat((cos, cos), dim=-1).unsqueeze(1), torch.cat((-sin, sin), dim=-1).unsqueeze(1)
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn each pair (x_i, x_{i + D/2}) of every head by its position's angle: Hugging Face's rotate-half layout.
-    x (B, T, H, D); cos and sin (T, D/2), or (B, T, D/2) where the rows of the batch stand at different positions."""
-    cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)  # (..., T, 1, D/2)
-    x1, x2 = x.float().chunk(2, dim=-1)
-    return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1).to(x.dtype)
+    x (B, T, H, D); cos and sin (T, 1, D) as in `rope_tables`, or (B, T, 1, D) where the rows of the batch stand at different positions."""
+    x32 = x.float()
+    return (x32 * cos + x32.roll(x.shape[-1] // 2, dims=-1) * sin).to(x.dtype)  # (x1 cos - x2 sin, x2 cos + x1 sin)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, documents: Documents | None = None, lengths: Tensor | None = None) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from minillama.ops import Documents, npu, reference
+from tests.parity import wide_tables
 from tests.vendor import ascend
 
 BOUNDS = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}  # relative, by norm
@@ -53,7 +54,7 @@ def rms_norm64(x: Tensor, w: Tensor) -> Tensor:
 
 def rope64(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     x1, x2 = x.chunk(2, -1)
-    cos, sin = cos.to(x.dtype).unsqueeze(-2), sin.to(x.dtype).unsqueeze(-2)
+    cos, sin = (table.to(x.dtype)[..., x1.shape[-1]:] for table in (cos, sin))
     return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), -1)
 
 
@@ -82,8 +83,8 @@ def check_rms_norm(call: Callable, dtype: torch.dtype = torch.float32) -> None:
 
 
 def check_rope(call: Callable, dtype: torch.dtype = torch.float32) -> None:
-    tables = [randn(5, 4, seed=1).clamp(-1, 1), randn(5, 4, seed=2).clamp(-1, 1)]
-    for cos, sin in (tables, [t.expand(2, 5, 4) + 0 * randn(2, 1, 1) for t in tables]):
+    tables = wide_tables(randn(5, 4, seed=1).clamp(-1, 1), randn(5, 4, seed=2).clamp(-1, 1))
+    for cos, sin in (tables, [t.expand(2, 5, 1, 8) + 0 * randn(2, 1, 1, 1) for t in tables]):
         x = randn(2, 5, 3, 8).to(dtype)
         assert npu.can_rope(x, cos, sin)
         assert_same(lambda x, c=cos, s=sin: call(x, c, s), lambda x, c=cos, s=sin: rope64(x, c, s), x, bound=BOUNDS[dtype])
@@ -183,7 +184,8 @@ TRIANGLE = torch.ones(2048, 2048, dtype=torch.bool).triu(1)
 
 
 def wide(t: Tensor, x: Tensor) -> Tensor:
-    return torch.cat((t, t), -1).view(-1, x.shape[1], 1, x.shape[-1])
+    """A table as the kernel wants it: 4 dimensions, and no sign on the sine's first half."""
+    return torch.cat([t[..., t.shape[-1] // 2:]] * 2, -1).view(-1, x.shape[1], 1, x.shape[-1])
 
 
 def train(q: Tensor, k: Tensor, v: Tensor, d: Documents | None = None, **changes: object) -> Tensor:
@@ -221,7 +223,8 @@ WRONG: dict[str, tuple[Callable, Callable]] = {
     "a weight of another dtype": (lambda call: check_rms_norm(call, torch.bfloat16),
                                   lambda x, w, eps: kernel("npu_rms_norm")(x, w.float(), epsilon=eps)[0]),
     "cos and sin swapped": (check_rope, lambda x, c, s: kernel("npu_rotary_mul")(x, wide(s, x), wide(c, x))),
-    "tables at half width": (check_rope, lambda x, c, s: kernel("npu_rotary_mul")(x, *(t.view(-1, x.shape[1], 1, 4) for t in (c, s)))),
+    "tables at half width": (check_rope, lambda x, c, s: kernel("npu_rotary_mul")(x, *(wide(t, x)[..., :4] for t in (c, s)))),
+    "a sine with the minus of our tables": (check_rope, lambda x, c, s: kernel("npu_rotary_mul")(x, wide(c, x), s.view(-1, *s.shape[-3:]))),
     "tables shaped for BNSD": (check_rope, lambda x, c, s: kernel("npu_rotary_mul")(x, *(wide(t, x).transpose(1, 2) for t in (c, s)))),
     "tables rounded to 16 bits": (check_rope, lambda x, c, s: kernel("npu_rotary_mul")(x, *(wide(t.half().float(), x) for t in (c, s)))),
     "[up | gate]": (check_swiglu, lambda gate, up: kernel("npu_swiglu")(torch.cat((up, gate), -1))),
