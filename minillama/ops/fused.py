@@ -65,8 +65,16 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """`reference.rope` in three passes."""
-    return (x * cos).addcmul_(x.roll(x.shape[-1] // 2, dims=-1), sin).to(x.dtype)
+    """`reference.rope` in three passes over as many positions as the processor's cache holds; elsewhere over all."""
+    def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        return (x * cos).addcmul_(x.roll(x.shape[-1] // 2, dims=-1), sin)
+
+    if x.numel() <= CACHED or not x.is_cpu:
+        return turned(x, cos, sin).to(x.dtype)
+    y, count = torch.empty_like(x), max(1, CACHED * x.shape[1] // x.numel())
+    for y_, *parts in zip(*(t.split(count, dim=-3) for t in (y, x, cos, sin)), strict=True):
+        y_.copy_(turned(*parts))
+    return y
 
 
 class _Rope(torch.autograd.Function):
