@@ -65,7 +65,7 @@ class Op:
             if self.wanted in [form.name for form in self.forms]:
                 forms = [form for form in forms if form.name == self.wanted]
                 if not forms:
-                    raise UserError(f"--ops (MINILLAMA_OPS): {self.name}={self.wanted} is no kernel that {device} has; use auto")
+                    raise UserError(f"--ops (MINILLAMA_OPS): {self.name}={self.wanted} cannot be used on {device}: no such kernel; use auto")
             self._usable[device] = forms
         return self._usable[device]
 
