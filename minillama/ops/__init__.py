@@ -65,7 +65,7 @@ class Op:
             if self.wanted in [form.name for form in self.forms]:
                 forms = [form for form in forms if form.name == self.wanted]
                 if not forms:
-                    raise UserError(f"--ops (MINILLAMA_OPS): {self.name}={self.wanted} cannot be used on {device}: no such kernel; use auto")
+                    raise UserError(f"--ops, MINILLAMA_OPS: {self.name}={self.wanted} cannot be used on {device}: no such kernel; use auto")
             self._usable[device] = forms
         return self._usable[device]
 
@@ -79,7 +79,7 @@ class Op:
                     self._only[x.device] = form.function
                 return form
         shapes = ", ".join(f"{tuple(a.shape)} {a.dtype}" for a in (x, *rest) if isinstance(a, Tensor))
-        raise UserError(f"--ops (MINILLAMA_OPS): {self.name}={self.wanted} does not take {shapes}; use auto")
+        raise UserError(f"--ops, MINILLAMA_OPS: {self.name}={self.wanted} does not take {shapes}; use auto")
 
     def _say(self, device: str, form: Form) -> None:
         """One line when the choice for a device is made, and one when it changes."""
@@ -134,9 +134,9 @@ def choose(spec: str) -> None:
     pairs = [part.partition("=")[::2] for part in spec.split(",")] if "=" in spec else [(op, spec) for op in TABLE]  # (op, form)
     for op, name in pairs:
         if op not in TABLE:
-            raise UserError(f"--ops (MINILLAMA_OPS): no op {op!r}{closest(op, TABLE)}; ops: {', '.join(TABLE)}")
+            raise UserError(f"--ops, MINILLAMA_OPS: no op {op!r}{closest(op, TABLE)}; ops: {', '.join(TABLE)}")
         allowed = ["auto", *(form.name for form in TABLE[op].forms)] if "=" in spec else names
         if name not in allowed:
-            raise UserError(f"--ops (MINILLAMA_OPS): {op}={name!r}; choose one of: {', '.join(allowed)}")
+            raise UserError(f"--ops, MINILLAMA_OPS: {op}={name!r}; choose one of: {', '.join(allowed)}")
     for op in TABLE.values():
         op.want(dict(pairs).get(op.name, "auto"))
