@@ -37,6 +37,17 @@ def test_rows_are_normed_in_blocks_of_any_height(case: Case, monkeypatch: pytest
         check("rms_norm", case, fused.rms_norm, torch.float32, strided=True)
 
 
+@pytest.mark.parametrize("case", CASES["rope"], ids=lambda case: case.name)
+def test_positions_are_turned_in_blocks_of_any_length(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two positions of all rows at a time, and less than one's worth, which is one; tables for all rows, and for each."""
+    B, _, H, D = case.shapes[0]
+    for elements in (2 * B * H * D, 1):
+        monkeypatch.setattr(fused, "CACHED", elements)
+        for dtype in BOUNDS:
+            check("rope", case, fused.rope, dtype, strided=False)
+            check("rope", case, fused.rope, dtype, strided=True)
+
+
 @pytest.mark.parametrize("logits", [1, 3 * 70, 1 << 23], ids=["one row", "three rows", "all rows"])
 @pytest.mark.parametrize("case", CASES["linear_cross_entropy"], ids=lambda case: case.name)
 def test_logits_come_in_chunks_of_any_height(case: Case, logits: int, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,7 @@ from minillama.ops.packed import has_bf16_units
 from minillama.ops.reference import IGNORE, needs_grad, seen_keys
 
 MATVEC_ROWS = 6  # rows up to which a product each is cheaper than turning the weight into fp32
-LOGIT_CHUNK = 1 << 22  # elements of logits that exist at a time: 16 MiB in fp32
+LOGIT_CHUNK = 1 << 22  # elements of logits that exist at a time, 16 MiB in fp32, or an eighth of the head's where that is more
 CACHED = 1 << 17       # elements of a block of rows that is worked on within a processor's cache: 512 KiB in fp32
 
 
@@ -244,7 +244,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(ctx, hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
         need_h, need_w = ctx.needs_input_grad[:2]
         kept = (labels != IGNORE).nonzero().squeeze(1)
-        chunk = min(len(kept), max(1, LOGIT_CHUNK // len(weight)))
+        chunk = min(len(kept), max(1, LOGIT_CHUNK // len(weight), weight.shape[1] // 8))  # each reads and writes all of dW
         weight32 = weight.float()
         logits = torch.empty(chunk, len(weight), dtype=torch.float32, device=weight.device)  # the only ones there are
         loss = torch.zeros((), dtype=torch.float32, device=weight.device)
