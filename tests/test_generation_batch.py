@@ -11,9 +11,11 @@ from minillama.architecture import RopeScaling
 from minillama.checkpoint.directory import load_model
 from minillama.errors import UserError
 from minillama.generation import decode as decoding
+from minillama.generation.beam import Beams
 from minillama.generation.cache import Cache
 from minillama.generation.decode import Answer, decode, needed_alpha, read_prompts, stretched
 from minillama.generation.sampling import Sampling
+from minillama.generation.session import Session
 from minillama.model import Llama
 from minillama.ops import Documents, fused, packed, reference
 from minillama.tokenizer import open_tokenizer
@@ -257,6 +259,26 @@ def test_a_16_bit_linear_is_trained_by_the_processors_own_products_where_it_has_
     y.backward(dy)
     for found, exact in ((x.grad, dy.double() @ weight.double()), (weight.grad, dy.double().T @ x.double())):
         assert (found.double() - exact).norm() <= 4e-3 * exact.norm()
+
+
+def test_a_mask_that_decoding_made_serves_where_gradients_are_asked_for() -> None:
+    lengths, (q, k, v) = torch.tensor([3, 5]), (torch.randn(2, n, 4, 8, generator=torch.Generator().manual_seed(n)) for n in (2, 5, 5))
+    with torch.inference_mode():
+        before = fused.attention(q, k, v, None, lengths)
+    after = fused.attention(q.requires_grad_(), k, v, None, lengths)
+    after.sum().backward()
+    assert torch.equal(after, before)
+
+
+def test_a_session_packs_for_as_many_texts_as_it_writes(monkeypatch: pytest.MonkeyPatch) -> None:
+    packed_for = []
+    monkeypatch.setattr(ops, "pack", lambda model, rows: packed_for.append(rows))
+    tokenizer = open_tokenizer(Path(__file__).parent / "golden/model")
+    session = Session(random_model(), tokenizer, "none", GREEDY, 3, ())
+    for beams, count in ((None, 1), (None, 4), (Beams(3), 1)):
+        session.beams = beams
+        list(session.write([session.ask([1, 5]) for _ in range(count)], seed=0))
+    assert packed_for == [1, 4, 3]
 
 
 @pytest.mark.parametrize("T", [1, 3])
