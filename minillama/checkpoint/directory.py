@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from minillama import errors
 from minillama.architecture import LlamaConfig, read_config, to_hf, with_layers
@@ -125,7 +125,9 @@ def empty_model(config: LlamaConfig, dtype: torch.dtype, device: torch.device | 
     """A `Llama` with storage and no values: made without storage first, so nothing is allocated twice."""
     with torch.device("meta"):
         model = Llama(config)
-    model = model.to(dtype).to_empty(device=device)
+    for module in model.modules():  # what `to_empty` does, but for the half second in which that loads torch's compiler
+        for name, parameter in module.named_parameters(recurse=False):
+            setattr(module, name, nn.Parameter(torch.empty(parameter.shape, dtype=dtype, device=device)))
     if config.tie_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
     return model
