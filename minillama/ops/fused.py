@@ -18,7 +18,7 @@ from minillama.ops.packed import has_bf16_units
 from minillama.ops.reference import IGNORE, needs_grad, seen_keys
 
 MATVEC_ROWS = 6  # rows up to which a product each is cheaper than turning the weight into fp32
-LOGIT_CHUNK = 1 << 22  # elements of logits that exist at a time, 16 MiB in fp32, or an eighth of the head's where that is more
+LOGIT_CHUNK = 6 << 20  # elements of logits that exist at a time, 24 MiB in fp32, or an eighth of the head's where that is more
 CACHED = 1 << 17       # elements of a block of rows that is worked on within a processor's cache: 512 KiB in fp32
 
 
