@@ -17,6 +17,7 @@ import zipfile
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from itertools import count
 from math import prod
 from pathlib import Path
@@ -67,15 +68,9 @@ class _Unpickler(pickle.Unpickler):
         span = 1 + sum((n - 1) * step for n, step in zip(shape, stride, strict=True)) if prod(shape) else 0
         if (start + span) * dtype.itemsize > nbytes:
             raise ValueError(f"a tensor of shape {shape} reaches beyond its storage of {nbytes} bytes")
-        strides = () if span == 0 or tuple(stride) == _dense(shape) else tuple(stride)
-        if strides and span < prod(shape):
+        if span < prod(shape):
             raise ValueError(f"a tensor of shape {shape}, stride {stride} whose elements overlap")
-        return Entry(self.path, dtype, tuple(shape), offset + start * dtype.itemsize, span * dtype.itemsize, strides)
-
-
-def _dense(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The strides of elements that lie row after row."""
-    return tuple(prod(shape[axis + 1:]) for axis in range(len(shape)))
+        return Entry(self.path, dtype, tuple(shape), offset + start * dtype.itemsize, span * dtype.itemsize, tuple(stride))
 
 
 def read_torch(path: Path) -> dict[str, Entry]:
@@ -127,18 +122,11 @@ def _read_archive(path: Path, file: io.BufferedReader) -> tuple[bytes, dict[str,
     return archive.read(pickles[0]), storages
 
 
-class _Planned:
-    """Pickles as torch pickles a contiguous tensor that fills the storage `key`."""
-
-    def __init__(self, key: int, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
-        storage = ("storage", getattr(torch, STORAGE_NAMES[dtype]), str(key), "cpu", prod(shape))
-        self.call = torch._utils._rebuild_tensor_v2, (storage, 0, shape, _dense(shape), False, OrderedDict())
-
-    def __reduce__(self) -> tuple:
-        return self.call
-
-
 class _Pickler(pickle.Pickler):
+    """Pickles a `partial` as that call, and a storage by its id alone, as torch does with tensors."""
+
+    dispatch_table = {partial: lambda call: (call.func, call.args)}
+
     def persistent_id(self, value: Any) -> tuple | None:
         return value if isinstance(value, tuple) and value[:1] == ("storage",) else None
 
@@ -146,8 +134,12 @@ class _Pickler(pickle.Pickler):
 @contextmanager
 def torch_writer(path: Path, plan: Plan) -> Iterator[Append]:
     """What torch.load(weights_only=True) opens, on the disk when the `with` block ends: a stored zip entry per tensor."""
-    table, keys = io.BytesIO(), count()
-    _Pickler(table, protocol=2).dump({name: _Planned(key, *spec) for key, (name, spec) in enumerate(plan.items())})
+    table, keys, tensors = io.BytesIO(), count(), {}
+    for key, (name, (dtype, shape)) in enumerate(plan.items()):
+        storage = ("storage", getattr(torch, STORAGE_NAMES[dtype]), str(key), "cpu", prod(shape))
+        stride = tuple(prod(shape[axis + 1:]) for axis in range(len(shape)))  # row after row
+        tensors[name] = partial(torch._utils._rebuild_tensor_v2, storage, 0, shape, stride, False, OrderedDict())
+    _Pickler(table, protocol=2).dump(tensors)
     with open(path, "wb") as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
         for name, data in {"data.pkl": table.getbuffer(), "byteorder": b"little", "version": b"3\n"}.items():
             _write_entry(archive, f"{path.stem}/{name}", memoryview(data))
