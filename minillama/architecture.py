@@ -153,8 +153,8 @@ def from_hf(raw: dict[str, Any], path: Path | None = None) -> LlamaConfig:
     with parsing(path):
         _refuse_what_is_not_llama(raw)
         values = {ours: raw[theirs] for ours, theirs in HF_NAMES.items() if raw.get(theirs) is not None}
-        missing = [HF_NAMES[name] for name in ("dim", "n_layers", "n_heads", "ffn_dim", "vocab_size", "norm_eps") if name not in values]
-        if missing:
+        wanted = ("dim", "n_layers", "n_heads", "ffn_dim", "vocab_size", "norm_eps")
+        if missing := [HF_NAMES[name] for name in wanted if name not in values]:
             raise UserError(f"key {missing[0]!r} is missing; is this the config.json of a LLaMA?")
         dim, n_heads, eos = values["dim"], values["n_heads"], raw.get("eos_token_id", 2)
         values = {"n_kv_heads": n_heads, "head_dim": dim // n_heads, "max_seq_len": 2048} | values
@@ -164,13 +164,11 @@ def from_hf(raw: dict[str, Any], path: Path | None = None) -> LlamaConfig:
 
 
 def _refuse_what_is_not_llama(raw: dict[str, Any]) -> None:
-    honoured = {"model_type": ("llama", None), "hidden_act": ("silu", None), "attention_dropout": (0, None), "sliding_window": (None,),
-                "partial_rotary_factor": (1, None), "quantization_config": (None,), "num_experts": (0, None),
-                "num_local_experts": (0, None)}
-    for key, allowed in honoured.items():
-        if raw.get(key) not in allowed:
-            shown = allowed[0] if allowed[0] is not None else "no such key"
-            raise UserError(f"{key} = {raw[key]!r} is not supported (supported: {shown!r})")
+    honoured = {"model_type": "llama", "hidden_act": "silu", "attention_dropout": 0, "partial_rotary_factor": 1, "num_experts": 0,
+                "num_local_experts": 0, "sliding_window": None, "quantization_config": None}
+    for key, value in honoured.items():
+        if raw.get(key) not in (value, None):
+            raise UserError(f"{key} = {raw[key]!r} is not supported (supported: {'no such key' if value is None else value!r})")
     if any(kind != "full_attention" for kind in raw.get("layer_types") or []):
         raise UserError(f"layer_types = {raw['layer_types']!r} is not supported (supported: 'full_attention')")
 
@@ -184,18 +182,13 @@ def _read_rope(raw: dict[str, Any]) -> tuple[float, RopeScaling | None]:
         return theta, None
     if kind not in ROPE_KINDS:
         raise UserError(f"rope scaling {kind!r} is not supported (supported: {', '.join(ROPE_KINDS)})")
-    if "factor" not in spec:
-        raise UserError(f"rope scaling {kind!r} has no factor")
+    for key in ("factor", *(["original_max_position_embeddings"] if kind == "llama3" else [])):
+        if not float(spec.get(key) or 0) > 0:
+            raise UserError(f"rope scaling {kind!r} has no {key} above 0 (found {spec.get(key)})")
     values = {key.replace("max_position_embeddings", "max_seq_len"): value for key, value in spec.items()}
-    unknown = sorted(set(values) - set(RopeScaling.__dataclass_fields__))
-    if unknown:
+    if unknown := sorted(set(values) - set(RopeScaling.__dataclass_fields__)):
         raise UserError(f"rope scaling {kind!r}: unknown key {unknown}")
-    scaling = RopeScaling(kind, **values | {"factor": float(values["factor"])})
-    if not scaling.factor > 0:
-        raise UserError(f"rope scaling {kind!r}: factor = {scaling.factor} must be above 0")
-    if kind == "llama3" and not scaling.original_max_seq_len:
-        raise UserError("rope scaling 'llama3' has no original_max_position_embeddings")
-    return theta, scaling
+    return theta, RopeScaling(kind, **values | {"factor": float(values["factor"])})
 
 
 def to_hf(config: LlamaConfig, dtype: str = "float32") -> dict[str, Any]:

@@ -21,7 +21,7 @@ from functools import partial
 from itertools import count
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -75,9 +75,7 @@ class _Unpickler(pickle.Unpickler):
 
 def read_torch(path: Path) -> dict[str, Entry]:
     """The entries of a torch.save file, by name; of a training state {"module" | "model" | "state_dict": {…}}, those inside.
-
-    Raises UserError for a file of another kind, a cut one, or one whose pickle asks for anything but tensors.
-    """
+    Raises UserError for a file of another kind, a cut one, or one whose pickle asks for anything but tensors."""
     with open(path, "rb") as file:
         first = file.read(16)
         refuse_foreign_bytes(path, first)
@@ -125,7 +123,7 @@ def _read_archive(path: Path, file: io.BufferedReader) -> tuple[bytes, dict[str,
 class _Pickler(pickle.Pickler):
     """Pickles a `partial` as that call, and a storage by its id alone, as torch does with tensors."""
 
-    dispatch_table = {partial: lambda call: (call.func, call.args)}
+    dispatch_table: ClassVar = {partial: lambda call: (call.func, call.args)}
 
     def persistent_id(self, value: Any) -> tuple | None:
         return value if isinstance(value, tuple) and value[:1] == ("storage",) else None

@@ -12,21 +12,19 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from minillama.checkpoint.directory import open_weights, read_json
+from minillama.checkpoint.directory import open_weights
 from minillama.checkpoint.tensor_files import bytes_of
 from minillama.conversion.merge import adapter_entries
 from minillama.conversion.meta import read_meta
 from minillama.conversion.output import Recipes, write_file
 from minillama.data.sources import hash_of
-from minillama.errors import UserError
+from minillama.errors import UserError, read_json
 
 MANIFEST, ABSENT = "manifest.json", "`convert.py sha256 DIR` writes one"
 
 
 def recipes_of(directory: Path) -> Recipes:
     """The tensors of a checkpoint: Hugging Face's, Meta's (under Hugging Face's names, whole) or an adapter's."""
-    if not directory.is_dir():
-        raise UserError(f"{directory}: no such directory")
     if list(directory.glob("consolidated.*.pth")):
         return read_meta(directory)[1]
     if (directory / "adapter_config.json").is_file():
@@ -57,10 +55,8 @@ def write_manifest(directory: Path) -> str:
 
 def check(directory: Path, against: Path) -> list[str]:
     """Compare `directory` with a manifest file, or with another checkpoint directory. Returns remarks on what is equal enough.
-
-    Raises UserError naming the first tensor that differs, and by how much where both sides' tensors are at hand.
-    """
-    wanted = {} if against.is_dir() else read_json(against, "a manifest of convert.py sha256", {"tensors": dict, "files": dict}, ABSENT)
+    Raises UserError naming the first tensor that differs, and by how much where both sides' tensors are at hand."""
+    wanted = {} if against.is_dir() else read_json(against, ABSENT, {"tensors": dict, "files": dict}, "a manifest of convert.py sha256")
     found, wanted = manifest(directory), wanted or manifest(against)
     ours, theirs = found["tensors"], wanted["tensors"]
     for name in sorted(ours.keys() | theirs.keys()):

@@ -25,11 +25,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from minillama.architecture import read_config
+from minillama.architecture import LlamaConfig
 from minillama.checkpoint import directory as checkpoints
 from minillama.checkpoint.directory import GB
 from minillama.checkpoint.tensor_files import Entry, Plan, to_disk
-from minillama.errors import UserError
+from minillama.errors import UserError, read_json
 
 OURS = ("config.json", "params.json", "adapter_config.json", "manifest.json")  # a directory with one of these may be overwritten
 HEADROOM = 16 * 2**20                                                           # bytes for headers, config and tokenizer
@@ -83,14 +83,14 @@ def write_checkpoint(output: Output, recipes: Recipes, finish: Callable[[Path], 
     print(f"{output.path}: {len(plan)} tensors, {total / GB:.3g} GB in {time.monotonic() - started:.1f} s, peak memory {peak / GB:.2f} GB")
 
 
-def write_companions(directory: Path, model: Path, changes: dict[str, int], dtype: torch.dtype, tokenizers: Sequence[Path]) -> None:
-    """The files beside the weights: `model`'s config.json with `changes` and the dtype, its generation_config.json, and the
-    tokenizer and minillama.json of the first of `tokenizers` that has them.
-    """
-    raw = checkpoints.read_json(model / "config.json", "valid JSON")
-    dtype_key = "dtype" if "dtype" in raw else "torch_dtype"
-    checkpoints.write_json(directory / "config.json", raw | changes | {dtype_key: str(dtype).removeprefix("torch.")})
-    checkpoints.write_generation_config(directory, read_config(model))
+def write_companions(directory: Path, model: Path, config: LlamaConfig, dtype: torch.dtype, tokenizers: Sequence[Path]) -> None:
+    """The files beside the weights: `model`'s config.json with the dtype, and the vocabulary and tying of `config`; its
+    generation_config.json; and the tokenizer and minillama.json of the first of `tokenizers` that has them."""
+    checkpoints.write_configs(directory, config, dtype)
+    raw = read_json(model / "config.json")
+    changes = {"vocab_size": config.vocab_size, "tie_word_embeddings": config.tie_embeddings}
+    changes |= {"dtype" if "dtype" in raw else "torch_dtype": str(dtype).removeprefix("torch.")}
+    checkpoints.write_json(directory / "config.json", raw | changes)
     for name, places in {"generation_config.json": [model], "minillama.json": tokenizers}.items():
         if found := next((place / name for place in places if (place / name).is_file()), None):
             shutil.copyfile(found, directory / name)
@@ -103,9 +103,7 @@ def write_companions(directory: Path, model: Path, changes: dict[str, int], dtyp
 @contextmanager
 def complete_or_absent(path: Path, nbytes: int, overwrite: bool) -> Iterator[Path]:
     """A directory to write `nbytes` into, which becomes `path` when the block ends well, and vanishes when it does not.
-
-    Raises UserError where `path` is in the way, another conversion is writing it, or the disk has too little room.
-    """
+    Raises UserError where `path` is in the way, another conversion is writing it, or the disk has too little room."""
     path = path.resolve()
     unfinished, aside = (path.with_name(f".{path.name}.{state}") for state in ("partial", "old"))
     try:
@@ -168,5 +166,4 @@ def write_file(path: Path, content: bytes, overwrite: bool) -> None:
         to_disk(unfinished)
         unfinished.replace(path)
     finally:
-        if unfinished.exists():
-            unfinished.unlink()
+        unfinished.unlink(missing_ok=True)
