@@ -59,7 +59,7 @@ def check(directory: Path, against: Path) -> list[str]:
     wanted = {} if against.is_dir() else read_json(against, ABSENT, {"tensors": dict, "files": dict}, "a manifest of convert.py sha256")
     found, wanted = manifest(directory), wanted or manifest(against)
     ours, theirs = found["tensors"], wanted["tensors"]
-    for name in sorted(ours.keys() | theirs.keys()):
+    for name in sorted(ours | theirs):
         if name not in ours or name not in theirs:
             raise UserError(f"{name}: only in {directory if name in ours else against}")
         here, there = ours[name], theirs[name]
@@ -67,12 +67,9 @@ def check(directory: Path, against: Path) -> list[str]:
             gap = _distance(directory, against, name, here, there) if wrong == ["sha256"] else (
                 f"{wrong[0]} {here[wrong[0]]} here, {there.get(wrong[0])} there")
             raise UserError(f"{name}: the first tensor that differs between {directory} and {against}: {gap}")
-    remarks = [f"content {found['content']}: all {len(ours)} tensors are equal"]
-    for name in sorted(found["files"].keys() | wanted["files"].keys()):
-        sides = found["files"].get(name), wanted["files"].get(name)
-        if sides[0] != sides[1]:
-            remarks.append(f"note: {name} {'differs' if all(sides) else 'is on one side only'}")
-    return remarks
+    sides = {name: (found["files"].get(name), wanted["files"].get(name)) for name in sorted(found["files"] | wanted["files"])}
+    notes = [f"note: {name} {'differs' if a and b else 'is on one side only'}" for name, (a, b) in sides.items() if a != b]
+    return [f"content {found['content']}: all {len(ours)} tensors are equal", *notes]
 
 
 def _distance(directory: Path, against: Path, name: str, here: dict, there: dict) -> str:

@@ -12,7 +12,7 @@ n_kv_heads and not into n_heads. Values are not rotated, so v and o stay.
 Left out on purpose: LLaMA 3.1's stretched rotary frequencies, whose numbers Meta's files do not hold.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -24,7 +24,7 @@ from torch import Tensor
 from minillama.architecture import LlamaConfig, ffn_width, read_config
 from minillama.checkpoint import directory as hf_directory
 from minillama.checkpoint.directory import EMBEDDING, check_names, has_tokenizer, open_files, open_weights, write_json
-from minillama.checkpoint.tensor_files import Entry, Plan
+from minillama.checkpoint.tensor_files import Entry, Plan, plan_of
 from minillama.checkpoint.torch_files import torch_writer
 from minillama.conversion.output import Output, Recipe, Recipes, write_checkpoint
 from minillama.errors import UserError, read_json
@@ -191,15 +191,12 @@ def _write_shards(config: LlamaConfig, shards: int, directory: Path, tensors: It
     """Write every tensor once into all files, each its slice. A vocabulary that does not divide leaves its rest to the last."""
     table = _names(config.n_layers)
 
-    def cut(tensor: Tensor, axis: int | None) -> list[Tensor]:
+    def cut(tensor: Tensor, axis: int | None) -> Sequence[Tensor]:
         ends = [tensor.shape[axis] // shards * shard for shard in range(1, shards)] if axis is not None else []
         return tensor.tensor_split(ends, axis) if ends else [tensor] * shards
 
-    plans: list[dict] = [{} for _ in range(shards)]
-    for name, (dtype, shape) in plan.items():
-        meta_name, axis = table[name]
-        for part, piece in zip(plans, cut(torch.empty(shape, device="meta"), axis), strict=True):
-            part[meta_name] = dtype, tuple(piece.shape)
+    empty = {table[name][0]: cut(torch.empty(shape, dtype=dtype, device="meta"), table[name][1]) for name, (dtype, shape) in plan.items()}
+    plans = [plan_of({name: parts[shard] for name, parts in empty.items()}) for shard in range(shards)]
     with ExitStack() as files:
         appends = [files.enter_context(torch_writer(directory / f"consolidated.{shard:02d}.pth", part)) for shard, part in enumerate(plans)]
         for name, tensor in tensors:
@@ -219,8 +216,6 @@ def _params(config: LlamaConfig) -> dict[str, float]:
 
 
 def _ffn_params(dim: int, ffn_dim: int) -> tuple[int, float | None]:
-    """multiple_of and ffn_dim_multiplier for which `ffn_width` gives `ffn_dim`: a published pair, else the plainest."""
-    for multiple_of, multiplier in (*PUBLISHED_FFN, *((2**power, None) for power in range(7, -1, -1))):
-        if ffn_width(dim, multiple_of, multiplier) == ffn_dim:
-            return multiple_of, multiplier
-    return 1, (ffn_dim + 0.5) / int(8 * dim / 3)  # half a row more, so that the rule's truncation lands on ffn_dim
+    """multiple_of and ffn_dim_multiplier for which `ffn_width` gives `ffn_dim`: a published pair where one does."""
+    fitting = (pair for pair in PUBLISHED_FFN if ffn_width(dim, *pair) == ffn_dim)
+    return next(fitting, (1, (ffn_dim + 0.5) / int(8 * dim / 3)))  # half a row more, so that the rule's truncation lands on ffn_dim
