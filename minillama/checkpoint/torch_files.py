@@ -33,7 +33,8 @@ STORAGES = {"DoubleStorage": torch.float64, "FloatStorage": torch.float32, "Half
             "CharStorage": torch.int8, "ByteStorage": torch.uint8, "BoolStorage": torch.bool}
 STORAGE_NAMES = {dtype: name for name, dtype in STORAGES.items()}
 Storage = tuple[torch.dtype, int, int]  # dtype, offset in the file, bytes
-DAMAGE = (pickle.UnpicklingError, ArithmeticError, AttributeError, EOFError, LookupError, MemoryError, TypeError, ValueError, struct.error)
+DAMAGE = (zipfile.BadZipFile, pickle.UnpicklingError, struct.error,
+          ArithmeticError, AttributeError, EOFError, LookupError, MemoryError, TypeError, ValueError)
 LARGEST_PICKLE = 64 * 2**20  # bytes; a 70B model's is 0.1 MB
 ALIGNMENT = 64               # bytes; where torch puts the beginning of a storage
 
@@ -86,10 +87,8 @@ def read_torch(path: Path) -> dict[str, Entry]:
         try:
             data, storages = _read_archive(path, file)
             content = _Unpickler(path, data, storages).load()
-        except zipfile.BadZipFile as error:
-            raise UserError(f"{path}: cut short or damaged ({error}): download it again") from None
         except DAMAGE as error:
-            raise UserError(f"{path}: damaged: {type(error).__name__}: {error}") from None
+            raise UserError(f"{path}: cut short or damaged ({type(error).__name__}: {error}); download it again") from None
     if not isinstance(content, dict):
         raise UserError(f"{path}: holds a {type(content).__name__}, not a dictionary of tensors")
     content = next((content[key] for key in ("module", "model", "state_dict") if isinstance(content.get(key), dict)), content)

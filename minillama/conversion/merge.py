@@ -36,9 +36,8 @@ PROBES = 4  # random hidden states in the check
 HONOURED = ("bias", "exclude_modules", "fan_in_fan_out", "layers_to_transform")  # keys of a configuration; most show in the names
 _WRAPPERS = re.compile(r"^(?:base_model\.model\.|module\.)+")
 _FACTOR = re.compile(r"^(.+)\.lora_(embedding_)?([AB])(?:\.(?!weight$|bias$)[^.]+)?(?:\.weight)?$")
-# s·B·A as (left, right, scale): B (rows, R) and A (R, columns), or Aᵀ and Bᵀ where weights lie as (in, out)
-Product = tuple[Entry, Entry, float]
 _WHOLE = re.compile(r"\.modules_to_save(\.[^.]+)?(?=\.weight$)|\.base_layer(?=\.)")
+Product = tuple[Entry, Entry, float]  # s·B·A as B (rows, R), A (R, columns) and s; or as Aᵀ and Bᵀ where weights lie as (in, out)
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from minillama.architecture import LlamaConfig, ffn_width, read_config
-from minillama.checkpoint import directory as hf_directory
+from minillama.checkpoint import directory as checkpoints
 from minillama.checkpoint.directory import EMBEDDING, check_names, has_tokenizer, open_files, open_weights, write_json
 from minillama.checkpoint.tensor_files import Entry, Plan, plan_of
 from minillama.checkpoint.torch_files import torch_writer
@@ -54,8 +54,7 @@ def meta_to_hf(source: Path, output: Output, tokenizer: str = "", max_seq_len: i
     config = replace(config, max_seq_len=max_seq_len or config.max_seq_len)
     if not max_seq_len:
         print(f"context length {config.max_seq_len}, by transformers' rule (Meta's files do not say; --max_seq_len sets it)")
-    dtype = output.dtype or recipes[EMBEDDING].dtype
-    write_checkpoint(output, recipes, lambda path: hf_directory.write_configs(path, config, dtype, found))
+    write_checkpoint(output, recipes, lambda path: checkpoints.write_configs(path, config, output.dtype or recipes[EMBEDDING].dtype, found))
 
 
 def read_meta(directory: Path) -> tuple[LlamaConfig, Recipes]:
@@ -95,9 +94,8 @@ def _heads(name: str, config: LlamaConfig) -> int:
 def _read_params(path: Path) -> dict:
     params = read_json(path, "Meta's directory has one beside the weights")
     params = params.get("model", params)
-    wrong = [key for key in ("dim", "n_layers", "n_heads") if type(params.get(key)) is not int or not 0 < params[key] < 2**20]
-    wrong += [] if isinstance(params.get("norm_eps"), float) else ["norm_eps"]
-    if wrong:
+    kinds = {"dim": int, "n_layers": int, "n_heads": int, "norm_eps": float}
+    if wrong := [key for key, kind in kinds.items() if type(params.get(key)) is not kind or not 0 < params[key] < 2**20]:
         raise UserError(f"{path}: {wrong[0]} = {params.get(wrong[0])!r} is missing or makes no sense; is this Meta's own file?")
     if params.get("use_scaled_rope"):
         raise UserError(f"{path}: use_scaled_rope: LLaMA 3.1 and later stretch the rotary frequencies by numbers that Meta's files "
@@ -169,7 +167,7 @@ def write_meta(output: Output, recipes: Recipes, config: LlamaConfig, companions
 
     def finish(directory: Path) -> None:
         write_json(directory / "params.json", _params(config))
-        hf_directory.copy_tokenizer(companions, directory)
+        checkpoints.copy_tokenizer(companions, directory)
 
     ordered = {name: (tied | recipes)[name] for name in _names(config.n_layers)}
     write_checkpoint(output, ordered, finish, partial(_write_shards, config, shards))

@@ -26,8 +26,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from minillama.architecture import LlamaConfig
-from minillama.checkpoint import directory as checkpoints
-from minillama.checkpoint.directory import GB
+from minillama.checkpoint.directory import GB, copy_tokenizer, has_tokenizer, write_configs, write_json, write_weights
 from minillama.checkpoint.tensor_files import Entry, Plan, to_disk
 from minillama.errors import UserError, read_json
 
@@ -66,7 +65,7 @@ def write_checkpoint(output: Output, recipes: Recipes, finish: Callable[[Path], 
     plan = {name: (output.dtype or recipe.dtype, recipe.shape) for name, recipe in recipes.items()}
     sizes = {name: prod(shape) * dtype.itemsize for name, (dtype, shape) in plan.items()}
     total = sum(sizes.values())
-    write = write or partial(checkpoints.write_weights, max_shard_bytes=output.max_shard_bytes, bin=output.bin)
+    write = write or partial(write_weights, max_shard_bytes=output.max_shard_bytes, bin=output.bin)
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
         with tqdm(total=total, unit="B", unit_scale=True, disable=None) as bar:
@@ -86,16 +85,16 @@ def write_checkpoint(output: Output, recipes: Recipes, finish: Callable[[Path], 
 def write_companions(directory: Path, model: Path, config: LlamaConfig, dtype: torch.dtype, tokenizers: Sequence[Path]) -> None:
     """The files beside the weights: `model`'s config.json with the dtype, and the vocabulary and tying of `config`; its
     generation_config.json; and the tokenizer and minillama.json of the first of `tokenizers` that has them."""
-    checkpoints.write_configs(directory, config, dtype)
+    write_configs(directory, config, dtype)
     raw = read_json(model / "config.json")
     changes = {"vocab_size": config.vocab_size, "tie_word_embeddings": config.tie_embeddings}
     changes |= {"dtype" if "dtype" in raw else "torch_dtype": str(dtype).removeprefix("torch.")}
-    checkpoints.write_json(directory / "config.json", raw | changes)
+    write_json(directory / "config.json", raw | changes)
     for name, places in {"generation_config.json": [model], "minillama.json": tokenizers}.items():
         if found := next((place / name for place in places if (place / name).is_file()), None):
             shutil.copyfile(found, directory / name)
-    if source := next(filter(checkpoints.has_tokenizer, tokenizers), None):
-        checkpoints.copy_tokenizer(source, directory)
+    if source := next(filter(has_tokenizer, tokenizers), None):
+        copy_tokenizer(source, directory)
     else:
         print("note: none of the inputs has a tokenizer, so the output has none")
 
