@@ -34,10 +34,8 @@ class RopeScaling:
 
 
 # What each kind of scaling needs to know beside its factor.
-ROPE_KINDS = {
-    "linear": (), "dynamic": (), "llama3": ("original_max_seq_len", "low_freq_factor", "high_freq_factor"),
-    "yarn": ("original_max_seq_len", "beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim", "truncate"),
-}
+ROPE_KINDS = {"linear": (), "dynamic": (), "llama3": ("original_max_seq_len", "low_freq_factor", "high_freq_factor"),
+              "yarn": ("original_max_seq_len", "beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim", "truncate")}
 
 
 @dataclass(frozen=True)
@@ -139,12 +137,10 @@ def read_config(path: Path) -> LlamaConfig:
 
 
 # Our names of the numbers, and those of Hugging Face's config.json.
-HF_NAMES = {
-    "dim": "hidden_size", "n_layers": "num_hidden_layers", "n_heads": "num_attention_heads", "n_kv_heads": "num_key_value_heads",
-    "head_dim": "head_dim", "ffn_dim": "intermediate_size", "vocab_size": "vocab_size", "max_seq_len": "max_position_embeddings",
-    "norm_eps": "rms_norm_eps", "rope_theta": "rope_theta", "tie_embeddings": "tie_word_embeddings", "attention_bias": "attention_bias",
-    "mlp_bias": "mlp_bias", "initializer_range": "initializer_range", "bos_id": "bos_token_id",
-}
+SAME_NAMES = ("head_dim", "vocab_size", "rope_theta", "attention_bias", "mlp_bias", "initializer_range")
+HF_NAMES = {"dim": "hidden_size", "n_layers": "num_hidden_layers", "n_heads": "num_attention_heads", "n_kv_heads": "num_key_value_heads",
+            "ffn_dim": "intermediate_size", "max_seq_len": "max_position_embeddings", "norm_eps": "rms_norm_eps",
+            "tie_embeddings": "tie_word_embeddings", "bos_id": "bos_token_id"} | dict(zip(SAME_NAMES, SAME_NAMES, strict=True))
 
 
 def from_hf(raw: dict[str, Any], path: Path | None = None) -> LlamaConfig:

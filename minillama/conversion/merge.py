@@ -1,12 +1,10 @@
 """Merging LoRA adapters into their base (Hu et al. 2021): W' = W + s·B·A, with s = alpha / R, or alpha / sqrt(R) for rsLoRA.
 
-The product and the sum are fp32 and are rounded once, to the output's dtype, however many adapters there are. An adapter may also
-hold whole tensors (`modules_to_save`: a grown vocabulary lives there); the last adapter's replaces the base's and all that went
-before it.
+The product and the sum are fp32 and are rounded once, to the output's dtype, however many adapters there are. Whole tensors in an
+adapter (`modules_to_save`: a grown vocabulary lives there) replace the base's, and all that earlier adapters made of it.
 
-An adapter whose names do not match would merge without effect, so every key must find its tensor, exactly once. And every merge
-answers two questions for the report: how much did W change, |W' - W| / |W|, and does W'x equal W x + s·B(A x) on random x, up to
-the rounding of W'?
+An adapter whose names do not match would merge without effect, so every key must find its tensor, exactly once. Every merge reports
+how much W changed, |W' - W| / |W|, and whether W'x equals W x + s·B(A x) on random x, up to the rounding of W'.
 
 Left out on purpose: DoRA (its merge rescales columns), and merging into quantized weights.
 
