@@ -146,6 +146,15 @@ def test_fan_in_fan_out_transposes_the_product(tmp_path, tiny_checkpoint):
     torch.testing.assert_close(weights(tmp_path / "out")[name], expected)
 
 
+def test_keys_that_say_which_layers_were_adapted_change_no_merge(tmp_path, tiny_checkpoint):
+    base, name = tiny_checkpoint(), "model.layers.0.self_attn.q_proj.weight"
+    plain, chosen = plain_adapter(tmp_path / "a", factors()), plain_adapter(
+        tmp_path / "b", factors(), layers_to_transform=[0], exclude_modules=["lm_head"], bias="all")
+    merge_lora(base, [plain], Output(tmp_path / "plain"))
+    merge_lora(base, [chosen], Output(tmp_path / "chosen"))
+    assert torch.equal(weights(tmp_path / "plain")[name], weights(tmp_path / "chosen")[name])
+
+
 def test_a_tied_base_is_untied_by_an_adapter_on_its_head(tmp_path, tiny_checkpoint):
     base = tiny_checkpoint(tie_embeddings=True)
     merge_lora(base, [plain_adapter(tmp_path / "a", factors("base_model.model.lm_head", 50))], Output(tmp_path / "out"))

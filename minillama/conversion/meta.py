@@ -60,8 +60,7 @@ def meta_to_hf(source: Path, output: Output, tokenizer: str = "", max_seq_len: i
 def read_meta(directory: Path) -> tuple[LlamaConfig, Recipes]:
     """The config that params.json and the shapes give, and the recipes of all tensors under Hugging Face's names.
     Raises UserError for damaged or missing files, all at once, and for weights that do not fit params.json."""
-    paths = sorted(directory.glob("consolidated.*.pth"))
-    if not paths:
+    if not (paths := sorted(directory.glob("consolidated.*.pth"))):
         raise UserError(f"{directory}: holds no consolidated.*.pth")
     params = _read_params(directory / "params.json")
     table, says = _names(params["n_layers"]), f"params.json says {params['n_layers']} layers"
