@@ -192,12 +192,10 @@ def to_hf(config: LlamaConfig, dtype: str = "float32") -> dict[str, Any]:
     s = config.rope_scaling
     scaling = s and {"rope_type": s.kind, "factor": s.factor} | {
         key.replace("max_seq_len", "max_position_embeddings"): getattr(s, key) for key in ROPE_KINDS[s.kind] if getattr(s, key) is not None}
-    return {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "attention_dropout": 0.0,
-        **{theirs: getattr(config, ours) for ours, theirs in HF_NAMES.items()}, "rope_scaling": scaling,
-        "eos_token_id": config.eos_ids[0] if len(config.eos_ids) == 1 else list(config.eos_ids) or None,
-        "torch_dtype": dtype, "use_cache": True,
-    }
+    return {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "attention_dropout": 0.0,
+            **{theirs: getattr(config, ours) for ours, theirs in HF_NAMES.items()}, "rope_scaling": scaling,
+            "eos_token_id": config.eos_ids[0] if len(config.eos_ids) == 1 else list(config.eos_ids) or None,
+            "torch_dtype": dtype, "use_cache": True}
 
 
 def with_layers(config: LlamaConfig, n_layers: int) -> LlamaConfig:

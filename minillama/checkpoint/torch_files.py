@@ -40,11 +40,17 @@ ALIGNMENT = 64               # bytes; where torch puts the beginning of a storag
 
 
 class _Unpickler(pickle.Unpickler):
-    """Builds dictionaries of `Entry`. Everything a pickle may name is in `find_class`. storages: (offset in the file, bytes)."""
+    """Builds dictionaries of `Entry` from an open archive's NAME/data.pkl. Everything a pickle may name is in `find_class`."""
 
-    def __init__(self, path: Path, data: bytes, storages: dict[str, tuple[int, int]]) -> None:
-        super().__init__(io.BytesIO(data))
-        self.path, self.storages = path, storages
+    def __init__(self, path: Path, file: io.BufferedReader) -> None:
+        self.path, self.file, self.archive = path, file, zipfile.ZipFile(file)
+        pickles = [info for info in self.archive.infolist() if info.filename.endswith("/data.pkl") and info.filename.count("/") == 1]
+        if len(pickles) != 1 or pickles[0].file_size > LARGEST_PICKLE:
+            raise UserError(f"{path}: a zip archive, but not torch.save's: no NAME/data.pkl")
+        self.prefix = pickles[0].filename.removesuffix("data.pkl")
+        if f"{self.prefix}byteorder" in self.archive.namelist() and self.archive.read(f"{self.prefix}byteorder") != b"little":
+            raise UserError(f"{path}: written on a big-endian machine; save it again on a little-endian one")
+        super().__init__(io.BytesIO(self.archive.read(pickles[0])))
 
     def find_class(self, module: str, name: str) -> Any:
         allowed = {"torch._utils._rebuild_tensor_v2": self._tensor, "torch._utils._rebuild_parameter": lambda data, *_: data,
@@ -56,10 +62,14 @@ class _Unpickler(pickle.Unpickler):
 
     def persistent_load(self, pid: Any) -> Storage:
         _, dtype, key, _, count = pid
-        offset, nbytes = self.storages[key]
-        if not isinstance(dtype, torch.dtype) or count * dtype.itemsize > nbytes:
-            raise ValueError(f"storage {key} claims {count} elements of {dtype} in {nbytes} bytes")
-        return dtype, offset, nbytes
+        info = self.archive.getinfo(f"{self.prefix}data/{key}")
+        self.file.seek(info.header_offset + 26)  # the local header's own name and extra lengths; its fixed part has 30 bytes
+        offset = info.header_offset + 30 + sum(struct.unpack("<HH", self.file.read(4)))
+        if info.compress_type != zipfile.ZIP_STORED or offset + info.file_size > self.path.stat().st_size:
+            raise UserError(f"{self.path}: {info.filename} is compressed or cut short; download the file again")
+        if not isinstance(dtype, torch.dtype) or count * dtype.itemsize > info.file_size:
+            raise ValueError(f"storage {key} claims {count} elements of {dtype} in {info.file_size} bytes")
+        return dtype, offset, info.file_size
 
     def _tensor(self, storage: Storage, start: int, shape: tuple[int, ...], stride: tuple[int, ...], *_: Any) -> Entry:
         dtype, offset, nbytes = storage
@@ -85,8 +95,7 @@ def read_torch(path: Path) -> dict[str, Entry]:
         if first[:4] != b"PK\x03\x04":
             raise UserError(f"{path}: not a file written by torch.save (it begins with {first[:4]!r})")
         try:
-            data, storages = _read_archive(path, file)
-            content = _Unpickler(path, data, storages).load()
+            content = _Unpickler(path, file).load()
         except DAMAGE as error:
             raise UserError(f"{path}: cut short or damaged ({type(error).__name__}: {error}); download it again") from None
     if not isinstance(content, dict):
@@ -96,27 +105,6 @@ def read_torch(path: Path) -> dict[str, Entry]:
         if not isinstance(name, str) or not isinstance(value, Entry):
             raise UserError(f"{path}: {name!r} is a {type(value).__name__}, not a tensor")
     return dict(content)
-
-
-def _read_archive(path: Path, file: io.BufferedReader) -> tuple[bytes, dict[str, tuple[int, int]]]:
-    """data.pkl, and each storage's (offset in the file, bytes) by its key."""
-    size = path.stat().st_size
-    archive = zipfile.ZipFile(file)
-    pickles = [info for info in archive.infolist() if info.filename.endswith("/data.pkl") and info.filename.count("/") == 1]
-    if len(pickles) != 1 or pickles[0].file_size > LARGEST_PICKLE:
-        raise UserError(f"{path}: a zip archive, but not torch.save's: no NAME/data.pkl")
-    prefix, storages = pickles[0].filename.removesuffix("data.pkl"), {}
-    if f"{prefix}byteorder" in archive.namelist() and archive.read(f"{prefix}byteorder") != b"little":
-        raise UserError(f"{path}: written on a big-endian machine; save it again on a little-endian one")
-    for info in archive.infolist():
-        if not info.filename.startswith(f"{prefix}data/"):
-            continue
-        file.seek(info.header_offset + 26)  # the local header's own name and extra lengths; its fixed part has 30 bytes
-        offset = info.header_offset + 30 + sum(struct.unpack("<HH", file.read(4)))
-        if info.compress_type != zipfile.ZIP_STORED or offset + info.file_size > size:
-            raise UserError(f"{path}: {info.filename} is compressed or cut short; download the file again")
-        storages[info.filename.removeprefix(f"{prefix}data/")] = (offset, info.file_size)
-    return archive.read(pickles[0]), storages
 
 
 class _Pickler(pickle.Pickler):
