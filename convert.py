@@ -71,8 +71,7 @@ def apply_delta(argv: list[str]) -> None:
     Example
         python convert.py apply-delta --base llama-13b-hf --delta vicuna-13b-delta-v1.1 --output vicuna-13b
     """
-    parser = _parser(apply_delta, OUTPUT, base="the original LLaMA, a Hugging Face directory", delta="the published difference, likewise")
-    flags = parser.parse_args(argv)
+    flags = _parser(apply_delta, OUTPUT, base=ORIGINAL, delta="the published difference, likewise").parse_args(argv)
     from minillama.conversion import delta
     delta.apply_delta(flags.base, flags.delta, _output(flags))
 
@@ -83,8 +82,7 @@ def make_delta(argv: list[str]) -> None:
     Example
         python convert.py make-delta --base llama-13b-hf --target my-13b --output my-13b-delta
     """
-    parser = _parser(make_delta, OUTPUT, base="the original LLaMA, a Hugging Face directory", target="the fine-tuned model, likewise")
-    flags = parser.parse_args(argv)
+    flags = _parser(make_delta, OUTPUT, base=ORIGINAL, target="the fine-tuned model, likewise").parse_args(argv)
     from minillama.conversion import delta
     delta.make_delta(flags.base, flags.target, _output(flags))
 
@@ -185,6 +183,7 @@ def sha256(argv: list[str]) -> None:
     print("\n".join(report))
 
 
+ORIGINAL = "the original LLaMA, a Hugging Face directory"
 OUTPUT = "directory to write; complete or absent"  # of every subcommand that writes weights
 SUBCOMMANDS = {"meta": meta, "apply-delta": apply_delta, "make-delta": make_delta, "merge-lora": merge_lora,
                "tokenizer": tokenizer, "data": data, "sha256": sha256}

@@ -34,10 +34,8 @@ class RopeScaling:
 
 
 # What each kind of scaling needs to know beside its factor.
-ROPE_KINDS = {
-    "linear": (), "dynamic": (), "llama3": ("original_max_seq_len", "low_freq_factor", "high_freq_factor"),
-    "yarn": ("original_max_seq_len", "beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim", "truncate"),
-}
+ROPE_KINDS = {"linear": (), "dynamic": (), "llama3": ("original_max_seq_len", "low_freq_factor", "high_freq_factor"),
+              "yarn": ("original_max_seq_len", "beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim", "truncate")}
 
 
 @dataclass(frozen=True)
@@ -139,12 +137,10 @@ def read_config(path: Path) -> LlamaConfig:
 
 
 # Our names of the numbers, and those of Hugging Face's config.json.
-HF_NAMES = {
-    "dim": "hidden_size", "n_layers": "num_hidden_layers", "n_heads": "num_attention_heads", "n_kv_heads": "num_key_value_heads",
-    "head_dim": "head_dim", "ffn_dim": "intermediate_size", "vocab_size": "vocab_size", "max_seq_len": "max_position_embeddings",
-    "norm_eps": "rms_norm_eps", "rope_theta": "rope_theta", "tie_embeddings": "tie_word_embeddings", "attention_bias": "attention_bias",
-    "mlp_bias": "mlp_bias", "initializer_range": "initializer_range", "bos_id": "bos_token_id",
-}
+SAME_NAMES = ("head_dim", "vocab_size", "rope_theta", "attention_bias", "mlp_bias", "initializer_range")
+HF_NAMES = {"dim": "hidden_size", "n_layers": "num_hidden_layers", "n_heads": "num_attention_heads", "n_kv_heads": "num_key_value_heads",
+            "ffn_dim": "intermediate_size", "max_seq_len": "max_position_embeddings", "norm_eps": "rms_norm_eps",
+            "tie_embeddings": "tie_word_embeddings", "bos_id": "bos_token_id"} | dict(zip(SAME_NAMES, SAME_NAMES, strict=True))
 
 
 def from_hf(raw: dict[str, Any], path: Path | None = None) -> LlamaConfig:
@@ -153,8 +149,8 @@ def from_hf(raw: dict[str, Any], path: Path | None = None) -> LlamaConfig:
     with parsing(path):
         _refuse_what_is_not_llama(raw)
         values = {ours: raw[theirs] for ours, theirs in HF_NAMES.items() if raw.get(theirs) is not None}
-        missing = [HF_NAMES[name] for name in ("dim", "n_layers", "n_heads", "ffn_dim", "vocab_size", "norm_eps") if name not in values]
-        if missing:
+        wanted = ("dim", "n_layers", "n_heads", "ffn_dim", "vocab_size", "norm_eps")
+        if missing := [HF_NAMES[name] for name in wanted if name not in values]:
             raise UserError(f"key {missing[0]!r} is missing; is this the config.json of a LLaMA?")
         dim, n_heads, eos = values["dim"], values["n_heads"], raw.get("eos_token_id", 2)
         values = {"n_kv_heads": n_heads, "head_dim": dim // n_heads, "max_seq_len": 2048} | values
@@ -164,13 +160,11 @@ def from_hf(raw: dict[str, Any], path: Path | None = None) -> LlamaConfig:
 
 
 def _refuse_what_is_not_llama(raw: dict[str, Any]) -> None:
-    honoured = {"model_type": ("llama", None), "hidden_act": ("silu", None), "attention_dropout": (0, None), "sliding_window": (None,),
-                "partial_rotary_factor": (1, None), "quantization_config": (None,), "num_experts": (0, None),
-                "num_local_experts": (0, None)}
-    for key, allowed in honoured.items():
-        if raw.get(key) not in allowed:
-            shown = allowed[0] if allowed[0] is not None else "no such key"
-            raise UserError(f"{key} = {raw[key]!r} is not supported (supported: {shown!r})")
+    honoured = {"model_type": "llama", "hidden_act": "silu", "attention_dropout": 0, "partial_rotary_factor": 1, "num_experts": 0,
+                "num_local_experts": 0, "sliding_window": None, "quantization_config": None}
+    for key, value in honoured.items():
+        if raw.get(key) not in (value, None):
+            raise UserError(f"{key} = {raw[key]!r} is not supported (supported: {'no such key' if value is None else value!r})")
     if any(kind != "full_attention" for kind in raw.get("layer_types") or []):
         raise UserError(f"layer_types = {raw['layer_types']!r} is not supported (supported: 'full_attention')")
 
@@ -184,18 +178,13 @@ def _read_rope(raw: dict[str, Any]) -> tuple[float, RopeScaling | None]:
         return theta, None
     if kind not in ROPE_KINDS:
         raise UserError(f"rope scaling {kind!r} is not supported (supported: {', '.join(ROPE_KINDS)})")
-    if "factor" not in spec:
-        raise UserError(f"rope scaling {kind!r} has no factor")
+    for key in ("factor", *(["original_max_position_embeddings"] if kind == "llama3" else [])):
+        if not float(spec.get(key) or 0) > 0:
+            raise UserError(f"rope scaling {kind!r} has no {key} above 0 (found {spec.get(key)})")
     values = {key.replace("max_position_embeddings", "max_seq_len"): value for key, value in spec.items()}
-    unknown = sorted(set(values) - set(RopeScaling.__dataclass_fields__))
-    if unknown:
+    if unknown := sorted(set(values) - set(RopeScaling.__dataclass_fields__)):
         raise UserError(f"rope scaling {kind!r}: unknown key {unknown}")
-    scaling = RopeScaling(kind, **values | {"factor": float(values["factor"])})
-    if not scaling.factor > 0:
-        raise UserError(f"rope scaling {kind!r}: factor = {scaling.factor} must be above 0")
-    if kind == "llama3" and not scaling.original_max_seq_len:
-        raise UserError("rope scaling 'llama3' has no original_max_position_embeddings")
-    return theta, scaling
+    return theta, RopeScaling(kind, **values | {"factor": float(values["factor"])})
 
 
 def to_hf(config: LlamaConfig, dtype: str = "float32") -> dict[str, Any]:
@@ -203,12 +192,10 @@ def to_hf(config: LlamaConfig, dtype: str = "float32") -> dict[str, Any]:
     s = config.rope_scaling
     scaling = s and {"rope_type": s.kind, "factor": s.factor} | {
         key.replace("max_seq_len", "max_position_embeddings"): getattr(s, key) for key in ROPE_KINDS[s.kind] if getattr(s, key) is not None}
-    return {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "attention_dropout": 0.0,
-        **{theirs: getattr(config, ours) for ours, theirs in HF_NAMES.items()}, "rope_scaling": scaling,
-        "eos_token_id": config.eos_ids[0] if len(config.eos_ids) == 1 else list(config.eos_ids) or None,
-        "torch_dtype": dtype, "use_cache": True,
-    }
+    return {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "attention_dropout": 0.0,
+            **{theirs: getattr(config, ours) for ours, theirs in HF_NAMES.items()}, "rope_scaling": scaling,
+            "eos_token_id": config.eos_ids[0] if len(config.eos_ids) == 1 else list(config.eos_ids) or None,
+            "torch_dtype": dtype, "use_cache": True}
 
 
 def with_layers(config: LlamaConfig, n_layers: int) -> LlamaConfig:

@@ -149,12 +149,12 @@ def build_model(settings: Settings, tokenizer: Tokenizer, mesh: Mesh) -> tuple[L
         if keeps_rows and tokenizer.size > config.vocab_size:
             raise UserError(f"{tokenizer.path} has {tokenizer.size} pieces, more than the checkpoint's embedding has rows; the new rows "
                             "would never be trained: add --modules_to_save embed_tokens,lm_head")
-        model = checkpoints.load_model(checkpoints.find_checkpoint(Path(settings.ckpt)), dtype, "cpu", settings.n_layers, tokenizer.size)
+        model = checkpoints.load_model(checkpoints.find_checkpoint(Path(settings.ckpt)), dtype, settings.n_layers, tokenizer.size)
     else:
         if config.vocab_size < tokenizer.size:
             raise UserError(f"vocab_size = {config.vocab_size} is below the tokenizer's {tokenizer.size} pieces")
         config = replace(config, bos_id=tokenizer.bos_id or 0, eos_ids=() if tokenizer.eos_id is None else (tokenizer.eos_id,))
-        model = checkpoints.empty_model(config, torch.float32, "cpu").initialise(generator).to(dtype)
+        model = checkpoints.empty_model(config, torch.float32).initialise(generator).to(dtype)
     lora = None
     if settings.lora and settings.adapter:
         lora = load_adapter(model, Path(settings.adapter), settings.lora_dropout)

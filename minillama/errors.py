@@ -8,7 +8,7 @@ import difflib
 import json
 import signal
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,8 +24,9 @@ def closest(name: str, known: Iterable[str]) -> str:
     return f" (did you mean {match[0]!r}?)" if match else ""
 
 
-def read_json(path: Path, remedy: str = "") -> dict[str, Any]:
-    """The JSON object that a file of the user's holds. Raises UserError where it is missing (with `remedy`) or damaged."""
+def read_json(path: Path, remedy: str = "", keys: Mapping[str, type] | None = None, what: str = "") -> dict[str, Any]:
+    """The JSON object that a file of the user's holds. Raises UserError where it is missing (with `remedy`) or damaged, or is not
+    `what` it should be: with values of these types under these `keys`."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -34,6 +35,8 @@ def read_json(path: Path, remedy: str = "") -> dict[str, Any]:
         raise UserError(f"{path}: not valid JSON ({error})") from None
     if not isinstance(content, dict):
         raise UserError(f"{path}: holds no JSON object")
+    if wrong := [key for key, kind in (keys or {}).items() if not isinstance(content.get(key), kind)]:
+        raise UserError(f"{path}: not {what} ({wrong[0]} is {content.get(wrong[0], 'missing')})")
     return content
 
 

@@ -149,13 +149,14 @@ def save_adapter(model: nn.Module, config: LoraConfig, directory: Path, base: st
     (directory / "adapter_config.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
 
 
-def read_adapter_config(directory: Path) -> tuple[LoraConfig, str]:
-    """(configuration, base model) of a PEFT adapter directory. Raises UserError for what would change the arithmetic."""
+def read_adapter_config(directory: Path, honoured: tuple[str, ...] = ()) -> tuple[LoraConfig, str]:
+    """(configuration, base model) of a PEFT adapter directory. Raises UserError for what would change the arithmetic.
+    honoured: keys that the caller sees to by itself."""
     path = directory / "adapter_config.json"
     raw = read_json(path, "an adapter is a directory with adapter_config.json and adapter_model.safetensors")
     for key, harmless in MUST_BE.items():
-        if key in raw and raw[key] not in harmless:
-            raise UserError(f"{path}: {key} = {raw[key]!r} is not supported")
+        if key in raw and raw[key] not in harmless and key not in honoured:
+            raise UserError(f"{path}: {key} = {raw[key]!r} is not supported; merge the adapter with peft, and use the result")
     targets = raw.get("target_modules") or []
     with parsing(path):
         config = LoraConfig(

@@ -146,6 +146,15 @@ def test_fan_in_fan_out_transposes_the_product(tmp_path, tiny_checkpoint):
     torch.testing.assert_close(weights(tmp_path / "out")[name], expected)
 
 
+def test_keys_that_say_which_layers_were_adapted_change_no_merge(tmp_path, tiny_checkpoint):
+    base, name = tiny_checkpoint(), "model.layers.0.self_attn.q_proj.weight"
+    plain, chosen = plain_adapter(tmp_path / "a", factors()), plain_adapter(
+        tmp_path / "b", factors(), layers_to_transform=[0], exclude_modules=["lm_head"], bias="all")
+    merge_lora(base, [plain], Output(tmp_path / "plain"))
+    merge_lora(base, [chosen], Output(tmp_path / "chosen"))
+    assert torch.equal(weights(tmp_path / "plain")[name], weights(tmp_path / "chosen")[name])
+
+
 def test_a_tied_base_is_untied_by_an_adapter_on_its_head(tmp_path, tiny_checkpoint):
     base = tiny_checkpoint(tie_embeddings=True)
     merge_lora(base, [plain_adapter(tmp_path / "a", factors("base_model.model.lm_head", 50))], Output(tmp_path / "out"))
@@ -177,12 +186,13 @@ def test_the_report_says_how_much_changed_and_that_merged_equals_unmerged(tmp_pa
 
 
 @pytest.mark.parametrize(("tensors", "config", "message"), [
-    (factors(), {"use_dora": True}, "DoRA is not supported"),
+    (factors(), {"use_dora": True}, "use_dora = True is not supported; merge the adapter with peft"),
     (factors() | {f"{Q}.lora_magnitude_vector": torch.ones(24)}, {}, "DoRA is not supported"),
-    (factors(), {"peft_type": "IA3"}, "IA3 is not supported"),
+    (factors(), {"peft_type": "IA3"}, "peft_type = 'IA3' is not supported"),
     (factors(), {"r": 3}, r"lora_A is \(2, 24\) and lora_B \(24, 2\), adapter_config.json says rank 3"),
-    (factors(), {"r": "2"}, "expected numbers"),
-    (factors(), {"init_lora_weights": "pissa"}, "init_lora_weights = 'pissa' changed the base too"),
+    (factors(), {"r": "many"}, r"adapter_config\.json: a value is wrong or of the wrong type .*'many'"),
+    (factors(), {"init_lora_weights": "pissa"}, "init_lora_weights = 'pissa' is not supported"),
+    (factors(), {"alora_invocation_tokens": [1]}, r"alora_invocation_tokens = \[1\] is not supported"),
     ({f"{Q}.lora_A.weight": torch.zeros(2, 24)}, {}, "q_proj has lora_A without its other half"),
     (factors() | {f"{Q}.lora_B.bias": torch.zeros(24)}, {}, "not a LoRA key"),
     (factors() | factors(middle=".other"), {}, "a second value .* more than one adapter"),
@@ -201,9 +211,9 @@ def test_an_adapter_that_does_not_fit_is_refused_by_name(tmp_path, tiny_checkpoi
 
 def test_an_adapter_directory_needs_its_files(tmp_path, tiny_checkpoint):
     (tmp_path / "a").mkdir()
-    with pytest.raises(UserError, match=r"no adapter_config\.json"):
+    with pytest.raises(UserError, match=r"adapter_config\.json: no such file; an adapter is a directory"):
         read_adapter(tmp_path / "a")
-    for content, said in (("{", "not valid JSON"), ("[]", "holds no JSON object"), ('{"r": 8}', "not a LoRA configuration")):
+    for content, said in (("{", "not valid JSON"), ("[]", "holds no JSON object"), ('{"r": 8}', "key 'lora_alpha' is missing")):
         (tmp_path / "a" / "adapter_config.json").write_text(content)
         with pytest.raises(UserError, match=said):
             read_adapter(tmp_path / "a")

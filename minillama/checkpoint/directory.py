@@ -16,11 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minillama import errors
 from minillama.architecture import LlamaConfig, read_config, to_hf, with_layers
 from minillama.checkpoint.tensor_files import Entry, Plan, plan_of, read_safetensors, safetensors_writer
 from minillama.checkpoint.torch_files import read_torch, torch_writer
-from minillama.errors import UserError
+from minillama.errors import UserError, read_json
 from minillama.model import Llama
 from minillama.tokenizer import Tokenizer
 
@@ -32,9 +31,7 @@ GB = 10**9
 
 def open_weights(directory: Path) -> dict[str, Entry]:
     """Every tensor of a checkpoint directory, by name, from headers alone; model*.safetensors before pytorch_model*.bin.
-
-    Raises UserError for missing or unreadable files, all of them in one message.
-    """
+    Raises UserError for missing or unreadable files, all of them in one message."""
     if not directory.is_dir():
         raise UserError(f"{directory}: no such directory; a checkpoint is a directory with config.json and model*.safetensors")
     found = open_files(_weight_files(directory), "the index promises; download it again")
@@ -42,11 +39,8 @@ def open_weights(directory: Path) -> dict[str, Entry]:
 
 
 def open_files(files: Mapping[Path, Collection[str]], promise: str, alike: bool = False) -> list[dict[str, Entry]]:
-    """The tensors in each of `files`, by name, without rotary buffers.
-
-    UserError lists all files that are not there, cannot be read, lack one of their names (which `promise`) or, unless files are
-    `alike` (slices of the same tensors), hold what another holds too.
-    """
+    """The tensors in each of `files`, by name, without rotary buffers. UserError lists all files that are not there, cannot be read,
+    lack one of their names (which `promise`) or, unless files are `alike` (slices of the same tensors), hold what another holds too."""
     found, problems, places = [], [], {}
     for path, names in files.items():
         try:
@@ -94,24 +88,21 @@ def _weight_files(directory: Path) -> dict[Path, list[str]]:
 
 def _read_index(index: Path) -> dict[Path, list[str]]:
     files: dict[Path, list[str]] = {}
-    for tensor, name in read_json(index, "a weight index", {"weight_map": dict})["weight_map"].items():
+    for tensor, name in read_json(index, keys={"weight_map": dict}, what="a weight index")["weight_map"].items():
         if Path(str(name)).name != name:
             raise UserError(f"{index}: names the file {name!r}; only plain file names inside the directory are read")
         files.setdefault(index.with_name(name), []).append(tensor)
     return dict(sorted(files.items()))
 
 
-def load_model(directory: Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", n_layers: int = 0,
-               vocab_size: int = 0) -> Llama:
-    """Read a checkpoint as a `Llama` of `dtype` on `device`, one tensor at a time.
-
+def load_model(directory: Path, dtype: torch.dtype = torch.float32, n_layers: int = 0, vocab_size: int = 0) -> Llama:
+    """Read a checkpoint as a `Llama` of `dtype` on the host, one tensor at a time.
     n_layers: only the first N (0: all). vocab_size: grow the embeddings to this many rows; new rows are the mean of the old.
-    Raises UserError for any difference between the files and what config.json describes.
-    """
+    Raises UserError for any difference between the files and what config.json describes."""
     config, entries = read_config(directory), open_weights(directory)
+    check_names(config, entries, directory)
     config = with_layers(config, n_layers) if n_layers else config
-    check_names(config, entries, directory, first_layers_only=bool(n_layers))
-    model = empty_model(replace(config, vocab_size=max(vocab_size, config.vocab_size)), dtype, device)
+    model = empty_model(replace(config, vocab_size=max(vocab_size, config.vocab_size)), dtype)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             tensor = entries[name].read()
@@ -121,39 +112,35 @@ def load_model(directory: Path, dtype: torch.dtype = torch.float32, device: torc
     return model
 
 
-def empty_model(config: LlamaConfig, dtype: torch.dtype, device: torch.device | str) -> Llama:
+def empty_model(config: LlamaConfig, dtype: torch.dtype) -> Llama:
     """A `Llama` with storage and no values: made without storage first, so nothing is allocated twice."""
     with torch.device("meta"):
         model = Llama(config)
     for module in model.modules():  # what `to_empty` does, but for the half second in which that loads torch's compiler
         for name, parameter in module.named_parameters(recurse=False):
-            setattr(module, name, nn.Parameter(torch.empty(parameter.shape, dtype=dtype, device=device)))
+            setattr(module, name, nn.Parameter(torch.empty(parameter.shape, dtype=dtype, device="cpu")))
     if config.tie_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
     return model
 
 
-def check_names(config: LlamaConfig, entries: dict[str, Entry], where: Path, first_layers_only: bool = False) -> None:
-    """Compare the tensors at hand with those `config` describes; UserError lists every difference."""
+def check_names(config: LlamaConfig, entries: dict[str, Entry], where: Path) -> None:
+    """Compare the tensors at hand with those `config` describes; UserError lists every difference. A tied head may be there."""
     wanted = config.parameter_shapes()
-    known = (*([HEAD] if config.tie_embeddings else []), *(["model.layers."] if first_layers_only else []))
     problems = [f"missing {name}" for name in wanted if name not in entries]
-    problems += [f"unexpected {name}" for name in entries if name not in wanted and not name.startswith(known)]
+    problems += [f"unexpected {name}" for name in entries if name not in wanted and not (config.tie_embeddings and name == HEAD)]
     problems += [f"{name} is {entries[name].shape}, config.json says {shape}"
                  for name, shape in wanted.items() if name in entries and entries[name].shape != shape]
     if problems:
         raise UserError(f"{where}: the weights do not fit config.json: {listed(problems)}")
 
 
-def save_model(model: Llama, directory: Path, tokenizer: Tokenizer | None = None, about: dict[str, Any] | None = None,
-               max_shard_bytes: int = 5 * GB) -> None:
-    """Write a Hugging Face directory that transformers opens as it is. about: goes into minillama.json.
-
-    A tied head is written once, under the embedding's name.
-    """
+def save_model(model: Llama, directory: Path, tokenizer: Tokenizer | None = None, about: dict[str, Any] | None = None) -> None:
+    """Write a Hugging Face directory that transformers opens as it is; a tied head once, under the embedding's name.
+    about: goes into minillama.json."""
     directory.mkdir(parents=True, exist_ok=True)
     named = dict(model.named_parameters())
-    write_weights(directory, iter(named.items()), plan_of(named), max_shard_bytes)
+    write_weights(directory, iter(named.items()), plan_of(named))
     write_configs(directory, model.config, next(iter(named.values())).dtype, tokenizer)
     if about is not None:
         write_json(directory / "minillama.json", about)
@@ -185,22 +172,16 @@ def write_weights(directory: Path, tensors: Iterator[tuple[str, Tensor]], plan: 
 
 def write_configs(directory: Path, config: LlamaConfig, dtype: torch.dtype, tokenizer: Tokenizer | None = None) -> None:
     """config.json, generation_config.json and the tokenizer's files: what a directory of weights needs beside them."""
-    write_json(directory / "config.json", to_hf(config, str(dtype).removeprefix("torch.")))
-    write_generation_config(directory, config)
+    written = to_hf(config, str(dtype).removeprefix("torch."))
+    write_json(directory / "config.json", written)
+    write_json(directory / "generation_config.json", {key: written[key] for key in ("bos_token_id", "eos_token_id")})
     if tokenizer is not None:
         copy_tokenizer(tokenizer.path, directory)
 
 
-def write_generation_config(directory: Path, config: LlamaConfig) -> None:
-    eos = config.eos_ids[0] if len(config.eos_ids) == 1 else list(config.eos_ids)
-    write_json(directory / "generation_config.json", {"bos_token_id": config.bos_id, "eos_token_id": eos})
-
-
 def copy_tokenizer(source: Path, directory: Path) -> None:
     """Copy a tokenizer (its file, or the directory that holds it) and what describes it; a bare tokenizer.model is LLaMA's.
-
-    A file with a name of its own comes alone, under the usual name.
-    """
+    A file with a name of its own comes alone, under the usual name."""
     if source.is_file():
         usual = "tokenizer.json" if source.suffix == ".json" else "tokenizer.model"
         shutil.copyfile(source, directory / usual)
@@ -226,9 +207,7 @@ def list_states(out_dir: Path) -> list[Path]:
 
 def find_checkpoint(path: Path) -> Path:
     """The checkpoint that `path` means: itself, or for a run directory its final/, else its newest complete checkpoint.
-
-    Raises UserError where there is none, and says what is there instead (Meta's files, nothing at all).
-    """
+    Raises UserError where there is none, and says what is there instead (Meta's files, nothing at all)."""
     found = path / "final" if (path / "final").is_dir() else [path, *list_states(path)][-1]
     if not any((found / name).is_file() for name in ("config.json", "adapter_config.json")):
         open_weights(found)
@@ -238,23 +217,15 @@ def find_checkpoint(path: Path) -> Path:
 def read_about(directory: Path) -> dict[str, Any]:
     """minillama.json: the template and what made the checkpoint; {} where there is none."""
     path = directory / "minillama.json"
-    return read_json(path, "what minillama wrote") if path.is_file() else {}
+    return read_json(path) if path.is_file() else {}
 
 
 def stop_ids(directory: Path, config: LlamaConfig) -> tuple[int, ...]:
     """The ids that end a text: those of config.json and of generation_config.json."""
     path = directory / "generation_config.json"
-    more = read_json(path, "a generation config").get("eos_token_id") if path.is_file() else None
+    more = read_json(path).get("eos_token_id") if path.is_file() else None
     more = more if isinstance(more, list) else [] if more is None else [more]
     return tuple(dict.fromkeys([*config.eos_ids, *more]))
-
-
-def read_json(path: Path, what: str, keys: Mapping[str, type] | None = None, missing: str = "download it") -> dict[str, Any]:
-    """A JSON object with these keys. Raises UserError where it is not `what` it should be, or not there (`missing`: what to do)."""
-    content = errors.read_json(path, missing)
-    if wrong := [key for key, kind in (keys or {}).items() if key not in content or not isinstance(content[key], kind)]:
-        raise UserError(f"{path}: not {what} ({wrong[0]} is {content.get(wrong[0], 'missing')})")
-    return content
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

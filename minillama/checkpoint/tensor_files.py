@@ -9,7 +9,6 @@ A download that went wrong is usually a file of another kind under the right nam
 
 import json
 import os
-import struct
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -81,7 +80,7 @@ def read_safetensors(path: Path) -> dict[str, Entry]:
         try:
             with safe_open(path, "pt"):  # the library checks that the header describes this file, to its last byte
                 file.seek(0)
-            start = 8 + struct.unpack("<Q", file.read(8))[0]
+            start = 8 + int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(start - 8))
             header.pop("__metadata__", None)
             return {name: Entry(path, DTYPES[spec["dtype"]], tuple(spec["shape"]), start + spec["data_offsets"][0],
@@ -114,7 +113,7 @@ def safetensors_writer(path: Path, plan: Plan) -> Iterator[Append]:
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     with open(path, "wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
+        file.write(len(text).to_bytes(8, "little") + text)
         yield from appending(plan, file.write)
     to_disk(path)
 

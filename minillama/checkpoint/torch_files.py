@@ -17,10 +17,11 @@ import zipfile
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from itertools import count
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -32,17 +33,24 @@ STORAGES = {"DoubleStorage": torch.float64, "FloatStorage": torch.float32, "Half
             "CharStorage": torch.int8, "ByteStorage": torch.uint8, "BoolStorage": torch.bool}
 STORAGE_NAMES = {dtype: name for name, dtype in STORAGES.items()}
 Storage = tuple[torch.dtype, int, int]  # dtype, offset in the file, bytes
-DAMAGE = (pickle.UnpicklingError, ArithmeticError, AttributeError, EOFError, LookupError, MemoryError, TypeError, ValueError, struct.error)
+DAMAGE = (zipfile.BadZipFile, pickle.UnpicklingError, struct.error,
+          ArithmeticError, AttributeError, EOFError, LookupError, MemoryError, TypeError, ValueError)
 LARGEST_PICKLE = 64 * 2**20  # bytes; a 70B model's is 0.1 MB
 ALIGNMENT = 64               # bytes; where torch puts the beginning of a storage
 
 
 class _Unpickler(pickle.Unpickler):
-    """Builds dictionaries of `Entry`. Everything a pickle may name is in `find_class`. storages: (offset in the file, bytes)."""
+    """Builds dictionaries of `Entry` from an open archive's NAME/data.pkl. Everything a pickle may name is in `find_class`."""
 
-    def __init__(self, path: Path, data: bytes, storages: dict[str, tuple[int, int]]) -> None:
-        super().__init__(io.BytesIO(data))
-        self.path, self.storages = path, storages
+    def __init__(self, path: Path, file: io.BufferedReader) -> None:
+        self.path, self.file, self.archive = path, file, zipfile.ZipFile(file)
+        pickles = [info for info in self.archive.infolist() if info.filename.endswith("/data.pkl") and info.filename.count("/") == 1]
+        if len(pickles) != 1 or pickles[0].file_size > LARGEST_PICKLE:
+            raise UserError(f"{path}: a zip archive, but not torch.save's: no NAME/data.pkl")
+        self.prefix = pickles[0].filename.removesuffix("data.pkl")
+        if f"{self.prefix}byteorder" in self.archive.namelist() and self.archive.read(f"{self.prefix}byteorder") != b"little":
+            raise UserError(f"{path}: written on a big-endian machine; save it again on a little-endian one")
+        super().__init__(io.BytesIO(self.archive.read(pickles[0])))
 
     def find_class(self, module: str, name: str) -> Any:
         allowed = {"torch._utils._rebuild_tensor_v2": self._tensor, "torch._utils._rebuild_parameter": lambda data, *_: data,
@@ -54,10 +62,14 @@ class _Unpickler(pickle.Unpickler):
 
     def persistent_load(self, pid: Any) -> Storage:
         _, dtype, key, _, count = pid
-        offset, nbytes = self.storages[key]
-        if not isinstance(dtype, torch.dtype) or count * dtype.itemsize > nbytes:
-            raise ValueError(f"storage {key} claims {count} elements of {dtype} in {nbytes} bytes")
-        return dtype, offset, nbytes
+        info = self.archive.getinfo(f"{self.prefix}data/{key}")
+        self.file.seek(info.header_offset + 26)  # the local header's own name and extra lengths; its fixed part has 30 bytes
+        offset = info.header_offset + 30 + sum(struct.unpack("<HH", self.file.read(4)))
+        if info.compress_type != zipfile.ZIP_STORED or offset + info.file_size > self.path.stat().st_size:
+            raise UserError(f"{self.path}: {info.filename} is compressed or cut short; download the file again")
+        if not isinstance(dtype, torch.dtype) or count * dtype.itemsize > info.file_size:
+            raise ValueError(f"storage {key} claims {count} elements of {dtype} in {info.file_size} bytes")
+        return dtype, offset, info.file_size
 
     def _tensor(self, storage: Storage, start: int, shape: tuple[int, ...], stride: tuple[int, ...], *_: Any) -> Entry:
         dtype, offset, nbytes = storage
@@ -67,22 +79,14 @@ class _Unpickler(pickle.Unpickler):
         span = 1 + sum((n - 1) * step for n, step in zip(shape, stride, strict=True)) if prod(shape) else 0
         if (start + span) * dtype.itemsize > nbytes:
             raise ValueError(f"a tensor of shape {shape} reaches beyond its storage of {nbytes} bytes")
-        strides = () if span == 0 or tuple(stride) == _dense(shape) else tuple(stride)
-        if strides and span < prod(shape):
+        if span < prod(shape):
             raise ValueError(f"a tensor of shape {shape}, stride {stride} whose elements overlap")
-        return Entry(self.path, dtype, tuple(shape), offset + start * dtype.itemsize, span * dtype.itemsize, strides)
-
-
-def _dense(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The strides of elements that lie row after row."""
-    return tuple(prod(shape[axis + 1:]) for axis in range(len(shape)))
+        return Entry(self.path, dtype, tuple(shape), offset + start * dtype.itemsize, span * dtype.itemsize, tuple(stride))
 
 
 def read_torch(path: Path) -> dict[str, Entry]:
     """The entries of a torch.save file, by name; of a training state {"module" | "model" | "state_dict": {…}}, those inside.
-
-    Raises UserError for a file of another kind, a cut one, or one whose pickle asks for anything but tensors.
-    """
+    Raises UserError for a file of another kind, a cut one, or one whose pickle asks for anything but tensors."""
     with open(path, "rb") as file:
         first = file.read(16)
         refuse_foreign_bytes(path, first)
@@ -91,12 +95,9 @@ def read_torch(path: Path) -> dict[str, Entry]:
         if first[:4] != b"PK\x03\x04":
             raise UserError(f"{path}: not a file written by torch.save (it begins with {first[:4]!r})")
         try:
-            data, storages = _read_archive(path, file)
-            content = _Unpickler(path, data, storages).load()
-        except zipfile.BadZipFile as error:
-            raise UserError(f"{path}: cut short or damaged ({error}): download it again") from None
+            content = _Unpickler(path, file).load()
         except DAMAGE as error:
-            raise UserError(f"{path}: damaged: {type(error).__name__}: {error}") from None
+            raise UserError(f"{path}: cut short or damaged ({type(error).__name__}: {error}); download it again") from None
     if not isinstance(content, dict):
         raise UserError(f"{path}: holds a {type(content).__name__}, not a dictionary of tensors")
     content = next((content[key] for key in ("module", "model", "state_dict") if isinstance(content.get(key), dict)), content)
@@ -106,39 +107,11 @@ def read_torch(path: Path) -> dict[str, Entry]:
     return dict(content)
 
 
-def _read_archive(path: Path, file: io.BufferedReader) -> tuple[bytes, dict[str, tuple[int, int]]]:
-    """data.pkl, and each storage's (offset in the file, bytes) by its key."""
-    size = path.stat().st_size
-    archive = zipfile.ZipFile(file)
-    pickles = [info for info in archive.infolist() if info.filename.endswith("/data.pkl") and info.filename.count("/") == 1]
-    if len(pickles) != 1 or pickles[0].file_size > LARGEST_PICKLE:
-        raise UserError(f"{path}: a zip archive, but not torch.save's: no NAME/data.pkl")
-    prefix, storages = pickles[0].filename.removesuffix("data.pkl"), {}
-    if f"{prefix}byteorder" in archive.namelist() and archive.read(f"{prefix}byteorder") != b"little":
-        raise UserError(f"{path}: written on a big-endian machine; save it again on a little-endian one")
-    for info in archive.infolist():
-        if not info.filename.startswith(f"{prefix}data/"):
-            continue
-        file.seek(info.header_offset + 26)  # the local header's own name and extra lengths; its fixed part has 30 bytes
-        offset = info.header_offset + 30 + sum(struct.unpack("<HH", file.read(4)))
-        if info.compress_type != zipfile.ZIP_STORED or offset + info.file_size > size:
-            raise UserError(f"{path}: {info.filename} is compressed or cut short; download the file again")
-        storages[info.filename.removeprefix(f"{prefix}data/")] = (offset, info.file_size)
-    return archive.read(pickles[0]), storages
-
-
-class _Planned:
-    """Pickles as torch pickles a contiguous tensor that fills the storage `key`."""
-
-    def __init__(self, key: int, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
-        storage = ("storage", getattr(torch, STORAGE_NAMES[dtype]), str(key), "cpu", prod(shape))
-        self.call = torch._utils._rebuild_tensor_v2, (storage, 0, shape, _dense(shape), False, OrderedDict())
-
-    def __reduce__(self) -> tuple:
-        return self.call
-
-
 class _Pickler(pickle.Pickler):
+    """Pickles a `partial` as that call, and a storage by its id alone, as torch does with tensors."""
+
+    dispatch_table: ClassVar = {partial: lambda call: (call.func, call.args)}
+
     def persistent_id(self, value: Any) -> tuple | None:
         return value if isinstance(value, tuple) and value[:1] == ("storage",) else None
 
@@ -146,8 +119,12 @@ class _Pickler(pickle.Pickler):
 @contextmanager
 def torch_writer(path: Path, plan: Plan) -> Iterator[Append]:
     """What torch.load(weights_only=True) opens, on the disk when the `with` block ends: a stored zip entry per tensor."""
-    table, keys = io.BytesIO(), count()
-    _Pickler(table, protocol=2).dump({name: _Planned(key, *spec) for key, (name, spec) in enumerate(plan.items())})
+    table, keys, tensors = io.BytesIO(), count(), {}
+    for key, (name, (dtype, shape)) in enumerate(plan.items()):
+        storage = ("storage", getattr(torch, STORAGE_NAMES[dtype]), str(key), "cpu", prod(shape))
+        stride = tuple(prod(shape[axis + 1:]) for axis in range(len(shape)))  # row after row
+        tensors[name] = partial(torch._utils._rebuild_tensor_v2, storage, 0, shape, stride, False, OrderedDict())
+    _Pickler(table, protocol=2).dump(tensors)
     with open(path, "wb") as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
         for name, data in {"data.pkl": table.getbuffer(), "byteorder": b"little", "version": b"3\n"}.items():
             _write_entry(archive, f"{path.stem}/{name}", memoryview(data))

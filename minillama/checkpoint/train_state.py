@@ -98,8 +98,7 @@ def damage(directory: Path) -> str:
 def newest_intact(out_dir: Path, warn: Callable[[str], None]) -> Path | None:
     """The newest checkpoint that holds what was written; a damaged one is named and passed over."""
     for path in reversed(list_states(out_dir)):
-        problem = damage(path)
-        if not problem:
+        if not (problem := damage(path)):
             return path
         warn(f"warning: damaged checkpoint passed over: {problem}")
     return None
@@ -114,10 +113,8 @@ def read_state(directory: Path) -> dict[str, Any]:
 
 def slice_reader(directory: Path, number: int, total: int) -> Callable[[str, int, int], Tensor]:
     """read(name, start, stop): a stretch of flat vector `number` of a checkpoint, whoever wrote it. `total`: its length."""
-    paths = sorted(directory.glob(f"state-{number}-*.safetensors"))
-    pieces = [(int(path.stem.rsplit("-", 1)[1]), read_safetensors(path)) for path in paths]
-    held = sum(entries["m"].shape[0] for _, entries in pieces)
-    if held != total:
+    pieces = [(int(path.stem.rsplit("-", 1)[1]), read_safetensors(path)) for path in directory.glob(f"state-{number}-*.safetensors")]
+    if (held := sum(entries["m"].shape[0] for _, entries in pieces)) != total:
         raise UserError(f"{directory}: holds {held:,} trained numbers, this run has {total:,}; it belongs to another run")
 
     def read(name: str, start: int, stop: int) -> Tensor:

@@ -8,7 +8,7 @@ an old file's `inv_freq` is a difference too, all zeros.
 """
 
 from collections.abc import Callable
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -48,8 +48,8 @@ def _convert(base: Path, other: Path, role: str, operation: Callable, output: Ou
     print("same shapes, as in Vicuna v1.1" if added == 0 else
           f"the {role} has {added} rows more{', as in Vicuna v0' if added == 1 else ''}: the base is extended by zeros")
     recipes = {name: _combined(start, theirs[name], operation, output.dtype or start.dtype) for name, start in ours.items()}
-    finish = partial(write_companions, model=model, changes={"vocab_size": rows}, dtype=recipes[EMBEDDING].dtype, tokenizers=(other, base))
-    write_checkpoint(output, recipes, finish)
+    config = replace(read_config(model), vocab_size=rows)
+    write_checkpoint(output, recipes, lambda path: write_companions(path, model, config, recipes[EMBEDDING].dtype, (other, base)))
 
 
 def _combined(base: Entry, other: Entry, operation: Callable, dtype: torch.dtype) -> Recipe:

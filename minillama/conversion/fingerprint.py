@@ -12,21 +12,19 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from minillama.checkpoint.directory import open_weights, read_json
+from minillama.checkpoint.directory import open_weights
 from minillama.checkpoint.tensor_files import bytes_of
 from minillama.conversion.merge import adapter_entries
 from minillama.conversion.meta import read_meta
 from minillama.conversion.output import Recipes, write_file
 from minillama.data.sources import hash_of
-from minillama.errors import UserError
+from minillama.errors import UserError, read_json
 
 MANIFEST, ABSENT = "manifest.json", "`convert.py sha256 DIR` writes one"
 
 
 def recipes_of(directory: Path) -> Recipes:
     """The tensors of a checkpoint: Hugging Face's, Meta's (under Hugging Face's names, whole) or an adapter's."""
-    if not directory.is_dir():
-        raise UserError(f"{directory}: no such directory")
     if list(directory.glob("consolidated.*.pth")):
         return read_meta(directory)[1]
     if (directory / "adapter_config.json").is_file():
@@ -57,13 +55,11 @@ def write_manifest(directory: Path) -> str:
 
 def check(directory: Path, against: Path) -> list[str]:
     """Compare `directory` with a manifest file, or with another checkpoint directory. Returns remarks on what is equal enough.
-
-    Raises UserError naming the first tensor that differs, and by how much where both sides' tensors are at hand.
-    """
-    wanted = {} if against.is_dir() else read_json(against, "a manifest of convert.py sha256", {"tensors": dict, "files": dict}, ABSENT)
+    Raises UserError naming the first tensor that differs, and by how much where both sides' tensors are at hand."""
+    wanted = {} if against.is_dir() else read_json(against, ABSENT, {"tensors": dict, "files": dict}, "a manifest of convert.py sha256")
     found, wanted = manifest(directory), wanted or manifest(against)
     ours, theirs = found["tensors"], wanted["tensors"]
-    for name in sorted(ours.keys() | theirs.keys()):
+    for name in sorted(ours | theirs):
         if name not in ours or name not in theirs:
             raise UserError(f"{name}: only in {directory if name in ours else against}")
         here, there = ours[name], theirs[name]
@@ -71,12 +67,9 @@ def check(directory: Path, against: Path) -> list[str]:
             gap = _distance(directory, against, name, here, there) if wrong == ["sha256"] else (
                 f"{wrong[0]} {here[wrong[0]]} here, {there.get(wrong[0])} there")
             raise UserError(f"{name}: the first tensor that differs between {directory} and {against}: {gap}")
-    remarks = [f"content {found['content']}: all {len(ours)} tensors are equal"]
-    for name in sorted(found["files"].keys() | wanted["files"].keys()):
-        sides = found["files"].get(name), wanted["files"].get(name)
-        if sides[0] != sides[1]:
-            remarks.append(f"note: {name} {'differs' if all(sides) else 'is on one side only'}")
-    return remarks
+    sides = {name: (found["files"].get(name), wanted["files"].get(name)) for name in sorted(found["files"] | wanted["files"])}
+    notes = [f"note: {name} {'differs' if a and b else 'is on one side only'}" for name, (a, b) in sides.items() if a != b]
+    return [f"content {found['content']}: all {len(ours)} tensors are equal", *notes]
 
 
 def _distance(directory: Path, against: Path, name: str, here: dict, there: dict) -> str:

@@ -1,12 +1,10 @@
 """Merging LoRA adapters into their base (Hu et al. 2021): W' = W + s·B·A, with s = alpha / R, or alpha / sqrt(R) for rsLoRA.
 
-The product and the sum are fp32 and are rounded once, to the output's dtype, however many adapters there are. An adapter may also
-hold whole tensors (`modules_to_save`: a grown vocabulary lives there); the last adapter's replaces the base's and all that went
-before it.
+The product and the sum are fp32 and are rounded once, to the output's dtype, however many adapters there are. Whole tensors in an
+adapter (`modules_to_save`: a grown vocabulary lives there) replace the base's, and all that earlier adapters made of it.
 
-An adapter whose names do not match would merge without effect, so every key must find its tensor, exactly once. And every merge
-answers two questions for the report: how much did W change, |W' - W| / |W|, and does W'x equal W x + s·B(A x) on random x, up to
-the rounding of W'?
+An adapter whose names do not match would merge without effect, so every key must find its tensor, exactly once. Every merge reports
+how much W changed, |W' - W| / |W|, and whether W'x equals W x + s·B(A x) on random x, up to the rounding of W'.
 
 Left out on purpose: DoRA (its merge rescales columns), and merging into quantized weights.
 
@@ -24,27 +22,20 @@ import torch
 from torch import Tensor
 
 from minillama.architecture import read_config
-from minillama.checkpoint.directory import EMBEDDING, HEAD, IGNORED, check_names, has_tokenizer, open_weights, read_json, read_tensors
+from minillama.checkpoint.directory import EMBEDDING, HEAD, IGNORED, check_names, has_tokenizer, open_weights, read_tensors
 from minillama.checkpoint.tensor_files import Entry
 from minillama.conversion.meta import write_meta
 from minillama.conversion.output import Output, Recipe, write_checkpoint, write_companions
-from minillama.errors import UserError, closest
-from minillama.lora import MUST_BE, LoraConfig
+from minillama.errors import UserError, closest, read_json
+from minillama.lora import read_adapter_config
 from minillama.tokenizer import open_tokenizer
 
 PROBES = 4  # random hidden states in the check
+HONOURED = ("bias", "exclude_modules", "fan_in_fan_out", "layers_to_transform")  # keys of a configuration; most show in the names
 _WRAPPERS = re.compile(r"^(?:base_model\.model\.|module\.)+")
 _FACTOR = re.compile(r"^(.+)\.lora_(embedding_)?([AB])(?:\.(?!weight$|bias$)[^.]+)?(?:\.weight)?$")
 _WHOLE = re.compile(r"\.modules_to_save(\.[^.]+)?(?=\.weight$)|\.base_layer(?=\.)")
-
-
-@dataclass(frozen=True)
-class Product:
-    """s·B·A as scale·left·right, to be added to a tensor: B and A, or Aᵀ and Bᵀ where weights lie as (in, out)."""
-
-    left: Entry   # (rows, R)
-    right: Entry  # (R, columns)
-    scale: float
+Product = tuple[Entry, Entry, float]  # s·B·A as B (rows, R), A (R, columns) and s; or as Aᵀ and Bᵀ where weights lie as (in, out)
 
 
 @dataclass(frozen=True)
@@ -66,9 +57,7 @@ class Merged:
 def merge_lora(base: Path, adapters: list[Path], output: Output, meta: bool = False, shards: int = 0,
                device: torch.device | str = "cpu", seed: int = 0) -> list[Merged]:
     """Merge `adapters`, in order, into `base`, and write a Hugging Face directory, or Meta's layout in `shards` files.
-
-    Raises UserError for an adapter that does not fit, before anything is written.
-    """
+    Raises UserError for an adapter that does not fit, before anything is written."""
     config, entries = read_config(base), open_weights(base)
     check_names(config, entries, base)
     opened = [read_adapter(path) for path in adapters]
@@ -88,24 +77,22 @@ def merge_lora(base: Path, adapters: list[Path], output: Output, meta: bool = Fa
     if meta:
         write_meta(output, recipes, config, next(filter(has_tokenizer, sources), base), shards)
     else:
-        changes = {"vocab_size": config.vocab_size, "tie_word_embeddings": config.tie_embeddings}
-        write_checkpoint(output, recipes, lambda path: write_companions(path, base, changes, dtypes[EMBEDDING], sources))
+        write_checkpoint(output, recipes, lambda path: write_companions(path, base, config, dtypes[EMBEDDING], sources))
     _show(report, opened)
     return report
 
 
 def read_adapter(path: Path) -> Adapter:
     """A PEFT adapter directory of any age, or a raw training state with PEFT's names, as products and replacements.
-
-    Raises UserError for what is not LoRA, for DoRA, and for a key that is neither half of a pair nor a whole tensor.
-    """
-    config, fan_in_fan_out = _read_adapter_config(path)
+    Raises UserError for what is not LoRA, for DoRA, and for a key that is neither half of a pair nor a whole tensor."""
+    config, _ = read_adapter_config(path, HONOURED)
+    transposed = read_json(path / "adapter_config.json").get("fan_in_fan_out")
     halves: dict[tuple[str, bool], dict[str, Entry]] = defaultdict(dict)
     replacements: dict[str, Entry] = {}
     for key, entry in adapter_entries(path).items():
         name = _WRAPPERS.sub("", key)
         if "lora_magnitude_vector" in name:
-            raise UserError(f"{path}: {key}: DoRA is not supported; merge it with peft")
+            raise UserError(f"{path}: {key}: DoRA is not supported; merge the adapter with peft, and use the result")
         if ".original_module." in name or IGNORED.search(name):
             continue  # the frozen copy beside a module_to_save, and positions
         pair = _FACTOR.match(name)
@@ -122,26 +109,9 @@ def read_adapter(path: Path) -> Adapter:
         a, b, rank = pair["A"], pair["B"], config.rank_of(module)
         if len(a.shape) != 2 or len(b.shape) != 2 or not a.shape[0] == b.shape[1] == rank:
             raise UserError(f"{path}: {module}: lora_A is {a.shape} and lora_B {b.shape}, adapter_config.json says rank {rank}")
-        left, right = (a.transposed(), b.transposed()) if is_embedding or fan_in_fan_out else (b, a)
-        products[f"{module}.weight"] = Product(left, right, config.scale_of(module))
+        left, right = (a.transposed(), b.transposed()) if is_embedding or transposed else (b, a)
+        products[f"{module}.weight"] = left, right, config.scale_of(module)
     return Adapter(path, products, replacements)
-
-
-def _read_adapter_config(path: Path) -> tuple[LoraConfig, bool]:
-    """Ranks and scales by module, and whether weights lie as (in, out)."""
-    file = path / "adapter_config.json"
-    missing = "--lora takes a PEFT adapter directory, and this one has no adapter_config.json"
-    raw = read_json(file, "a LoRA configuration", {"lora_alpha": object, "r": object}, missing)
-    alpha, rank, kind = raw["lora_alpha"], raw["r"], "DoRA" if raw.get("use_dora") else raw.get("peft_type", "LORA")
-    if kind != "LORA":
-        raise UserError(f"{path}: {kind} is not supported; merge it with peft")
-    if (start := raw.get("init_lora_weights")) not in MUST_BE["init_lora_weights"]:
-        raise UserError(f"{path}: init_lora_weights = {start!r} changed the base too, by what no file here holds; merge it with peft")
-    if not isinstance(alpha, (int, float)) or not isinstance(rank, int) or rank < 1:
-        raise UserError(f"{file}: r = {rank!r}, lora_alpha = {alpha!r}: expected numbers")
-    config = LoraConfig(rank, alpha, use_rslora=bool(raw.get("use_rslora")), rank_pattern=raw.get("rank_pattern") or {},
-                        alpha_pattern=raw.get("alpha_pattern") or {})
-    return config, bool(raw.get("fan_in_fan_out"))
 
 
 def adapter_entries(path: Path) -> dict[str, Entry]:
@@ -154,7 +124,6 @@ def adapter_entries(path: Path) -> dict[str, Entry]:
 
 def _stack(adapter: Adapter, final: dict[str, Entry], products: dict[str, list[Product]]) -> None:
     """Put one more adapter on top: `final` is where each whole tensor comes from, `products` what is added to it."""
-    rows = final[EMBEDDING].shape[0]
     if strange := [name for name in adapter.replacements | adapter.products if name not in final]:
         raise UserError(f"{adapter.path}: {strange[0]}: the base has no such tensor{closest(strange[0], final)}")
     for name, entry in adapter.replacements.items():
@@ -164,40 +133,36 @@ def _stack(adapter: Adapter, final: dict[str, Entry], products: dict[str, list[P
             raise UserError(f"{adapter.path}: {name} is {entry.shape}, in the base {old}; it was trained on another base")
         final[name], products[name] = entry, []
     for name, product in adapter.products.items():
-        made = product.left.shape[0], product.right.shape[1]
+        made = product[0].shape[0], product[1].shape[1]
         if made != final[name].shape:
             raise UserError(f"{adapter.path}: {name}: the adapter makes {made}, the base has {final[name].shape}")
         products[name].append(product)
-    _refuse_other_vocabulary(adapter, rows, final[EMBEDDING].shape[0])
+    if (adapter.path / "tokenizer.model").is_file():
+        _check_vocabulary(adapter, final[EMBEDDING].shape[0])
 
 
-def _refuse_other_vocabulary(adapter: Adapter, before: int, after: int) -> None:
-    path = adapter.path / "tokenizer.model"
-    pieces = vocabulary_size(adapter.path) if path.is_file() else after
-    if EMBEDDING in adapter.replacements and pieces != after:
-        raise UserError(f"{path}: {pieces} pieces, but the adapter's embedding has {after} rows; a tokenizer of another model "
-                        "(LLaMA's has 32000, Chinese-LLaMA's 49953, Chinese-Alpaca's 49954, Chinese-LLaMA-2's 55296)")
-    if pieces > after:
-        raise UserError(f"{path}: {pieces} pieces, but the embedding has {before} rows and the adapter brings no larger one "
-                        "(modules_to_save: embed_tokens, lm_head); was it saved whole?")
-
-
-def vocabulary_size(directory: Path) -> int:
-    """Pieces of tokenizer.model, and the tokens that the JSON files beside it add (Chinese-Alpaca's [PAD])."""
-    model = open_tokenizer(directory / "tokenizer.model").model
-    tokens: list = []
+def _check_vocabulary(adapter: Adapter, rows: int) -> None:
+    """Pieces of tokenizer.model, and the tokens that the JSON files beside it add (Chinese-Alpaca's [PAD]), against the embedding."""
+    path, tokens = adapter.path / "tokenizer.model", []
     for name, part in (("added_tokens.json", dict.keys), ("special_tokens_map.json", dict.values)):
-        if (directory / name).is_file():
-            tokens += part(read_json(directory / name, "a table of tokens"))
+        if (adapter.path / name).is_file():
+            tokens += part(read_json(adapter.path / name))
     texts = {token["content"] if isinstance(token, dict) else token for token in tokens if isinstance(token, (dict, str))}
-    return model.get_piece_size() + len(texts - {model.id_to_piece(i) for i in range(model.get_piece_size())})
+    model = open_tokenizer(path).model
+    pieces = len(texts.union(map(model.id_to_piece, range(model.get_piece_size()))))
+    if EMBEDDING in adapter.replacements and pieces != rows:
+        raise UserError(f"{path}: {pieces} pieces, but the adapter's embedding has {rows} rows; a tokenizer of another model "
+                        "(LLaMA's has 32000, Chinese-LLaMA's 49953, Chinese-Alpaca's 49954, Chinese-LLaMA-2's 55296)")
+    if pieces > rows:
+        raise UserError(f"{path}: {pieces} pieces, but the embedding has {rows} rows and the adapter brings no larger one "
+                        "(modules_to_save: embed_tokens, lm_head); was it saved whole?")
 
 
 def _merge(name: str, entry: Entry, products: list[Product], dtype: torch.dtype, report: list[Merged], device: torch.device | str,
            seed: int) -> Tensor:
     """W' for one tensor, and its line of the report."""
-    left = torch.cat([product.left.read().float() * product.scale for product in products], 1).to(device)  # several adapters are
-    right = torch.cat([product.right.read().float() for product in products], 0).to(device)                # one of their summed rank
+    left = torch.cat([left.read().float() * scale for left, _, scale in products], 1).to(device)  # several adapters are
+    right = torch.cat([right.read().float() for _, right, _ in products], 0).to(device)           # one of their summed rank
     x = torch.randn(entry.shape[1], PROBES, generator=torch.Generator().manual_seed(seed)).to(device)  # (in, P)
     weight = entry.read().to(device).float()
     norm, unmerged = weight.norm(dim=1).norm().item(), weight @ x + left @ (right @ x)  # by rows, so fp32 is enough; (out, P)

@@ -12,7 +12,7 @@ n_kv_heads and not into n_heads. Values are not rotated, so v and o stay.
 Left out on purpose: LLaMA 3.1's stretched rotary frequencies, whose numbers Meta's files do not hold.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -22,12 +22,12 @@ import torch
 from torch import Tensor
 
 from minillama.architecture import LlamaConfig, ffn_width, read_config
-from minillama.checkpoint import directory as hf_directory
-from minillama.checkpoint.directory import EMBEDDING, check_names, has_tokenizer, open_files, open_weights, read_json, write_json
-from minillama.checkpoint.tensor_files import Entry, Plan
+from minillama.checkpoint import directory as checkpoints
+from minillama.checkpoint.directory import EMBEDDING, check_names, has_tokenizer, open_files, open_weights, write_json
+from minillama.checkpoint.tensor_files import Entry, Plan, plan_of
 from minillama.checkpoint.torch_files import torch_writer
 from minillama.conversion.output import Output, Recipe, Recipes, write_checkpoint
-from minillama.errors import UserError
+from minillama.errors import UserError, read_json
 from minillama.tokenizer import open_tokenizer
 
 # Hugging Face's name: Meta's name, and the axis along which Meta cuts it (None: every shard holds all of it)
@@ -54,17 +54,13 @@ def meta_to_hf(source: Path, output: Output, tokenizer: str = "", max_seq_len: i
     config = replace(config, max_seq_len=max_seq_len or config.max_seq_len)
     if not max_seq_len:
         print(f"context length {config.max_seq_len}, by transformers' rule (Meta's files do not say; --max_seq_len sets it)")
-    dtype = output.dtype or recipes[EMBEDDING].dtype
-    write_checkpoint(output, recipes, lambda path: hf_directory.write_configs(path, config, dtype, found))
+    write_checkpoint(output, recipes, lambda path: checkpoints.write_configs(path, config, output.dtype or recipes[EMBEDDING].dtype, found))
 
 
 def read_meta(directory: Path) -> tuple[LlamaConfig, Recipes]:
     """The config that params.json and the shapes give, and the recipes of all tensors under Hugging Face's names.
-
-    Raises UserError for damaged or missing files, all at once, and for weights that do not fit params.json.
-    """
-    paths = sorted(directory.glob("consolidated.*.pth"))
-    if not paths:
+    Raises UserError for damaged or missing files, all at once, and for weights that do not fit params.json."""
+    if not (paths := sorted(directory.glob("consolidated.*.pth"))):
         raise UserError(f"{directory}: holds no consolidated.*.pth")
     params = _read_params(directory / "params.json")
     table, says = _names(params["n_layers"]), f"params.json says {params['n_layers']} layers"
@@ -74,9 +70,9 @@ def read_meta(directory: Path) -> tuple[LlamaConfig, Recipes]:
         raise UserError(f"{directory}: {says}, and {min(unknown)} is none of their tensors")
     if shards[0]["tok_embeddings.weight"].shape[-1] == params["dim"]:
         table[EMBEDDING] = "tok_embeddings.weight", 0  # LLaMA 3 and some exports cut the embedding by rows
-    heads = params["n_heads"], params.get("n_kv_heads") or params["n_heads"]
-    recipes = {hf: _whole(hf, [shard[name] for shard in shards], axis, _heads(hf, *heads)) for hf, (name, axis) in table.items()}
-    config = _config(params, recipes, directory)
+    vocab_size, ffn_dim = (sum(shard[name].shape[0] for shard in shards) for name in ("output.weight", "layers.0.feed_forward.w1.weight"))
+    config = _config(params, vocab_size, ffn_dim, directory)
+    recipes = {hf: _whole(hf, [shard[name] for shard in shards], axis, _heads(hf, config)) for hf, (name, axis) in table.items()}
     check_names(config, recipes, directory)
     return config, recipes
 
@@ -89,17 +85,16 @@ def _names(n_layers: int) -> dict[str, tuple[str, int | None]]:
     return dict([embed, *layers, norm, head])
 
 
-def _heads(name: str, n_heads: int, n_kv_heads: int) -> int:
+def _heads(name: str, config: LlamaConfig) -> int:
     """The heads in whose rows this tensor's rotary order is changed: 0 for all but queries and keys."""
-    return {"q_proj.weight": n_heads, "k_proj.weight": n_kv_heads}.get(name.split("self_attn.")[-1], 0)
+    return {"q_proj": config.n_heads, "k_proj": config.n_kv_heads}.get(name.split(".")[-2], 0)
 
 
 def _read_params(path: Path) -> dict:
-    params = read_json(path, "valid JSON", missing="Meta's directory has one beside the weights")
+    params = read_json(path, "Meta's directory has one beside the weights")
     params = params.get("model", params)
-    wrong = [key for key in ("dim", "n_layers", "n_heads") if type(params.get(key)) is not int or not 0 < params[key] < 2**20]
-    wrong += [] if isinstance(params.get("norm_eps"), float) else ["norm_eps"]
-    if wrong:
+    kinds = {"dim": int, "n_layers": int, "n_heads": int, "norm_eps": float}
+    if wrong := [key for key, kind in kinds.items() if type(params.get(key)) is not kind or not 0 < params[key] < 2**20]:
         raise UserError(f"{path}: {wrong[0]} = {params.get(wrong[0])!r} is missing or makes no sense; is this Meta's own file?")
     if params.get("use_scaled_rope"):
         raise UserError(f"{path}: use_scaled_rope: LLaMA 3.1 and later stretch the rotary frequencies by numbers that Meta's files "
@@ -129,9 +124,8 @@ def _whole(name: str, parts: list[Entry], axis: int | None, heads: int) -> Recip
     return Recipe(parts[0].dtype, shape, read)
 
 
-def _config(params: dict, recipes: Recipes, where: Path) -> LlamaConfig:
+def _config(params: dict, vocab_size: int, ffn_dim: int, where: Path) -> LlamaConfig:
     dim, n_heads, theta = params["dim"], params["n_heads"], float(params.get("rope_theta") or 10000.0)
-    vocab_size, ffn_dim = recipes[EMBEDDING].shape[0], recipes["model.layers.0.mlp.gate_proj.weight"].shape[0]
     n_kv_heads = params.get("n_kv_heads") or n_heads
     if params.get("vocab_size") not in (-1, None, vocab_size):
         raise UserError(f"{where}: params.json says vocab_size = {params['vocab_size']}, the embedding has {vocab_size} rows; "
@@ -165,16 +159,14 @@ def hf_to_meta(source: Path, output: Output, shards: int = 0) -> None:
 
 def write_meta(output: Output, recipes: Recipes, config: LlamaConfig, companions: Path, shards: int = 0) -> None:
     """Write `recipes`, whole tensors under Hugging Face's names, as `shards` consolidated files and params.json.
-
-    companions: the directory whose tokenizer is copied. Raises UserError for what Meta's layout cannot say.
-    """
+    companions: the directory whose tokenizer is copied. Raises UserError for what Meta's layout cannot say."""
     shards = shards or SHARDS.get(config.dim, 1)
     _refuse_what_meta_cannot_say(config, shards)
     tied = {"lm_head.weight": recipes[EMBEDDING]} if config.tie_embeddings else {}
 
     def finish(directory: Path) -> None:
         write_json(directory / "params.json", _params(config))
-        hf_directory.copy_tokenizer(companions, directory)
+        checkpoints.copy_tokenizer(companions, directory)
 
     ordered = {name: (tied | recipes)[name] for name in _names(config.n_layers)}
     write_checkpoint(output, ordered, finish, partial(_write_shards, config, shards))
@@ -196,22 +188,17 @@ def _write_shards(config: LlamaConfig, shards: int, directory: Path, tensors: It
     """Write every tensor once into all files, each its slice. A vocabulary that does not divide leaves its rest to the last."""
     table = _names(config.n_layers)
 
-    def cut(tensor: Tensor, axis: int | None) -> list[Tensor]:
-        if axis is None:
-            return [tensor] * shards
-        step = tensor.shape[axis] // shards
-        return list(tensor.split([step] * (shards - 1) + [tensor.shape[axis] - step * (shards - 1)], axis))
+    def cut(tensor: Tensor, axis: int | None) -> Sequence[Tensor]:
+        ends = [tensor.shape[axis] // shards * shard for shard in range(1, shards)] if axis is not None else []
+        return tensor.tensor_split(ends, axis) if ends else [tensor] * shards
 
-    plans: list[dict] = [{} for _ in range(shards)]
-    for name, (dtype, shape) in plan.items():
-        meta_name, axis = table[name]
-        for part, piece in zip(plans, cut(torch.empty(shape, device="meta"), axis), strict=True):
-            part[meta_name] = dtype, tuple(piece.shape)
+    empty = {table[name][0]: cut(torch.empty(shape, dtype=dtype, device="meta"), table[name][1]) for name, (dtype, shape) in plan.items()}
+    plans = [plan_of({name: parts[shard] for name, parts in empty.items()}) for shard in range(shards)]
     with ExitStack() as files:
         appends = [files.enter_context(torch_writer(directory / f"consolidated.{shard:02d}.pth", part)) for shard, part in enumerate(plans)]
         for name, tensor in tensors:
             meta_name, axis = table[name]
-            heads = _heads(name, config.n_heads, config.n_kv_heads)
+            heads = _heads(name, config)
             for append, part in zip(appends, cut(to_pairs(tensor, heads) if heads else tensor, axis), strict=True):
                 append(meta_name, part)
 
@@ -226,8 +213,6 @@ def _params(config: LlamaConfig) -> dict[str, float]:
 
 
 def _ffn_params(dim: int, ffn_dim: int) -> tuple[int, float | None]:
-    """multiple_of and ffn_dim_multiplier for which `ffn_width` gives `ffn_dim`: a published pair, else the plainest."""
-    for multiple_of, multiplier in (*PUBLISHED_FFN, *((2**power, None) for power in range(7, -1, -1))):
-        if ffn_width(dim, multiple_of, multiplier) == ffn_dim:
-            return multiple_of, multiplier
-    return 1, (ffn_dim + 0.5) / int(8 * dim / 3)  # half a row more, so that the rule's truncation lands on ffn_dim
+    """multiple_of and ffn_dim_multiplier for which `ffn_width` gives `ffn_dim`: a published pair where one does."""
+    fitting = (pair for pair in PUBLISHED_FFN if ffn_width(dim, *pair) == ffn_dim)
+    return next(fitting, (1, (ffn_dim + 0.5) / int(8 * dim / 3)))  # half a row more, so that the rule's truncation lands on ffn_dim

@@ -25,11 +25,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from minillama.architecture import read_config
-from minillama.checkpoint import directory as checkpoints
-from minillama.checkpoint.directory import GB
+from minillama.architecture import LlamaConfig
+from minillama.checkpoint.directory import GB, copy_tokenizer, has_tokenizer, write_configs, write_json, write_weights
 from minillama.checkpoint.tensor_files import Entry, Plan, to_disk
-from minillama.errors import UserError
+from minillama.errors import UserError, read_json
 
 OURS = ("config.json", "params.json", "adapter_config.json", "manifest.json")  # a directory with one of these may be overwritten
 HEADROOM = 16 * 2**20                                                           # bytes for headers, config and tokenizer
@@ -66,7 +65,7 @@ def write_checkpoint(output: Output, recipes: Recipes, finish: Callable[[Path], 
     plan = {name: (output.dtype or recipe.dtype, recipe.shape) for name, recipe in recipes.items()}
     sizes = {name: prod(shape) * dtype.itemsize for name, (dtype, shape) in plan.items()}
     total = sum(sizes.values())
-    write = write or partial(checkpoints.write_weights, max_shard_bytes=output.max_shard_bytes, bin=output.bin)
+    write = write or partial(write_weights, max_shard_bytes=output.max_shard_bytes, bin=output.bin)
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
         with tqdm(total=total, unit="B", unit_scale=True, disable=None) as bar:
@@ -83,19 +82,19 @@ def write_checkpoint(output: Output, recipes: Recipes, finish: Callable[[Path], 
     print(f"{output.path}: {len(plan)} tensors, {total / GB:.3g} GB in {time.monotonic() - started:.1f} s, peak memory {peak / GB:.2f} GB")
 
 
-def write_companions(directory: Path, model: Path, changes: dict[str, int], dtype: torch.dtype, tokenizers: Sequence[Path]) -> None:
-    """The files beside the weights: `model`'s config.json with `changes` and the dtype, its generation_config.json, and the
-    tokenizer and minillama.json of the first of `tokenizers` that has them.
-    """
-    raw = checkpoints.read_json(model / "config.json", "valid JSON")
-    dtype_key = "dtype" if "dtype" in raw else "torch_dtype"
-    checkpoints.write_json(directory / "config.json", raw | changes | {dtype_key: str(dtype).removeprefix("torch.")})
-    checkpoints.write_generation_config(directory, read_config(model))
+def write_companions(directory: Path, model: Path, config: LlamaConfig, dtype: torch.dtype, tokenizers: Sequence[Path]) -> None:
+    """The files beside the weights: `model`'s config.json with the dtype, and the vocabulary and tying of `config`; its
+    generation_config.json; and the tokenizer and minillama.json of the first of `tokenizers` that has them."""
+    write_configs(directory, config, dtype)
+    raw = read_json(model / "config.json")
+    changes = {"vocab_size": config.vocab_size, "tie_word_embeddings": config.tie_embeddings}
+    changes |= {"dtype" if "dtype" in raw else "torch_dtype": str(dtype).removeprefix("torch.")}
+    write_json(directory / "config.json", raw | changes)
     for name, places in {"generation_config.json": [model], "minillama.json": tokenizers}.items():
         if found := next((place / name for place in places if (place / name).is_file()), None):
             shutil.copyfile(found, directory / name)
-    if source := next(filter(checkpoints.has_tokenizer, tokenizers), None):
-        checkpoints.copy_tokenizer(source, directory)
+    if source := next(filter(has_tokenizer, tokenizers), None):
+        copy_tokenizer(source, directory)
     else:
         print("note: none of the inputs has a tokenizer, so the output has none")
 
@@ -103,9 +102,7 @@ def write_companions(directory: Path, model: Path, changes: dict[str, int], dtyp
 @contextmanager
 def complete_or_absent(path: Path, nbytes: int, overwrite: bool) -> Iterator[Path]:
     """A directory to write `nbytes` into, which becomes `path` when the block ends well, and vanishes when it does not.
-
-    Raises UserError where `path` is in the way, another conversion is writing it, or the disk has too little room.
-    """
+    Raises UserError where `path` is in the way, another conversion is writing it, or the disk has too little room."""
     path = path.resolve()
     unfinished, aside = (path.with_name(f".{path.name}.{state}") for state in ("partial", "old"))
     try:
@@ -168,5 +165,4 @@ def write_file(path: Path, content: bytes, overwrite: bool) -> None:
         to_disk(unfinished)
         unfinished.replace(path)
     finally:
-        if unfinished.exists():
-            unfinished.unlink()
+        unfinished.unlink(missing_ok=True)

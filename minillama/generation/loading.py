@@ -10,7 +10,7 @@ from torch import nn
 
 from minillama import chat, device, ops
 from minillama.checkpoint import directory as checkpoints
-from minillama.errors import UserError, closest
+from minillama.errors import UserError, closest, read_json
 from minillama.generation.sampling import Sampling
 from minillama.generation.session import Session
 from minillama.lora import LoraLinear, load_adapter, read_adapter_config
@@ -85,5 +85,5 @@ def sample_of(model: Llama) -> str:
 def _has_chat_template(directory: Path) -> bool:
     """Do the tokenizer's files describe a conversation, as those of published chat models do?"""
     path = directory / "tokenizer_config.json"
-    described = path.is_file() and checkpoints.read_json(path, "a tokenizer config").get("chat_template")
+    described = path.is_file() and read_json(path).get("chat_template")
     return bool(described) or (directory / "chat_template.jinja").is_file()
