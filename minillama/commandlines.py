@@ -12,18 +12,17 @@ from minillama.errors import UserError
 # their name -> our key
 RENAMED = {
     "model_name_or_path": "ckpt", "load": "ckpt", "data_path": "data", "dataset": "data", "output_dir": "out_dir", "save": "out_dir",
-    "tokenizer_name_or_path": "tokenizer", "model_max_length": "max_length", "cutoff_len": "max_length",
-    "max_seq_length": "max_length", "block_size": "max_length", "seq_length": "max_length",
-    "val_size": "validation_split", "validation_split_percentage": "validation_split",
-    "validation_file": "eval_data", "lora_r": "lora_rank", "lora_target": "lora_targets", "trainable": "lora_targets",
+    "tokenizer_name_or_path": "tokenizer", "model_max_length": "max_length", "cutoff_len": "max_length", "max_seq_length": "max_length",
+    "block_size": "max_length", "seq_length": "max_length", "val_size": "validation_split", "validation_file": "eval_data",
+    "validation_split_percentage": "validation_split", "lora_r": "lora_rank", "lora_target": "lora_targets", "trainable": "lora_targets",
     "lora_target_modules": "lora_targets", "lora_modules_to_save": "modules_to_save", "adapter_name_or_path": "adapter",
     "peft_path": "adapter", "lora_load": "adapter", "evaluation_strategy": "eval_strategy", "dtype": "precision",
-    "train_iters": "max_steps",
     "micro_batch_size": "per_device_train_batch_size", "lr": "learning_rate", "min_lr": "min_learning_rate", "clip_grad": "max_grad_norm",
     "lr_decay_style": "lr_scheduler_type", "lr_warmup_fraction": "warmup_ratio", "lr_warmup_iters": "warmup_steps",
-    "adam_eps": "adam_epsilon", "log_interval": "logging_steps", "save_interval": "save_steps", "eval_interval": "eval_steps",
-    "num_layers": "n_layers", "hidden_size": "dim", "num_attention_heads": "n_heads", "num_query_groups": "n_kv_heads",
-    "ffn_hidden_size": "ffn_dim", "init_method_std": "initializer_range", "preprocessing_num_workers": "workers",
+    "train_iters": "max_steps", "adam_eps": "adam_epsilon", "log_interval": "logging_steps", "save_interval": "save_steps",
+    "eval_interval": "eval_steps", "num_layers": "n_layers", "hidden_size": "dim", "num_attention_heads": "n_heads",
+    "num_query_groups": "n_kv_heads", "ffn_hidden_size": "ffn_dim", "init_method_std": "initializer_range",
+    "preprocessing_num_workers": "workers",
 }
 # flag -> the values that mean what this program does, and why others are refused
 ONLY = {

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from minillama.commandlines import RENAMED, add_flags, settings_from
-from minillama.errors import UserError, closest
+from minillama.deepspeed import flattened
+from minillama.errors import UserError, closest, read_json
 
 PRESETS = Path(__file__).parent / "configs"
 DEVICES = ("auto", "cpu", "cuda", "npu", "mlu", "tpu")
@@ -23,8 +24,8 @@ PRECISIONS = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}  # torch
 
 def key(section: str, default: Any, help: str, choices: Sequence[Any] = (), least: int = 0, below: float = 2**63) -> Any:
     """One row of the table. choices: the only values; least: the smallest a number may be; below: what it must not reach."""
-    return dataclasses.field(default=default, metadata={"section": section, "help": help, "choices": choices, "least": least,
-                                                        "below": below})
+    rules = {"section": section, "help": help, "choices": choices, "least": least, "below": below}
+    return dataclasses.field(default=default, metadata=rules)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -225,14 +226,12 @@ def read_source(source: str) -> dict[str, Any]:
         known = list_presets()
         raise UserError(f"no preset or file {source!r}{closest(source, known)}; presets: {', '.join(known)}")
     try:
-        text = path.read_text(encoding="utf-8")
-        tree = dict(json.loads(text)) if path.suffix == ".json" else tomllib.loads(text)
-    except (TypeError, ValueError) as error:
+        tree = read_json(path) if path.suffix == ".json" else tomllib.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
         raise UserError(f"{path}: {error}") from None
     values: dict[str, Any] = {}
-    rows = [("", name, value) for name, value in tree.items() if not isinstance(value, dict)]
-    rows += [(section, name, value) for section, part in tree.items() if isinstance(part, dict) for name, value in part.items()]
-    for section, name, value in rows:
+    for dotted, value in flattened(tree).items():
+        section, _, name = dotted.rpartition(".")
         where, target = f"{path}: [{section}] {name}" if section else f"{path}: {name}", RENAMED.get(name, name)
         if target not in KEYS:
             raise UserError(f"{where}: unknown key{closest(name, KEYS)}; `train.py --help` lists every key")

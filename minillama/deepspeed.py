@@ -31,7 +31,7 @@ HARMLESS = ("steps_per_print", "wall_clock_breakdown", "zero_optimization.overla
 def read(path: Path, world_size: int) -> dict[str, Any]:
     """The settings that the file fixes. Raises UserError for what cannot be honoured, and for batch sizes that disagree."""
     raw, settings = read_json(path, "--deepspeed takes a DeepSpeed JSON file"), {}
-    for key, value in _flattened(raw).items():
+    for key, value in flattened(raw).items():
         if value == "auto" or key in HARMLESS:
             continue
         if key in MAPPED:
@@ -40,10 +40,9 @@ def read(path: Path, world_size: int) -> dict[str, Any]:
             settings["adam_beta1"], settings["adam_beta2"] = value
         elif key in ("fp16.enabled", "bf16.enabled"):
             settings |= {"precision": key[:4]} if value else {}
-        elif key not in FIXED:
-            raise UserError(f"{path}: {key} = {value!r} is not supported{closest(key, (*MAPPED, *FIXED, *HARMLESS))}")
-        elif value not in FIXED[key]:
-            raise UserError(f"{path}: {key} = {value!r} is not supported; supported: {', '.join(map(repr, FIXED[key]))}")
+        elif value not in FIXED.get(key, ()):
+            hint = f"; supported: {', '.join(map(repr, FIXED[key]))}" if key in FIXED else closest(key, (*MAPPED, *FIXED, *HARMLESS))
+            raise UserError(f"{path}: {key} = {value!r} is not supported{hint}")
     if settings.get("zero_stage", 0) > 2:
         raise UserError(f"{path}: zero_optimization.stage = {settings['zero_stage']}: weights are not sharded here; use stage 1 or 2")
     total, micro = raw.get("train_batch_size"), settings.get("per_device_train_batch_size")
@@ -54,8 +53,9 @@ def read(path: Path, world_size: int) -> dict[str, Any]:
                     f"{accumulation} × {world_size} ranks = {micro * accumulation * world_size}")
 
 
-def _flattened(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flattened(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The leaves of a tree by their dotted names."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
-        flat |= _flattened(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+        flat |= flattened(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return flat

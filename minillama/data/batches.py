@@ -11,6 +11,7 @@ out of the same global batch, so step t trains on the same tokens on any number 
 """
 
 from dataclasses import dataclass
+from functools import cache, lru_cache
 from math import ceil
 
 import numpy as np
@@ -96,25 +97,19 @@ class BatchPlan:
                  epochs: float = 1.0, max_steps: int = 0, shuffle: bool = True) -> None:
         self.pieces, self.seed, self.packing, self.shuffle = pieces, seed, packing, shuffle
         self.rows_per_step, self.rows_per_micro_batch = rows_per_step, rows_per_micro_batch
-        self._rows: tuple[int, np.ndarray, np.ndarray] | None = None  # the epoch at hand: number, order, row bounds
-        self._steps: list[int] = []                                   # of each epoch, as far as known
+        self._epoch, self._steps_of = lru_cache(maxsize=1)(self._lay_out), cache(self._count_steps)
         whole = int(epochs)
         part = ceil(round((epochs - whole) * self._steps_of(whole), 6)) if epochs > whole and not max_steps else 0
         self.total_steps = max_steps or max(1, sum(map(self._steps_of, range(whole))) + part)
 
-    def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+    def _lay_out(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """(order of the pieces, bounds of the rows in it) of an epoch."""
-        if self._rows is None or self._rows[0] != epoch:
-            n = len(self.pieces.length)
-            order = np.random.Generator(np.random.Philox(key=[self.seed, epoch])).permutation(n) if self.shuffle else np.arange(n)
-            bounds = _fill_rows(self.pieces.length[order], self.pieces.max_length) if self.packing else np.arange(n + 1)
-            self._rows = epoch, order, bounds
-        return self._rows[1:]
+        n = len(self.pieces.length)
+        order = np.random.Generator(np.random.Philox(key=[self.seed, epoch])).permutation(n) if self.shuffle else np.arange(n)
+        return order, _fill_rows(self.pieces.length[order], self.pieces.max_length) if self.packing else np.arange(n + 1)
 
-    def _steps_of(self, epoch: int) -> int:
-        while len(self._steps) <= epoch:
-            self._steps.append(ceil((len(self._epoch(len(self._steps))[1]) - 1) / self.rows_per_step))
-        return self._steps[epoch]
+    def _count_steps(self, epoch: int) -> int:
+        return ceil((len(self._epoch(epoch)[1]) - 1) / self.rows_per_step)
 
     def locate(self, step: int) -> tuple[int, int]:
         """(epoch, step within it) of a step counted from 0."""

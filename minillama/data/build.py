@@ -41,19 +41,16 @@ CHUNK_RECORDS, CHUNK_CHARACTERS = 512, 1 << 19
 def build_dataset(files: Sequence[Path | str], tokenizer: Tokenizer, prefix: Path, *, data_format: str = "auto",
                   template: str = "alpaca", append_eod: bool = True, skip_bad_records: bool = False, quiet: bool = False,
                   workers: int = 1, dataset_dir: str = "") -> dict[str, Any]:
-    """Tokenize files, folders and named data sets into the data set PREFIX; returns what PREFIX.json says.
+    """Tokenize files, folders and named data sets into the data set PREFIX; returns what PREFIX.json says, with what was left out.
 
-    That includes `documents_without_target` and `skipped_records`, what was left out and why. The same call takes up an
-    interrupted one where it stopped. Raises UserError for a malformed record unless skip_bad_records.
+    The same call takes up an interrupted one where it stopped. Raises UserError for a malformed record unless skip_bad_records.
     """
     sources = [replace(source, data_format=detect(source.path)) if source.data_format == "auto" else source
                for source in find_sources(files, data_format, dataset_dir)]
-    is_plain_text = all(source.data_format in ("text", "lines") for source in sources)
-    about = {
-        "tokenizer_sha256": tokenizer.sha256, "template": "" if is_plain_text else template, "append_eod": append_eod,
-        "sources": {str(s.path.resolve()): {"format": s.data_format, "columns": s.columns, "tags": s.tags, **_stamp(s.path),
-                                            "sha256": hash_of(s.path)} for s in sources},
-    }
+    is_plain = all(source.data_format in ("text", "lines") for source in sources)
+    made_from = {str(source.path.resolve()): {"format": source.data_format, "columns": source.columns, "tags": source.tags,
+                                              **_stamp(source.path), "sha256": hash_of(source.path)} for source in sources}
+    about = {"tokenizer_sha256": tokenizer.sha256, "template": "" if is_plain else template, "append_eod": append_eod, "sources": made_from}
     for source in sources if not quiet else ():
         print(f"{source.path}: read as {source.data_format}", file=sys.stderr)
     encode = partial(encode_records, tokenizer, template, append_eod)
@@ -64,7 +61,6 @@ def build_dataset(files: Sequence[Path | str], tokenizer: Tokenizer, prefix: Pat
                 raise UserError(f"{chunk.bad[0]}; --skip_bad_records leaves such records out")
             writer.add(chunk)
             bar.update(len(chunk.ends))
-        bar.close()
         meta = writer.finish()
     if (skipped := meta["skipped_records"]) and not quiet:
         print(f"{len(skipped)} bad records left out, listed in {prefix}.json; the first: {skipped[0]}", file=sys.stderr)
