@@ -38,7 +38,7 @@ def read_json(path: Path, remedy: str = "") -> dict[str, Any]:
 
 
 @contextmanager
-def parsing(where: Path | None = None) -> Iterator[None]:
+def parsing(where: Path | str = "") -> Iterator[None]:
     """What the body cannot read of a file becomes one line, which begins with the file."""
     place = f"{where}: " if where else ""
     try:

@@ -38,12 +38,21 @@ def open_tokenizer(path: Path | str) -> "Tokenizer":
     return JsonTokenizer(path) if path.suffix == ".json" else SentencePieceTokenizer(path)
 
 
+FOREIGN = {  # how a file begins that is no SentencePiece model, and what it is instead
+    rb"\Z": "the file is empty; download it again",
+    rb"version https://git-lfs": "a git-lfs pointer, not the file; run `git lfs pull` or download it again",
+    rb"\s*[<{]": "a web page or JSON, not a SentencePiece model; download the file itself",
+    rb"[A-Za-z0-9+/]+=* 0\n": "Meta's tiktoken format (LLaMA 3), not SentencePiece; use the Hugging Face tokenizer.json instead",
+}
+
+
 class SentencePieceTokenizer:
     """A LLaMA `tokenizer.model`. Equals transformers' slow LlamaTokenizer on plain text."""
 
     def __init__(self, path: Path) -> None:
         raw = path.read_bytes()
-        _refuse_other_formats(path, raw)
+        if reason := next((reason for start, reason in FOREIGN.items() if re.match(start, raw)), ""):
+            raise UserError(f"{path}: {reason}")
         try:
             self.model = sentencepiece.SentencePieceProcessor(model_proto=raw)
         except RuntimeError as error:
@@ -161,17 +170,6 @@ class Stream:
             self.ids = self.ids[self.known:]
         self.known = len(self.ids)
         return text
-
-
-def _refuse_other_formats(path: Path, raw: bytes) -> None:
-    if not raw:
-        raise UserError(f"{path}: the file is empty; download it again")
-    if raw.startswith(b"version https://git-lfs"):
-        raise UserError(f"{path}: a git-lfs pointer, not the file; run `git lfs pull` or download it again")
-    if raw.lstrip()[:1] in (b"<", b"{"):
-        raise UserError(f"{path}: a web page or JSON, not a SentencePiece model; download the file itself")
-    if re.match(rb"[A-Za-z0-9+/]+=* 0\n", raw):
-        raise UserError(f"{path}: Meta's tiktoken format (LLaMA 3), not SentencePiece; use the Hugging Face tokenizer.json instead")
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> bytes:

@@ -9,9 +9,6 @@ long one. Left out on purpose: guessing. A file whose first record fits no forma
 
 A JSON array is the awkward container: Python's parser wants all of it. Here a window slides over the file; the parser takes a
 record and the mark behind it off its front, and when the window ends before that mark, it grows.
-
-    [ {"instruction": …}, {"instruction": …}, {"instr      window
-      └── taken ────────┘ └─ next ──────────┘ └─ needs the next block
 """
 
 import json
@@ -168,15 +165,14 @@ CONTAINERS = {"array": _array, "jsonl": _json_lines, "parquet": _parquet, "lines
 
 def detect(path: Path) -> str:
     """The format of a file, from its first record: alpaca, sharegpt, moss or text."""
-    _, record = next(read_records(Source(path), in_parts=True))
+    place, record = next(read_records(Source(path), in_parts=True))
     if isinstance(record, UserError):
-        raise record
+        raise UserError(f"{path}: {place}: {record}")
     if isinstance(record, (str, Part)):
         return "text"
     keys = set(record) if isinstance(record, dict) else set()
-    for name, needed in KEYS.items():
-        if keys.issuperset(needed):
-            return name
+    if known := [name for name, needed in KEYS.items() if keys.issuperset(needed)]:
+        return known[0]
     shown = ", ".join(sorted(map(str, keys))) or type(record).__name__
     raise UserError(f"{path}: its first record ({shown}) is of no known format; expected instruction and output (alpaca), "
                     f"conversations (sharegpt), chat (moss) or text")

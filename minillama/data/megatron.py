@@ -44,8 +44,7 @@ class MegatronDataset(Dataset):
         self.tokens, ends, doc_idx = read_indexed(self.prefix)
         self.offsets = ends[doc_idx]
         blocks = [slice(i, i + BLOCK) for i in range(0, len(self.tokens), BLOCK)]
-        largest = max(int(self.tokens[block].max()) for block in blocks)
-        if largest >= vocab_size:
+        if (largest := max(int(self.tokens[block].max()) for block in blocks)) >= vocab_size:
             raise UserError(f"{self.prefix}.bin: token id {largest} is beyond the vocabulary of {vocab_size}; it needs its own tokenizer")
         if self.prefix.name.endswith(IDS):
             labels_part = self.prefix.with_name(self.prefix.name.removesuffix(IDS) + LABELS)

@@ -82,7 +82,7 @@ def _entry(info_path: Path, name: str, entry: dict[str, Any]) -> Source:
 
 def _read_info(path: Path) -> dict[str, Any]:
     info = read_json(path)
-    if not isinstance(info, dict) or not all(isinstance(entry, dict) for entry in info.values()):
+    if not all(isinstance(entry, dict) for entry in info.values()):
         raise UserError(f"{path}: expected an object that maps data set names to objects")
     return info
 
