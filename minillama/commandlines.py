@@ -4,7 +4,6 @@ Each of their flags is one of three things here: another name for a key of ours;
 only those are what this program does; or one that changes no result. Any other flag is unknown, and said to be.
 """
 
-import argparse
 from typing import Any
 
 from minillama.errors import UserError
@@ -58,12 +57,6 @@ CONVERSION = {
     "merge_lora": {"base_model": "base", "lora_model": "lora", "output_type": "format", "output_dir": "output"},
     "meta": {"input_dir": "input", "output_dir": "output"},
 }
-
-
-def add_flags(parser: argparse.ArgumentParser) -> None:
-    """Accept the flags of the other systems that are not just other names; they are left out of `--help`."""
-    for flag in (*ONLY, *HARMLESS):
-        parser.add_argument(f"--{flag}", nargs="*", help=argparse.SUPPRESS)
 
 
 def settings_from(flags: dict[str, Any]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from minillama.commandlines import RENAMED, add_flags, settings_from
+from minillama.commandlines import HARMLESS, ONLY, RENAMED, settings_from
 from minillama.deepspeed import flattened
 from minillama.errors import UserError, closest, read_json
 
@@ -201,7 +201,8 @@ def add_keys(parser: Parser) -> None:
                                      help=f"{help}{named} [{shown}]".replace("%", "%%"))
     for flag in ("fp16", "bf16"):
         groups["train"].add_argument(f"--{flag}", **BOOLEAN, help=f"precision {flag}")
-    add_flags(parser)
+    for flag in (*ONLY, *HARMLESS):
+        parser.add_argument(f"--{flag}", nargs="*", help=argparse.SUPPRESS)
 
 
 def resolve(source: str, flags: dict[str, Any]) -> Settings:

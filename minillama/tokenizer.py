@@ -204,10 +204,8 @@ def merge_vocabularies(base: Path, added: Path) -> bytes:
 
 def _read_varint(message: bytes, at: int) -> tuple[int, int]:
     """A number in groups of seven bits, the lowest first, and the position behind it."""
-    value = shift = 0
-    while message[at] > 127:
-        value, shift, at = value | (message[at] & 127) << shift, shift + 7, at + 1
-    return value | message[at] << shift, at + 1
+    behind = next(i for i in range(at, len(message)) if message[i] < 128) + 1
+    return sum((byte & 127) << 7 * i for i, byte in enumerate(message[at:behind])), behind
 
 
 def _varint(value: int) -> bytes:

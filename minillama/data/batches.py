@@ -52,7 +52,11 @@ class Pieces:
             start, end = np.repeat(start, counts) + inner * max_length, np.repeat(end, counts)
         stop = np.minimum(end, start + max_length)
         behind = np.minimum(end, stop + (dataset.mask is None))  # of the last token that is predicted
-        targets = _count_targets(dataset.mask, start + 1, behind)
+        targets = behind - start - 1
+        if dataset.mask is not None:
+            padded = np.append(dataset.mask, np.uint8(0))  # reduceat wants every bound inside
+            sums = np.add.reduceat(padded, np.stack((start + 1, behind), axis=1).ravel(), dtype=np.int64)[::2]
+            targets = np.where(targets > 0, sums, 0)
         kept = targets > 0
         self.start, self.length, self.behind, self.targets = start[kept], (stop - start)[kept], behind[kept], targets[kept]
         self.left_out = int((~kept).sum())
@@ -79,15 +83,6 @@ class Pieces:
             tokens.append(ids[:length])
             labels.append(label)
         return Batch(np.concatenate(tokens), np.concatenate(labels), self.length[chosen].tolist())
-
-
-def _count_targets(mask: np.ndarray | None, first: np.ndarray, behind: np.ndarray) -> np.ndarray:
-    """How many tokens are trained on in each stretch first:behind."""
-    if mask is None:
-        return behind - first
-    padded = np.append(mask, np.uint8(0))  # reduceat wants every bound inside
-    sums = np.add.reduceat(padded, np.stack((first, behind), axis=1).ravel(), dtype=np.int64)[::2]
-    return np.where(behind > first, sums, 0)
 
 
 class BatchPlan:
@@ -135,11 +130,9 @@ class BatchPlan:
 
 def _fill_rows(lengths: np.ndarray, max_length: int) -> np.ndarray:
     """Bounds of rows that take the pieces in order while they fit: row r is pieces bounds[r] to bounds[r + 1]."""
-    ends = lengths.cumsum()
-    bounds = [0]
+    starts, bounds = np.append(0, lengths.cumsum()), [0]
     while bounds[-1] < len(lengths):
-        used = ends[bounds[-1] - 1] if bounds[-1] else 0
-        bounds.append(int(np.searchsorted(ends, used + max_length, side="right")))
+        bounds.append(int(np.searchsorted(starts, starts[bounds[-1]] + max_length, side="right")) - 1)
     return np.asarray(bounds)
 
 

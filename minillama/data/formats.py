@@ -14,9 +14,9 @@ record and the mark behind it off its front, and when the window ends before tha
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, NamedTuple, TextIO
 
 from minillama.chat import Conversation, Turn
 from minillama.data.sources import Source
@@ -25,8 +25,7 @@ from minillama.errors import UserError
 BLOCK = 1 << 18  # characters read at a time
 
 
-@dataclass(frozen=True)
-class Part:
+class Part(NamedTuple):
     """A stretch of a long text, cut after a line break."""
 
     text: str

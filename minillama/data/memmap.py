@@ -18,7 +18,6 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from io import FileIO
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
@@ -122,11 +121,10 @@ class Writer:
             os.replace(self._partial(part), f"{self.prefix}.{part}")
         return self.meta
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if kind is None or issubclass(kind, UserError):
-            for part in (*PARTS, "json"):
-                self._partial(part).unlink(missing_ok=True)
-        self._partial("lock").unlink(missing_ok=True)
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        ended = kind is None or issubclass(kind, UserError)
+        for part in (*PARTS, "json", "lock") if ended else ("lock",):
+            self._partial(part).unlink(missing_ok=True)
         for file in self.files.values():
             file.close()
 

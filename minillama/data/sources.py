@@ -42,10 +42,9 @@ def _find(name: str, info_path: Path) -> list[Source]:
     if path.is_file():
         return [_described(path)]
     if path.is_dir():
-        inside = [_described(file) for file in sorted(path.iterdir()) if file.suffix in SUFFIXES and file.name != INFO]
-        if not inside:
-            raise UserError(f"{path}: the folder holds no {', '.join(SUFFIXES)} file")
-        return inside
+        if inside := [file for file in sorted(path.iterdir()) if file.suffix in SUFFIXES and file.name != INFO]:
+            return [_described(file) for file in inside]
+        raise UserError(f"{path}: the folder holds no {', '.join(SUFFIXES)} file")
     if Path(f"{path}.bin").is_file():
         raise UserError(f"{path}: a tokenized data set; give it alone, not among raw files")
     if not info_path.is_file():
