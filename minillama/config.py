@@ -109,18 +109,14 @@ class Settings:
     bucket_elements: int = key("parallel", 10_000_000, "gradient elements reduced at a time", least=1)
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            value, choices = getattr(self, field.name), [str(one) for one in field.metadata["choices"]]
-            least, below = field.metadata["least"], field.metadata["below"]
-            if choices and str(value) not in choices:
-                raise UserError(f"{field.name} = {value!r}{closest(str(value), choices)}; choose one of: {', '.join(choices)}")
+        for name, value in vars(self).items():
+            choices, least, below = (KEYS[name].metadata[rule] for rule in ("choices", "least", "below"))
+            if choices and value not in choices:
+                known = list(map(str, choices))
+                raise UserError(f"{name} = {value!r}{closest(str(value), known)}; choose one of: {', '.join(known)}")
             if isinstance(value, (int, float)) and not least <= value < below:
-                raise UserError(f"{field.name} = {value}: must {f'be at least {least}' if least else 'not be negative'}, and be "
+                raise UserError(f"{name} = {value}: must {f'be at least {least}' if least else 'not be negative'}, and be "
                                 f"{'finite' if below == 2**63 else f'below {below}'}")
-
-    @property
-    def lora_scale_alpha(self) -> float:
-        return self.lora_alpha or 2.0 * self.lora_rank
 
 
 KEYS = {field.name: field for field in dataclasses.fields(Settings)}

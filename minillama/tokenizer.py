@@ -14,7 +14,6 @@ a text's ids are its words' ids laid end to end, and a word seen before is looke
 
 import hashlib
 import io
-import json
 import re
 from collections.abc import Iterable
 from itertools import chain
@@ -22,7 +21,7 @@ from pathlib import Path
 
 import sentencepiece
 
-from minillama.errors import UserError
+from minillama.errors import UserError, read_json
 
 
 def open_tokenizer(path: Path | str) -> "Tokenizer":
@@ -131,7 +130,7 @@ class JsonTokenizer:
         self.path, self.sha256 = path, hashlib.sha256(path.read_bytes()).hexdigest()
         self.size = self.model.get_vocab_size(with_added_tokens=True)
         config = path.with_name("tokenizer_config.json")
-        claimed = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
+        claimed = read_json(config) if config.is_file() else {}
         named = (claimed.get(f"{name}_token") or "" for name in ("bos", "eos"))
         self.bos_id, self.eos_id = (self.model.token_to_id(token["content"] if isinstance(token, dict) else token) for token in named)
 

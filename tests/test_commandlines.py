@@ -10,6 +10,7 @@ import pytest
 
 from minillama import building, deepspeed, device
 from minillama.errors import UserError
+from minillama.estimate import lora_config
 from minillama.lora import LoraConfig, add_lora, save_adapter
 from tests.conftest import random_model
 
@@ -97,7 +98,7 @@ def test_a_preset_says_what_the_command_it_comes_from_says(preset, text, tmp_pat
     ours, theirs = PARSE(["--config", preset])[0], resolved(text, tmp_path, tmp_path)
     other = {name for name, value in asdict(ours).items() if value != getattr(theirs, name)}
     assert other <= {"model", "ckpt", "data", "out_dir", "zero_stage", "max_length", "template", "plot_loss", "lora_alpha"}
-    assert ours.lora_scale_alpha == theirs.lora_scale_alpha
+    assert lora_config(ours).alpha == lora_config(theirs).alpha
 
 
 @pytest.mark.parametrize(("flags", "expected"), [

@@ -131,9 +131,8 @@ def open_data(paths: Sequence[str], tokenizer: Tokenizer, cache_dir: str, *, dat
               workers: int = 1, dataset_dir: str = "") -> Dataset:
     """Open a data set made by `convert.py data` or AscendSpeed, or tokenize raw files into the cache, once.
 
-    template: the one asked for; empty: the data set's own, or `default_template` for raw files. The cache is keyed by the files,
-    the tokenizer and the options. Raises UserError for a set that is damaged, was made with another tokenizer or template, or
-    from a file that has changed since.
+    template: the one asked for; empty: the data set's own, or `default_template` for raw files. Raises UserError for a set that is
+    damaged, was made with another tokenizer or template, or from a file that has changed since.
     """
     if len(paths) == 1 and find_part(paths[0]):
         return MegatronDataset(paths[0], tokenizer.size)
