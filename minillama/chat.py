@@ -49,11 +49,6 @@ class Conversation:
     system: str = ""  # empty: the template's own
 
 
-def prompt(template: str, text: str, system: str = "") -> list[Piece]:
-    """The pieces of a single open question."""
-    return render(template, Conversation((Turn(text, None),), system))
-
-
 def render(template: str, conversation: Conversation) -> list[Piece]:
     """The pieces of a conversation in the named template. Raises UserError for an unknown name."""
     return list(find_template(template)(conversation))

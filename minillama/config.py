@@ -126,7 +126,6 @@ class Parser(argparse.ArgumentParser):
     """argparse with this project's manners: `-` and `_` alike in flags, no abbreviations, mistakes as one UserError line."""
 
     def __init__(self, renamed: dict[str, str] | None = None, **settings: Any) -> None:
-        """renamed: flags of other systems -> ours, by name."""
         self.renamed = dict(renamed or {})
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **settings)
 

@@ -12,13 +12,18 @@ out of the same global batch, so step t trains on the same tokens on any number 
 
 from dataclasses import dataclass
 from functools import cache, lru_cache
+from itertools import groupby, pairwise
 from math import ceil
+from operator import itemgetter
 
 import numpy as np
 
 from minillama.data.memmap import MOST_WITHOUT_TARGET, Dataset
 from minillama.errors import UserError
 from minillama.ops.reference import IGNORE
+from minillama.tokenizer import Stream, Tokenizer
+
+SHOWN = 8  # documents of a batch
 
 
 @dataclass(frozen=True)
@@ -143,3 +148,24 @@ def split_documents(count: int, fraction: float, seed: int) -> tuple[np.ndarray,
         raise UserError(f"validation_split = {fraction} of {count} documents leaves none to train on")
     order = np.random.Generator(np.random.Philox(key=[seed, 2**32])).permutation(count)
     return np.sort(order[held_out:]), np.sort(order[:held_out])
+
+
+def show_batch(tokenizer: Tokenizer, batch: Batch, color: bool = False) -> str:
+    """The batch's first documents as text, a paragraph each, and its totals: the shortest way to see a wrong template or mask.
+
+    What is trained on is marked, by ⟦ ⟧ or by colour, and control tokens are shown by name: `### Response:⟦ Paris</s>⟧`.
+    """
+    before, after = ("\033[32m", "\033[0m") if color else ("⟦", "⟧")
+    names = {tokenizer.bos_id: "<s>", tokenizer.eos_id: "</s>"}
+    paragraphs = []
+    for number, (start, end) in enumerate(pairwise(np.cumsum([0, *batch.lengths[:SHOWN]])), 1):
+        trained = [False, *(batch.labels[start:end - 1] >= 0).tolist()]
+        stream, text = Stream(tokenizer), ""
+        for is_trained, run in groupby(zip(trained, batch.tokens[start:end].tolist(), strict=True), key=itemgetter(0)):
+            part = "".join(names.get(token) or stream.push(token) for _, token in run)
+            text += f"{before}{part}{after}" if is_trained else part
+        paragraphs.append(f"--- document {number}: {end - start} tokens, {sum(trained)} trained on\n{text}{stream.flush()}")
+    if len(batch.lengths) > SHOWN:
+        paragraphs.append(f"--- and {len(batch.lengths) - SHOWN} more")
+    total = f"{len(batch.lengths)} documents, {len(batch.tokens)} tokens, {batch.targets} trained on"
+    return "\n".join([*paragraphs, f"--- batch: {total} ({batch.targets / max(1, len(batch.tokens)):.0%})"])

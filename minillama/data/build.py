@@ -19,7 +19,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import replace
 from functools import partial
 from itertools import islice
-from multiprocessing import get_context, parent_process
+from multiprocessing import parent_process
 from pathlib import Path
 from typing import Any
 
@@ -99,8 +99,7 @@ def in_order(work: Callable[[Records], Chunk], chunks: Iterable[Records], worker
     if workers < 2:
         yield from map(work, chunks)
         return
-    context = get_context("fork" if sys.platform == "linux" else "spawn")
-    with ProcessPoolExecutor(workers, context, _begin, (work,)) as pool:
+    with ProcessPoolExecutor(workers, initializer=_begin, initargs=(work,)) as pool:
         queue: deque[Future[Chunk]] = deque()
         for chunk in chunks:
             queue.append(pool.submit(_work_on, chunk))

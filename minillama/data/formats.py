@@ -268,7 +268,6 @@ def _ascend(record: dict[str, Any], source: Source) -> list[Document]:
 
 
 def _text(record: dict[str, Any], source: Source) -> list[Document]:
-    """A row with the column `text`."""
     return [_text_of(record, source.columns.get("prompt", "text"))]
 
 
