@@ -78,16 +78,14 @@ class Pieces:
 
     def batch(self, chosen: np.ndarray) -> Batch:
         """The pieces of these numbers, end to end."""
-        tokens, labels = [], []
-        for start, length, behind in zip(self.start[chosen], self.length[chosen], self.behind[chosen], strict=True):
-            ids = np.asarray(self.dataset.tokens[start:behind], np.int64)
-            label = np.full(length, IGNORE)
-            label[:len(ids) - 1] = ids[1:]
-            if self.dataset.mask is not None:
-                label[:-1][self.dataset.mask[start + 1:behind] == 0] = IGNORE
-            tokens.append(ids[:length])
-            labels.append(label)
-        return Batch(np.concatenate(tokens), np.concatenate(labels), self.length[chosen].tolist())
+        start, length, behind = self.start[chosen], self.length[chosen], self.behind[chosen]
+        here = np.arange(length.sum()) + np.repeat(start + length - length.cumsum(), length)  # each token's place in the data set
+        after = np.minimum(here + 1, len(self.dataset.tokens) - 1)
+        trained = here + 1 < np.repeat(behind, length)
+        if self.dataset.mask is not None:
+            trained &= self.dataset.mask[after] != 0
+        tokens, following = (self.dataset.tokens[places].astype(np.int64) for places in (here, after))
+        return Batch(tokens, np.where(trained, following, IGNORE), length.tolist())
 
 
 class BatchPlan:

@@ -31,8 +31,6 @@ class Source:
 
 def find_sources(names: Sequence[str | Path], data_format: str = "auto", dataset_dir: str | Path = "") -> list[Source]:
     """The sources of files, folders and data set names. An explicit `data_format` wins over what dataset_info.json says."""
-    if not names:
-        raise UserError("no data: name files, folders, or a tokenized data set")
     found = [source for name in names for source in _find(str(name), Path(dataset_dir) / INFO)]
     return found if data_format == "auto" else [replace(source, data_format=data_format) for source in found]
 
