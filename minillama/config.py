@@ -128,6 +128,7 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, renamed: dict[str, str] | None = None, **settings: Any) -> None:
         self.renamed = dict(renamed or {})
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **settings)
+        self.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> tuple[Any, list[str]]:
         return super().parse_known_args([_our_flag(word, self.renamed) for word in args or ()], namespace)
@@ -157,7 +158,6 @@ class Parser(argparse.ArgumentParser):
         add("--device", default="auto", choices=DEVICES, help="[auto]")
         add("--dtype", default="float32", choices=tuple(PRECISIONS), help="[float32]")
         add("--ops", default="", metavar="FORM", help="forms of the ops: reference, fused, auto, …, or some: attention=reference")
-        add("--debug", action="store_true", help="show the traceback of an error")
 
 
 def _our_flag(word: str, renamed: dict[str, str]) -> str:

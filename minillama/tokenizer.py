@@ -27,14 +27,12 @@ from minillama.errors import UserError, read_json
 def open_tokenizer(path: Path | str) -> "Tokenizer":
     """Open a tokenizer.model or tokenizer.json, given as the file or the checkpoint directory that holds one."""
     path = Path(path)
-    if path.is_dir():
-        found = [path / name for name in ("tokenizer.model", "tokenizer.json") if (path / name).is_file()]
-        if not found:
-            raise UserError(f"{path}: holds no tokenizer.model or tokenizer.json; name one with --tokenizer FILE")
-        path = found[0]
-    if not path.is_file():
-        raise UserError(f"{path}: no such tokenizer file")
-    return JsonTokenizer(path) if path.suffix == ".json" else SentencePieceTokenizer(path)
+    names = ("tokenizer.model", "tokenizer.json")
+    found = next((file for file in [path, *(path / name for name in names)] if file.is_file()), None)
+    if found is None:
+        lacks = f"holds no {' or '.join(names)}; name one with --tokenizer FILE" if path.is_dir() else "no such tokenizer file"
+        raise UserError(f"{path}: {lacks}")
+    return JsonTokenizer(found) if found.suffix == ".json" else SentencePieceTokenizer(found)
 
 
 FOREIGN = {  # how a file begins that is no SentencePiece model, and what it is instead
@@ -102,9 +100,8 @@ class WordIds(dict[str, tuple[int, ...]]):
 def _splits_at_words(model: sentencepiece.SentencePieceProcessor) -> bool:
     """Is a text's encoding its words' encodings? Asks for text taken as it is, bytes for what has no piece, no piece over a gap."""
     probe, line_break = "A  b\n \tﬁ Ａ½ ", model.encode("\n")
-    if model.normalize(probe) != "▁" + probe.replace(" ", "▁") or len(line_break) != 2 or not model.is_byte(line_break[1]):
-        return False
-    return not any("\n" in piece or "▁" in piece.lstrip("▁") for piece in _pieces(model))
+    is_kept = model.normalize(probe) == "▁" + probe.replace(" ", "▁") and len(line_break) == 2 and model.is_byte(line_break[1])
+    return is_kept and not any("\n" in piece or "▁" in piece.lstrip("▁") for piece in _pieces(model))
 
 
 def _pieces(model: sentencepiece.SentencePieceProcessor) -> list[str]:
@@ -177,8 +174,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> bytes:
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(texts), model_writer=model, vocab_size=vocab_size, model_type="bpe", byte_fallback=True,
         split_digits=True, allow_whitespace_only_pieces=True, normalization_rule_name="identity", remove_extra_whitespaces=False,
-        hard_vocab_limit=False, num_threads=1, minloglevel=2,
-    )
+        hard_vocab_limit=False, num_threads=1, minloglevel=2)
     return model.getvalue()
 
 

@@ -227,8 +227,7 @@ def _sharegpt(record: dict[str, Any], source: Source) -> list[Document]:
     for number, (role, _) in enumerate(said):
         expected = tag["assistant_tag"] if number % 2 else tag["user_tag"]
         if role != expected:
-            turn = len(messages) - len(said) + number + 1
-            raise UserError(f"turn {turn} is from {role!r}, expected {expected!r}: the two alternate")
+            raise UserError(f"turn {len(messages) - len(said) + number + 1} is from {role!r}, expected {expected!r}: the two alternate")
     if len(said) < 2:
         raise UserError(f"{name['messages']!r} holds no question with an answer")
     texts = [text for _, text in said]  # a last question without an answer teaches nothing
