@@ -48,8 +48,8 @@ def build_dataset(files: Sequence[Path | str], tokenizer: Tokenizer, prefix: Pat
     sources = [replace(source, data_format=detect(source.path)) if source.data_format == "auto" else source
                for source in find_sources(files, data_format, dataset_dir)]
     is_plain = all(source.data_format in ("text", "lines") for source in sources)
-    made_from = {str(source.path.resolve()): {"format": source.data_format, "columns": source.columns, "tags": source.tags,
-                                              **_stamp(source.path), "sha256": hash_of(source.path)} for source in sources}
+    made_from = {str(source.path.resolve()): {"format": source.data_format, "columns": source.columns, **_stamp(source.path),
+                                              "sha256": hash_of(source.path)} for source in sources}
     about = {"tokenizer_sha256": tokenizer.sha256, "template": "" if is_plain else template, "append_eod": append_eod, "sources": made_from}
     for source in sources if not quiet else ():
         print(f"{source.path}: read as {source.data_format}", file=sys.stderr)
@@ -169,6 +169,6 @@ def _stamp(path: Path) -> dict[str, int]:
 def _cache_prefix(sources: list[Source], tokenizer: Tokenizer, cache_dir: str, options: dict[str, Any]) -> Path:
     """Where the cache of these sources stands: a changed file, tokenizer or option is another place."""
     folder = Path(cache_dir or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minillama")
-    state = [(str(source.path.resolve()), source.columns, source.tags, _stamp(source.path)) for source in sources]
+    state = [(str(source.path.resolve()), source.columns, _stamp(source.path)) for source in sources]
     key = json.dumps([state, tokenizer.sha256, options], sort_keys=True)
     return folder / f"{sources[0].path.stem}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"

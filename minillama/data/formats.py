@@ -39,8 +39,8 @@ Document = Conversation | str | Part
 KEYS = {"alpaca": ("instruction", "output"), "sharegpt": ("conversations",), "moss": ("chat",), "text": ("text",)}
 # LLaMA-Factory's words for columns and tags, and what they are called where dataset_info.json says nothing.
 COLUMNS = {"prompt": "instruction", "query": "input", "response": "output", "history": "history", "system": "system",
-           "messages": "conversations"}
-TAGS = {"role_tag": "from", "content_tag": "value", "user_tag": "human", "assistant_tag": "gpt", "system_tag": ""}
+           "messages": "conversations", "role_tag": "from", "content_tag": "value", "user_tag": "human", "assistant_tag": "gpt",
+           "system_tag": ""}
 
 
 class BadRecord(UserError):
@@ -215,17 +215,17 @@ def _alpaca(record: dict[str, Any], source: Source) -> list[Document]:
 
 def _sharegpt(record: dict[str, Any], source: Source) -> list[Document]:
     """{conversations: [{from: human|gpt, value}, …]}: FastChat. What stands before the first human turn is dropped."""
-    name, tag = COLUMNS | source.columns, TAGS | source.tags
+    name = COLUMNS | source.columns
     messages = record.get(name["messages"])
     if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
         raise UserError(f"{name['messages']!r} is {'missing' if messages is None else 'not a list of messages'}")
-    said = [(_text_of(message, tag["role_tag"]), _text_of(message, tag["content_tag"])) for message in messages]
+    said = [(_text_of(message, name["role_tag"]), _text_of(message, name["content_tag"])) for message in messages]
     system = _text_of(record, name["system"], "")
-    if said and said[0][0] != tag["user_tag"]:
+    if said and said[0][0] != name["user_tag"]:
         role, text = said.pop(0)
-        system = text if role == tag["system_tag"] else system
+        system = text if role == name["system_tag"] else system
     for number, (role, _) in enumerate(said):
-        expected = tag["assistant_tag"] if number % 2 else tag["user_tag"]
+        expected = name["assistant_tag"] if number % 2 else name["user_tag"]
         if role != expected:
             raise UserError(f"turn {len(messages) - len(said) + number + 1} is from {role!r}, expected {expected!r}: the two alternate")
     if len(said) < 2:

@@ -21,12 +21,11 @@ INFO = "dataset_info.json"
 
 @dataclass(frozen=True)
 class Source:
-    """A file, how to read it, and the names of its columns and tags, in LLaMA-Factory's words, where they are not the usual."""
+    """A file, how to read it, and what its columns and tags are called, by LLaMA-Factory's words, where it is not the usual."""
 
     path: Path
     data_format: str = "auto"
     columns: dict[str, str] = field(default_factory=dict)
-    tags: dict[str, str] = field(default_factory=dict)
 
 
 def find_sources(names: Sequence[str | Path], data_format: str = "auto", dataset_dir: str | Path = "") -> list[Source]:
@@ -73,8 +72,8 @@ def _entry(info_path: Path, name: str, entry: dict[str, Any]) -> Source:
         raise UserError(f"{info_path}: {name} is {kind}; known are alpaca and sharegpt, for supervised training")
     if sha1 and (found := hash_of(path, "sha1")) != sha1:
         raise UserError(f"{path}: its sha1 is {found}, {info_path} says {sha1} for {name}; get the file again")
-    columns = {"history": "", "system": ""} | {key: value or "" for key, value in entry.get("columns", {}).items()}
-    return Source(path, formatting, columns, entry.get("tags", {}))
+    named = {word: given or "" for part in ("columns", "tags") for word, given in entry.get(part, {}).items()}
+    return Source(path, formatting, {"history": "", "system": ""} | named)
 
 
 def _read_info(path: Path) -> dict[str, Any]:
