@@ -112,8 +112,8 @@ class Settings:
         for name, value in vars(self).items():
             choices, least, below = (KEYS[name].metadata[rule] for rule in ("choices", "least", "below"))
             if choices and value not in choices:
-                known = list(map(str, choices))
-                raise UserError(f"{name} = {value!r}{closest(str(value), known)}; choose one of: {', '.join(known)}")
+                hint = closest(str(value), map(str, choices))
+                raise UserError(f"{name} = {value!r}{hint}; choose one of: {', '.join(map(str, choices))}")
             if isinstance(value, (int, float)) and not least <= value < below:
                 raise UserError(f"{name} = {value}: must {f'be at least {least}' if least else 'not be negative'}, and be "
                                 f"{'finite' if below == 2**63 else f'below {below}'}")
@@ -131,7 +131,7 @@ class Parser(argparse.ArgumentParser):
         self.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> tuple[Any, list[str]]:
-        return super().parse_known_args([_our_flag(word, self.renamed) for word in args or ()], namespace)
+        return super().parse_known_args([_ours(word, self.renamed) if word.startswith("--") else word for word in args or ()], namespace)
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
         found, unknown = self.parse_known_args(args, namespace)
@@ -160,9 +160,7 @@ class Parser(argparse.ArgumentParser):
         add("--ops", default="", metavar="FORM", help="forms of the ops: reference, fused, auto, …, or some: attention=reference")
 
 
-def _our_flag(word: str, renamed: dict[str, str]) -> str:
-    if not word.startswith("--"):
-        return word
+def _ours(word: str, renamed: dict[str, str]) -> str:
     flag, equals, value = word[2:].partition("=")
     name = flag.replace("-", "_")
     return f"--{renamed.get(name, name)}{equals}{value}"

@@ -150,8 +150,10 @@ def test_what_cannot_be_honoured_is_refused_by_name(flags, named):
 @pytest.mark.parametrize(("change", "named"), [
     ({"zero_optimization": {"stage": 3}}, "weights are not sharded here"),
     ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}, "offload_optimizer.device = 'cpu'"),
-    ({"zero_optimisation": {"stage": 2}}, "zero_optimisation.stage = 2 is not supported .did you mean 'zero_optimization.stage'"),
-    ({"optimizer": {"type": "Lamb"}}, "optimizer.type = 'Lamb'"),
+    ({"zero_optimisation": {"stage": 2}}, "zero_optimisation.stage = 2: not supported .did you mean 'zero_optimization.stage'"),
+    ({"optimizer": {"type": "Lamb"}}, "optimizer.type = 'Lamb': not supported; supported: 'Adam', 'AdamW'"),
+    ({"zero_optimization": {"stage": "two"}}, "zero_optimization.stage = 'two': a value is wrong"),
+    ({"optimizer": {"params": {"betas": 0.9}}}, "optimizer.params.betas = 0.9: a value is wrong"),
     ({"train_batch_size": 100, "train_micro_batch_size_per_gpu": 8, "gradient_accumulation_steps": 2},
      "100 is not .*8 × .*2 × 4 ranks = 64"),
 ])
