@@ -26,8 +26,7 @@ from minillama.errors import UserError, read_json
 
 def open_tokenizer(path: Path | str) -> "Tokenizer":
     """Open a tokenizer.model or tokenizer.json, given as the file or the checkpoint directory that holds one."""
-    path = Path(path)
-    names = ("tokenizer.model", "tokenizer.json")
+    path, names = Path(path), ("tokenizer.model", "tokenizer.json")
     found = next((file for file in [path, *(path / name for name in names)] if file.is_file()), None)
     if found is None:
         lacks = f"holds no {' or '.join(names)}; name one with --tokenizer FILE" if path.is_dir() else "no such tokenizer file"
