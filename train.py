@@ -30,7 +30,6 @@ def parse(arguments: list[str]) -> tuple[config.Settings, object]:
     add("--world_size", type=int, default=os.environ.get("WORLD_SIZE", "1"), metavar="N", help="with --dry_run: plan for N ranks")
     add("--overwrite_output_dir", **config.BOOLEAN, default=False, help="empty out_dir first")
     add("--deepspeed", default="", metavar="FILE", help="take settings from a DeepSpeed JSON file")
-    add("--debug", action="store_true", help="show the traceback of an error")
     config.add_keys(parser)
     found = parser.parse_args(arguments)
     if found.world_size < 1:

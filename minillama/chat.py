@@ -1,7 +1,7 @@
 """Prompt templates: a conversation becomes pieces, and every piece knows whether it is trained on.
 
 A model tuned on one layout of a conversation answers worse in any other, and a label mask found by searching rendered text for
-"ASSISTANT:" goes wrong in silence. So a template is a function that returns pieces in order; ids and labels are made from them
+"ASSISTANT:" goes wrong in silence. So a template is a function that yields pieces in order; ids and labels are made from them
 side by side (`data.encode`), and generation uses the same function with the last answer left open.
 
     vicuna_v1.1    BOS | A chat … USER: Hi ASSISTANT: | Hello | EOS | USER: Bye ASSISTANT: | Goodbye | EOS
@@ -13,7 +13,7 @@ reference counts it on: that decides whether a prompt, left open, is the beginni
 of their own, added by id: no text can produce one.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -49,17 +49,12 @@ class Conversation:
     system: str = ""  # empty: the template's own
 
 
-def prompt(template: str, text: str, system: str = "") -> list[Piece]:
-    """The pieces of a single open question."""
-    return render(template, Conversation((Turn(text, None),), system))
-
-
 def render(template: str, conversation: Conversation) -> list[Piece]:
     """The pieces of a conversation in the named template. Raises UserError for an unknown name."""
-    return find_template(template)(conversation)
+    return list(find_template(template)(conversation))
 
 
-def find_template(name: str) -> Callable[[Conversation], list[Piece]]:
+def find_template(name: str) -> Callable[[Conversation], Iterator[Piece]]:
     if name not in TEMPLATES:
         raise UserError(f"no template {name!r}{closest(name, TEMPLATES)}; templates: {', '.join(TEMPLATES)}")
     return TEMPLATES[name]
@@ -72,9 +67,9 @@ def _round(turn: Turn, text: str, glued: bool, form: str = "{}") -> list[Piece]:
     return [Piece(text), Piece(form.format(turn.answer), turn.is_target, glued), EOS._replace(is_target=turn.is_target)]
 
 
-def _with_system(conversation: Conversation, head: str) -> list[tuple[Turn, str]]:
-    """Each turn and what stands before it: `head` before the first, nothing before the others."""
-    return [(turn, "" if number else head) for number, turn in enumerate(conversation.turns)]
+def _with_system(conversation: Conversation, head: str, later: str = "") -> list[tuple[Turn, str]]:
+    """Each turn and what stands before it: `head` before the first, `later` before the others."""
+    return [(turn, later if number else head) for number, turn in enumerate(conversation.turns)]
 
 
 def _joined(turn: Turn) -> str:
@@ -91,90 +86,77 @@ CHINESE_ALPACA_2_SYSTEM = "You are a helpful assistant. 你是一个乐于助人
 ASCEND_SYSTEM = f"{ALPACA_INPUT} Please note that you need to think through your response logically and step by step."
 
 
-def _raw(conversation: Conversation) -> list[Piece]:
+def _raw(conversation: Conversation) -> Iterator[Piece]:
     """The text itself, then the answer: what a base model continues."""
-    pieces = [BOS]
+    yield BOS
     for turn, head in _with_system(conversation, conversation.system):
-        pieces += _round(turn, head + _joined(turn), glued=True)
-    return pieces
+        yield from _round(turn, head + _joined(turn), glued=True)
 
 
-def _alpaca(conversation: Conversation) -> list[Piece]:
+def _alpaca(conversation: Conversation) -> Iterator[Piece]:
     """Stanford Alpaca's two prompts, encoded together with the answer; every round is complete, as it knows only one."""
-    pieces: list[Piece] = []
     for turn in conversation.turns:
         head = conversation.system or (ALPACA_INPUT if turn.input else ALPACA)
         middle = f"### Input:\n{turn.input}\n\n" if turn.input else ""
-        pieces += [BOS, *_round(turn, f"{head}\n\n### Instruction:\n{turn.user}\n\n{middle}### Response:", glued=True)]
-    return pieces
+        yield from [BOS, *_round(turn, f"{head}\n\n### Instruction:\n{turn.user}\n\n{middle}### Response:", glued=True)]
 
 
-def _vicuna(conversation: Conversation) -> list[Piece]:
+def _vicuna(conversation: Conversation) -> Iterator[Piece]:
     """FastChat's vicuna_v1.1: nothing between the end token and the next USER, which has its own ▁."""
-    pieces = [BOS]
+    yield BOS
     for turn, head in _with_system(conversation, (conversation.system or VICUNA_SYSTEM) + " "):
-        pieces += _round(turn, f"{head}USER: {_joined(turn)} ASSISTANT:", glued=True, form=" {}")
-    return pieces
+        yield from _round(turn, f"{head}USER: {_joined(turn)} ASSISTANT:", glued=True, form=" {}")
 
 
-def _llama2(conversation: Conversation) -> list[Piece]:
+def _llama2(conversation: Conversation) -> Iterator[Piece]:
     """Meta's Llama-2 chat: begin and end tokens around every round, questions and answers stripped, a space after the answer."""
-    pieces: list[Piece] = []
     for turn, head in _with_system(conversation, f"<<SYS>>\n{conversation.system}\n<</SYS>>\n\n" if conversation.system else ""):
         answered = replace(turn, answer=turn.answer and turn.answer.strip())
-        pieces += [BOS, *_round(answered, f"[INST] {(head + _joined(turn)).strip()} [/INST]", glued=True, form=" {} ")]
-    return pieces
+        yield from [BOS, *_round(answered, f"[INST] {(head + _joined(turn)).strip()} [/INST]", glued=True, form=" {} ")]
 
 
-def _chinese_alpaca(conversation: Conversation) -> list[Piece]:
+def _chinese_alpaca(conversation: Conversation) -> Iterator[Piece]:
     """Chinese-LLaMA-Alpaca's training prompt, a space at its end, and the answer encoded by itself."""
-    pieces: list[Piece] = []
     for turn in conversation.turns:
         text = f"{conversation.system or ALPACA}\n\n### Instruction:\n{_joined(turn)}\n\n### Response: "
-        pieces += [BOS, *_round(turn, text, glued=False)]
-    return pieces
+        yield from [BOS, *_round(turn, text, glued=False)]
 
 
-def _chinese_alpaca_2(conversation: Conversation) -> list[Piece]:
+def _chinese_alpaca_2(conversation: Conversation) -> Iterator[Piece]:
     """Chinese-LLaMA-Alpaca-2: Llama-2's brackets around every round, the answer encoded by itself."""
-    pieces: list[Piece] = []
     for turn, head in _with_system(conversation, f"<<SYS>>\n{conversation.system or CHINESE_ALPACA_2_SYSTEM}\n<</SYS>>\n\n"):
-        pieces += [BOS, *_round(turn, f"[INST] {head}{_joined(turn)} [/INST]", glued=False)]
-    return pieces
+        yield from [BOS, *_round(turn, f"[INST] {head}{_joined(turn)} [/INST]", glued=False)]
 
 
-def _ascend_instruction(conversation: Conversation) -> list[Piece]:
+def _ascend_instruction(conversation: Conversation) -> Iterator[Piece]:
     """AscendSpeed's instruction prompt: encoded whole, an empty input leaves its line, only the last answer is trained on."""
-    text = f"\n{conversation.system or ASCEND_SYSTEM}\n"
-    *earlier, last = conversation.turns
+    text, (*earlier, last) = f"\n{conversation.system or ASCEND_SYSTEM}\n", conversation.turns
     for turn in earlier:
         text += f"### Instruction:\n{_joined(turn)}\n### Response:\n{turn.answer}\n"
     question = _joined(last) if earlier or last.input is None else f"{last.user}\n{last.input}"
-    return [BOS, *_round(last, f"{text}### Instruction:\n{question}\n### Response:\n", glued=True, form="{}\n")]
+    yield from [BOS, *_round(last, f"{text}### Instruction:\n{question}\n### Response:\n", glued=True, form="{}\n")]
 
 
-def _llama_factory_default(conversation: Conversation) -> list[Piece]:
+def _llama_factory_default(conversation: Conversation) -> Iterator[Piece]:
     """LLaMA-Factory's `default` of early 2024: no begin token, every slot encoded by itself."""
-    pieces = [Piece(conversation.system + "\n")] if conversation.system else []
-    for number, turn in enumerate(conversation.turns):
-        pieces += [Piece("\n")] if number else []
-        pieces += _round(turn, f"Human: {_joined(turn)}\nAssistant: ", glued=False)
-    return pieces
+    for turn, head in _with_system(conversation, conversation.system and conversation.system + "\n", later="\n"):
+        yield from [Piece(head)] if head else []
+        yield from _round(turn, f"Human: {_joined(turn)}\nAssistant: ", glued=False)
 
 
-def _llama3(conversation: Conversation) -> list[Piece]:
+def _llama3(conversation: Conversation) -> Iterator[Piece]:
     """Meta's Llama-3 chat: a header before every message, <|eot_id|> after it, both by id; messages stripped."""
     def message(role: str, text: str | None, is_target: bool = False) -> list[Piece]:
         header = [Piece("", control="<|start_header_id|>"), Piece(role), Piece("", control="<|end_header_id|>"), Piece("\n\n")]
         return header + ([] if text is None else [Piece(text.strip(), is_target), Piece("", is_target, control="<|eot_id|>")])
 
-    pieces = [BOS, *(message("system", conversation.system) if conversation.system else [])]
+    yield BOS
+    yield from message("system", conversation.system) if conversation.system else []
     for turn in conversation.turns:
-        pieces += message("user", _joined(turn)) + message("assistant", turn.answer, turn.is_target)
-    return pieces
+        yield from message("user", _joined(turn)) + message("assistant", turn.answer, turn.is_target)
 
 
-TEMPLATES: dict[str, Callable[[Conversation], list[Piece]]] = {
+TEMPLATES: dict[str, Callable[[Conversation], Iterator[Piece]]] = {
     "raw": _raw, "alpaca": _alpaca, "vicuna_v1.1": _vicuna, "llama2": _llama2, "llama3": _llama3, "chinese_alpaca": _chinese_alpaca,
     "chinese_alpaca_2": _chinese_alpaca_2, "ascend_instruction": _ascend_instruction, "llama_factory_default": _llama_factory_default,
     "default": _llama_factory_default,  # as LLaMA-Factory's own command lines call it

@@ -4,27 +4,24 @@ Each of their flags is one of three things here: another name for a key of ours;
 only those are what this program does; or one that changes no result. Any other flag is unknown, and said to be.
 """
 
-import argparse
 from typing import Any
 
 from minillama.errors import UserError
 
-# their name -> our key
-RENAMED = {
-    "model_name_or_path": "ckpt", "load": "ckpt", "data_path": "data", "dataset": "data", "output_dir": "out_dir", "save": "out_dir",
-    "tokenizer_name_or_path": "tokenizer", "model_max_length": "max_length", "cutoff_len": "max_length",
-    "max_seq_length": "max_length", "block_size": "max_length", "seq_length": "max_length",
-    "val_size": "validation_split", "validation_split_percentage": "validation_split",
-    "validation_file": "eval_data", "lora_r": "lora_rank", "lora_target": "lora_targets", "trainable": "lora_targets",
-    "lora_target_modules": "lora_targets", "lora_modules_to_save": "modules_to_save", "adapter_name_or_path": "adapter",
-    "peft_path": "adapter", "lora_load": "adapter", "evaluation_strategy": "eval_strategy", "dtype": "precision",
-    "train_iters": "max_steps",
-    "micro_batch_size": "per_device_train_batch_size", "lr": "learning_rate", "min_lr": "min_learning_rate", "clip_grad": "max_grad_norm",
-    "lr_decay_style": "lr_scheduler_type", "lr_warmup_fraction": "warmup_ratio", "lr_warmup_iters": "warmup_steps",
-    "adam_eps": "adam_epsilon", "log_interval": "logging_steps", "save_interval": "save_steps", "eval_interval": "eval_steps",
-    "num_layers": "n_layers", "hidden_size": "dim", "num_attention_heads": "n_heads", "num_query_groups": "n_kv_heads",
-    "ffn_hidden_size": "ffn_dim", "init_method_std": "initializer_range", "preprocessing_num_workers": "workers",
+# our key: what they call it
+NAMES = {
+    "ckpt": "model_name_or_path load", "data": "data_path dataset", "out_dir": "output_dir save", "tokenizer": "tokenizer_name_or_path",
+    "max_length": "model_max_length cutoff_len max_seq_length block_size seq_length", "workers": "preprocessing_num_workers",
+    "validation_split": "val_size validation_split_percentage", "eval_data": "validation_file", "precision": "dtype",
+    "lora_rank": "lora_r", "lora_targets": "lora_target trainable lora_target_modules", "modules_to_save": "lora_modules_to_save",
+    "adapter": "adapter_name_or_path peft_path lora_load", "eval_strategy": "evaluation_strategy", "eval_steps": "eval_interval",
+    "per_device_train_batch_size": "micro_batch_size", "learning_rate": "lr", "min_learning_rate": "min_lr", "max_grad_norm": "clip_grad",
+    "lr_scheduler_type": "lr_decay_style", "warmup_ratio": "lr_warmup_fraction", "warmup_steps": "lr_warmup_iters", "dim": "hidden_size",
+    "max_steps": "train_iters", "adam_epsilon": "adam_eps", "logging_steps": "log_interval", "save_steps": "save_interval",
+    "n_layers": "num_layers", "n_heads": "num_attention_heads", "n_kv_heads": "num_query_groups", "ffn_dim": "ffn_hidden_size",
+    "initializer_range": "init_method_std",
 }
+RENAMED = {theirs: ours for ours, names in NAMES.items() for theirs in names.split()}
 # flag -> the values that mean what this program does, and why others are refused
 ONLY = {
     "stage": (("sft", "pt"), "only supervised fine-tuning and pre-training exist here"),
@@ -60,12 +57,6 @@ CONVERSION = {
     "merge_lora": {"base_model": "base", "lora_model": "lora", "output_type": "format", "output_dir": "output"},
     "meta": {"input_dir": "input", "output_dir": "output"},
 }
-
-
-def add_flags(parser: argparse.ArgumentParser) -> None:
-    """Accept the flags of the other systems that are not just other names; they are left out of `--help`."""
-    for flag in (*ONLY, *HARMLESS):
-        parser.add_argument(f"--{flag}", nargs="*", help=argparse.SUPPRESS)
 
 
 def settings_from(flags: dict[str, Any]) -> dict[str, Any]:

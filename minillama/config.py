@@ -13,8 +13,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from minillama.commandlines import RENAMED, add_flags, settings_from
-from minillama.errors import UserError, closest
+from minillama.commandlines import HARMLESS, ONLY, RENAMED, settings_from
+from minillama.deepspeed import flattened
+from minillama.errors import UserError, closest, read_json
 
 PRESETS = Path(__file__).parent / "configs"
 DEVICES = ("auto", "cpu", "cuda", "npu", "mlu", "tpu")
@@ -23,8 +24,8 @@ PRECISIONS = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}  # torch
 
 def key(section: str, default: Any, help: str, choices: Sequence[Any] = (), least: int = 0, below: float = 2**63) -> Any:
     """One row of the table. choices: the only values; least: the smallest a number may be; below: what it must not reach."""
-    return dataclasses.field(default=default, metadata={"section": section, "help": help, "choices": choices, "least": least,
-                                                        "below": below})
+    rules = {"section": section, "help": help, "choices": choices, "least": least, "below": below}
+    return dataclasses.field(default=default, metadata=rules)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,18 +109,14 @@ class Settings:
     bucket_elements: int = key("parallel", 10_000_000, "gradient elements reduced at a time", least=1)
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            value, choices = getattr(self, field.name), [str(one) for one in field.metadata["choices"]]
-            least, below = field.metadata["least"], field.metadata["below"]
-            if choices and str(value) not in choices:
-                raise UserError(f"{field.name} = {value!r}{closest(str(value), choices)}; choose one of: {', '.join(choices)}")
+        for name, value in vars(self).items():
+            choices, least, below = (KEYS[name].metadata[rule] for rule in ("choices", "least", "below"))
+            if choices and value not in choices:
+                hint = closest(str(value), map(str, choices))
+                raise UserError(f"{name} = {value!r}{hint}; choose one of: {', '.join(map(str, choices))}")
             if isinstance(value, (int, float)) and not least <= value < below:
-                raise UserError(f"{field.name} = {value}: must {f'be at least {least}' if least else 'not be negative'}, and be "
+                raise UserError(f"{name} = {value}: must {f'be at least {least}' if least else 'not be negative'}, and be "
                                 f"{'finite' if below == 2**63 else f'below {below}'}")
-
-    @property
-    def lora_scale_alpha(self) -> float:
-        return self.lora_alpha or 2.0 * self.lora_rank
 
 
 KEYS = {field.name: field for field in dataclasses.fields(Settings)}
@@ -129,12 +126,12 @@ class Parser(argparse.ArgumentParser):
     """argparse with this project's manners: `-` and `_` alike in flags, no abbreviations, mistakes as one UserError line."""
 
     def __init__(self, renamed: dict[str, str] | None = None, **settings: Any) -> None:
-        """renamed: flags of other systems -> ours, by name."""
         self.renamed = dict(renamed or {})
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **settings)
+        self.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> tuple[Any, list[str]]:
-        return super().parse_known_args([_our_flag(word, self.renamed) for word in args or ()], namespace)
+        return super().parse_known_args([_ours(word, self.renamed) if word.startswith("--") else word for word in args or ()], namespace)
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
         found, unknown = self.parse_known_args(args, namespace)
@@ -161,12 +158,9 @@ class Parser(argparse.ArgumentParser):
         add("--device", default="auto", choices=DEVICES, help="[auto]")
         add("--dtype", default="float32", choices=tuple(PRECISIONS), help="[float32]")
         add("--ops", default="", metavar="FORM", help="forms of the ops: reference, fused, auto, …, or some: attention=reference")
-        add("--debug", action="store_true", help="show the traceback of an error")
 
 
-def _our_flag(word: str, renamed: dict[str, str]) -> str:
-    if not word.startswith("--"):
-        return word
+def _ours(word: str, renamed: dict[str, str]) -> str:
     flag, equals, value = word[2:].partition("=")
     name = flag.replace("-", "_")
     return f"--{renamed.get(name, name)}{equals}{value}"
@@ -200,7 +194,8 @@ def add_keys(parser: Parser) -> None:
                                      help=f"{help}{named} [{shown}]".replace("%", "%%"))
     for flag in ("fp16", "bf16"):
         groups["train"].add_argument(f"--{flag}", **BOOLEAN, help=f"precision {flag}")
-    add_flags(parser)
+    for flag in (*ONLY, *HARMLESS):
+        parser.add_argument(f"--{flag}", nargs="*", help=argparse.SUPPRESS)
 
 
 def resolve(source: str, flags: dict[str, Any]) -> Settings:
@@ -225,14 +220,12 @@ def read_source(source: str) -> dict[str, Any]:
         known = list_presets()
         raise UserError(f"no preset or file {source!r}{closest(source, known)}; presets: {', '.join(known)}")
     try:
-        text = path.read_text(encoding="utf-8")
-        tree = dict(json.loads(text)) if path.suffix == ".json" else tomllib.loads(text)
-    except (TypeError, ValueError) as error:
+        tree = read_json(path) if path.suffix == ".json" else tomllib.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
         raise UserError(f"{path}: {error}") from None
     values: dict[str, Any] = {}
-    rows = [("", name, value) for name, value in tree.items() if not isinstance(value, dict)]
-    rows += [(section, name, value) for section, part in tree.items() if isinstance(part, dict) for name, value in part.items()]
-    for section, name, value in rows:
+    for dotted, value in flattened(tree).items():
+        section, _, name = dotted.rpartition(".")
         where, target = f"{path}: [{section}] {name}" if section else f"{path}: {name}", RENAMED.get(name, name)
         if target not in KEYS:
             raise UserError(f"{where}: unknown key{closest(name, KEYS)}; `train.py --help` lists every key")

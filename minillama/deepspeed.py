@@ -7,7 +7,7 @@ are passed over; everything else that is not in the table is an error.
 from pathlib import Path
 from typing import Any
 
-from minillama.errors import UserError, closest, read_json
+from minillama.errors import UserError, closest, parsing, read_json
 
 # a key of the file, dotted -> the setting it becomes
 MAPPED = {
@@ -31,19 +31,18 @@ HARMLESS = ("steps_per_print", "wall_clock_breakdown", "zero_optimization.overla
 def read(path: Path, world_size: int) -> dict[str, Any]:
     """The settings that the file fixes. Raises UserError for what cannot be honoured, and for batch sizes that disagree."""
     raw, settings = read_json(path, "--deepspeed takes a DeepSpeed JSON file"), {}
-    for key, value in _flattened(raw).items():
-        if value == "auto" or key in HARMLESS:
-            continue
-        if key in MAPPED:
-            settings[MAPPED[key]] = int(value) if key.endswith("size") or key.endswith("stage") else value
-        elif key == "optimizer.params.betas":
-            settings["adam_beta1"], settings["adam_beta2"] = value
-        elif key in ("fp16.enabled", "bf16.enabled"):
-            settings |= {"precision": key[:4]} if value else {}
-        elif key not in FIXED:
-            raise UserError(f"{path}: {key} = {value!r} is not supported{closest(key, (*MAPPED, *FIXED, *HARMLESS))}")
-        elif value not in FIXED[key]:
-            raise UserError(f"{path}: {key} = {value!r} is not supported; supported: {', '.join(map(repr, FIXED[key]))}")
+    asked = {key: value for key, value in flattened(raw).items() if value != "auto" and key not in HARMLESS}
+    for key, value in asked.items():
+        with parsing(f"{path}: {key} = {value!r}"):
+            if key in MAPPED:
+                settings[MAPPED[key]] = int(value) if key.endswith(("size", "stage")) else value
+            elif key == "optimizer.params.betas":
+                settings["adam_beta1"], settings["adam_beta2"] = value
+            elif key in ("fp16.enabled", "bf16.enabled"):
+                settings |= {"precision": key[:4]} if value else {}
+            elif value not in FIXED.get(key, ()):
+                hint = f"; supported: {', '.join(map(repr, FIXED[key]))}" if key in FIXED else closest(key, (*MAPPED, *FIXED, *HARMLESS))
+                raise UserError(f"not supported{hint}")
     if settings.get("zero_stage", 0) > 2:
         raise UserError(f"{path}: zero_optimization.stage = {settings['zero_stage']}: weights are not sharded here; use stage 1 or 2")
     total, micro = raw.get("train_batch_size"), settings.get("per_device_train_batch_size")
@@ -54,8 +53,9 @@ def read(path: Path, world_size: int) -> dict[str, Any]:
                     f"{accumulation} × {world_size} ranks = {micro * accumulation * world_size}")
 
 
-def _flattened(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flattened(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The leaves of a tree by their dotted names."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
-        flat |= _flattened(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+        flat |= flattened(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return flat

@@ -41,7 +41,7 @@ def read_json(path: Path, remedy: str = "", keys: Mapping[str, type] | None = No
 
 
 @contextmanager
-def parsing(where: Path | None = None) -> Iterator[None]:
+def parsing(where: Path | str = "") -> Iterator[None]:
     """What the body cannot read of a file becomes one line, which begins with the file."""
     place = f"{where}: " if where else ""
     try:

@@ -67,8 +67,8 @@ def activation_bytes(config: LlamaConfig, tokens: int, width: int, recompute: bo
 
 def lora_config(settings: Settings) -> LoraConfig:
     """The adapter that the settings describe."""
-    return LoraConfig(settings.lora_rank, settings.lora_scale_alpha, settings.lora_dropout, resolve_names(settings.lora_targets),
-                      resolve_names(settings.modules_to_save), settings.use_rslora)
+    return LoraConfig(settings.lora_rank, settings.lora_alpha or 2.0 * settings.lora_rank, settings.lora_dropout,
+                      resolve_names(settings.lora_targets), resolve_names(settings.modules_to_save), settings.use_rslora)
 
 
 def training_flops(config: LlamaConfig, tokens: float, sequence: float, recompute: bool = False) -> float:

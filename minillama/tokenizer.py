@@ -14,7 +14,6 @@ a text's ids are its words' ids laid end to end, and a word seen before is looke
 
 import hashlib
 import io
-import json
 import re
 from collections.abc import Iterable
 from itertools import chain
@@ -22,20 +21,25 @@ from pathlib import Path
 
 import sentencepiece
 
-from minillama.errors import UserError
+from minillama.errors import UserError, read_json
 
 
 def open_tokenizer(path: Path | str) -> "Tokenizer":
     """Open a tokenizer.model or tokenizer.json, given as the file or the checkpoint directory that holds one."""
-    path = Path(path)
-    if path.is_dir():
-        found = [path / name for name in ("tokenizer.model", "tokenizer.json") if (path / name).is_file()]
-        if not found:
-            raise UserError(f"{path}: holds no tokenizer.model or tokenizer.json; name one with --tokenizer FILE")
-        path = found[0]
-    if not path.is_file():
-        raise UserError(f"{path}: no such tokenizer file")
-    return JsonTokenizer(path) if path.suffix == ".json" else SentencePieceTokenizer(path)
+    path, names = Path(path), ("tokenizer.model", "tokenizer.json")
+    found = next((file for file in [path, *(path / name for name in names)] if file.is_file()), None)
+    if found is None:
+        lacks = f"holds no {' or '.join(names)}; name one with --tokenizer FILE" if path.is_dir() else "no such tokenizer file"
+        raise UserError(f"{path}: {lacks}")
+    return JsonTokenizer(found) if found.suffix == ".json" else SentencePieceTokenizer(found)
+
+
+FOREIGN = {  # how a file begins that is no SentencePiece model, and what it is instead
+    rb"\Z": "the file is empty; download it again",
+    rb"version https://git-lfs": "a git-lfs pointer, not the file; run `git lfs pull` or download it again",
+    rb"\s*[<{]": "a web page or JSON, not a SentencePiece model; download the file itself",
+    rb"[A-Za-z0-9+/]+=* 0\n": "Meta's tiktoken format (LLaMA 3), not SentencePiece; use the Hugging Face tokenizer.json instead",
+}
 
 
 class SentencePieceTokenizer:
@@ -43,7 +47,8 @@ class SentencePieceTokenizer:
 
     def __init__(self, path: Path) -> None:
         raw = path.read_bytes()
-        _refuse_other_formats(path, raw)
+        if reason := next((reason for start, reason in FOREIGN.items() if re.match(start, raw)), ""):
+            raise UserError(f"{path}: {reason}")
         try:
             self.model = sentencepiece.SentencePieceProcessor(model_proto=raw)
         except RuntimeError as error:
@@ -94,9 +99,8 @@ class WordIds(dict[str, tuple[int, ...]]):
 def _splits_at_words(model: sentencepiece.SentencePieceProcessor) -> bool:
     """Is a text's encoding its words' encodings? Asks for text taken as it is, bytes for what has no piece, no piece over a gap."""
     probe, line_break = "A  b\n \tﬁ Ａ½ ", model.encode("\n")
-    if model.normalize(probe) != "▁" + probe.replace(" ", "▁") or len(line_break) != 2 or not model.is_byte(line_break[1]):
-        return False
-    return not any("\n" in piece or "▁" in piece.lstrip("▁") for piece in _pieces(model))
+    is_kept = model.normalize(probe) == "▁" + probe.replace(" ", "▁") and len(line_break) == 2 and model.is_byte(line_break[1])
+    return is_kept and not any("\n" in piece or "▁" in piece.lstrip("▁") for piece in _pieces(model))
 
 
 def _pieces(model: sentencepiece.SentencePieceProcessor) -> list[str]:
@@ -122,7 +126,7 @@ class JsonTokenizer:
         self.path, self.sha256 = path, hashlib.sha256(path.read_bytes()).hexdigest()
         self.size = self.model.get_vocab_size(with_added_tokens=True)
         config = path.with_name("tokenizer_config.json")
-        claimed = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
+        claimed = read_json(config) if config.is_file() else {}
         named = (claimed.get(f"{name}_token") or "" for name in ("bos", "eos"))
         self.bos_id, self.eos_id = (self.model.token_to_id(token["content"] if isinstance(token, dict) else token) for token in named)
 
@@ -163,25 +167,13 @@ class Stream:
         return text
 
 
-def _refuse_other_formats(path: Path, raw: bytes) -> None:
-    if not raw:
-        raise UserError(f"{path}: the file is empty; download it again")
-    if raw.startswith(b"version https://git-lfs"):
-        raise UserError(f"{path}: a git-lfs pointer, not the file; run `git lfs pull` or download it again")
-    if raw.lstrip()[:1] in (b"<", b"{"):
-        raise UserError(f"{path}: a web page or JSON, not a SentencePiece model; download the file itself")
-    if re.match(rb"[A-Za-z0-9+/]+=* 0\n", raw):
-        raise UserError(f"{path}: Meta's tiktoken format (LLaMA 3), not SentencePiece; use the Hugging Face tokenizer.json instead")
-
-
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> bytes:
     """A LLaMA-style tokenizer.model learnt from `texts`: BPE, byte fallback, digits apart, no normalisation."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(texts), model_writer=model, vocab_size=vocab_size, model_type="bpe", byte_fallback=True,
         split_digits=True, allow_whitespace_only_pieces=True, normalization_rule_name="identity", remove_extra_whitespaces=False,
-        hard_vocab_limit=False, num_threads=1, minloglevel=2,
-    )
+        hard_vocab_limit=False, num_threads=1, minloglevel=2)
     return model.getvalue()
 
 
@@ -206,10 +198,8 @@ def merge_vocabularies(base: Path, added: Path) -> bytes:
 
 def _read_varint(message: bytes, at: int) -> tuple[int, int]:
     """A number in groups of seven bits, the lowest first, and the position behind it."""
-    value = shift = 0
-    while message[at] > 127:
-        value, shift, at = value | (message[at] & 127) << shift, shift + 7, at + 1
-    return value | message[at] << shift, at + 1
+    behind = next(i for i in range(at, len(message)) if message[i] < 128) + 1
+    return sum((byte & 127) << 7 * i for i, byte in enumerate(message[at:behind])), behind
 
 
 def _varint(value: int) -> bytes:

@@ -24,8 +24,7 @@ from minillama.checkpoint import directory as checkpoints
 from minillama.checkpoint import train_state
 from minillama.comm import Mesh
 from minillama.config import Settings
-from minillama.data.batches import Batch
-from minillama.data.show import show_batch
+from minillama.data.batches import Batch, show_batch
 from minillama.errors import UserError
 from minillama.estimate import training_flops
 from minillama.lora import save_adapter

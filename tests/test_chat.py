@@ -237,6 +237,6 @@ def test_a_glued_piece_begins_where_the_counting_rule_says(small_tokenizer):
 
 def test_an_unknown_template_names_the_closest(small_tokenizer):
     with pytest.raises(UserError, match=r"did you mean 'vicuna_v1\.1'"):
-        chat.prompt("vicuna_v11", "Hi")
+        render("vicuna_v11", Conversation((Turn("Hi", None),)))
     with pytest.raises(UserError, match=r"has no <\|start_header_id\|> token"):
         encode(small_tokenizer, "llama3", Conversation((Turn("Q", "A"),)))

@@ -10,6 +10,7 @@ import pytest
 
 from minillama import building, deepspeed, device
 from minillama.errors import UserError
+from minillama.estimate import lora_config
 from minillama.lora import LoraConfig, add_lora, save_adapter
 from tests.conftest import random_model
 
@@ -97,7 +98,7 @@ def test_a_preset_says_what_the_command_it_comes_from_says(preset, text, tmp_pat
     ours, theirs = PARSE(["--config", preset])[0], resolved(text, tmp_path, tmp_path)
     other = {name for name, value in asdict(ours).items() if value != getattr(theirs, name)}
     assert other <= {"model", "ckpt", "data", "out_dir", "zero_stage", "max_length", "template", "plot_loss", "lora_alpha"}
-    assert ours.lora_scale_alpha == theirs.lora_scale_alpha
+    assert lora_config(ours).alpha == lora_config(theirs).alpha
 
 
 @pytest.mark.parametrize(("flags", "expected"), [
@@ -149,8 +150,10 @@ def test_what_cannot_be_honoured_is_refused_by_name(flags, named):
 @pytest.mark.parametrize(("change", "named"), [
     ({"zero_optimization": {"stage": 3}}, "weights are not sharded here"),
     ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}, "offload_optimizer.device = 'cpu'"),
-    ({"zero_optimisation": {"stage": 2}}, "zero_optimisation.stage = 2 is not supported .did you mean 'zero_optimization.stage'"),
-    ({"optimizer": {"type": "Lamb"}}, "optimizer.type = 'Lamb'"),
+    ({"zero_optimisation": {"stage": 2}}, "zero_optimisation.stage = 2: not supported .did you mean 'zero_optimization.stage'"),
+    ({"optimizer": {"type": "Lamb"}}, "optimizer.type = 'Lamb': not supported; supported: 'Adam', 'AdamW'"),
+    ({"zero_optimization": {"stage": "two"}}, "zero_optimization.stage = 'two': a value is wrong"),
+    ({"optimizer": {"params": {"betas": 0.9}}}, "optimizer.params.betas = 0.9: a value is wrong"),
     ({"train_batch_size": 100, "train_micro_batch_size_per_gpu": 8, "gradient_accumulation_steps": 2},
      "100 is not .*8 × .*2 × 4 ranks = 64"),
 ])

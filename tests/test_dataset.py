@@ -15,12 +15,11 @@ import numpy as np
 import pytest
 
 from minillama.data import build, formats, megatron
-from minillama.data.batches import BatchPlan, Pieces
+from minillama.data.batches import BatchPlan, Pieces, show_batch
 from minillama.data.build import build_dataset, open_data
 from minillama.data.encode import encode_document
 from minillama.data.formats import parse, read_records
 from minillama.data.memmap import Chunk, Dataset, Writer
-from minillama.data.show import show_batch
 from minillama.data.sources import Source
 from minillama.errors import UserError
 from minillama.tokenizer import open_tokenizer, train_tokenizer

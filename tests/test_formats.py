@@ -155,6 +155,7 @@ def test_an_array_is_never_in_memory_whole(tmp_path, monkeypatch):
     ("a.json", '[{"instruction": "Q", "output": "A"}, 7]', "record 2: expected an object with instruction and output, found int"),
     ("a.json", '[{"instruction": "Q", "output": "A", "history": ["x"]}]', "record 1: 'history' is not a list"),
     ("a.jsonl", '{"instruction": "Q", "output": "A"}\n\n{"instr', r"record 2 \(line 3\): not valid JSON: .* at column 2"),
+    ("a.jsonl", "{broken", r"record 1 \(line 1\): not valid JSON: .* at column 2"),
     ("a.json", '[{"question": "Q", "answer": "A"}]', r"first record \(answer, question\) is of no known format"),
     ("a.json", "[1, 2]", r"first record \(int\) is of no known format"),
     ("a.json", '[{"chat": {}}]', "record 1: 'chat' holds no turn"),

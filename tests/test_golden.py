@@ -62,7 +62,7 @@ def test_merging_gives_pefts_weights(model: Llama) -> None:
 @pytest.mark.parametrize("expected", EXPECTED["greedy"], ids=lambda e: e["question"])
 def test_greedy_tokens_from_the_question_on(expected: dict, model: Llama) -> None:
     tokenizer = open_tokenizer(GOLDEN / "model")
-    prompt, _ = encode_pieces(tokenizer, chat.prompt("llama_factory_default", expected["question"]))
+    prompt, _ = encode_pieces(tokenizer, chat.render("llama_factory_default", chat.Conversation((chat.Turn(expected["question"], None),))))
     assert prompt == expected["prompt"]
     stop = stop_ids(GOLDEN / "model", model.config)
     assert list(generate(model, prompt, 24, Sampling(temperature=0.0), stop)) == expected["ids"]

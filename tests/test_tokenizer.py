@@ -144,6 +144,13 @@ def test_a_tokenizer_json_keeps_the_same_promises(json_tokenizer):
         assert "".join(map(stream.push, ids)) + stream.flush() == text
 
 
+def test_a_damaged_tokenizer_config_is_named(json_tokenizer, tmp_path):
+    (tmp_path / "tokenizer.json").write_bytes(json_tokenizer.path.read_bytes())
+    (tmp_path / "tokenizer_config.json").write_text("{")
+    with pytest.raises(UserError, match=r"tokenizer_config\.json: not valid JSON"):
+        open_tokenizer(tmp_path)
+
+
 @pytest.mark.parametrize(("content", "reason"), [
     (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a", "git-lfs pointer"),
     (b"<!DOCTYPE html><html>Not Found</html>", "web page"),

@@ -11,13 +11,19 @@ out of the same global batch, so step t trains on the same tokens on any number 
 """
 
 from dataclasses import dataclass
+from functools import cache, lru_cache
+from itertools import groupby, pairwise
 from math import ceil
+from operator import itemgetter
 
 import numpy as np
 
 from minillama.data.memmap import MOST_WITHOUT_TARGET, Dataset
 from minillama.errors import UserError
 from minillama.ops.reference import IGNORE
+from minillama.tokenizer import Stream, Tokenizer
+
+SHOWN = 8  # documents of a batch
 
 
 @dataclass(frozen=True)
@@ -51,7 +57,11 @@ class Pieces:
             start, end = np.repeat(start, counts) + inner * max_length, np.repeat(end, counts)
         stop = np.minimum(end, start + max_length)
         behind = np.minimum(end, stop + (dataset.mask is None))  # of the last token that is predicted
-        targets = _count_targets(dataset.mask, start + 1, behind)
+        targets = behind - start - 1
+        if dataset.mask is not None:
+            padded = np.append(dataset.mask, np.uint8(0))  # reduceat wants every bound inside
+            sums = np.add.reduceat(padded, np.stack((start + 1, behind), axis=1).ravel(), dtype=np.int64)[::2]
+            targets = np.where(targets > 0, sums, 0)
         kept = targets > 0
         self.start, self.length, self.behind, self.targets = start[kept], (stop - start)[kept], behind[kept], targets[kept]
         self.left_out = int((~kept).sum())
@@ -68,25 +78,14 @@ class Pieces:
 
     def batch(self, chosen: np.ndarray) -> Batch:
         """The pieces of these numbers, end to end."""
-        tokens, labels = [], []
-        for start, length, behind in zip(self.start[chosen], self.length[chosen], self.behind[chosen], strict=True):
-            ids = np.asarray(self.dataset.tokens[start:behind], np.int64)
-            label = np.full(length, IGNORE)
-            label[:len(ids) - 1] = ids[1:]
-            if self.dataset.mask is not None:
-                label[:-1][self.dataset.mask[start + 1:behind] == 0] = IGNORE
-            tokens.append(ids[:length])
-            labels.append(label)
-        return Batch(np.concatenate(tokens), np.concatenate(labels), self.length[chosen].tolist())
-
-
-def _count_targets(mask: np.ndarray | None, first: np.ndarray, behind: np.ndarray) -> np.ndarray:
-    """How many tokens are trained on in each stretch first:behind."""
-    if mask is None:
-        return behind - first
-    padded = np.append(mask, np.uint8(0))  # reduceat wants every bound inside
-    sums = np.add.reduceat(padded, np.stack((first, behind), axis=1).ravel(), dtype=np.int64)[::2]
-    return np.where(behind > first, sums, 0)
+        start, length, behind = self.start[chosen], self.length[chosen], self.behind[chosen]
+        here = np.arange(length.sum()) + np.repeat(start + length - length.cumsum(), length)  # each token's place in the data set
+        after = np.minimum(here + 1, len(self.dataset.tokens) - 1)
+        trained = here + 1 < np.repeat(behind, length)
+        if self.dataset.mask is not None:
+            trained &= self.dataset.mask[after] != 0
+        tokens, following = (self.dataset.tokens[places].astype(np.int64) for places in (here, after))
+        return Batch(tokens, np.where(trained, following, IGNORE), length.tolist())
 
 
 class BatchPlan:
@@ -96,25 +95,19 @@ class BatchPlan:
                  epochs: float = 1.0, max_steps: int = 0, shuffle: bool = True) -> None:
         self.pieces, self.seed, self.packing, self.shuffle = pieces, seed, packing, shuffle
         self.rows_per_step, self.rows_per_micro_batch = rows_per_step, rows_per_micro_batch
-        self._rows: tuple[int, np.ndarray, np.ndarray] | None = None  # the epoch at hand: number, order, row bounds
-        self._steps: list[int] = []                                   # of each epoch, as far as known
+        self._epoch, self._steps_of = lru_cache(maxsize=1)(self._lay_out), cache(self._count_steps)
         whole = int(epochs)
         part = ceil(round((epochs - whole) * self._steps_of(whole), 6)) if epochs > whole and not max_steps else 0
         self.total_steps = max_steps or max(1, sum(map(self._steps_of, range(whole))) + part)
 
-    def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+    def _lay_out(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """(order of the pieces, bounds of the rows in it) of an epoch."""
-        if self._rows is None or self._rows[0] != epoch:
-            n = len(self.pieces.length)
-            order = np.random.Generator(np.random.Philox(key=[self.seed, epoch])).permutation(n) if self.shuffle else np.arange(n)
-            bounds = _fill_rows(self.pieces.length[order], self.pieces.max_length) if self.packing else np.arange(n + 1)
-            self._rows = epoch, order, bounds
-        return self._rows[1:]
+        n = len(self.pieces.length)
+        order = np.random.Generator(np.random.Philox(key=[self.seed, epoch])).permutation(n) if self.shuffle else np.arange(n)
+        return order, _fill_rows(self.pieces.length[order], self.pieces.max_length) if self.packing else np.arange(n + 1)
 
-    def _steps_of(self, epoch: int) -> int:
-        while len(self._steps) <= epoch:
-            self._steps.append(ceil((len(self._epoch(len(self._steps))[1]) - 1) / self.rows_per_step))
-        return self._steps[epoch]
+    def _count_steps(self, epoch: int) -> int:
+        return ceil((len(self._epoch(epoch)[1]) - 1) / self.rows_per_step)
 
     def locate(self, step: int) -> tuple[int, int]:
         """(epoch, step within it) of a step counted from 0."""
@@ -140,11 +133,9 @@ class BatchPlan:
 
 def _fill_rows(lengths: np.ndarray, max_length: int) -> np.ndarray:
     """Bounds of rows that take the pieces in order while they fit: row r is pieces bounds[r] to bounds[r + 1]."""
-    ends = lengths.cumsum()
-    bounds = [0]
+    starts, bounds = np.append(0, lengths.cumsum()), [0]
     while bounds[-1] < len(lengths):
-        used = ends[bounds[-1] - 1] if bounds[-1] else 0
-        bounds.append(int(np.searchsorted(ends, used + max_length, side="right")))
+        bounds.append(int(np.searchsorted(starts, starts[bounds[-1]] + max_length, side="right")) - 1)
     return np.asarray(bounds)
 
 
@@ -155,3 +146,24 @@ def split_documents(count: int, fraction: float, seed: int) -> tuple[np.ndarray,
         raise UserError(f"validation_split = {fraction} of {count} documents leaves none to train on")
     order = np.random.Generator(np.random.Philox(key=[seed, 2**32])).permutation(count)
     return np.sort(order[held_out:]), np.sort(order[:held_out])
+
+
+def show_batch(tokenizer: Tokenizer, batch: Batch, color: bool = False) -> str:
+    """The batch's first documents as text, a paragraph each, and its totals: the shortest way to see a wrong template or mask.
+
+    What is trained on is marked, by ⟦ ⟧ or by colour, and control tokens are shown by name: `### Response:⟦ Paris</s>⟧`.
+    """
+    before, after = ("\033[32m", "\033[0m") if color else ("⟦", "⟧")
+    names = {tokenizer.bos_id: "<s>", tokenizer.eos_id: "</s>"}
+    paragraphs = []
+    for number, (start, end) in enumerate(pairwise(np.cumsum([0, *batch.lengths[:SHOWN]])), 1):
+        trained = [False, *(batch.labels[start:end - 1] >= 0).tolist()]
+        stream, text = Stream(tokenizer), ""
+        for is_trained, run in groupby(zip(trained, batch.tokens[start:end].tolist(), strict=True), key=itemgetter(0)):
+            part = "".join(names.get(token) or stream.push(token) for _, token in run)
+            text += f"{before}{part}{after}" if is_trained else part
+        paragraphs.append(f"--- document {number}: {end - start} tokens, {sum(trained)} trained on\n{text}{stream.flush()}")
+    if len(batch.lengths) > SHOWN:
+        paragraphs.append(f"--- and {len(batch.lengths) - SHOWN} more")
+    total = f"{len(batch.lengths)} documents, {len(batch.tokens)} tokens, {batch.targets} trained on"
+    return "\n".join([*paragraphs, f"--- batch: {total} ({batch.targets / max(1, len(batch.tokens)):.0%})"])

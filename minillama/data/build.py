@@ -19,7 +19,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import replace
 from functools import partial
 from itertools import islice
-from multiprocessing import get_context, parent_process
+from multiprocessing import parent_process
 from pathlib import Path
 from typing import Any
 
@@ -41,19 +41,16 @@ CHUNK_RECORDS, CHUNK_CHARACTERS = 512, 1 << 19
 def build_dataset(files: Sequence[Path | str], tokenizer: Tokenizer, prefix: Path, *, data_format: str = "auto",
                   template: str = "alpaca", append_eod: bool = True, skip_bad_records: bool = False, quiet: bool = False,
                   workers: int = 1, dataset_dir: str = "") -> dict[str, Any]:
-    """Tokenize files, folders and named data sets into the data set PREFIX; returns what PREFIX.json says.
+    """Tokenize files, folders and named data sets into the data set PREFIX; returns what PREFIX.json says, with what was left out.
 
-    That includes `documents_without_target` and `skipped_records`, what was left out and why. The same call takes up an
-    interrupted one where it stopped. Raises UserError for a malformed record unless skip_bad_records.
+    The same call takes up an interrupted one where it stopped. Raises UserError for a malformed record unless skip_bad_records.
     """
     sources = [replace(source, data_format=detect(source.path)) if source.data_format == "auto" else source
                for source in find_sources(files, data_format, dataset_dir)]
-    is_plain_text = all(source.data_format in ("text", "lines") for source in sources)
-    about = {
-        "tokenizer_sha256": tokenizer.sha256, "template": "" if is_plain_text else template, "append_eod": append_eod,
-        "sources": {str(s.path.resolve()): {"format": s.data_format, "columns": s.columns, "tags": s.tags, **_stamp(s.path),
-                                            "sha256": hash_of(s.path)} for s in sources},
-    }
+    is_plain = all(source.data_format in ("text", "lines") for source in sources)
+    made_from = {str(source.path.resolve()): {"format": source.data_format, "columns": source.columns, **_stamp(source.path),
+                                              "sha256": hash_of(source.path)} for source in sources}
+    about = {"tokenizer_sha256": tokenizer.sha256, "template": "" if is_plain else template, "append_eod": append_eod, "sources": made_from}
     for source in sources if not quiet else ():
         print(f"{source.path}: read as {source.data_format}", file=sys.stderr)
     encode = partial(encode_records, tokenizer, template, append_eod)
@@ -64,7 +61,6 @@ def build_dataset(files: Sequence[Path | str], tokenizer: Tokenizer, prefix: Pat
                 raise UserError(f"{chunk.bad[0]}; --skip_bad_records leaves such records out")
             writer.add(chunk)
             bar.update(len(chunk.ends))
-        bar.close()
         meta = writer.finish()
     if (skipped := meta["skipped_records"]) and not quiet:
         print(f"{len(skipped)} bad records left out, listed in {prefix}.json; the first: {skipped[0]}", file=sys.stderr)
@@ -103,8 +99,7 @@ def in_order(work: Callable[[Records], Chunk], chunks: Iterable[Records], worker
     if workers < 2:
         yield from map(work, chunks)
         return
-    context = get_context("fork" if sys.platform == "linux" else "spawn")
-    with ProcessPoolExecutor(workers, context, _begin, (work,)) as pool:
+    with ProcessPoolExecutor(workers, initializer=_begin, initargs=(work,)) as pool:
         queue: deque[Future[Chunk]] = deque()
         for chunk in chunks:
             queue.append(pool.submit(_work_on, chunk))
@@ -135,9 +130,8 @@ def open_data(paths: Sequence[str], tokenizer: Tokenizer, cache_dir: str, *, dat
               workers: int = 1, dataset_dir: str = "") -> Dataset:
     """Open a data set made by `convert.py data` or AscendSpeed, or tokenize raw files into the cache, once.
 
-    template: the one asked for; empty: the data set's own, or `default_template` for raw files. The cache is keyed by the files,
-    the tokenizer and the options. Raises UserError for a set that is damaged, was made with another tokenizer or template, or
-    from a file that has changed since.
+    template: the one asked for; empty: the data set's own, or `default_template` for raw files. Raises UserError for a set that is
+    damaged, was made with another tokenizer or template, or from a file that has changed since.
     """
     if len(paths) == 1 and find_part(paths[0]):
         return MegatronDataset(paths[0], tokenizer.size)
@@ -175,6 +169,6 @@ def _stamp(path: Path) -> dict[str, int]:
 def _cache_prefix(sources: list[Source], tokenizer: Tokenizer, cache_dir: str, options: dict[str, Any]) -> Path:
     """Where the cache of these sources stands: a changed file, tokenizer or option is another place."""
     folder = Path(cache_dir or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minillama")
-    state = [(str(source.path.resolve()), source.columns, source.tags, _stamp(source.path)) for source in sources]
+    state = [(str(source.path.resolve()), source.columns, _stamp(source.path)) for source in sources]
     key = json.dumps([state, tokenizer.sha256, options], sort_keys=True)
     return folder / f"{sources[0].path.stem}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"

@@ -8,7 +8,6 @@ prompt can be on both sides, whatever the seed or the number of records.
 import hashlib
 import json
 import random
-from collections.abc import Callable
 from pathlib import Path
 
 from minillama.tokenizer import train_tokenizer
@@ -19,32 +18,24 @@ WORDS = (
 ).split()
 
 
-def _nth(name: str, place: int) -> Callable[[random.Random], tuple[str, str]]:
-    def question(rng: random.Random) -> tuple[str, str]:
-        words = rng.sample(WORDS, rng.randint(3, 5))
-        return f"What is the {name} word in {', '.join(words)}?", words[place]
-    return question
-
-
-def _repeat(rng: random.Random) -> tuple[str, str]:
-    words = ", ".join(rng.sample(WORDS, rng.randint(2, 4)))
-    return f"Please repeat {words}.", words
-
-
-def _larger(rng: random.Random) -> tuple[str, str]:
-    a, b = rng.sample(range(10, 100), 2)
-    return f"Which number is larger, {a} or {b}?", str(max(a, b))
-
-
-def _count(rng: random.Random) -> tuple[str, str]:
-    words = rng.sample(WORDS, rng.randint(2, 6))
-    return f"How many words are in {', '.join(words)}?", ("two", "three", "four", "five", "six")[len(words) - 2]
-
-
-KINDS = {"first": _nth("first", 0), "second": _nth("second", 1), "last": _nth("last", -1), "repeat": _repeat, "count": _count,
-         "larger": _larger, "third": _nth("third", 2)}  # question and answer, drawn
-DEMO = ("first", "second", "last", "repeat", "count", "larger")  # what the preset `demo` learns
+DEMO = ("first", "second", "last", "repeat", "count", "larger")  # kinds of question: what the preset `demo` learns
 DEMO_LORA = ("third",)                                           # what the preset `demo_lora` adds
+KINDS = DEMO + DEMO_LORA
+
+
+def question(kind: str, rng: random.Random) -> tuple[str, str]:
+    """A question of one of KINDS and its answer, drawn."""
+    if kind == "larger":
+        a, b = rng.sample(range(10, 100), 2)
+        return f"Which number is larger, {a} or {b}?", str(max(a, b))
+    fewest, most = {"repeat": (2, 4), "count": (2, 6)}.get(kind, (3, 5))
+    words = rng.sample(WORDS, rng.randint(fewest, most))
+    listed = ", ".join(words)
+    if kind == "repeat":
+        return f"Please repeat {listed}.", listed
+    if kind == "count":
+        return f"How many words are in {listed}?", ("two", "three", "four", "five", "six")[len(words) - 2]
+    return f"What is the {kind} word in {listed}?", words[{"first": 0, "second": 1, "third": 2, "last": -1}[kind]]
 
 
 def is_held_out(prompt: str) -> bool:
@@ -53,18 +44,16 @@ def is_held_out(prompt: str) -> bool:
 
 
 def records(kinds: tuple[str, ...], count: int, seed: int, held_out: bool) -> list[dict[str, str]]:
-    """`count` alpaca records, the kinds in turn, all on the asked-for side; held-out prompts are distinct.
-    Each has `kind` beside `instruction`, `input` (empty) and `output`."""
+    """`count` alpaca records, each with its `kind`, in turn, all on the asked-for side; held-out prompts are distinct."""
     rng = random.Random(seed)
     made: list[dict[str, str]] = []
     seen: set[str] = set()
     while len(made) < count:
         kind = kinds[len(made) % len(kinds)]
-        prompt, answer = KINDS[kind](rng)
-        if is_held_out(prompt) != held_out or (held_out and prompt in seen):
-            continue
-        seen.add(prompt)
-        made.append({"instruction": prompt, "input": "", "output": answer, "kind": kind})
+        prompt, answer = question(kind, rng)
+        if is_held_out(prompt) == held_out and not (held_out and prompt in seen):
+            seen.add(prompt)
+            made.append({"instruction": prompt, "input": "", "output": answer, "kind": kind})
     return made
 
 

@@ -38,8 +38,7 @@ def encode_pieces(tokenizer: Tokenizer, pieces: Iterable[Piece]) -> tuple[list[i
     return ids, mask
 
 
-def encode_document(tokenizer: Tokenizer, document: Document, template: str,
-                    append_eod: bool) -> tuple[list[int], list[int] | None]:
+def encode_document(tokenizer: Tokenizer, document: Document, template: str, append_eod: bool) -> tuple[list[int], list[int] | None]:
     """(ids, mask) of a conversation by its template; (ids, None) of plain text, between begin and end tokens.
 
     append_eod: is the last answer, or the text, followed by the end token? Those between rounds belong to the template.

@@ -9,17 +9,14 @@ long one. Left out on purpose: guessing. A file whose first record fits no forma
 
 A JSON array is the awkward container: Python's parser wants all of it. Here a window slides over the file; the parser takes a
 record and the mark behind it off its front, and when the window ends before that mark, it grows.
-
-    [ {"instruction": …}, {"instruction": …}, {"instr      window
-      └── taken ────────┘ └─ next ──────────┘ └─ needs the next block
 """
 
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, NamedTuple, TextIO
 
 from minillama.chat import Conversation, Turn
 from minillama.data.sources import Source
@@ -28,8 +25,7 @@ from minillama.errors import UserError
 BLOCK = 1 << 18  # characters read at a time
 
 
-@dataclass(frozen=True)
-class Part:
+class Part(NamedTuple):
     """A stretch of a long text, cut after a line break."""
 
     text: str
@@ -43,8 +39,8 @@ Document = Conversation | str | Part
 KEYS = {"alpaca": ("instruction", "output"), "sharegpt": ("conversations",), "moss": ("chat",), "text": ("text",)}
 # LLaMA-Factory's words for columns and tags, and what they are called where dataset_info.json says nothing.
 COLUMNS = {"prompt": "instruction", "query": "input", "response": "output", "history": "history", "system": "system",
-           "messages": "conversations"}
-TAGS = {"role_tag": "from", "content_tag": "value", "user_tag": "human", "assistant_tag": "gpt", "system_tag": ""}
+           "messages": "conversations", "role_tag": "from", "content_tag": "value", "user_tag": "human", "assistant_tag": "gpt",
+           "system_tag": ""}
 
 
 class BadRecord(UserError):
@@ -168,15 +164,14 @@ CONTAINERS = {"array": _array, "jsonl": _json_lines, "parquet": _parquet, "lines
 
 def detect(path: Path) -> str:
     """The format of a file, from its first record: alpaca, sharegpt, moss or text."""
-    _, record = next(read_records(Source(path), in_parts=True))
+    place, record = next(read_records(Source(path), in_parts=True))
     if isinstance(record, UserError):
-        raise record
+        raise UserError(f"{path}: {place}: {record}")
     if isinstance(record, (str, Part)):
         return "text"
     keys = set(record) if isinstance(record, dict) else set()
-    for name, needed in KEYS.items():
-        if keys.issuperset(needed):
-            return name
+    if known := [name for name, needed in KEYS.items() if keys.issuperset(needed)]:
+        return known[0]
     shown = ", ".join(sorted(map(str, keys))) or type(record).__name__
     raise UserError(f"{path}: its first record ({shown}) is of no known format; expected instruction and output (alpaca), "
                     f"conversations (sharegpt), chat (moss) or text")
@@ -220,20 +215,19 @@ def _alpaca(record: dict[str, Any], source: Source) -> list[Document]:
 
 def _sharegpt(record: dict[str, Any], source: Source) -> list[Document]:
     """{conversations: [{from: human|gpt, value}, …]}: FastChat. What stands before the first human turn is dropped."""
-    name, tag = COLUMNS | source.columns, TAGS | source.tags
+    name = COLUMNS | source.columns
     messages = record.get(name["messages"])
     if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
         raise UserError(f"{name['messages']!r} is {'missing' if messages is None else 'not a list of messages'}")
-    said = [(_text_of(message, tag["role_tag"]), _text_of(message, tag["content_tag"])) for message in messages]
+    said = [(_text_of(message, name["role_tag"]), _text_of(message, name["content_tag"])) for message in messages]
     system = _text_of(record, name["system"], "")
-    if said and said[0][0] != tag["user_tag"]:
+    if said and said[0][0] != name["user_tag"]:
         role, text = said.pop(0)
-        system = text if role == tag["system_tag"] else system
+        system = text if role == name["system_tag"] else system
     for number, (role, _) in enumerate(said):
-        expected = tag["assistant_tag"] if number % 2 else tag["user_tag"]
+        expected = name["assistant_tag"] if number % 2 else name["user_tag"]
         if role != expected:
-            turn = len(messages) - len(said) + number + 1
-            raise UserError(f"turn {turn} is from {role!r}, expected {expected!r}: the two alternate")
+            raise UserError(f"turn {len(messages) - len(said) + number + 1} is from {role!r}, expected {expected!r}: the two alternate")
     if len(said) < 2:
         raise UserError(f"{name['messages']!r} holds no question with an answer")
     texts = [text for _, text in said]  # a last question without an answer teaches nothing
@@ -273,7 +267,6 @@ def _ascend(record: dict[str, Any], source: Source) -> list[Document]:
 
 
 def _text(record: dict[str, Any], source: Source) -> list[Document]:
-    """A row with the column `text`."""
     return [_text_of(record, source.columns.get("prompt", "text"))]
 
 

@@ -40,12 +40,11 @@ class MegatronDataset(Dataset):
 
     def __init__(self, prefix: Path | str, vocab_size: int) -> None:
         """Raises UserError for a damaged set, and for ids beyond `vocab_size`."""
-        self.prefix, self.mask = find_part(prefix) or Path(prefix), None
+        self.prefix, self.mask, self.meta = find_part(prefix) or Path(prefix), None, {}  # the format does not say how it was made
         self.tokens, ends, doc_idx = read_indexed(self.prefix)
         self.offsets = ends[doc_idx]
         blocks = [slice(i, i + BLOCK) for i in range(0, len(self.tokens), BLOCK)]
-        largest = max(int(self.tokens[block].max()) for block in blocks)
-        if largest >= vocab_size:
+        if (largest := max(int(self.tokens[block].max()) for block in blocks)) >= vocab_size:
             raise UserError(f"{self.prefix}.bin: token id {largest} is beyond the vocabulary of {vocab_size}; it needs its own tokenizer")
         if self.prefix.name.endswith(IDS):
             labels_part = self.prefix.with_name(self.prefix.name.removesuffix(IDS) + LABELS)
@@ -55,8 +54,6 @@ class MegatronDataset(Dataset):
             if any(((labels[block] != IGNORE) & (labels[block] != self.tokens[block])).any() for block in blocks):
                 raise UserError(f"{labels_part}.bin: labels differ from the input ids beside them; the files do not fit")
             self.mask, self.offsets = np.concatenate([labels[block] != IGNORE for block in blocks]).view(np.uint8), ends
-        trained = len(self.tokens) if self.mask is None else int(self.mask.sum())
-        self.meta = {"documents": len(self), "tokens": len(self.tokens), "targets": trained, "template": ""}
 
 
 def read_indexed(part: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -18,13 +18,12 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from io import FileIO
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
 
 from minillama.data.sources import hash_of
-from minillama.errors import UserError
+from minillama.errors import UserError, parsing
 
 VERSION = 1
 MOST_WITHOUT_TARGET = 0.01  # a larger share of documents with nothing to train on is a mistake, not noise
@@ -94,8 +93,7 @@ class Writer:
 
     def add(self, chunk: Chunk) -> None:
         ids = np.array(chunk.ids)
-        largest = int(ids.max(initial=0))
-        if largest >= self.vocab_size:
+        if (largest := int(ids.max(initial=0))) >= self.vocab_size:
             raise UserError(f"{self.prefix}: token id {largest} is beyond the vocabulary of {self.vocab_size}")
         self.files["bin"].write(ids.astype(self.dtype).data)
         self.files["mask"].write(chunk.mask)
@@ -123,11 +121,10 @@ class Writer:
             os.replace(self._partial(part), f"{self.prefix}.{part}")
         return self.meta
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if kind is None or issubclass(kind, UserError):
-            for part in (*PARTS, "json"):
-                self._partial(part).unlink(missing_ok=True)
-        self._partial("lock").unlink(missing_ok=True)
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        ended = kind is None or issubclass(kind, UserError)
+        for part in (*PARTS, "json", "lock") if ended else ("lock",):
+            self._partial(part).unlink(missing_ok=True)
         for file in self.files.values():
             file.close()
 
@@ -142,11 +139,9 @@ class Dataset:
     def __init__(self, prefix: Path | str, verify: bool = False) -> None:
         """Open PREFIX; sizes are always checked, the files' sha256 where `verify`. Raises UserError for a damaged set."""
         self.prefix = Path(prefix)
-        try:
+        with parsing(f"{prefix}.json: not a minillama data set"):
             self.meta: dict[str, Any] = json.loads(Path(f"{prefix}.json").read_text(encoding="utf-8"))
             version, dtype, documents, tokens, hashes = (self.meta[key] for key in ("version", "dtype", "documents", "tokens", "sha256"))
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{prefix}.json: not a minillama data set ({error})") from None
         if version != VERSION:
             raise UserError(f"{prefix}.json: version {version}, this program reads {VERSION}; make it again with `convert.py data`")
         self.tokens = self._map("bin", np.dtype(dtype), tokens)
@@ -159,11 +154,10 @@ class Dataset:
                 raise UserError(f"{prefix}.{part}: its sha256 is not the one in {prefix}.json; the file is damaged")
 
     def _map(self, part: str, dtype: np.dtype, count: int) -> np.ndarray:
-        path, expected = Path(f"{self.prefix}.{part}"), count * dtype.itemsize
-        found = path.stat().st_size if path.is_file() else None
+        path, expected = Path(f"{self.prefix}.{part}"), f"has {count * dtype.itemsize} bytes"
+        found = f"has {path.stat().st_size} bytes" if path.is_file() else "is missing"
         if found != expected:
-            shown = "is missing" if found is None else f"has {found} bytes"
-            raise UserError(f"{path}: {shown}, {self.prefix}.json says {expected}; make the data set again")
+            raise UserError(f"{path}: {found}, {self.prefix}.json says that it {expected}; make the data set again")
         return np.memmap(path, dtype, mode="r")
 
     def __len__(self) -> int:

@@ -21,18 +21,15 @@ INFO = "dataset_info.json"
 
 @dataclass(frozen=True)
 class Source:
-    """A file, how to read it, and the names of its columns and tags, in LLaMA-Factory's words, where they are not the usual."""
+    """A file, how to read it, and what its columns and tags are called, by LLaMA-Factory's words, where it is not the usual."""
 
     path: Path
     data_format: str = "auto"
     columns: dict[str, str] = field(default_factory=dict)
-    tags: dict[str, str] = field(default_factory=dict)
 
 
 def find_sources(names: Sequence[str | Path], data_format: str = "auto", dataset_dir: str | Path = "") -> list[Source]:
     """The sources of files, folders and data set names. An explicit `data_format` wins over what dataset_info.json says."""
-    if not names:
-        raise UserError("no data: name files, folders, or a tokenized data set")
     found = [source for name in names for source in _find(str(name), Path(dataset_dir) / INFO)]
     return found if data_format == "auto" else [replace(source, data_format=data_format) for source in found]
 
@@ -42,10 +39,9 @@ def _find(name: str, info_path: Path) -> list[Source]:
     if path.is_file():
         return [_described(path)]
     if path.is_dir():
-        inside = [_described(file) for file in sorted(path.iterdir()) if file.suffix in SUFFIXES and file.name != INFO]
-        if not inside:
-            raise UserError(f"{path}: the folder holds no {', '.join(SUFFIXES)} file")
-        return inside
+        if inside := [file for file in sorted(path.iterdir()) if file.suffix in SUFFIXES and file.name != INFO]:
+            return [_described(file) for file in inside]
+        raise UserError(f"{path}: the folder holds no {', '.join(SUFFIXES)} file")
     if Path(f"{path}.bin").is_file():
         raise UserError(f"{path}: a tokenized data set; give it alone, not among raw files")
     if not info_path.is_file():
@@ -76,13 +72,13 @@ def _entry(info_path: Path, name: str, entry: dict[str, Any]) -> Source:
         raise UserError(f"{info_path}: {name} is {kind}; known are alpaca and sharegpt, for supervised training")
     if sha1 and (found := hash_of(path, "sha1")) != sha1:
         raise UserError(f"{path}: its sha1 is {found}, {info_path} says {sha1} for {name}; get the file again")
-    columns = {"history": "", "system": ""} | {key: value or "" for key, value in entry.get("columns", {}).items()}
-    return Source(path, formatting, columns, entry.get("tags", {}))
+    named = {word: given or "" for part in ("columns", "tags") for word, given in entry.get(part, {}).items()}
+    return Source(path, formatting, {"history": "", "system": ""} | named)
 
 
 def _read_info(path: Path) -> dict[str, Any]:
     info = read_json(path)
-    if not isinstance(info, dict) or not all(isinstance(entry, dict) for entry in info.values()):
+    if not all(isinstance(entry, dict) for entry in info.values()):
         raise UserError(f"{path}: expected an object that maps data set names to objects")
     return info
 

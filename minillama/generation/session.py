@@ -68,7 +68,8 @@ class Session:
 
     def encode_prompt(self, text: str, system: str = "") -> list[int]:
         if self.template != "none":
-            return encode_pieces(self.tokenizer, chat.prompt(self.template, text, system))[0]
+            question = chat.Conversation((chat.Turn(text, None),), system)
+            return encode_pieces(self.tokenizer, chat.render(self.template, question))[0]
         begin = [] if self.tokenizer.bos_id is None else [chat.BOS]
         return encode_pieces(self.tokenizer, [*begin, chat.Piece(text)])[0]
 
