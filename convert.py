@@ -55,6 +55,7 @@ def meta(argv: list[str]) -> None:
     add("--tokenizer", default="", metavar="FILE", help="tokenizer.model [in the input directory or its parent]")
     add("--max_seq_len", type=_positive, default=0, metavar="N", help="context length [LLaMA-1 2048, LLaMA-2 4096, CodeLlama 16384]")
     flags = parser.parse_args(argv)
+    parser.refuse(flags, *(("with --reverse", ("tokenizer", "max_seq_len")) if flags.reverse else ("without --reverse", ("shards",))))
     from minillama.conversion.meta import hf_to_meta, meta_to_hf
     if flags.reverse:
         hf_to_meta(flags.input, _output(flags), flags.shards)
@@ -106,6 +107,8 @@ def merge_lora(argv: list[str]) -> None:
     add("--device", default="auto", choices=("auto", "cpu", "cuda", "npu", "mlu", "tpu"), help="where B·A is computed [auto]")
     add("--seed", type=int, default=0, help="of the random hidden states of the check [0]")
     flags = parser.parse_args(argv)
+    if flags.format == "hf":
+        parser.refuse(flags, "without --format meta", ("shards",))
     from minillama import device
     from minillama.conversion import merge
     adapters = [Path(name) for given in flags.lora for name in str(given).split(",")]
