@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 
 from minillama import errors
 from minillama.commandlines import CONVERSION
-from minillama.config import Parser, parse_bool
+from minillama.config import DEVICES, Parser, parse_bool
 from minillama.errors import UserError, closest
 
 if TYPE_CHECKING:  # imported where it is used, so that --help and data need not load torch
@@ -104,7 +104,7 @@ def merge_lora(argv: list[str]) -> None:
     add("--format", choices=("hf", "meta"), default="hf", help="layout of the output: hf, meta [hf]",
         type=lambda name: {"huggingface": "hf", "pth": "meta"}.get(name, name))
     add("--shards", type=_positive, default=0, metavar="N", help="with --format meta: files [as Meta does]")
-    add("--device", default="auto", choices=("auto", "cpu", "cuda", "npu", "mlu", "tpu"), help="where B·A is computed [auto]")
+    add("--device", default="auto", choices=DEVICES, help="where B·A is computed [auto]")
     add("--seed", type=int, default=0, help="of the random hidden states of the check [0]")
     flags = parser.parse_args(argv)
     if flags.format == "hf":

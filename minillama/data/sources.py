@@ -17,6 +17,7 @@ from minillama.errors import UserError, closest, read_json
 
 SUFFIXES = (".json", ".jsonl", ".parquet", ".txt", ".md")  # what is read of a folder
 INFO = "dataset_info.json"
+PARTS = ("columns", "tags")  # of an entry: what the file calls things
 
 
 @dataclass(frozen=True)
@@ -72,14 +73,14 @@ def _entry(info_path: Path, name: str, entry: dict[str, Any]) -> Source:
         raise UserError(f"{info_path}: {name} is {kind}; known are alpaca and sharegpt, for supervised training")
     if sha1 and (found := hash_of(path, "sha1")) != sha1:
         raise UserError(f"{path}: its sha1 is {found}, {info_path} says {sha1} for {name}; get the file again")
-    named = {word: given or "" for part in ("columns", "tags") for word, given in entry.get(part, {}).items()}
+    named = {word: given or "" for part in PARTS for word, given in entry.get(part, {}).items()}
     return Source(path, formatting, {"history": "", "system": ""} | named)
 
 
 def _read_info(path: Path) -> dict[str, Any]:
     info = read_json(path)
-    if not all(isinstance(entry, dict) for entry in info.values()):
-        raise UserError(f"{path}: expected an object that maps data set names to objects")
+    if not all(isinstance(entry, dict) and all(isinstance(entry.get(part, {}), dict) for part in PARTS) for entry in info.values()):
+        raise UserError(f"{path}: expected an object that maps data set names to objects, and their {' and '.join(PARTS)} to objects too")
     return info
 
 
