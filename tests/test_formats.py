@@ -246,7 +246,7 @@ def test_the_published_files_are_recognised(shared):
     assert random.choice(read(shared / "sft/alpaca_zh_demo.json")).turns[0].answer
 
 
-@pytest.mark.parametrize("info", [{"a": ["b"]}, {"a": {"file_name": "a.json", "columns": ["q"]}}, {"a": {"file_name": "a.json", "tags": 1}}])
+@pytest.mark.parametrize("info", [{"a": ["b"]}, {"a": {"file_name": "f", "columns": ["q"]}}, {"a": {"file_name": "f", "tags": 1}}])
 def test_a_dataset_info_of_other_kinds_is_one_error(tmp_path, info):
     write(tmp_path / "dataset_info.json", info)
     with pytest.raises(UserError, match=r"dataset_info\.json: expected an object that maps data set names to objects"):
