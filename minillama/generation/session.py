@@ -24,32 +24,16 @@ class Writer:
 
     def catch_up(self) -> str:
         """The text that the ids since the last call make certain. Ends the answer where it comes to a stop text."""
-        before, answer = len(self.answer.text), self.answer
-        for token in answer.ids[self.read:]:
-            self._push(self.decoder.push(token))
-            self.read += 1
-            if answer.finish_reason == "stop":
-                break
-        if answer.finish_reason in ("length", "eos"):
-            self._push(self.decoder.flush())
-            answer.text += self.held * (answer.finish_reason != "stop")
-            self.held = ""
-        return answer.text[before:]
-
-    def _push(self, text: str) -> None:
-        held = self.held + text
-        stop = min((held.find(stop) for stop in self.stops if stop in held), default=None)
-        sure = len(held) - _possible_beginning(held, self.stops) if stop is None else stop
-        self.answer.text += held[:sure]
-        self.held = held[sure:]
-        if stop is not None:
-            self.answer.finish_reason = "stop"
-
-
-def _possible_beginning(text: str, stops: tuple[str, ...]) -> int:
-    """How many characters at the end of `text` could begin one of `stops`."""
-    longest = max((len(stop) for stop in stops), default=1) - 1
-    return next((n for n in range(min(longest, len(text)), 0, -1) if any(stop.startswith(text[-n:]) for stop in stops)), 0)
+        answer, is_over = self.answer, bool(self.answer.finish_reason)
+        text = self.held + "".join(map(self.decoder.push, answer.ids[self.read:])) + (self.decoder.flush() if is_over else "")
+        self.read = len(answer.ids)
+        if found := [text.find(stop) for stop in self.stops if stop in text]:
+            sure, answer.finish_reason = min(found), "stop"
+        else:
+            begun = (n for stop in self.stops for n in range(1, len(stop)) if text.endswith(stop[:n]))  # characters of a stop text
+            sure = len(text) - (0 if is_over else max(begun, default=0))
+        answer.text, self.held = answer.text + text[:sure], text[sure:]
+        return text[:sure]
 
 
 @dataclass
