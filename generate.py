@@ -1,5 +1,6 @@
 """Talk to a LLaMA: complete prompts, or hold a conversation."""
 
+import contextlib
 import hashlib
 import json
 import sys
@@ -65,13 +66,10 @@ def parse(arguments: list[str]):
 
 def _alpha(text: str) -> float:
     """"auto" as 0, or a number from 1."""
-    try:
-        alpha = 0.0 if text == "auto" else float(text)
-    except ValueError:
-        alpha = -1.0
-    if text != "auto" and not 1 <= alpha < 1e6:
-        raise errors.UserError(f"--rope_alpha: {text!r} is neither auto nor a number from 1")
-    return alpha
+    with contextlib.suppress(ValueError):
+        if text == "auto" or 1 <= float(text) < 1e6:
+            return 0.0 if text == "auto" else float(text)
+    raise errors.UserError(f"--rope_alpha: {text!r} is neither auto nor a number from 1")
 
 
 def main(arguments: list[str]) -> None:
@@ -110,8 +108,10 @@ def open_session(options):
     if options.greedy:
         said["temperature"] = 0.0
     sampling = Sampling(**said, repetition_penalty=options.repetition_penalty)
-    session, path = load_session(options, sampling, options.max_new_tokens, options.template, options.ignore_eos, tuple(options.stop))
-    session.rope_alpha = options.rope_alpha
+    session, path = load_session(options, sampling, options.max_new_tokens, options.template)
+    session.rope_alpha, session.stop_texts = options.rope_alpha, tuple(options.stop)
+    if options.ignore_eos:
+        session.stop_ids = ()
     if options.num_beams > 1:
         draws = sampling.temperature > 0 and bool(said)
         session.beams = Beams(options.num_beams, options.length_penalty, options.early_stopping, draws)
@@ -156,26 +156,25 @@ def answer_prompts(session, path: Path, texts: list[str | list[int]], options) -
 
     prompts = [encode(session, text, options.system) for text in texts]
     file = AnswerFile(Path(options.output), settings_of(session, path, prompts, options)) if options.output else None
-    left = [i for i in range(len(prompts)) if not file or i not in file.done]
-    asked = session.ask_all(prompts, options.num_samples)
-    questions = [asked[i] for i in left]
+    done = file.done if file else {}
+    asked = {i: answers for i, answers in session.ask_all(prompts, options.num_samples).items() if i not in done}
     quiet, streaming = bool(file and options.prompt_file), options.stream and options.num_samples == 1 and not session.beams
-    unprinted = [] if quiet or streaming else [answer for several in questions for answer in several]
-    bar = tqdm(total=len(prompts), initial=len(prompts) - len(left), unit="prompt", disable=not quiet)
+    unprinted = [] if quiet or streaming else [answer for answers in asked.values() for answer in answers]
+    bar = tqdm(total=len(prompts), initial=len(done), unit="prompt", disable=not quiet)
     try:
-        for number, text in session.write_all(questions, 1 if streaming else options.batch_size, options.seed):
-            done = all(answer.finish_reason for answer in questions[number])
+        for number, text in session.write_all(asked, 1 if streaming else options.batch_size, options.seed):
+            is_done = all(answer.finish_reason for answer in asked[number])
             if streaming:
-                print(text, end="\n" if done else "", flush=True)
+                print(text, end="\n" if is_done else "", flush=True)
             while unprinted and unprinted[0].finish_reason:
                 print(unprinted.pop(0).text, flush=True)
-            bar.update(done)
-            if done and file:
-                file.add(left[number], record_of(session, texts[left[number]], questions[number]))
+            bar.update(is_done)
+            if is_done and file:
+                file.add(number, record_of(session, texts[number], asked[number]))
     except KeyboardInterrupt:
         print(*(answer.text for answer in unprinted if answer.text), sep="\n", flush=True)
         if file:
-            print(f"\n{len(file.done)} of {len(prompts)} answers are in {file.partial}; the same command goes on", file=sys.stderr)
+            print(f"\n{len(done)} of {len(prompts)} answers are in {file.partial}; the same command goes on", file=sys.stderr)
         raise
     bar.close()
     if file:

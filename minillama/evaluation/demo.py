@@ -50,5 +50,5 @@ def score(session: Session, kinds: tuple[str, ...], questions: int, batch_size: 
         for number, _ in session.write_all(asked, batch_size, seed=None):
             bar.update(bool(asked[number][0].finish_reason))
     predictions = [{"id": number, "subject": record["kind"], "question": record["instruction"], "gold": record["output"],
-                    "predicted": answer.text.strip()} for number, (record, (answer,)) in enumerate(zip(records, asked, strict=True))]
+                    "predicted": asked[number][0].text.strip()} for number, record in enumerate(records)]
     return {kind: row([p for p in predictions if kind in (p["subject"], "total")]) for kind in (*kinds, "total")}, predictions

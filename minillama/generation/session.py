@@ -74,17 +74,17 @@ class Session:
             answer.seconds = time.perf_counter() - began
             yield answer, text
 
-    def ask_all(self, prompts: list[list[int]], samples: int) -> list[list[Answer]]:
-        """`samples` answers to be written to each prompt. A prompt that comes again goes on counting, so its answers differ."""
+    def ask_all(self, prompts: list[list[int]], samples: int) -> dict[int, list[Answer]]:
+        """`samples` answers to be written to each prompt, by its number. One that comes again goes on counting, so its answers differ."""
         asked = defaultdict(count)
-        return [[self.ask(prompt, next(asked[tuple(prompt)])) for _ in range(samples)] for prompt in prompts]
+        return {i: [self.ask(prompt, next(asked[tuple(prompt)])) for _ in range(samples)] for i, prompt in enumerate(prompts)}
 
-    def write_all(self, questions: list[list[Answer]], batch_size: int, seed: int | None) -> Iterator[tuple[int, str]]:
+    def write_all(self, questions: dict[int, list[Answer]], batch_size: int, seed: int | None) -> Iterator[tuple[int, str]]:
         """Write the answers to many prompts, yielding a prompt's number and new text as it comes. Batches hold up to `batch_size` texts
         of prompts of like length, the longest first: memory that suffices for the first batch suffices for all. One by one they come in
         their own order."""
-        alpha = [needed_alpha(self.model.config, several[0]) if self.rope_alpha == 0 else None for several in questions]
-        left = sorted(range(len(questions)), key=lambda i: -len(questions[i][0].prompt_ids) if batch_size > 1 else i)
+        alpha = {i: needed_alpha(self.model.config, several[0]) if self.rope_alpha == 0 else None for i, several in questions.items()}
+        left = sorted(questions, key=lambda i: -len(questions[i][0].prompt_ids) if batch_size > 1 else i)
         while left:
             most = 1 if self.beams else max(1, batch_size // len(questions[left[0]]))
             batch = [i for i in left[:most] if alpha[i] == alpha[left[0]]]  # the first ones: alpha follows from the length
