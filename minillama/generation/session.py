@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import count
 
 from minillama import chat, ops
-from minillama.data.encode import encode_pieces
+from minillama.data.encode import encode_document
 from minillama.errors import UserError
 from minillama.generation.beam import Beams, beam_search
 from minillama.generation.decode import Answer, decode, needed_alpha
@@ -51,10 +51,8 @@ class Session:
     rope_alpha: float | None = None  # beyond the context: see `decode.stretched`
 
     def encode_prompt(self, text: str, system: str = "") -> list[int]:
-        if self.template != "none":
-            return encode_pieces(self.tokenizer, chat.prompt(self.template, text, system))[0]
-        begin = [] if self.tokenizer.bos_id is None else [chat.BOS]
-        return encode_pieces(self.tokenizer, [*begin, chat.Piece(text)])[0]
+        asked = text if self.template == "none" else chat.Conversation((chat.Turn(text, None),), system)
+        return encode_document(self.tokenizer, asked, self.template, append_eod=False)[0]
 
     def ask(self, prompt_ids: list[int], number: int = 0) -> Answer:
         """An answer to be written."""
@@ -100,10 +98,7 @@ class Dialogue:
     ROOM = 32  # tokens kept free for an answer where max_new_tokens is not given
 
     def __init__(self, session: Session, system: str = "") -> None:
-        self.session, self.system, self.turns = session, system, []
-
-    def clear(self) -> None:
-        self.turns = []
+        self.session, self.system, self.turns, self.note = session, system, [], ""
 
     def prompt_ids(self, text: str) -> tuple[list[int], int]:
         """Ids of the conversation so far plus an open question, and how many rounds had to be dropped."""
@@ -111,13 +106,24 @@ class Dialogue:
         template = "raw" if s.template == "none" else s.template
         room, context = s.max_new_tokens or self.ROOM, s.model.config.max_seq_len
         for dropped in range(len(self.turns) + 1):
-            turns = (*self.turns[dropped:], chat.Turn(text, None))
-            ids, _ = encode_pieces(s.tokenizer, chat.render(template, chat.Conversation(turns, self.system)))
+            asked = chat.Conversation((*self.turns[dropped:], chat.Turn(text, None)), self.system)
+            ids, _ = encode_document(s.tokenizer, asked, template, append_eod=False)
             if len(ids) + room <= context or s.rope_alpha is not None:
                 self.turns = self.turns[dropped:]
                 return ids, dropped
         raise UserError(f"this question alone has {len(ids)} tokens; with {room} new ones that exceeds the model's context of {context}")
 
-    def remember(self, text: str, answer: Answer) -> None:
-        """Add a round, as far as its answer came."""
-        self.turns.append(chat.Turn(text, answer.text.strip()))
+    def reply(self, text: str, seed: int | None) -> Iterator[str]:
+        """Answer a question, yielding new text. The last of `turns` grows with it, so that what came is kept; `note` says how it went."""
+        try:
+            ids, dropped = self.prompt_ids(text)
+        except UserError as error:
+            self.note = str(error)
+            yield ""
+            return
+        answer, earlier, self.note = self.session.ask(ids), self.turns, "nothing written"
+        for _, piece in self.session.write([answer], seed):
+            self.turns = [*earlier, chat.Turn(text, answer.text.strip())]
+            speed = f"{len(answer.ids) / answer.seconds:.1f} tokens/s"
+            self.note = f"{speed}, {dropped} oldest rounds dropped: the context is full" if dropped else speed
+            yield piece
