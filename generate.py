@@ -108,8 +108,9 @@ def open_session(options):
     if options.greedy:
         said["temperature"] = 0.0
     sampling = Sampling(**said, repetition_penalty=options.repetition_penalty)
-    session, path = load_session(options, sampling, options.max_new_tokens, options.template)
-    session.rope_alpha, session.stop_texts = options.rope_alpha, tuple(options.stop)
+    session, path = load_session(options, options.template)
+    session.sampling, session.max_new_tokens, session.rope_alpha = sampling, options.max_new_tokens, options.rope_alpha
+    session.stop_texts = tuple(options.stop)
     if options.ignore_eos:
         session.stop_ids = ()
     if options.num_beams > 1:
@@ -139,13 +140,10 @@ def read_prompts(options) -> list[str | list[int]]:
 def _prompt_of(line: str, path: Path, number: int) -> str:
     if path.suffix != ".jsonl":
         return line
-    try:
-        prompt = json.loads(line)["prompt"]
-    except (ValueError, KeyError, TypeError):
-        prompt = None
-    if not isinstance(prompt, str):
-        raise errors.UserError(f'{path}: line {number} is not a JSON object with the text "prompt"')
-    return prompt
+    with contextlib.suppress(ValueError, KeyError, TypeError):
+        if isinstance(prompt := json.loads(line)["prompt"], str):
+            return prompt
+    raise errors.UserError(f'{path}: line {number} is not a JSON object with the text "prompt"')
 
 
 def answer_prompts(session, path: Path, texts: list[str | list[int]], options) -> None:

@@ -14,7 +14,6 @@ from minillama.errors import UserError, closest
 from minillama.evaluation.predictions import write
 from minillama.evaluation.tables import row
 from minillama.generation.loading import load_session
-from minillama.generation.sampling import Sampling
 from minillama.generation.session import Session
 from minillama.model import Llama
 
@@ -24,7 +23,8 @@ def evaluate(options: Namespace) -> None:
     if unknown := [name for name in options.subjects if name not in demo.KINDS]:
         raise UserError(f"no subject {unknown[0]!r}{closest(unknown[0], demo.KINDS)}; subjects: {', '.join(demo.KINDS)}")
     began, limit = time.perf_counter(), options.limit or 300
-    session, path = load_session(options, Sampling(temperature=0.0), max_new_tokens=16)
+    session, path = load_session(options)
+    session.max_new_tokens = 16
     kinds = options.subjects or demo.DEMO + (demo.DEMO_LORA if (path / "adapter_config.json").is_file() else ())
     scores, predictions = score(session, kinds, limit, options.batch_size, str(path))
     fresh = Llama(session.model.config).initialise(torch.Generator().manual_seed(options.seed)).to(session.model.lm_head.weight.device)

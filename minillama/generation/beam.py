@@ -85,13 +85,9 @@ def candidates(logits: Tensor, scores: Tensor, texts: list[list[int]], prompt: l
     if beams.sample:
         log_p = warp(log_p, sampling, at_least=max(2, 1 + stops))
     total, count = (log_p + scores.unsqueeze(1)).flatten(), max(2, 1 + stops) * beams.width  # (W·V,)
-    if beams.sample:
-        index = total.softmax(0).cpu().multinomial(count, generator=generator).to(total.device)
-        tried = total[index]
-    else:
-        tried, index = total.topk(count)
-    V = logits.shape[-1]
-    return tried, (index // V).tolist(), (index % V).tolist()
+    drawn = total.softmax(0).cpu().multinomial(count, generator=generator).to(total.device) if beams.sample else None
+    index, V = total.topk(count).indices if drawn is None else drawn, logits.shape[-1]
+    return total[index], (index // V).tolist(), (index % V).tolist()
 
 
 def move_rows(cache: Cache, parents: list[int], start: int) -> list[int]:
