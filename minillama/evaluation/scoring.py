@@ -12,6 +12,7 @@ Shapes: B rows, T tail tokens, P prefix tokens, S all tokens, K key/value heads,
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import groupby
 from typing import NamedTuple
 
 import torch
@@ -98,11 +99,11 @@ def _batches(queries: list[Query], prefix: int, members: list[int], batch_size: 
 class SharedPrefix:
     """A cache (`model.KeyValueCache`) that computes the keys and values of some tokens once, and lends them to any number of rows."""
 
-    def __init__(self, model: Llama, tokens: list[int], device: torch.device) -> None:
-        self.config, self.lengths = model.config, None
+    def __init__(self, model: Llama, tokens: list[int]) -> None:
+        self.config, self.capacity, self.lengths = model.config, model.config.max_seq_len, None
         self.layers: list[tuple[Tensor, Tensor]] = []  # (1, P, K, D) each
-        self.capacity, self.positions = model.config.max_seq_len, torch.arange(len(tokens), device=device)
-        model(torch.tensor([tokens], device=device), cache=self)
+        self.positions = torch.arange(len(tokens), device=model.lm_head.weight.device)
+        model(torch.tensor([tokens], device=self.positions.device), cache=self)
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """The prefix's keys and values (B, S, K, D) the first time; later those, and behind them the rows' own, which are not kept."""
@@ -115,13 +116,11 @@ class SharedPrefix:
 @torch.inference_mode()
 def read(model: Llama, queries: list[Query], batches: Iterable[Batch]) -> Iterator[dict[int, Reading]]:
     """{index of a query: its reading} for one batch after another."""
-    device, tokens, prefix = model.lm_head.weight.device, [], None
-    for batch in batches:
-        wanted = queries[batch.members[0]].context[:batch.prefix]
-        if wanted != tokens:
-            tokens, prefix = wanted, SharedPrefix(model, wanted, device) if wanted else None
-        readings = _read_batch(model, [queries[i] for i in batch.members], batch.prefix, prefix)
-        yield dict(zip(batch.members, readings, strict=True))
+    for tokens, some in groupby(batches, key=lambda batch: queries[batch.members[0]].context[:batch.prefix]):
+        prefix = SharedPrefix(model, tokens) if tokens else None
+        for batch in some:
+            readings = _read_batch(model, [queries[i] for i in batch.members], len(tokens), prefix)
+            yield dict(zip(batch.members, readings, strict=True))
 
 
 def _read_batch(model: Llama, queries: list[Query], P: int, prefix: SharedPrefix | None) -> Iterator[Reading]:

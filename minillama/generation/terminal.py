@@ -11,19 +11,15 @@ def chat_in_terminal(session: Session, system: str = "", seed: int | None = None
     if session.template == "none":
         print("note: no chat template is known for this checkpoint, so it only continues text; choose one with --template NAME")
     print(f"{', '.join(QUIT)}: end    {', '.join(CLEAR)}: start over")
-    while True:
-        try:
-            text = input("\nYou: ").strip()
-        except EOFError:
-            print()
-            return
-        if text.lower() in QUIT:
-            return
-        if text.lower() in CLEAR:
-            dialogue.turns = []
-            print("(new conversation)")
-        elif text:
-            _answer(dialogue, text, seed)
+    try:
+        while (text := input("\nYou: ").strip()).lower() not in QUIT:
+            if text.lower() in CLEAR:
+                dialogue.turns = []
+                print("(new conversation)")
+            elif text:
+                _answer(dialogue, text, seed)
+    except EOFError:
+        print()
 
 
 def _answer(dialogue: Dialogue, text: str, seed: int | None) -> None:
