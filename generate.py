@@ -114,8 +114,7 @@ def open_session(options):
     if options.ignore_eos:
         session.stop_ids = ()
     if options.num_beams > 1:
-        draws = sampling.temperature > 0 and bool(said)
-        session.beams = Beams(options.num_beams, options.length_penalty, options.early_stopping, draws)
+        session.beams = Beams(options.num_beams, options.length_penalty, options.early_stopping, sampling.temperature > 0 and bool(said))
     return session, path
 
 

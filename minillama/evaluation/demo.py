@@ -33,12 +33,11 @@ def evaluate(options: Namespace) -> None:
     for kind, trained in scores.items():
         print(f"{kind:16}{trained['n']:>5}{trained['accuracy']:>10.1%}{before[kind]['accuracy']:>12.1%}")
     if options.out:
-        Path(options.out).mkdir(parents=True, exist_ok=True)
+        write(Path(options.out), predictions)
         write_json(Path(options.out) / "summary.json", {
             "task": "demo", "protocol": "exact match of the greedy answer", "n_shots": 0, **scores["total"],
             "untrained": before["total"]["accuracy"], "subjects": {kind: scores[kind] for kind in kinds},
             "seconds": round(time.perf_counter() - began, 2), "model": str(path), "data_sha256": None})
-        write(Path(options.out), predictions)
     print(f"next: python generate.py --ckpt {options.ckpt} --chat")
 
 

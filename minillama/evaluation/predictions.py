@@ -86,9 +86,9 @@ def _open(out: Path, settings: Record) -> dict[str, Record]:
     out.mkdir(parents=True, exist_ok=True)
     files, path = sorted(out.glob("predictions*.jsonl")), out / "settings.json"
     before = read_json(path) if path.is_file() else {} if files else settings
-    refuse_other_settings(out, before, settings, "name another --out, or delete it")
-    write_json(path, settings)
     with parsing(out):
+        refuse_other_settings(before, settings, "name another --out, or delete it")
+        write_json(path, settings)
         records = {record["id"]: record for file in files for record in read_lines(file)}
     write(out, records.values())
     return records

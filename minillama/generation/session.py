@@ -95,8 +95,6 @@ class Session:
 class Dialogue:
     """A conversation in progress: history within the context, the oldest rounds dropped first, the system text kept."""
 
-    ROOM = 32  # tokens kept free for an answer where max_new_tokens is not given
-
     def __init__(self, session: Session, system: str = "") -> None:
         self.session, self.system, self.turns, self.note = session, system, [], ""
 
@@ -104,7 +102,7 @@ class Dialogue:
         """Ids of the conversation so far plus an open question, and how many rounds had to be dropped."""
         s = self.session
         template = "raw" if s.template == "none" else s.template
-        room, context = s.max_new_tokens or self.ROOM, s.model.config.max_seq_len
+        room, context = s.max_new_tokens or 32, s.model.config.max_seq_len  # room: tokens kept free for the answer
         for dropped in range(len(self.turns) + 1):
             asked = chat.Conversation((*self.turns[dropped:], chat.Turn(text, None)), self.system)
             ids, _ = encode_document(s.tokenizer, asked, template, append_eod=False)

@@ -61,15 +61,13 @@ def build_page(session: Session, system: str, seed: int | None) -> Any:
                 most: float) -> Iterator[tuple]:
             sampling = Sampling(temperature, int(top_k), top_p, penalty)
             dialogue = Dialogue(replace(session, template=template, sampling=sampling, max_new_tokens=int(most)), system)
-            dialogue.turns = list(turns)
+            dialogue.turns = turns
             for _ in dialogue.reply(text, seed):
-                yield "", dialogue.turns, _messages(dialogue.turns), dialogue.note
+                messages = [{"role": role, "content": words} for turn in dialogue.turns
+                            for role, words in (("user", turn.user), ("assistant", turn.answer))]
+                yield "", dialogue.turns, messages, dialogue.note
 
         asked = gradio.on([send.click, question.submit], ask, [question, rounds, *controls], [question, rounds, shown, note])
         stop.click(None, cancels=asked)
         gradio.on([clear.click, shown.clear], lambda: ([], [], ""), None, [rounds, shown, note], cancels=asked)
     return page
-
-
-def _messages(turns: list[chat.Turn]) -> list[dict[str, str]]:
-    return [{"role": role, "content": text} for turn in turns for role, text in (("user", turn.user), ("assistant", turn.answer or ""))]
