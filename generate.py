@@ -88,33 +88,32 @@ def main(arguments: list[str]) -> None:
     texts = read_prompts(options)
     session, path = open_session(options)
     print(f"{path} (template: {session.template})", file=sys.stderr)
+    from minillama.generation import terminal, web
+
     if options.web:
-        from minillama.generation.web import serve
-        serve(session, options.system, options.seed, options.host, options.port)
+        web.serve(session, options.system, options.seed, options.host, options.port)
     elif options.chat:
-        from minillama.generation.terminal import chat_in_terminal
-        chat_in_terminal(session, options.system, options.seed)
+        terminal.chat_in_terminal(session, options.system, options.seed)
     else:
         answer_prompts(session, path, texts, options)
 
 
 def open_session(options):
     """(the session that the flags describe, the directory in use)"""
-    from minillama.generation.beam import Beams
-    from minillama.generation.loading import load_session
+    from minillama.generation import beam, loading
     from minillama.generation.sampling import Sampling
 
     said = {name: value for name in ("temperature", "top_k", "top_p") if (value := getattr(options, name)) is not None}
     if options.greedy:
         said["temperature"] = 0.0
     sampling = Sampling(**said, repetition_penalty=options.repetition_penalty)
-    session, path = load_session(options, options.template)
+    session, path = loading.load_session(options, options.template)
     session.sampling, session.max_new_tokens, session.rope_alpha = sampling, options.max_new_tokens, options.rope_alpha
     session.stop_texts = tuple(options.stop)
-    if options.ignore_eos:
-        session.stop_ids = ()
+    session.stop_ids = () if options.ignore_eos else session.stop_ids
     if options.num_beams > 1:
-        session.beams = Beams(options.num_beams, options.length_penalty, options.early_stopping, sampling.temperature > 0 and bool(said))
+        draws = sampling.temperature > 0 and bool(said)
+        session.beams = beam.Beams(options.num_beams, options.length_penalty, options.early_stopping, draws)
     return session, path
 
 
@@ -151,7 +150,9 @@ def answer_prompts(session, path: Path, texts: list[str | list[int]], options) -
 
     from minillama.generation.files import AnswerFile
 
-    prompts = [encode(session, text, options.system) for text in texts]
+    prompts = [text if isinstance(text, list) else session.encode_prompt(text, options.system) for text in texts]
+    if (highest := max((token for ids in prompts for token in ids), default=0)) >= session.model.config.vocab_size:
+        raise errors.UserError(f"--prompt_ids: {highest} is beyond the vocabulary of {session.model.config.vocab_size}")
     file = AnswerFile(Path(options.output), settings_of(session, path, prompts, options)) if options.output else None
     done = file.done if file else {}
     asked = {i: answers for i, answers in session.ask_all(prompts, options.num_samples).items() if i not in done}
@@ -176,14 +177,6 @@ def answer_prompts(session, path: Path, texts: list[str | list[int]], options) -
     bar.close()
     if file:
         file.finish()
-
-
-def encode(session, text: str | list[int], system: str) -> list[int]:
-    """The ids of a prompt, which may be given as ids."""
-    ids = text if isinstance(text, list) else session.encode_prompt(text, system)
-    if ids and max(ids) >= session.model.config.vocab_size:
-        raise errors.UserError(f"--prompt_ids: {max(ids)} is beyond the vocabulary of {session.model.config.vocab_size}")
-    return ids
 
 
 def settings_of(session, path: Path, prompts: list[list[int]], options) -> dict:

@@ -92,8 +92,7 @@ def _batches(queries: list[Query], prefix: int, members: list[int], batch_size: 
             batches, rows, longest = [*batches, []], 0, SPREAD * length + 8
         batches[-1].append(i)
         rows += more
-    costs = [sum(len(queries[i].tails) for i in batch) * (queries[batch[-1]].length - prefix) for batch in batches]
-    return [Batch(prefix, batch, cost) for batch, cost in zip(batches, costs, strict=True)]
+    return [Batch(prefix, some, sum(len(queries[i].tails) for i in some) * (queries[some[-1]].length - prefix)) for some in batches]
 
 
 class SharedPrefix:

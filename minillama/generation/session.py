@@ -78,9 +78,8 @@ class Session:
         return {i: [self.ask(prompt, next(asked[tuple(prompt)])) for _ in range(samples)] for i, prompt in enumerate(prompts)}
 
     def write_all(self, questions: dict[int, list[Answer]], batch_size: int, seed: int | None) -> Iterator[tuple[int, str]]:
-        """Write the answers to many prompts, yielding a prompt's number and new text as it comes. Batches hold up to `batch_size` texts
-        of prompts of like length, the longest first: memory that suffices for the first batch suffices for all. One by one they come in
-        their own order."""
+        """Write the answers to many prompts, yielding a prompt's number and new text as it comes. One by one they come in their order;
+        batches of up to `batch_size` texts hold prompts of like length, the longest first: memory for the first suffices for all."""
         alpha = {i: needed_alpha(self.model.config, several[0]) if self.rope_alpha == 0 else None for i, several in questions.items()}
         left = sorted(questions, key=lambda i: -len(questions[i][0].prompt_ids) if batch_size > 1 else i)
         while left:
