@@ -76,11 +76,11 @@ def read_prompts(model: Llama, cache: Cache, prompts: list[list[int]]) -> Tensor
     source = [read.setdefault(tuple(prompt), row) for row, prompt in enumerate(prompts)]  # the row that is read for each
     runs, size = [], 2 * CHUNK  # rows read together, and their tokens; a long prompt counts as many, and so stands alone
     for row in read.values():
-        tokens = len(prompts[row]) if len(prompts[row]) <= CHUNK else 2 * CHUNK
-        if size + tokens > 2 * CHUNK:
+        more = len(prompts[row]) if len(prompts[row]) <= CHUNK else 2 * CHUNK
+        if size + more > 2 * CHUNK:
             runs, size = [*runs, []], 0
         runs[-1].append(row)
-        size += tokens
+        size += more
     for rows in runs:
         tokens = torch.tensor([[token for row in rows for token in prompts[row]]], device=device)
         if len(rows) == 1:
