@@ -219,6 +219,8 @@ def test_a_conversation_is_the_template_of_its_rounds(session: Session) -> None:
     assert dialogue.turns == [chat.Turn("Which number is larger, 31 or 62?", "62")]
     ids, _ = dialogue.prompt_ids("Which number is larger, 77 or 18?")
     assert ids[:len(first)] == first
+    assert "".join(dialogue.reply("Which number is larger, 77 or 18?", None)).strip() == dialogue.turns[1].answer
+    assert [turn.user for turn in dialogue.turns] == ["Which number is larger, 31 or 62?", "Which number is larger, 77 or 18?"]
 
 
 def test_a_template_of_none_is_the_text_after_the_begin_token(session: Session) -> None:
