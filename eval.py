@@ -50,13 +50,9 @@ def main(arguments: list[str]) -> None:
     for name, least in {"n_shots": 0, "limit": 0, "max_length": 0, "batch_size": 1}.items():
         if (value := getattr(options, name)) is not None and value < least:
             raise errors.UserError(f"--{name} {value}: must be at least {least}")
-    if options.task == "loss":
-        from minillama.evaluation.losses import evaluate
-    elif options.task == "demo":
-        from minillama.evaluation.demo import evaluate
-    else:
-        from minillama.evaluation.predictions import evaluate
-    evaluate(options)
+    from minillama.evaluation import demo, losses, predictions
+
+    {"demo": demo, "loss": losses}.get(options.task, predictions).evaluate(options)
 
 
 if __name__ == "__main__":

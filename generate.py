@@ -1,5 +1,6 @@
 """Talk to a LLaMA: complete prompts, or hold a conversation."""
 
+import contextlib
 import hashlib
 import json
 import sys
@@ -65,13 +66,10 @@ def parse(arguments: list[str]):
 
 def _alpha(text: str) -> float:
     """"auto" as 0, or a number from 1."""
-    try:
-        alpha = 0.0 if text == "auto" else float(text)
-    except ValueError:
-        alpha = -1.0
-    if text != "auto" and not 1 <= alpha < 1e6:
-        raise errors.UserError(f"--rope_alpha: {text!r} is neither auto nor a number from 1")
-    return alpha
+    with contextlib.suppress(ValueError):
+        if text == "auto" or 1 <= float(text) < 1e6:
+            return 0.0 if text == "auto" else float(text)
+    raise errors.UserError(f"--rope_alpha: {text!r} is neither auto nor a number from 1")
 
 
 def main(arguments: list[str]) -> None:
@@ -90,31 +88,32 @@ def main(arguments: list[str]) -> None:
     texts = read_prompts(options)
     session, path = open_session(options)
     print(f"{path} (template: {session.template})", file=sys.stderr)
+    from minillama.generation import terminal, web
+
     if options.web:
-        from minillama.generation.web import serve
-        serve(session, options.system, options.seed, options.host, options.port)
+        web.serve(session, options.system, options.seed, options.host, options.port)
     elif options.chat:
-        from minillama.generation.terminal import chat_in_terminal
-        chat_in_terminal(session, options.system, options.seed)
+        terminal.chat_in_terminal(session, options.system, options.seed)
     else:
         answer_prompts(session, path, texts, options)
 
 
 def open_session(options):
     """(the session that the flags describe, the directory in use)"""
-    from minillama.generation.beam import Beams
-    from minillama.generation.loading import load_session
+    from minillama.generation import beam, loading
     from minillama.generation.sampling import Sampling
 
     said = {name: value for name in ("temperature", "top_k", "top_p") if (value := getattr(options, name)) is not None}
     if options.greedy:
         said["temperature"] = 0.0
     sampling = Sampling(**said, repetition_penalty=options.repetition_penalty)
-    session, path = load_session(options, sampling, options.max_new_tokens, options.template, options.ignore_eos, tuple(options.stop))
-    session.rope_alpha = options.rope_alpha
+    session, path = loading.load_session(options, options.template)
+    session.sampling, session.max_new_tokens, session.rope_alpha = sampling, options.max_new_tokens, options.rope_alpha
+    session.stop_texts = tuple(options.stop)
+    session.stop_ids = () if options.ignore_eos else session.stop_ids
     if options.num_beams > 1:
         draws = sampling.temperature > 0 and bool(said)
-        session.beams = Beams(options.num_beams, options.length_penalty, options.early_stopping, draws)
+        session.beams = beam.Beams(options.num_beams, options.length_penalty, options.early_stopping, draws)
     return session, path
 
 
@@ -139,13 +138,10 @@ def read_prompts(options) -> list[str | list[int]]:
 def _prompt_of(line: str, path: Path, number: int) -> str:
     if path.suffix != ".jsonl":
         return line
-    try:
-        prompt = json.loads(line)["prompt"]
-    except (ValueError, KeyError, TypeError):
-        prompt = None
-    if not isinstance(prompt, str):
-        raise errors.UserError(f'{path}: line {number} is not a JSON object with the text "prompt"')
-    return prompt
+    with contextlib.suppress(ValueError, KeyError, TypeError):
+        if isinstance(prompt := json.loads(line)["prompt"], str):
+            return prompt
+    raise errors.UserError(f'{path}: line {number} is not a JSON object with the text "prompt"')
 
 
 def answer_prompts(session, path: Path, texts: list[str | list[int]], options) -> None:
@@ -154,40 +150,33 @@ def answer_prompts(session, path: Path, texts: list[str | list[int]], options) -
 
     from minillama.generation.files import AnswerFile
 
-    prompts = [encode(session, text, options.system) for text in texts]
+    prompts = [text if isinstance(text, list) else session.encode_prompt(text, options.system) for text in texts]
+    if (highest := max((token for ids in prompts for token in ids), default=0)) >= session.model.config.vocab_size:
+        raise errors.UserError(f"--prompt_ids: {highest} is beyond the vocabulary of {session.model.config.vocab_size}")
     file = AnswerFile(Path(options.output), settings_of(session, path, prompts, options)) if options.output else None
-    left = [i for i in range(len(prompts)) if not file or i not in file.done]
-    asked = session.ask_all(prompts, options.num_samples)
-    questions = [asked[i] for i in left]
+    done = file.done if file else {}
+    asked = {i: answers for i, answers in session.ask_all(prompts, options.num_samples).items() if i not in done}
     quiet, streaming = bool(file and options.prompt_file), options.stream and options.num_samples == 1 and not session.beams
-    unprinted = [] if quiet or streaming else [answer for several in questions for answer in several]
-    bar = tqdm(total=len(prompts), initial=len(prompts) - len(left), unit="prompt", disable=not quiet)
+    unprinted = [] if quiet or streaming else [answer for answers in asked.values() for answer in answers]
+    bar = tqdm(total=len(prompts), initial=len(done), unit="prompt", disable=not quiet)
     try:
-        for number, text in session.write_all(questions, 1 if streaming else options.batch_size, options.seed):
-            done = all(answer.finish_reason for answer in questions[number])
+        for number, text in session.write_all(asked, 1 if streaming else options.batch_size, options.seed):
+            is_done = all(answer.finish_reason for answer in asked[number])
             if streaming:
-                print(text, end="\n" if done else "", flush=True)
+                print(text, end="\n" if is_done else "", flush=True)
             while unprinted and unprinted[0].finish_reason:
                 print(unprinted.pop(0).text, flush=True)
-            bar.update(done)
-            if done and file:
-                file.add(left[number], record_of(session, texts[left[number]], questions[number]))
+            bar.update(is_done)
+            if is_done and file:
+                file.add(number, record_of(session, texts[number], asked[number]))
     except KeyboardInterrupt:
         print(*(answer.text for answer in unprinted if answer.text), sep="\n", flush=True)
         if file:
-            print(f"\n{len(file.done)} of {len(prompts)} answers are in {file.partial}; the same command goes on", file=sys.stderr)
+            print(f"\n{len(done)} of {len(prompts)} answers are in {file.partial}; the same command goes on", file=sys.stderr)
         raise
     bar.close()
     if file:
         file.finish()
-
-
-def encode(session, text: str | list[int], system: str) -> list[int]:
-    """The ids of a prompt, which may be given as ids."""
-    ids = text if isinstance(text, list) else session.encode_prompt(text, system)
-    if ids and max(ids) >= session.model.config.vocab_size:
-        raise errors.UserError(f"--prompt_ids: {max(ids)} is beyond the vocabulary of {session.model.config.vocab_size}")
-    return ids
 
 
 def settings_of(session, path: Path, prompts: list[list[int]], options) -> dict:

@@ -207,19 +207,20 @@ def test_the_oldest_rounds_are_dropped_when_the_context_is_full(session: Session
 def test_a_question_longer_than_the_context_is_refused(session: Session) -> None:
     with pytest.raises(UserError, match="this question alone has"):
         Dialogue(session).prompt_ids("cat " * 600)
+    dialogue = Dialogue(session)
+    assert list(dialogue.reply("cat " * 600, None)) == [""]
+    assert "this question alone has" in dialogue.note and dialogue.turns == []
 
 
 def test_a_conversation_is_the_template_of_its_rounds(session: Session) -> None:
     dialogue = Dialogue(session)
-    ids, _ = dialogue.prompt_ids("Which number is larger, 31 or 62?")
-    first = session.ask(ids)
-    list(session.write([first], None))
-    dialogue.remember("Which number is larger, 31 or 62?", first)
+    first, _ = dialogue.prompt_ids("Which number is larger, 31 or 62?")
+    assert "".join(dialogue.reply("Which number is larger, 31 or 62?", None)).strip() == "62"
     assert dialogue.turns == [chat.Turn("Which number is larger, 31 or 62?", "62")]
     ids, _ = dialogue.prompt_ids("Which number is larger, 77 or 18?")
-    assert ids[:len(first.prompt_ids)] == first.prompt_ids
-    dialogue.clear()
-    assert dialogue.turns == []
+    assert ids[:len(first)] == first
+    assert "".join(dialogue.reply("Which number is larger, 77 or 18?", None)).strip() == dialogue.turns[1].answer
+    assert [turn.user for turn in dialogue.turns] == ["Which number is larger, 31 or 62?", "Which number is larger, 77 or 18?"]
 
 
 def test_a_template_of_none_is_the_text_after_the_begin_token(session: Session) -> None:

@@ -14,7 +14,6 @@ from minillama.errors import UserError, closest
 from minillama.evaluation.predictions import write
 from minillama.evaluation.tables import row
 from minillama.generation.loading import load_session
-from minillama.generation.sampling import Sampling
 from minillama.generation.session import Session
 from minillama.model import Llama
 
@@ -24,7 +23,8 @@ def evaluate(options: Namespace) -> None:
     if unknown := [name for name in options.subjects if name not in demo.KINDS]:
         raise UserError(f"no subject {unknown[0]!r}{closest(unknown[0], demo.KINDS)}; subjects: {', '.join(demo.KINDS)}")
     began, limit = time.perf_counter(), options.limit or 300
-    session, path = load_session(options, Sampling(temperature=0.0), max_new_tokens=16)
+    session, path = load_session(options)
+    session.max_new_tokens = 16
     kinds = options.subjects or demo.DEMO + (demo.DEMO_LORA if (path / "adapter_config.json").is_file() else ())
     scores, predictions = score(session, kinds, limit, options.batch_size, str(path))
     fresh = Llama(session.model.config).initialise(torch.Generator().manual_seed(options.seed)).to(session.model.lm_head.weight.device)
@@ -33,12 +33,11 @@ def evaluate(options: Namespace) -> None:
     for kind, trained in scores.items():
         print(f"{kind:16}{trained['n']:>5}{trained['accuracy']:>10.1%}{before[kind]['accuracy']:>12.1%}")
     if options.out:
-        Path(options.out).mkdir(parents=True, exist_ok=True)
+        write(Path(options.out), predictions)
         write_json(Path(options.out) / "summary.json", {
             "task": "demo", "protocol": "exact match of the greedy answer", "n_shots": 0, **scores["total"],
             "untrained": before["total"]["accuracy"], "subjects": {kind: scores[kind] for kind in kinds},
             "seconds": round(time.perf_counter() - began, 2), "model": str(path), "data_sha256": None})
-        write(Path(options.out), predictions)
     print(f"next: python generate.py --ckpt {options.ckpt} --chat")
 
 
@@ -50,5 +49,5 @@ def score(session: Session, kinds: tuple[str, ...], questions: int, batch_size: 
         for number, _ in session.write_all(asked, batch_size, seed=None):
             bar.update(bool(asked[number][0].finish_reason))
     predictions = [{"id": number, "subject": record["kind"], "question": record["instruction"], "gold": record["output"],
-                    "predicted": answer.text.strip()} for number, (record, (answer,)) in enumerate(zip(records, asked, strict=True))]
+                    "predicted": asked[number][0].text.strip()} for number, record in enumerate(records)]
     return {kind: row([p for p in predictions if kind in (p["subject"], "total")]) for kind in (*kinds, "total")}, predictions

@@ -22,7 +22,6 @@ from minillama.evaluation.questions import Choices, Perplexity
 from minillama.evaluation.scoring import plan, read
 from minillama.generation.files import Record, line_of, read_lines, refuse_other_settings, replace_lines
 from minillama.generation.loading import load_session, sample_of
-from minillama.generation.sampling import Sampling
 from minillama.model import Llama
 
 
@@ -33,7 +32,7 @@ def evaluate(options: Namespace) -> None:
     if reference and reference.get("task") != options.task:
         raise UserError(f"{options.compare}: not a summary of --task {options.task}, but of {reference.get('task')!r}")
     with start(options.device) as mesh:
-        session, path = load_session(options, Sampling(temperature=0.0), place=mesh.device)
+        session, path = load_session(options, place=mesh.device)
         model, tokenizer, context = session.model, session.tokenizer, session.model.config.max_seq_len
         max_length = options.max_length or context
         if not 1 < max_length <= context:
@@ -87,9 +86,9 @@ def _open(out: Path, settings: Record) -> dict[str, Record]:
     out.mkdir(parents=True, exist_ok=True)
     files, path = sorted(out.glob("predictions*.jsonl")), out / "settings.json"
     before = read_json(path) if path.is_file() else {} if files else settings
-    refuse_other_settings(out, before, settings, "name another --out, or delete it")
-    write_json(path, settings)
     with parsing(out):
+        refuse_other_settings(before, settings, "name another --out, or delete it")
+        write_json(path, settings)
         records = {record["id"]: record for file in files for record in read_lines(file)}
     write(out, records.values())
     return records

@@ -67,8 +67,7 @@ class Choices:
 
 class Perplexity:
     """The same for documents: exp of the mean -log p(token | what came before), and bits per byte, which no tokenizer changes.
-    Windows are lm-evaluation-harness's: each token is predicted once, behind the last token of the window before; the last window reaches
-    back to fill its context."""
+    Windows are lm-evaluation-harness's: each token is predicted once; the last window reaches back to fill its context."""
 
     measure = "nats per token"
 

@@ -12,6 +12,7 @@ Shapes: B rows, T tail tokens, P prefix tokens, S all tokens, K key/value heads,
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import groupby
 from typing import NamedTuple
 
 import torch
@@ -60,40 +61,48 @@ class Batch(NamedTuple):
 
 def plan(queries: list[Query], batch_size: int) -> list[Batch]:
     """Each query in one batch, of at most `batch_size` rows or by itself. Depends on nothing but its arguments.
-    Taken in the order of their contexts, queries form groups; one begins a new group where sharing with the last would save less."""
-    groups: list[list] = [[0, 0, []]]  # [tokens in common, rows, members]
+    In the order of their contexts neighbours share most: each query joins the group before it, unless apart they save more."""
+    groups: list[tuple[int, int, list[int]]] = []  # (P tokens in common, n rows, members); to compute P once saves P (n - 1) tokens
     for i in sorted(range(len(queries)), key=lambda i: queries[i].context):
-        (prefix, n, members), own, rows = groups[-1], len(queries[i].context) - 1, len(queries[i].tails)  # own: the last is left to be read
-        pairs = zip(queries[members[-1]].context if members else [], queries[i].context, strict=False)
-        common = min(prefix, next((at for at, (a, b) in enumerate(pairs) if a != b), own))
-        if common >= WORTH * own and common * (n + rows - 1) >= prefix * (n - 1) + own * (rows - 1):
-            groups[-1] = [common, n + rows, members]
-            members.append(i)
-        else:
-            groups.append([own, rows, [i]])
-    alone = [i for _, n, members in groups if n == 1 for i in members]
-    sharing = [(0, alone), *((prefix, members) for prefix, n, members in groups if n > 1)]
-    return [batch for prefix, members in sharing for batch in _batches(queries, prefix, members, batch_size)]
+        own, rows = len(queries[i].context) - 1, len(queries[i].tails)  # own: all but the last token, which is left to be read
+        if groups:
+            prefix, n, members = groups[-1]
+            common = min(prefix, own, _in_common(queries[members[-1]].context, queries[i].context))
+            together, apart = common * (n + rows - 1), prefix * (n - 1) + own * (rows - 1)  # tokens saved
+            if common >= WORTH * own and together >= apart:
+                groups[-1] = common, n + rows, [*members, i]
+                continue
+        groups.append((own, rows, [i]))
+    alone = [members[0] for _, n, members in groups if n == 1]
+    sharing = [(prefix, members) for prefix, n, members in groups if n > 1]
+    return [batch for prefix, members in [(0, alone), *sharing] for batch in _batches(queries, prefix, members, batch_size)]
 
 
-def _batches(queries: list[Query], prefix: int, members: list[int], batch_size: int) -> Iterator[Batch]:
-    batch, rows = [], 0
-    for i in [*sorted(members, key=lambda i: (queries[i].length, i)), None]:
-        more = len(queries[i].tails) if i is not None else batch_size
-        if batch and (rows + more > batch_size or queries[i].length - prefix > SPREAD * (queries[batch[0]].length - prefix) + 8):
-            yield Batch(prefix, batch, rows * (queries[batch[-1]].length - prefix))
-            batch, rows = [], 0
-        batch, rows = [*batch, i], rows + more
+def _in_common(a: list[int], b: list[int]) -> int:
+    """How many ids are the same at the beginning of both."""
+    return next((at for at, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def _batches(queries: list[Query], prefix: int, members: list[int], batch_size: int) -> list[Batch]:
+    """The shortest first; a batch ends where it is full, or where its shortest row would be padded too much."""
+    batches, rows, longest = [], batch_size, 0
+    for i in sorted(members, key=lambda i: (queries[i].length, i)):
+        length, more = queries[i].length - prefix, len(queries[i].tails)
+        if rows + more > batch_size or length > longest:
+            batches, rows, longest = [*batches, []], 0, SPREAD * length + 8
+        batches[-1].append(i)
+        rows += more
+    return [Batch(prefix, some, sum(len(queries[i].tails) for i in some) * (queries[some[-1]].length - prefix)) for some in batches]
 
 
 class SharedPrefix:
     """A cache (`model.KeyValueCache`) that computes the keys and values of some tokens once, and lends them to any number of rows."""
 
-    def __init__(self, model: Llama, tokens: list[int], device: torch.device) -> None:
-        self.config, self.lengths = model.config, None
+    def __init__(self, model: Llama, tokens: list[int]) -> None:
+        self.config, self.capacity, self.lengths = model.config, model.config.max_seq_len, None
         self.layers: list[tuple[Tensor, Tensor]] = []  # (1, P, K, D) each
-        self.capacity, self.positions = model.config.max_seq_len, torch.arange(len(tokens), device=device)
-        model(torch.tensor([tokens], device=device), cache=self)
+        self.positions = torch.arange(len(tokens), device=model.lm_head.weight.device)
+        model(torch.tensor([tokens], device=self.positions.device), cache=self)
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """The prefix's keys and values (B, S, K, D) the first time; later those, and behind them the rows' own, which are not kept."""
@@ -106,40 +115,41 @@ class SharedPrefix:
 @torch.inference_mode()
 def read(model: Llama, queries: list[Query], batches: Iterable[Batch]) -> Iterator[dict[int, Reading]]:
     """{index of a query: its reading} for one batch after another."""
-    device, tokens, prefix = model.lm_head.weight.device, [], None
-    for batch in batches:
-        wanted = queries[batch.members[0]].context[:batch.prefix]
-        if wanted != tokens:
-            tokens, prefix = wanted, SharedPrefix(model, wanted, device) if wanted else None
-        readings = _read_batch(model, [queries[i] for i in batch.members], batch.prefix, prefix)
-        yield dict(zip(batch.members, readings, strict=True))
+    for tokens, some in groupby(batches, key=lambda batch: queries[batch.members[0]].context[:batch.prefix]):
+        prefix = SharedPrefix(model, tokens) if tokens else None
+        for batch in some:
+            readings = _read_batch(model, [queries[i] for i in batch.members], len(tokens), prefix)
+            yield dict(zip(batch.members, readings, strict=True))
 
 
 def _read_batch(model: Llama, queries: list[Query], P: int, prefix: SharedPrefix | None) -> Iterator[Reading]:
+    """A reading for each query; their contexts begin with the same P tokens."""
     rows = [query.context[P:] + tail for query in queries for tail in query.tails]
     T, device = max(map(len, rows)), model.lm_head.weight.device
     if prefix:
         prefix.positions = torch.arange(P, P + T, device=device)
     hidden = model(torch.tensor([row + [0] * (T - len(row)) for row in rows], device=device), cache=prefix)  # (B, T, C)
-    at, pairs, row = [], [], 0  # where to apply the head, as positions of B·T; (index into these, token) to read
+    wanted, first = [], 0  # (position among B·T, token to read behind it); first: of the query's rows
     for query in queries:
         for number, continuation in enumerate(query.continuations):
-            if number < len(query.tails):  # else the row before says it all
-                start = row * T + len(query.context) - P - 1
-                at, row = [*at, *range(start, start + len(continuation))], row + 1
-            pairs += zip(range(len(at) - len(continuation), len(at)), continuation, strict=True)
-    values = iter(_apply_head(model, hidden.flatten(0, 1)[torch.tensor(at, device=device)], torch.tensor(pairs, device=device)))
+            row = first + min(number, len(query.tails) - 1)  # each its own, or all the only one
+            wanted += enumerate(continuation, row * T + len(query.context) - P - 1)
+        first += len(query.tails)
+    values = iter(_apply_head(model, hidden.flatten(0, 1), wanted))
     for query in queries:
         found = [[next(values) for _ in continuation] for continuation in query.continuations]
-        yield Reading([sum(value[1] for value in some) for some in found], [some[0][0] for some in found], int(found[0][0][2]))
+        yield Reading([sum(log_p for _, log_p, _ in some) for some in found], [some[0][0] for some in found], int(found[0][0][2]))
 
 
-def _apply_head(model: Llama, hidden: Tensor, pairs: Tensor) -> list[list[float]]:
-    """[logit, log-probability, the position's most likely token] of each (position, token), by position, for hidden (N, C)."""
+def _apply_head(model: Llama, hidden: Tensor, wanted: list[tuple[int, int]]) -> list[list[float]]:
+    """[logit, log-probability, the position's likeliest token] of each (position, token), by position, for hidden (B·T, C)."""
+    position, token = torch.tensor(wanted).T
+    places, which = position.unique_consecutive(return_inverse=True)  # so that the head is applied to each once
     found, step = [], max(1, LOGIT_CHUNK // model.config.vocab_size)
-    for start in range(0, len(hidden), step):
-        logits = model.logits(hidden[start:start + step]).float()  # (step, V)
-        position, token = pairs[(pairs[:, 0] >= start) & (pairs[:, 0] < start + step)].T
-        logit, position = logits[position - start, token], position - start
-        found.append(torch.stack((logit, logit - logits.logsumexp(-1)[position], logits.argmax(-1)[position].float()), 1))
+    for number, some in enumerate(places.split(step)):
+        logits = model.logits(hidden[some.to(hidden.device)]).float()  # (step, V)
+        mine = which // step == number
+        row, column = (which[mine] % step).to(hidden.device), token[mine].to(hidden.device)
+        logit = logits[row, column]
+        found.append(torch.stack((logit, logit - logits.logsumexp(-1)[row], logits.argmax(-1)[row].float()), 1))
     return torch.cat(found).tolist()

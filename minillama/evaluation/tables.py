@@ -4,18 +4,17 @@
 """
 
 from collections import Counter
-from typing import Any
 
-Row = dict[str, Any]
+from minillama.generation.files import Record
 
 
-def row(records: list[Row]) -> Row:
+def row(records: list[Record]) -> Record:
     """n, accuracy, stderr and majority of some predictions."""
     n, p = len(records), sum(r["gold"] == r["predicted"] for r in records) / len(records)
     return {"n": n, "accuracy": p, "stderr": (p * (1 - p) / n) ** 0.5, "majority": max(Counter(r["gold"] for r in records).values()) / n}
 
 
-def summarise(records: list[Row], groups: dict[str, str], hashes: dict[str, str]) -> Row:
+def summarise(records: list[Record], groups: dict[str, str], hashes: dict[str, str]) -> Record:
     """The whole, its mean over subjects, groups and subjects, and how many questions had two best answers."""
     subjects = {name: row([r for r in records if r["subject"] == name]) | {"sha256": hashes[name]} for name in hashes}
     inside = {group: [r for r in records if r["subject"] in names.split()] for group, names in groups.items()}
@@ -26,7 +25,7 @@ def summarise(records: list[Row], groups: dict[str, str], hashes: dict[str, str]
             "groups": {group: row(some) for group, some in inside.items() if some}, "subjects": subjects}
 
 
-def table(summary: Row, reference: Row | None = None) -> str:
+def table(summary: Record, reference: Record | None = None) -> str:
     """A line for each subject, group and total, and what to beware of. With a reference its accuracy and the difference stand beside,
     and subjects are in order of the difference's size."""
     here, there = (_rows(s) if s else {} for s in (summary, reference))
@@ -43,13 +42,13 @@ def table(summary: Row, reference: Row | None = None) -> str:
     return "\n".join([*lines, *_notes(summary)])
 
 
-def _rows(summary: Row) -> dict[tuple[int, str], Row]:
+def _rows(summary: Record) -> dict[tuple[int, str], Record]:
     """The lines of a table, by section and name."""
     sections = summary.get("subjects", {}), summary.get("groups", {}), {"total": summary, "unweighted": summary.get("unweighted")}
     return {(number, name): one for number, section in enumerate(sections) for name, one in section.items() if one}
 
 
-def _notes(summary: Row) -> list[str]:
+def _notes(summary: Record) -> list[str]:
     p, e, m, dropped, cut = (summary[name] for name in ("accuracy", "stderr", "majority", "shots_dropped", "prompts_cut"))
     notes = [f"{summary['ties']} questions had two best answers: the first was taken"] if summary["ties"] else []
     notes += [f"to fit {summary['max_length']} tokens: {dropped} shots dropped, {cut} prompts cut in front"] if dropped + cut else []

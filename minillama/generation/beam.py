@@ -63,11 +63,12 @@ def beam_search(model: Llama, answers: list[Answer], beams: Beams, sampling: Sam
         going = tried + NEVER * torch.tensor(ends, device=tried.device)
         best = going.topk(W).indices
         scores, chosen = going[best], best.tolist()
-        if all(ends) or (len(finished) == W and is_over(beams, finished[-1][0], float(scores[0]), len(grown[0]), room)):
+        length = room if beams.early_stopping == "never" and beams.length_penalty > 0 else len(grown[0])  # at which the best is judged
+        is_best = len(finished) == W and float(scores[0]) / length ** beams.length_penalty <= finished[-1][0]  # nothing overtakes
+        if all(ends) or is_best or (len(finished) == W and beams.early_stopping == "true"):
             break
         texts, rows = [grown[i] for i in chosen], move_rows(cache, [rows[parents[i]] for i in chosen], len(prompt))
-        step = torch.empty(W, 1, dtype=torch.int64, device=weight.device)
-        step[rows, 0] = torch.tensor([text[-1] for text in texts], device=weight.device)
+        step = torch.tensor([[text[-1]] for _, text in sorted(zip(rows, texts, strict=True))], device=weight.device)  # (W, 1), by row
         logits = model.logits(model(step, cache=cache.extend(1))[:, 0])  # (W, V)
     for answer, (score, text) in zip(answers, finished, strict=False):
         has_end = text[-1] in stop
@@ -84,13 +85,9 @@ def candidates(logits: Tensor, scores: Tensor, texts: list[list[int]], prompt: l
     if beams.sample:
         log_p = warp(log_p, sampling, at_least=max(2, 1 + stops))
     total, count = (log_p + scores.unsqueeze(1)).flatten(), max(2, 1 + stops) * beams.width  # (W·V,)
-    if beams.sample:
-        index = total.softmax(0).cpu().multinomial(count, generator=generator).to(total.device)
-        tried = total[index]
-    else:
-        tried, index = total.topk(count)
-    V = logits.shape[-1]
-    return tried, (index // V).tolist(), (index % V).tolist()
+    drawn = total.softmax(0).cpu().multinomial(count, generator=generator).to(total.device) if beams.sample else None
+    index, V = total.topk(count).indices if drawn is None else drawn, logits.shape[-1]
+    return total[index], (index // V).tolist(), (index % V).tolist()
 
 
 def move_rows(cache: Cache, parents: list[int], start: int) -> list[int]:
@@ -100,10 +97,3 @@ def move_rows(cache: Cache, parents: list[int], start: int) -> list[int]:
     copied = [(parent, row) for parent, row in zip(parents, rows, strict=True) if parent != row]
     cache.copy([parent for parent, _ in copied], [row for _, row in copied], start)
     return rows
-
-
-def is_over(beams: Beams, worst: float, best_going: float, length: int, room: int) -> bool:
-    """Whether to stop with W finished texts, the worst of this score, where the best beginning of `length` tokens has `best_going`."""
-    if beams.early_stopping == "never" and beams.length_penalty > 0:
-        length = room
-    return beams.early_stopping == "true" or best_going / length ** beams.length_penalty <= worst

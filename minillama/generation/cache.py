@@ -27,14 +27,13 @@ class Cache:
         self.config, self.capacity, self.filled = config, capacity, [0] * batch
         self.places = torch.arange(capacity, device=device)
         self.positions, self.lengths = self.places[:0], None
-        self._rows, self._packed = slice(None), None
 
     def extend(self, count: int, rows: slice = slice(None)) -> "Cache":
         """Make room for the next `count` tokens of `rows`; then one forward of the model fills it."""
         filled = self.filled[rows] = [length + count for length in self.filled[rows]]
         longest = max(filled)
         assert longest <= self.capacity, (longest, count, self.capacity)
-        self._rows, self._packed, self._longest = rows, None, longest
+        self._rows, self._row, self._longest = rows, None, longest
         if min(filled) == longest:
             self.positions, self.lengths = self.places[longest - count:longest], None
         else:
@@ -48,26 +47,22 @@ class Cache:
         for row, length in zip(rows, documents.lengths, strict=True):
             self.filled[row] = length
         self.positions, self.lengths = documents.positions.unsqueeze(0), None
-        self._packed = torch.repeat_interleave(torch.tensor(rows), torch.tensor(documents.lengths)).to(self.places.device)
+        self._rows, self._longest = slice(None), None
+        self._row = torch.repeat_interleave(torch.tensor(rows), torch.tensor(documents.lengths)).to(self.places.device)
         return self
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store a layer's new keys and values, (B, T, K, D) each; returns all so far, (B, S, K, D) each, in rows of unlike length with
         unwritten ends. Packed prompts see nothing but themselves, and come back as they are."""
-        keys, values = self.keys[layer, self._rows], self.values[layer, self._rows]
-        if self._packed is not None:
-            self.keys[layer][self._packed, :, self.positions[0]] = k[0]
-            self.values[layer][self._packed, :, self.positions[0]] = v[0]
-            return k, v
-        keys, values = keys.transpose(1, 2), values.transpose(1, 2)  # (B, capacity, K, D)
-        if self.lengths is None:
+        keys, values = self.keys[layer, self._rows].transpose(1, 2), self.values[layer, self._rows].transpose(1, 2)  # (B, capacity, K, D)
+        if self._row is None:
             start, count = self._longest - k.shape[1], k.shape[1]
             keys.narrow(1, start, count).copy_(k)
             values.narrow(1, start, count).copy_(v)
         else:
             keys[self._row, self.positions] = k
             values[self._row, self.positions] = v
-        return keys.narrow(1, 0, self._longest), values.narrow(1, 0, self._longest)
+        return (k, v) if self._longest is None else (keys.narrow(1, 0, self._longest), values.narrow(1, 0, self._longest))
 
     def copy(self, source: list[int], target: list[int], start: int = 0) -> None:
         """Make rows `target` equal to rows `source`, pair by pair, where they agree before `start` already."""

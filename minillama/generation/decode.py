@@ -72,30 +72,28 @@ def decode(model: Llama, answers: list[Answer], sampling: Sampling, stop: tuple[
 
 def read_prompts(model: Llama, cache: Cache, prompts: list[list[int]]) -> Tensor:
     """Fill row r of the cache with prompts[r] and return the logits that follow each, (B, V). Equal prompts are read once."""
-    first = {tuple(prompt): row for row, prompt in reversed(list(enumerate(prompts)))}
-    weight = model.lm_head.weight
-    hidden = torch.empty(len(prompts), model.config.dim, dtype=weight.dtype, device=weight.device)  # (B, C), of each prompt's last token
-    runs, size = [[]], 0  # rows read together
-    for prompt, row in sorted(first.items(), key=lambda item: item[1]):
-        if len(prompt) > CHUNK or len(first) == 1:
-            for start in range(0, len(prompt), CHUNK):
-                part = torch.tensor([prompt[start:start + CHUNK]], device=hidden.device)
-                last = model(part, cache=cache.extend(part.shape[1], slice(row, row + 1)))
-            hidden[row] = last[0, -1]
-            continue
-        if size + len(prompt) > 2 * CHUNK:
+    device, read, last = model.lm_head.weight.device, {}, {}  # last: by row, the hidden state (C,) of its prompt's last token
+    source = [read.setdefault(tuple(prompt), row) for row, prompt in enumerate(prompts)]  # the row that is read for each
+    runs, size = [], 2 * CHUNK  # rows read together, and their tokens; a long prompt counts as many, and so stands alone
+    for row in read.values():
+        more = len(prompts[row]) if len(prompts[row]) <= CHUNK else 2 * CHUNK
+        if size + more > 2 * CHUNK:
             runs, size = [*runs, []], 0
         runs[-1].append(row)
-        size += len(prompt)
-    for rows in filter(None, runs):
-        documents = Documents([len(prompts[row]) for row in rows], hidden.device)
-        tokens = torch.tensor([[token for row in rows for token in prompts[row]]], device=hidden.device)
-        ends = torch.tensor(documents.lengths).cumsum(0) - 1
-        hidden[rows] = model(tokens, documents, cache.pack(documents, rows))[0, ends.to(hidden.device)]
-    source = [first[tuple(prompt)] for prompt in prompts]
-    again = [row for row, read in enumerate(source) if read != row]
+        size += more
+    for rows in runs:
+        tokens = torch.tensor([[token for row in rows for token in prompts[row]]], device=device)
+        if len(rows) == 1:
+            for part in tokens.split(CHUNK, dim=1):
+                hidden = model(part, cache=cache.extend(part.shape[1], slice(rows[0], rows[0] + 1)))[:, -1]
+        else:
+            documents = Documents([len(prompts[row]) for row in rows], device)
+            ends = torch.tensor(documents.lengths).cumsum(0) - 1
+            hidden = model(tokens, documents, cache.pack(documents, rows))[0, ends.to(device)]
+        last |= zip(rows, hidden, strict=True)
+    again = [row for row, read_in in enumerate(source) if read_in != row]
     cache.copy([source[row] for row in again], again)
-    return model.logits(hidden[source])
+    return model.logits(torch.stack([last[row] for row in source]))
 
 
 def stretched(config: LlamaConfig, answers: list[Answer], alpha: float | None) -> LlamaConfig:

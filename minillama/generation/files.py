@@ -26,16 +26,17 @@ def line_of(record: Record) -> str:
 
 def replace_lines(path: Path, records: Iterable[Record]) -> None:
     """Let a file hold these records; at any moment it holds the old ones or the new ones."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(path.name + ".tmp")
     unfinished.write_text("".join(map(line_of, records)), encoding="utf-8")
     os.replace(unfinished, path)
 
 
-def refuse_other_settings(path: Path, old: Record, new: Record, remedy: str) -> None:
-    """Raises UserError where a file was begun with other settings than those now."""
+def refuse_other_settings(old: Record, new: Record, remedy: str) -> None:
+    """Raises UserError where a file was begun with other settings than those now; `parsing` adds its name."""
     for name in {**new, **old}:
         if old.get(name) != new.get(name):
-            raise UserError(f"{path}: was begun with {name} = {old.get(name)!r}, now it is {new.get(name)!r}; {remedy}")
+            raise UserError(f"was begun with {name} = {old.get(name)!r}, now it is {new.get(name)!r}; {remedy}")
 
 
 class AnswerFile:
@@ -46,13 +47,10 @@ class AnswerFile:
         if path.exists() and (path.is_dir() or path.stat().st_size):
             raise UserError(f"{path}: already exists; name another --output, or delete it")
         self.path, self.partial = path, path.with_name(path.name + ".partial")
-        path.parent.mkdir(parents=True, exist_ok=True)
         head = {"settings": json.loads(json.dumps(settings))}
         with parsing(self.partial):
             begun, *records = (read_lines(self.partial) if self.partial.is_file() else []) or [head]
-            settings_then = begun["settings"]
-        refuse_other_settings(self.partial, settings_then, head["settings"],
-                              "repeat the first command to go on, or delete this file to start over")
+            refuse_other_settings(begun["settings"], head["settings"], "repeat the first command to go on, or delete it to start over")
         replace_lines(self.partial, [head, *records])
         self.done = {record.pop("number"): record for record in records}
 

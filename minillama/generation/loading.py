@@ -18,10 +18,9 @@ from minillama.model import Llama
 from minillama.tokenizer import open_tokenizer
 
 
-def load_session(options: Namespace, sampling: Sampling, max_new_tokens: int = 0, template: str = "", ignore_eos: bool = False,
-                 stop: tuple[str, ...] = (), place: torch.device | None = None) -> tuple[Session, Path]:
-    """(session, the directory in use) for a script's `Parser.add_model_flags`. template "": the checkpoint's own. place: in place of
-    options.device, for a rank that has a device of its own."""
+def load_session(options: Namespace, template: str = "", place: torch.device | None = None) -> tuple[Session, Path]:
+    """(greedy session, the directory in use) for a script's `Parser.add_model_flags`. template "": the checkpoint's own.
+    place: in place of options.device, for a rank that has a device of its own."""
     ops.choose(options.ops)
     path = checkpoints.find_checkpoint(Path(options.ckpt))
     model, base = load_with_adapters(path, options.base, options.lora, options.dtype, place or device.pick(options.device))
@@ -33,11 +32,10 @@ def load_session(options: Namespace, sampling: Sampling, max_new_tokens: int = 0
     if template not in ("none", "raw", tuned) and not _has_chat_template(base):
         known = f"was tuned with the template {tuned}" if tuned else "does not say that it was tuned with one, as base models are not"
         print(f"warning: {path} {known}; it may not understand {template}", file=sys.stderr)
-    stop_ids = () if ignore_eos else checkpoints.stop_ids(base, model.config)
     if tokenizer.size > model.config.vocab_size:
         raise UserError(f"{tokenizer.path} has {tokenizer.size} pieces, the model's embedding {model.config.vocab_size} rows; "
                         "name the tokenizer it was trained with: --tokenizer FILE")
-    return Session(model, tokenizer, template, sampling, max_new_tokens, stop_ids, stop), path
+    return Session(model, tokenizer, template, Sampling(temperature=0.0), 0, checkpoints.stop_ids(base, model.config)), path
 
 
 def load_with_adapters(path: Path, base_named: str, adapters: list[str], dtype: str, place: torch.device) -> tuple[Llama, Path]:
@@ -45,8 +43,7 @@ def load_with_adapters(path: Path, base_named: str, adapters: list[str], dtype: 
     wanted, warning = device.compute_dtype(dtype, place)
     if warning:
         print(f"warning: {warning}", file=sys.stderr)
-    layers = [Path(adapter) for adapter in adapters]
-    base = path
+    layers, base = list(map(Path, adapters)), path
     if (path / "adapter_config.json").is_file():
         layers.insert(0, path)
         base = Path(base_named or read_adapter_config(path)[1])

@@ -43,8 +43,8 @@ def generator_for(seed: int | None, prompt: list[int], number: int) -> torch.Gen
 
 
 def next_tokens(logits: Tensor, seen: Tensor | None, sampling: Sampling, generators: list[torch.Generator]) -> Tensor:
-    """Choose a token for each row of logits (B, V): (B,) int64. seen (B, V): is the token in the text so far? (penalty 1: not asked)"""
-    logits = penalise(logits.float(), seen, sampling.repetition_penalty)
+    """Choose a token for each row of logits (B, V): (B,) int64. seen (B, V): is the token in the text so far? None: no penalty."""
+    logits = logits.float() if seen is None else penalise(logits.float(), seen, sampling.repetition_penalty)
     best = logits.max(-1)
     if not bool(best.values.isfinite().all()):
         raise UserError("the model's logits are not finite numbers; its weights are damaged, or overflow: try --dtype float32")
@@ -69,10 +69,8 @@ def tokens_seen(texts: list[list[int]], logits: Tensor) -> Tensor:
     return seen
 
 
-def penalise(logits: Tensor, seen: Tensor | None, penalty: float) -> Tensor:
+def penalise(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
     """Logits (..., V) with those of the tokens marked in `seen` made less likely."""
-    if penalty == 1.0:
-        return logits
     return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import count
 
 from minillama import chat, ops
-from minillama.data.encode import encode_pieces
+from minillama.data.encode import encode_document
 from minillama.errors import UserError
 from minillama.generation.beam import Beams, beam_search
 from minillama.generation.decode import Answer, decode, needed_alpha
@@ -24,32 +24,16 @@ class Writer:
 
     def catch_up(self) -> str:
         """The text that the ids since the last call make certain. Ends the answer where it comes to a stop text."""
-        before, answer = len(self.answer.text), self.answer
-        for token in answer.ids[self.read:]:
-            self._push(self.decoder.push(token))
-            self.read += 1
-            if answer.finish_reason == "stop":
-                break
-        if answer.finish_reason in ("length", "eos"):
-            self._push(self.decoder.flush())
-            answer.text += self.held * (answer.finish_reason != "stop")
-            self.held = ""
-        return answer.text[before:]
-
-    def _push(self, text: str) -> None:
-        held = self.held + text
-        stop = min((held.find(stop) for stop in self.stops if stop in held), default=None)
-        sure = len(held) - _possible_beginning(held, self.stops) if stop is None else stop
-        self.answer.text += held[:sure]
-        self.held = held[sure:]
-        if stop is not None:
-            self.answer.finish_reason = "stop"
-
-
-def _possible_beginning(text: str, stops: tuple[str, ...]) -> int:
-    """How many characters at the end of `text` could begin one of `stops`."""
-    longest = max((len(stop) for stop in stops), default=1) - 1
-    return next((n for n in range(min(longest, len(text)), 0, -1) if any(stop.startswith(text[-n:]) for stop in stops)), 0)
+        answer, is_over = self.answer, bool(self.answer.finish_reason)
+        text = self.held + "".join(map(self.decoder.push, answer.ids[self.read:])) + (self.decoder.flush() if is_over else "")
+        self.read = len(answer.ids)
+        if found := [text.find(stop) for stop in self.stops if stop in text]:
+            sure, answer.finish_reason = min(found), "stop"
+        else:
+            begun = (n for stop in self.stops for n in range(1, len(stop)) if text.endswith(stop[:n]))  # characters of a stop text
+            sure = len(text) - (0 if is_over else max(begun, default=0))
+        answer.text, self.held = answer.text + text[:sure], text[sure:]
+        return text[:sure]
 
 
 @dataclass
@@ -67,11 +51,8 @@ class Session:
     rope_alpha: float | None = None  # beyond the context: see `decode.stretched`
 
     def encode_prompt(self, text: str, system: str = "") -> list[int]:
-        if self.template != "none":
-            question = chat.Conversation((chat.Turn(text, None),), system)
-            return encode_pieces(self.tokenizer, chat.render(self.template, question))[0]
-        begin = [] if self.tokenizer.bos_id is None else [chat.BOS]
-        return encode_pieces(self.tokenizer, [*begin, chat.Piece(text)])[0]
+        asked = text if self.template == "none" else chat.Conversation((chat.Turn(text, None),), system)
+        return encode_document(self.tokenizer, asked, self.template, append_eod=False)[0]
 
     def ask(self, prompt_ids: list[int], number: int = 0) -> Answer:
         """An answer to be written."""
@@ -91,17 +72,16 @@ class Session:
             answer.seconds = time.perf_counter() - began
             yield answer, text
 
-    def ask_all(self, prompts: list[list[int]], samples: int) -> list[list[Answer]]:
-        """`samples` answers to be written to each prompt. A prompt that comes again goes on counting, so its answers differ."""
+    def ask_all(self, prompts: list[list[int]], samples: int) -> dict[int, list[Answer]]:
+        """`samples` answers to be written to each prompt, by its number. One that comes again goes on counting, so its answers differ."""
         asked = defaultdict(count)
-        return [[self.ask(prompt, next(asked[tuple(prompt)])) for _ in range(samples)] for prompt in prompts]
+        return {i: [self.ask(prompt, next(asked[tuple(prompt)])) for _ in range(samples)] for i, prompt in enumerate(prompts)}
 
-    def write_all(self, questions: list[list[Answer]], batch_size: int, seed: int | None) -> Iterator[tuple[int, str]]:
-        """Write the answers to many prompts, yielding a prompt's number and new text as it comes. Batches hold up to `batch_size` texts
-        of prompts of like length, the longest first: memory that suffices for the first batch suffices for all. One by one they come in
-        their own order."""
-        alpha = [needed_alpha(self.model.config, several[0]) if self.rope_alpha == 0 else None for several in questions]
-        left = sorted(range(len(questions)), key=lambda i: -len(questions[i][0].prompt_ids) if batch_size > 1 else i)
+    def write_all(self, questions: dict[int, list[Answer]], batch_size: int, seed: int | None) -> Iterator[tuple[int, str]]:
+        """Write the answers to many prompts, yielding a prompt's number and new text as it comes. One by one they come in their order;
+        batches of up to `batch_size` texts hold prompts of like length, the longest first: memory for the first suffices for all."""
+        alpha = {i: needed_alpha(self.model.config, several[0]) if self.rope_alpha == 0 else None for i, several in questions.items()}
+        left = sorted(questions, key=lambda i: -len(questions[i][0].prompt_ids) if batch_size > 1 else i)
         while left:
             most = 1 if self.beams else max(1, batch_size // len(questions[left[0]]))
             batch = [i for i in left[:most] if alpha[i] == alpha[left[0]]]  # the first ones: alpha follows from the length
@@ -114,27 +94,33 @@ class Session:
 class Dialogue:
     """A conversation in progress: history within the context, the oldest rounds dropped first, the system text kept."""
 
-    ROOM = 32  # tokens kept free for an answer where max_new_tokens is not given
-
     def __init__(self, session: Session, system: str = "") -> None:
-        self.session, self.system, self.turns = session, system, []
-
-    def clear(self) -> None:
-        self.turns = []
+        self.session, self.system, self.turns, self.note = session, system, [], ""
 
     def prompt_ids(self, text: str) -> tuple[list[int], int]:
         """Ids of the conversation so far plus an open question, and how many rounds had to be dropped."""
         s = self.session
         template = "raw" if s.template == "none" else s.template
-        room, context = s.max_new_tokens or self.ROOM, s.model.config.max_seq_len
+        room, context = s.max_new_tokens or 32, s.model.config.max_seq_len  # room: tokens kept free for the answer
         for dropped in range(len(self.turns) + 1):
-            turns = (*self.turns[dropped:], chat.Turn(text, None))
-            ids, _ = encode_pieces(s.tokenizer, chat.render(template, chat.Conversation(turns, self.system)))
+            asked = chat.Conversation((*self.turns[dropped:], chat.Turn(text, None)), self.system)
+            ids, _ = encode_document(s.tokenizer, asked, template, append_eod=False)
             if len(ids) + room <= context or s.rope_alpha is not None:
                 self.turns = self.turns[dropped:]
                 return ids, dropped
         raise UserError(f"this question alone has {len(ids)} tokens; with {room} new ones that exceeds the model's context of {context}")
 
-    def remember(self, text: str, answer: Answer) -> None:
-        """Add a round, as far as its answer came."""
-        self.turns.append(chat.Turn(text, answer.text.strip()))
+    def reply(self, text: str, seed: int | None) -> Iterator[str]:
+        """Answer a question, yielding new text. The last of `turns` grows with it, so that what came is kept; `note` says how it went."""
+        try:
+            ids, dropped = self.prompt_ids(text)
+        except UserError as error:
+            self.note = str(error)
+            yield ""
+            return
+        answer, earlier, self.note = self.session.ask(ids), self.turns, "nothing written"
+        for _, piece in self.session.write([answer], seed):
+            self.turns = [*earlier, chat.Turn(text, answer.text.strip())]
+            speed = f"{len(answer.ids) / answer.seconds:.1f} tokens/s"
+            self.note = f"{speed}, {dropped} oldest rounds dropped: the context is full" if dropped else speed
+            yield piece

@@ -61,29 +61,13 @@ def build_page(session: Session, system: str, seed: int | None) -> Any:
                 most: float) -> Iterator[tuple]:
             sampling = Sampling(temperature, int(top_k), top_p, penalty)
             dialogue = Dialogue(replace(session, template=template, sampling=sampling, max_new_tokens=int(most)), system)
-            dialogue.turns = list(turns)
-            for words in answer_in_page(dialogue, text, seed):
-                yield "", dialogue.turns, _messages(dialogue.turns), words
+            dialogue.turns = turns
+            for _ in dialogue.reply(text, seed):
+                messages = [{"role": role, "content": words} for turn in dialogue.turns
+                            for role, words in (("user", turn.user), ("assistant", turn.answer))]
+                yield "", dialogue.turns, messages, dialogue.note
 
         asked = gradio.on([send.click, question.submit], ask, [question, rounds, *controls], [question, rounds, shown, note])
         stop.click(None, cancels=asked)
         gradio.on([clear.click, shown.clear], lambda: ([], [], ""), None, [rounds, shown, note], cancels=asked)
     return page
-
-
-def answer_in_page(dialogue: Dialogue, text: str, seed: int | None) -> Iterator[str]:
-    """Let the last of dialogue.turns grow, and yield what to say about it each time."""
-    try:
-        ids, dropped = dialogue.prompt_ids(text)
-    except UserError as error:
-        yield str(error)
-        return
-    answer, earlier = dialogue.session.ask(ids), dialogue.turns
-    for _ in dialogue.session.write([answer], seed):
-        dialogue.turns = list(earlier)
-        dialogue.remember(text, answer)
-        yield f"{len(answer.ids) / answer.seconds:.1f} tokens/s" + f", {dropped} oldest rounds dropped" * bool(dropped)
-
-
-def _messages(turns: list[chat.Turn]) -> list[dict[str, str]]:
-    return [{"role": role, "content": text} for turn in turns for role, text in (("user", turn.user), ("assistant", turn.answer or ""))]
