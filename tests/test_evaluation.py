@@ -569,6 +569,13 @@ def test_a_run_compared_with_itself_differs_by_nothing(main: Callable, tmp_path:
     assert "2 steps in both runs, 0 in only one" in capsys.readouterr().out
 
 
+def test_runs_that_differ_too_much_fail_the_command(main: Callable, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    files = [str(metrics(tmp_path / name, losses)) for name, losses in (("a.jsonl", {1: 2.0, 2: 1.1}), ("b.jsonl", {1: 2.0, 2: 1.0}))]
+    with pytest.raises(SystemExit) as end:
+        main(["--task", "loss", "--data", files[0], "--compare", files[1]])
+    assert end.value.code == 1 and "FAIL" in capsys.readouterr().out
+
+
 def test_losses_that_cannot_be_compared_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="step 2: the reference's loss is 0"):
         compare({1: 1.0, 2: 1.0}, {1: 1.0, 2: 0.0})

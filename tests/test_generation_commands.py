@@ -225,6 +225,18 @@ def test_adapters_work_unmerged_over_every_kind_of_directory(where: str, tmp_pat
     assert json.loads((tmp_path / "o.jsonl").read_text())["completion_ids"] == [expected]
 
 
+def test_two_adapters_that_replace_the_same_module_are_refused(tmp_path: Path) -> None:
+    """The second would undo what the first trained, in silence."""
+    for name, whole in (("a", ("lm_head",)), ("b", ("embed_tokens", "lm_head")), ("c", ("embed_tokens",))):
+        model, config = load_model(Path(GOLDEN)), LoraConfig(rank=2, alpha=8.0, modules_to_save=whole)
+        add_lora(model, config)
+        save_adapter(model, config, tmp_path / name, GOLDEN)
+    words = ["--ckpt", GOLDEN, "--prompt_ids", "1", "--greedy", "--max_new_tokens", "1", "--lora", str(tmp_path / "a"), "--lora"]
+    MAIN([*words, str(tmp_path / "c")])
+    with pytest.raises(UserError, match=r"b: replaces lm_head whole, and so does .*a; merge them one after the other"):
+        MAIN([*words, str(tmp_path / "b")])
+
+
 def test_every_id_of_a_list_in_generation_config_ends_a_text(tmp_path: Path) -> None:
     shutil.copytree(GOLDEN, tmp_path / "model")
     prompt = [1, 342, 345, 282]

@@ -17,7 +17,8 @@ LIMITS = {"mean_relative": 0.02, "mean_absolute": 0.005}
 
 
 def evaluate(options: Namespace) -> None:
-    """`eval.py --task loss`: --data is the run, --compare the reference; --out DIR gets summary.json, and a plot with the extra."""
+    """`eval.py --task loss`: --data is the run, --compare the reference; --out DIR gets summary.json, and a plot with the extra.
+    Exit code 1 where a limit is passed."""
     losses = [read_losses(Path(name)) for name in (options.data, options.compare)]
     result = {"task": "loss", "run": options.data, "reference": options.compare, **compare(*losses)}
     print(f"{result['n']} steps in both runs, {result['only_in_one']} in only one of them")
@@ -31,6 +32,8 @@ def evaluate(options: Namespace) -> None:
         curves = {name: [(step, loss) for step, loss in some.items() if loss is not None]
                   for name, some in zip((options.data, options.compare), losses, strict=True)}
         print(f"plot: {draw_losses(out / 'loss.png', curves) or 'not drawn; pip install minillama[plot]'}")
+    if not all(result["passed"].values()):
+        raise SystemExit(1)
 
 
 def compare(run: dict[int, float | None], reference: dict[int, float | None]) -> dict[str, Any]:

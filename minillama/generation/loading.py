@@ -51,19 +51,25 @@ def load_with_adapters(path: Path, base_named: str, adapters: list[str], dtype: 
             raise UserError(f"{path}: its base model {base} is not here; name it with --base DIR")
         base = checkpoints.find_checkpoint(base)
     model = checkpoints.load_model(base, wanted)
+    whole: dict[str, Path] = {}
     for adapter in layers:
-        add_adapter(model, adapter)
+        for name in add_adapter(model, adapter):
+            if name in whole:
+                raise UserError(f"{adapter}: replaces {name} whole, and so does {whole[name]}; merge them one after the other with "
+                                "convert.py merge-lora")
+            whole[name] = adapter
     return model.to(place).eval().requires_grad_(False), base
 
 
-def add_adapter(model: Llama, directory: Path) -> None:
-    """Load an adapter beside those already there. Two on one linear are one of both ranks: A = [A1; A2], B = [s1 B1, s2 B2]."""
+def add_adapter(model: Llama, directory: Path) -> tuple[str, ...]:
+    """Load an adapter beside those already there; returns the modules it replaces whole.
+    Two on one linear are one of both ranks: A = [A1; A2], B = [s1 B1, s2 B2]."""
     earlier = {name: module for name, module in model.named_modules() if isinstance(module, LoraLinear)}
     for name, old in earlier.items():
         plain = old.plain_class(old.in_features, old.out_features, bias=old.bias is not None, device="meta")
         plain.weight, plain.bias = old.weight, old.bias
         model.set_submodule(name, plain)
-    load_adapter(model, directory, dropout=0.0)
+    config = load_adapter(model, directory, dropout=0.0)
     for name, old in earlier.items():
         new = model.get_submodule(name)
         if isinstance(new, LoraLinear):
@@ -71,6 +77,7 @@ def add_adapter(model: Llama, directory: Path) -> None:
             old.lora_B = nn.Parameter(torch.cat((old.scale * old.lora_B, new.scale * new.lora_B), dim=1))
             old.scale = 1.0
         model.set_submodule(name, old)
+    return config.modules_to_save
 
 
 def sample_of(model: Llama) -> str:
