@@ -22,7 +22,6 @@ from minillama.errors import UserError
 from minillama.estimate import activation_bytes, estimate, lora_config
 from minillama.lora import LoraConfig, add_lora, load_adapter
 from minillama.model import Llama
-from minillama.parallel.optimizer import LossScale, Optimizer
 from minillama.recompute import recompute_activations
 from minillama.tokenizer import Tokenizer, open_tokenizer
 
@@ -164,17 +163,6 @@ def build_model(settings: Settings, tokenizer: Tokenizer, mesh: Mesh) -> tuple[L
     if settings.gradient_checkpointing:
         recompute_activations(model.model.layers)
     return model.to(mesh.device).train(), lora
-
-
-def build_optimizer(settings: Settings, model: Llama, mesh: Mesh) -> Optimizer:
-    """AdamW over what is trained of `model`, with a dynamic loss scale where it computes in fp16."""
-    patience = settings.loss_scale_hysteresis
-    scale = LossScale(2.0**settings.initial_scale_power, settings.loss_scale_window, patience, settings.min_loss_scale, patience)
-    return Optimizer(
-        model.named_parameters(), mesh, scale if model.lm_head.weight.dtype == torch.float16 else None, stage=settings.zero_stage,
-        exact=settings.reduction == "exact", bucket_elements=settings.bucket_elements,
-        accumulates=settings.gradient_accumulation_steps > 1, beta1=settings.adam_beta1, beta2=settings.adam_beta2,
-        epsilon=settings.adam_epsilon, weight_decay=settings.weight_decay)
 
 
 def with_global_batch(settings: Settings, mesh: Mesh, rows_per_step: int) -> Settings:

@@ -30,7 +30,7 @@ from minillama.errors import UserError
 from minillama.estimate import training_flops
 from minillama.lora import save_adapter
 from minillama.ops import Documents
-from minillama.parallel.optimizer import LossScale
+from minillama.parallel.optimizer import LossScale, Optimizer
 from minillama.rundir import prepare_directory
 from minillama.signals import StopRequest, listening
 from minillama.tokenizer import Tokenizer
@@ -65,7 +65,7 @@ class Trainer:
         self.tokenizer: Tokenizer = building.build_tokenizer(settings)
         self.model, self.lora = building.build_model(settings, self.tokenizer, mesh)
         self.plan, self.eval_plan, self.template = building.build_plans(settings, self.tokenizer, self.model.config, mesh)
-        self.optimizer = building.build_optimizer(settings, self.model, mesh)
+        self.optimizer = Optimizer(self.model.named_parameters(), mesh, settings)
         self.step = self.tokens = self.skipped = self.skipped_in_a_row = self.saved_step = 0
         self.base = str(checkpoints.find_checkpoint(Path(settings.ckpt)).resolve()) if settings.ckpt else ""
 

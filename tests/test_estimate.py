@@ -34,11 +34,11 @@ def test_predicted_state_is_measured_state_within_two_percent(precision, lora, a
     model = Llama(SMALL).initialise().to({"fp32": torch.float32, "bf16": torch.bfloat16}[precision])
     if settings.lora:
         add_lora(model, estimate.lora_config(settings))
-    optimizer = Optimizer(model.named_parameters(), Mesh(rank=0, size=size), stage=stage, accumulates=accumulation > 1)
+    optimizer = Optimizer(model.named_parameters(), Mesh(rank=0, size=size), settings)
     tokens = torch.arange(8).view(1, 8)
     optimizer.backward(model.loss_sum(tokens, tokens), size)
     held = [t for part in optimizer.parts for t in (part.master, part.m, part.v)]
-    held += [t for part in optimizer.parts for t in ([part.gradients.sum] if stage == 2 else part.gradients.waiting.values())]
+    held += [t for part in optimizer.parts for t in ([part.gradients.sum] if stage == 2 else part.gradients.filled.values())]
     expected = estimate.estimate(SMALL, settings, size)
     assert storage_bytes([*model.parameters(), *held]) == pytest.approx(expected.total, rel=0.02)
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == expected.trainable

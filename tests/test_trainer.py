@@ -106,7 +106,7 @@ def test_schedules_end_at_min_learning_rate(kind: str) -> None:
 # The optimizer
 
 def flat_adamw(model: torch.nn.Module, weight_decay: float = 0.1) -> Optimizer:
-    return Optimizer(model.named_parameters(), MESH, beta1=0.9, beta2=0.95, epsilon=1e-8, weight_decay=weight_decay)
+    return Optimizer(model.named_parameters(), MESH, Settings(adam_beta2=0.95, weight_decay=weight_decay, gradient_accumulation_steps=2))
 
 
 def flat_weights(optimizer: Optimizer) -> torch.Tensor:
