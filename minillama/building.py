@@ -20,7 +20,7 @@ from minillama.data.demo import write_demo
 from minillama.device import compute_dtype
 from minillama.errors import UserError
 from minillama.estimate import activation_bytes, estimate, lora_config
-from minillama.lora import LoraConfig, add_lora, load_adapter
+from minillama.lora import WHOLE, LoraConfig, add_lora, load_adapter
 from minillama.model import Llama
 from minillama.recompute import recompute_activations
 from minillama.tokenizer import Tokenizer, open_tokenizer
@@ -73,6 +73,8 @@ def describe(settings: Settings, world_size: int) -> str:
     length = settings.max_length or min(config.max_seq_len, 1024)
     rows = settings.per_device_train_batch_size * settings.gradient_accumulation_steps * world_size
     micro = settings.per_device_train_batch_size * length
+    duration = f"{settings.max_steps} steps" if settings.max_steps else f"{settings.num_train_epochs:g} epochs"
+    warmup = f"{settings.warmup_steps} steps" if settings.warmup_steps else f"{settings.warmup_ratio:.0%}"
     return "\n".join([
         f"model       {config.n_layers} layers, width {config.dim}, {config.n_heads} heads ({config.n_kv_heads} key/value), "
         f"MLP {config.ffn_dim}, vocabulary {config.vocab_size:,}",
@@ -82,14 +84,8 @@ def describe(settings: Settings, world_size: int) -> str:
         f"activations {_gb(activation_bytes(config, micro, width, recompute))} a micro-batch ({'recomputed' if recompute else 'kept'})",
         f"disk        {_gb(config.parameter_count() * width * (not settings.lora) + e.trainable * 12)} a checkpoint",
         f"a step      {rows} rows of up to {length:,} tokens = up to {rows * length:,} tokens on all ranks",
-        f"schedule    {_schedule(settings)}",
+        f"schedule    {duration}, {settings.lr_scheduler_type} from {settings.learning_rate:g}, warm-up {warmup}, seed {settings.seed}",
     ])
-
-
-def _schedule(settings: Settings) -> str:
-    length = f"{settings.max_steps} steps" if settings.max_steps else f"{settings.num_train_epochs:g} epochs"
-    warmup = f"{settings.warmup_steps} steps" if settings.warmup_steps else f"{settings.warmup_ratio:.0%}"
-    return f"{length}, {settings.lr_scheduler_type} from {settings.learning_rate:g}, warm-up {warmup}, seed {settings.seed}"
 
 
 def closing_words(settings: Settings, summary: dict[str, Any]) -> str:
@@ -117,20 +113,19 @@ def model_config(settings: Settings, vocab_size: int = 0) -> LlamaConfig:
             raise UserError(f"{differs[0]} = {given[differs[0]]}, but {settings.ckpt} has {getattr(config, differs[0])}; leave it out, "
                             "or add --init scratch")
         return architecture.with_layers(config, settings.n_layers) if settings.n_layers else config
-    if settings.model:
-        config = architecture.published(settings.model)
-    else:
+    if not settings.model:
         missing = [name for name in ("dim", "n_layers", "n_heads") if name not in given]
         if missing:
             raise UserError(f"training from scratch needs a shape: --model 110m, or --{' --'.join(missing)}")
-        C, H = given["dim"], given["n_heads"]
-        config = LlamaConfig(C, given["n_layers"], H, H, C // H, architecture.ffn_width(C, 32), 32000, 2048, 1e-5, 10000.0)
-    config = replace(config, **given, max_seq_len=settings.context or config.max_seq_len, initializer_range=settings.initializer_range)
-    if "dim" in given or "n_heads" in given:
-        if config.dim % config.n_heads:
-            raise UserError(f"dim = {config.dim} is not a multiple of n_heads = {config.n_heads}")
-        config = replace(config, head_dim=config.dim // config.n_heads)
-    return replace(config, vocab_size=settings.vocab_size or vocab_size or config.vocab_size)
+        given = {"n_kv_heads": given["n_heads"], "ffn_dim": architecture.ffn_width(given["dim"], 32)} | given
+    config = architecture.published(settings.model or "1.1b")  # a shape of one's own has its vocabulary, context and epsilon
+    if given.keys() & {"dim", "n_heads"}:
+        C, H = given.get("dim", config.dim), given.get("n_heads", config.n_heads)
+        if C % H:
+            raise UserError(f"dim = {C} is not a multiple of n_heads = {H}")
+        given["head_dim"] = C // H
+    given = {"vocab_size": vocab_size or config.vocab_size} | given
+    return replace(config, **given, max_seq_len=settings.context or config.max_seq_len, initializer_range=settings.initializer_range)
 
 
 def build_tokenizer(settings: Settings) -> Tokenizer:
@@ -144,7 +139,7 @@ def build_model(settings: Settings, tokenizer: Tokenizer, mesh: Mesh) -> tuple[L
         mesh.print(f"warning: {warning}")
     config, generator = model_config(settings, tokenizer.size), torch.Generator().manual_seed(settings.seed)
     if settings.ckpt and settings.init == "pretrained":
-        keeps_rows = settings.lora and not {"embed_tokens", "lm_head"} <= set(settings.modules_to_save)
+        keeps_rows = settings.lora and not set(WHOLE) <= set(settings.modules_to_save)
         if keeps_rows and tokenizer.size > config.vocab_size:
             raise UserError(f"{tokenizer.path} has {tokenizer.size} pieces, more than the checkpoint's embedding has rows; the new rows "
                             "would never be trained: add --modules_to_save embed_tokens,lm_head")

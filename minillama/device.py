@@ -18,7 +18,6 @@ from importlib import metadata
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 
 from minillama.errors import UserError, closest
 
@@ -34,18 +33,17 @@ class Vendor:
 
     device: str    # torch's name
     package: str   # the plug-in; "": built into torch
-    backend: str   # of torch.distributed
     visible: str   # the variable that says which chips a process sees
     install: str   # what a machine without it needs
 
 
 VENDORS = {vendor.device: vendor for vendor in (
-    Vendor("npu", "torch_npu", "hccl", "ASCEND_RT_VISIBLE_DEVICES",
+    Vendor("npu", "torch_npu", "ASCEND_RT_VISIBLE_DEVICES",
            "CANN, its set_env.sh sourced, and `pip install torch-npu==VERSION` with the version of your torch"),
-    Vendor("mlu", "torch_mlu", "cncl", "MLU_VISIBLE_DEVICES", "Cambricon's driver and its torch_mlu wheel for torch 2.1 or later"),
-    Vendor("tpu", "torch_tpu", "sccl", "CHIPS",
+    Vendor("mlu", "torch_mlu", "MLU_VISIBLE_DEVICES", "Cambricon's driver and its torch_mlu wheel for torch 2.1 or later"),
+    Vendor("tpu", "torch_tpu", "CHIPS",
            "Sophgo's driver and its torch_tpu wheel (github.com/sophgo/torch-tpu; what `pip install torch-tpu` brings is Google's)"),
-    Vendor("cuda", "", "nccl", "CUDA_VISIBLE_DEVICES", "a CUDA build of torch and an NVIDIA driver"),
+    Vendor("cuda", "", "CUDA_VISIBLE_DEVICES", "a CUDA build of torch and an NVIDIA driver"),
 )}
 
 
@@ -61,7 +59,7 @@ def pick(name: str = "auto", local_rank: int = 0) -> torch.device:
     if name == "auto" and os.environ.get("USE_SOPHGO", "") not in ("", "0"):
         name = "tpu"
     if name == "auto":
-        loaded = torch.accelerator.current_accelerator() if hasattr(torch, "accelerator") else None  # torch 2.6
+        loaded = torch.accelerator.current_accelerator()
         in_order = sorted(VENDORS, key=lambda device: not (loaded and loaded.type == device))  # stable: the loaded one, then the table
         name = next((device for device in in_order if not _problem(device, quiet=False)), "cpu")
     elif name != "cpu" and (problem := _problem(name)):
@@ -117,14 +115,6 @@ def sophgo_chips() -> list[int]:
         return [int(chip) for chip in listed.split(",") if chip.strip()]
     except ValueError:
         raise UserError(f"CHIP_MAP or CHIPS is {listed!r}; expected numbers of chips, such as 0,1") from None
-
-
-def backend(device: torch.device) -> str:
-    """The name of the collectives for a device: what its plug-in registered, else the table's."""
-    registered = getattr(dist, "get_default_backend_for_device", None)  # torch 2.6
-    if registered:
-        return registered(device)
-    return VENDORS[device.type].backend if device.type in VENDORS else "gloo"
 
 
 def group_options(device: torch.device, size: int) -> Any:

@@ -16,6 +16,7 @@ from importlib import metadata
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from minillama import config, errors, ops
@@ -119,7 +120,8 @@ def main(arguments: list[str]) -> int:
     device = devices.pick(options.device)
     dtype, warning = devices.compute_dtype(options.dtype, device)
     memory, limit = devices.memory(device), LIMITS[dtype]
-    print(f"device: {device}, collectives {devices.backend(device)}, bf16 {'yes' if devices.supports_bf16(device) else 'no'}, "
+    collectives, bf16 = dist.get_default_backend_for_device(device), "yes" if devices.supports_bf16(device) else "no"
+    print(f"device: {device}, collectives {collectives}, bf16 {bf16}, "
           f"free {'not told' if memory.free is None else f'{memory.free / 1e9:.1f} GB'}" + f"; {warning}" * bool(warning))
     right = model_answer(torch.device("cpu"), torch.float32, dtype, "reference")
     loss, wrong = float(right[0]), error(model_answer(device, dtype, dtype, options.ops), right)

@@ -32,7 +32,7 @@ MEGATRON = {
     "dense_h_to_4h": ("up_proj",), "dense_4h_to_h": ("down_proj",), "word_embeddings": ("embed_tokens",), "lm_head.lm_head": ("lm_head",),
     "all": LINEARS,
 }
-WHOLE = ("embed_tokens", "lm_head")
+WHOLE = {"embed_tokens": "model.embed_tokens", "lm_head": "lm_head"}  # what modules_to_save may name, and where it is
 # Keys that change the arithmetic, with the values at which they do nothing. Other init_lora_weights (pissa, olora, loftq, …) also
 # change the base weights, which an adapter's file does not hold.
 MUST_BE = {
@@ -69,7 +69,8 @@ class LoraLinear(nn.Linear):
 
     def __init__(self, base: nn.Linear, rank: int, scale: float, dropout: float) -> None:
         super().__init__(base.in_features, base.out_features, bias=base.bias is not None, device="meta")
-        self.weight, self.bias, self.scale, self.plain_class = base.weight, base.bias, scale, type(base)
+        self.weight, self.bias, self.scale = base.weight, base.bias, scale
+        self.base = (base,)  # in a tuple it is no part of this one
         fp32 = {"dtype": torch.float32, "device": base.weight.device}
         self.lora_A = nn.Parameter(torch.empty(rank, base.in_features, **fp32))   # (R, in)
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, **fp32))  # (out, R)
@@ -108,7 +109,7 @@ def add_lora(model: nn.Module, config: LoraConfig, generator: torch.Generator | 
     for name in config.modules_to_save:
         if name not in WHOLE:
             raise UserError(f"modules_to_save: {name!r}{closest(name, WHOLE)}; choose from {', '.join(WHOLE)}")
-        model.get_submodule(_whole_module(name)).requires_grad_(True)
+        model.get_submodule(WHOLE[name]).requires_grad_(True)
     tied = model.get_submodule("lm_head").weight is model.get_submodule("model.embed_tokens").weight
     if tied and len(set(config.modules_to_save)) == 1:
         raise UserError(f"modules_to_save: {config.modules_to_save[0]} alone cannot be trained whole: this model's embedding and "
@@ -119,24 +120,23 @@ def merge_lora(model: nn.Module) -> None:
     """Add every adapter to its weight and put plain linears back."""
     for name, module in list(model.named_modules()):
         if isinstance(module, LoraLinear):
-            plain = module.plain_class(module.in_features, module.out_features, bias=module.bias is not None, device="meta")
-            plain.weight, plain.bias = nn.Parameter(module.merged_weight(), requires_grad=False), module.bias
-            model.set_submodule(name, plain)
+            base = module.base[0]
+            base.weight, base.bias = nn.Parameter(module.merged_weight(), requires_grad=False), module.bias
+            model.set_submodule(name, base)
 
 
 def adapter_weights(model: nn.Module, config: LoraConfig) -> dict[str, nn.Parameter]:
     """What an adapter's file holds, by the name in the file without PEFT's `base_model.model.`: factors, and modules trained whole."""
     factors = {f"{name}.{factor}.weight": getattr(module, factor) for name, module in model.named_modules()
                if isinstance(module, LoraLinear) for factor in ("lora_A", "lora_B")}
-    return factors | {f"{_whole_module(name)}.weight": model.get_submodule(_whole_module(name)).weight for name in config.modules_to_save}
+    return factors | {f"{WHOLE[name]}.weight": model.get_submodule(WHOLE[name]).weight for name in config.modules_to_save}
 
 
 def save_adapter(model: nn.Module, config: LoraConfig, directory: Path, base: str) -> None:
     """Write a PEFT adapter directory. base: where its base model is, for adapter_config.json."""
     directory.mkdir(parents=True, exist_ok=True)
-    tensors = {f"base_model.model.{name}": weight.detach().cpu().contiguous() for name, weight in adapter_weights(model, config).items()}
-    if len({tensor.data_ptr() for tensor in tensors.values()}) < len(tensors):
-        tensors = {name: tensor.clone() for name, tensor in tensors.items()}  # a tied head: safetensors keeps no shared storage
+    tensors = {f"base_model.model.{name}": weight.detach().to("cpu", copy=True)  # a tied head too: safetensors keeps no shared storage
+               for name, weight in adapter_weights(model, config).items()}
     save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
     pattern = config.targets[0]
     about = {
@@ -207,7 +207,3 @@ def _named(module: str, target: str) -> bool:
 
 def _by_pattern(patterns: dict[str, Any], module: str, default: Any) -> Any:
     return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", module)), default)
-
-
-def _whole_module(name: str) -> str:
-    return "model.embed_tokens" if name == "embed_tokens" else name

@@ -12,6 +12,7 @@ is carried from step to step, and a resumed run needs only the step.
 import math
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ from minillama.lora import save_adapter
 from minillama.ops import Documents
 from minillama.parallel.optimizer import LossScale, Optimizer
 from minillama.rundir import prepare_directory
-from minillama.signals import StopRequest, listening
+from minillama.signals import listening
 from minillama.tokenizer import Tokenizer
 
 MAX_SKIPPED_IN_A_ROW = 5  # overflows of fp16 end with its smallest loss scale instead
@@ -55,8 +56,8 @@ def learning_rate(step: int, total: int, settings: Settings) -> float:
 class Trainer:
     """A run in progress: model, optimizer, plan, and where they stand."""
 
-    def __init__(self, settings: Settings, mesh: Mesh, stop: StopRequest | None = None) -> None:
-        self.settings, self.mesh, self.out_dir, self.stop = settings, mesh, Path(settings.out_dir), stop or StopRequest()
+    def __init__(self, settings: Settings, mesh: Mesh, stop: Sequence[str] = ()) -> None:
+        self.settings, self.mesh, self.out_dir, self.stop = settings, mesh, Path(settings.out_dir), stop
         settings = building.with_embedded_data(settings, mesh)
         device.allow_tf32(settings.tf32)
         ops.choose(settings.ops)
@@ -127,7 +128,7 @@ class Trainer:
         self.optimizer.zero_grad()
         losses = torch.zeros(len(batches), device=self.mesh.device)  # fp32, as the losses are: each is one rank's
         for first in range(0, len(batches), size):  # micro-batch a·N + r is rank r's
-            if comm.any_rank(self.mesh, bool(self.stop.by)):
+            if comm.any_rank(self.mesh, bool(self.stop)):
                 return None
             number, loss = first + self.mesh.rank, None
             if number < len(batches):
@@ -193,10 +194,10 @@ class Trainer:
             return
         about = {"template": self.template, "made_by": "minillama train.py", "base": self.base, "settings": asdict(self.settings)}
         if self.lora is None:
-            checkpoints.save_model(self.model, path, self.tokenizer, about)
-            return
-        save_adapter(self.model, self.lora, path, self.base)
-        checkpoints.copy_tokenizer(self.tokenizer.path, path)
+            checkpoints.save_model(self.model, path, self.tokenizer)
+        else:
+            save_adapter(self.model, self.lora, path, self.base)
+            checkpoints.copy_tokenizer(self.tokenizer.path, path)
         checkpoints.write_json(path / "minillama.json", about)
 
 
@@ -218,7 +219,8 @@ def train(settings: Settings, mesh: Mesh, overwrite: bool = False) -> dict[str, 
             mesh.print(f"resuming {checkpoint} at step {trainer.step}, {trainer.tokens:,} tokens")
         summary = trainer.run(report.Report(trainer.out_dir, trainer.plan.total_steps, trainer.step, mesh.is_first))
         if summary is None:
-            mesh.print(f"stopped by {stop.by or 'a signal to another rank'} after step {trainer.step}; the same command goes on from there")
+            signal = stop[0] if stop else "a signal to another rank"
+            mesh.print(f"stopped by {signal} after step {trainer.step}; the same command goes on from there")
         elif mesh.is_first:
             checkpoints.write_json(trainer.out_dir / "summary.json", summary)
             report.plot_loss(trainer.out_dir, settings.plot_loss)

@@ -29,7 +29,7 @@ def storage_bytes(tensors) -> int:
 @pytest.mark.parametrize("accumulation", [1, 4])
 @pytest.mark.parametrize(("stage", "size"), [(0, 1), (0, 4), (1, 4), (2, 4)])
 def test_predicted_state_is_measured_state_within_two_percent(precision, lora, accumulation, stage, size, monkeypatch):
-    monkeypatch.setattr(comm, "reduce_to", lambda mesh, tensor, *_: comm.Pending(mesh, None, tensor))
+    monkeypatch.setattr(comm, "reduce_to", lambda mesh, tensor, *_: lambda: tensor)
     settings = Settings(precision=precision, zero_stage=stage, gradient_accumulation_steps=accumulation, **lora)
     model = Llama(SMALL).initialise().to({"fp32": torch.float32, "bf16": torch.bfloat16}[precision])
     if settings.lora:

@@ -11,6 +11,7 @@ let the micro-batches add up in the buckets, and send them at the step. The exac
 does: two sums of equally many micro-batches become one. Between two steps no gradient takes memory.
 """
 
+from collections.abc import Callable
 from functools import partial
 from itertools import accumulate
 
@@ -70,7 +71,7 @@ class Gradients:
         self.missing = [members for _, _, members in self.buckets]
         self.next_bucket, self.is_first_round = 0, self.sum is None
         self.filled: dict[int, Tensor] = {}              # buckets under way
-        self.sent: list[tuple[comm.Pending, int]] = []   # and where in `sum` they go; outside of it: to another rank
+        self.sent: list[tuple[Callable[[], Tensor], int]] = []   # and where in `sum` they go; outside of it: to another rank
 
     def _take(self, i: int, parameter: nn.Parameter) -> None:
         """What autograd calls: move a gradient into its bucket, and send the buckets whose turn it is."""
@@ -114,16 +115,16 @@ class Gradients:
         while at < stop:
             owner = at // self.slice_size
             end = min(stop, at + self.bucket_elements, (owner + 1) * self.slice_size)
-            pending = comm.reduce_to(self.mesh, values[at - start:end - start], None if self.for_everyone else owner,
-                                     self.present if self.exact else None)
-            self.sent.append((pending, at - self.kept_from))
+            wait = comm.reduce_to(self.mesh, values[at - start:end - start], None if self.for_everyone else owner,
+                                  self.present if self.exact else None)
+            self.sent.append((wait, at - self.kept_from))
             at = end
             while len(self.sent) > 2:  # bounds what is in flight
                 self._receive()
 
     def _receive(self) -> None:
-        pending, place = self.sent.pop(0)
-        part = pending.wait()
+        wait, place = self.sent.pop(0)
+        part = wait()
         if 0 <= place < self.slice_size:
             mine = self.sum[place:place + len(part)]
             (mine.copy_ if self.is_first_round else mine.add_)(part)
