@@ -4,10 +4,13 @@ The lower half of the trainer. Everything a user can get wrong about a run is fo
 """
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from minillama import architecture
 from minillama.architecture import LlamaConfig
@@ -22,7 +25,6 @@ from minillama.errors import UserError
 from minillama.estimate import activation_bytes, estimate, lora_config
 from minillama.lora import WHOLE, LoraConfig, add_lora, load_adapter
 from minillama.model import Llama
-from minillama.recompute import recompute_activations
 from minillama.tokenizer import Tokenizer, open_tokenizer
 
 EMBEDDED = ("demo", "demo_lora")
@@ -126,6 +128,13 @@ def model_config(settings: Settings, vocab_size: int = 0) -> LlamaConfig:
         given["head_dim"] = C // H
     given = {"vocab_size": vocab_size or config.vocab_size} | given
     return replace(config, **given, max_seq_len=settings.context or config.max_seq_len, initializer_range=settings.initializer_range)
+
+
+def recompute_activations(layers: nn.ModuleList) -> None:
+    """Make layers of a finished model keep their input (T, C) alone and compute the rest again in backward (Chen et al. 2016): one more
+    forward, about a third of a step's time, for many times the memory. Gradients are the same to the bit; parameters keep their names."""
+    for layer in layers:
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
 
 
 def build_tokenizer(settings: Settings) -> Tokenizer:

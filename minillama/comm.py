@@ -33,7 +33,6 @@ class Mesh:
     rank: int = 0
     size: int = 1
     device: torch.device = torch.device("cpu")
-    compares_calls: bool = False
     sent: float = 0.0
 
     @property
@@ -60,14 +59,14 @@ def start(device_name: str = "auto", timeout_minutes: float = 30.0) -> Iterator[
     dist.init_process_group(dist.get_default_backend_for_device(device), store=store, rank=rank, world_size=size,
                             timeout=timedelta(minutes=timeout_minutes), pg_options=devices.group_options(device, size))
     try:
-        yield Mesh(rank, size, device, compares_calls=os.environ.get("MINILLAMA_DEBUG_COLLECTIVES") == "1")
+        yield Mesh(rank, size, device)
     finally:
         dist.destroy_process_group()
 
 
 def _call(mesh: Mesh, name: str, what: Any, collective: Callable[[], Any]) -> Any:
     """Run a collective; its failure is a line that names this rank."""
-    if mesh.compares_calls:
+    if os.environ.get("MINILLAMA_DEBUG_COLLECTIVES") == "1":
         _compare_calls(mesh, f"{name} of {tuple(what.shape) if isinstance(what, Tensor) else type(what).__name__}")
     try:
         return collective()

@@ -172,12 +172,10 @@ def load_adapter(model: nn.Module, directory: Path, dropout: float | None = None
     config, _ = read_adapter_config(directory)
     config = config if dropout is None else replace(config, dropout=dropout)
     path = directory / "adapter_model.safetensors"
-    if not path.is_file():
-        raise UserError(f"{path}: no such file")
     try:
         tensors = {_plain_name(name): tensor for name, tensor in load_file(path).items()}
-    except SafetensorError as error:
-        raise UserError(f"{path}: not a safetensors file, or cut short ({error}); download it again") from None
+    except (SafetensorError, FileNotFoundError) as error:
+        raise UserError(f"{path}: not a safetensors file, or cut short, or missing ({error}); download it again") from None
     add_lora(model, config)
     places = adapter_weights(model, config)
     problems = [f"{name} fits no module" for name in tensors if name not in places]

@@ -6,9 +6,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from minillama import comm, config
+from minillama import comm
 from minillama.checkpoint import train_state
-from minillama.comm import Mesh
+from minillama.checkpoint.directory import write_json
 from minillama.config import Settings
 from minillama.errors import UserError, read_json
 
@@ -18,7 +18,7 @@ HARMLESS = {"out_dir", "resume", "device", "ops", "threads", "logging_steps", "e
             "gradient_accumulation_steps", "zero_stage", "bucket_elements"}  # the global batch is kept, on any number of ranks
 
 
-def prepare_directory(settings: Settings, mesh: Mesh, overwrite: bool) -> tuple[Path | None, dict[str, Any] | None]:
+def prepare_directory(settings: Settings, mesh: comm.Mesh, overwrite: bool) -> tuple[Path | None, dict[str, Any] | None]:
     """(checkpoint to resume or None, summary of a finished run or None); train_config.json is written for a run to be made."""
     out_dir = Path(settings.out_dir)
     with comm.first_rank_first(mesh):
@@ -31,7 +31,7 @@ def prepare_directory(settings: Settings, mesh: Mesh, overwrite: bool) -> tuple[
             return None, read_json(out_dir / "summary.json")
         out_dir.mkdir(parents=True, exist_ok=True)
         if mesh.is_first:
-            config.save(settings, out_dir / "train_config.json")
+            write_json(out_dir / "train_config.json", asdict(settings))  # which --config takes back
     if settings.resume != "auto":
         return None if settings.resume == "none" else Path(settings.resume), None
     found = train_state.newest_intact(out_dir, mesh.print) if mesh.is_first else None

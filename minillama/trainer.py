@@ -23,7 +23,6 @@ import torch
 from minillama import building, comm, device, ops, report
 from minillama.checkpoint import directory as checkpoints
 from minillama.checkpoint import train_state
-from minillama.comm import Mesh
 from minillama.config import Settings
 from minillama.data.batches import Batch
 from minillama.data.show import show_batch
@@ -56,7 +55,7 @@ def learning_rate(step: int, total: int, settings: Settings) -> float:
 class Trainer:
     """A run in progress: model, optimizer, plan, and where they stand."""
 
-    def __init__(self, settings: Settings, mesh: Mesh, stop: Sequence[str] = ()) -> None:
+    def __init__(self, settings: Settings, mesh: comm.Mesh, stop: Sequence[str] = ()) -> None:
         self.settings, self.mesh, self.out_dir, self.stop = settings, mesh, Path(settings.out_dir), stop
         settings = building.with_embedded_data(settings, mesh)
         device.allow_tf32(settings.tf32)
@@ -201,7 +200,7 @@ class Trainer:
         checkpoints.write_json(path / "minillama.json", about)
 
 
-def train(settings: Settings, mesh: Mesh, overwrite: bool = False) -> dict[str, Any] | None:
+def train(settings: Settings, mesh: comm.Mesh, overwrite: bool = False) -> dict[str, Any] | None:
     """Run, or go on with, the training that `settings` describe; returns the summary, which is also in out_dir/summary.json.
     None: a signal stopped the run, and its state is saved."""
     checkpoint, finished = prepare_directory(settings, mesh, overwrite)
@@ -228,7 +227,7 @@ def train(settings: Settings, mesh: Mesh, overwrite: bool = False) -> dict[str, 
     return summary
 
 
-def show_first_batch(settings: Settings, mesh: Mesh) -> str:
+def show_first_batch(settings: Settings, mesh: comm.Mesh) -> str:
     """The text of step 0's first micro-batch, with the trained tokens marked."""
     settings = building.with_embedded_data(settings, mesh)
     tokenizer = building.build_tokenizer(settings)

@@ -20,7 +20,7 @@ FLOORS: list[list[set[str]]] = [
     [{"errors"}],
     [{"architecture"}, {"config", "commandlines", "deepspeed"}, {"device"}, {"signals"}],
     [{"comm"}, {"ops"}, {"tokenizer"}, {"chat"}],
-    [{"model"}, {"lora"}, {"recompute"}, {"parallel"}, {"data"}],
+    [{"model"}, {"lora"}, {"parallel"}, {"data"}],
     [{"checkpoint"}, {"estimate"}, {"report"}],
     [{"generation"}],
     [{"building", "rundir", "trainer"}, {"conversion"}, {"evaluation"}, {"doctor"}],

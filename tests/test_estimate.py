@@ -7,12 +7,12 @@ import torch
 
 from minillama import comm, estimate, ops
 from minillama.architecture import PUBLISHED, LlamaConfig
+from minillama.building import recompute_activations
 from minillama.comm import Mesh
 from minillama.config import Settings
 from minillama.lora import add_lora
 from minillama.model import Llama
 from minillama.parallel.optimizer import Optimizer
-from minillama.recompute import recompute_activations
 
 SMALL = LlamaConfig(dim=192, n_layers=4, n_heads=6, n_kv_heads=3, head_dim=32, ffn_dim=512, vocab_size=16000, max_seq_len=256,
                     norm_eps=1e-5, rope_theta=10000.0)

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 
 from minillama import building, comm, deepspeed, trainer
 from minillama.architecture import published
+from minillama.building import recompute_activations
 from minillama.checkpoint.directory import load_model, save_model
 from minillama.checkpoint.tensor_files import read_safetensors
 from minillama.comm import Mesh
@@ -23,7 +24,6 @@ from minillama.estimate import training_flops
 from minillama.lora import load_adapter
 from minillama.ops import IGNORE
 from minillama.parallel.optimizer import Optimizer
-from minillama.recompute import recompute_activations
 from minillama.report import read_metrics, smoothed
 from minillama.tokenizer import open_tokenizer, train_tokenizer
 from tests.conftest import random_model, random_tokens

@@ -18,9 +18,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor, nn
 
-from minillama import comm
-from minillama import device as devices
-from minillama.comm import Mesh
+from minillama import comm, device
 from minillama.config import Settings
 
 RELEASE_EVERY = 1 << 23  # elements of gradients, after which the system gets back what has been freed
@@ -29,7 +27,7 @@ RELEASE_EVERY = 1 << 23  # elements of gradients, after which the system gets ba
 class Gradients:
     """The gradients of a step. Call end_micro_batch after each backward, reduced() for the sum, clear() before the next step."""
 
-    def __init__(self, parameters: list[nn.Parameter], mesh: Mesh, slice_size: int, settings: Settings) -> None:
+    def __init__(self, parameters: list[nn.Parameter], mesh: comm.Mesh, slice_size: int, settings: Settings) -> None:
         self.parameters, self.mesh, self.bucket_elements = parameters, mesh, settings.bucket_elements
         self.stage, self.exact, self.present, self.freed = settings.zero_stage, settings.reduction == "exact", mesh.size, 0
         self.at_once = self.stage == 2 or self.exact
@@ -90,7 +88,7 @@ class Gradients:
     def _note_freed(self, elements: int) -> None:
         self.freed += elements
         if self.freed >= RELEASE_EVERY:
-            devices.release_freed(self.parameters[0].device)
+            device.release_freed(self.parameters[0].device)
             self.freed = 0
 
     def _values(self, bucket: int) -> Tensor:

@@ -18,14 +18,13 @@ micro-batch a·N + r is rank r's, so ranks are the lowest levels of the tree. Th
 same bytes, at the price of reducing every micro-batch and of a partial sum per level. `"fast"` adds as it comes.
 """
 
+from bisect import bisect
 from collections.abc import Callable, Iterable
-from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
 
 from minillama import comm, ops
-from minillama.comm import Mesh
 from minillama.config import Settings
 from minillama.errors import UserError
 from minillama.parallel.gradients import Gradients
@@ -37,7 +36,7 @@ AT_ONCE = 1 << 22   # elements updated at a time, which bounds the temporary cop
 class ZeroAdamW:
     """AdamW over trainable parameters of one dtype, sharded by stage."""
 
-    def __init__(self, named: Iterable[tuple[str, nn.Parameter]], mesh: Mesh, settings: Settings) -> None:
+    def __init__(self, named: Iterable[tuple[str, nn.Parameter]], mesh: comm.Mesh, settings: Settings) -> None:
         exact = settings.reduction == "exact"
         if exact and mesh.size & (mesh.size - 1):
             raise UserError(f"reduction = 'exact' needs 1, 2, 4, 8, … ranks, not {mesh.size}; use --reduction fast")
@@ -96,10 +95,7 @@ class ZeroAdamW:
     def first_non_finite(self) -> str:
         """The first parameter whose gradient, as far as this rank keeps it, is not finite; or an empty string."""
         bad = (~self.gradients.reduced().isfinite()).nonzero()
-        if not len(bad):
-            return ""
-        ends = accumulate(parameter.numel() for _, parameter in self.named)
-        return next((name for (name, _), end in zip(self.named, ends, strict=True) if int(bad[0]) + self.kept.start < end), "")
+        return self.named[bisect(self.gradients.starts, int(bad[0]) + self.kept.start) - 1][0] if len(bad) else ""
 
     def state(self) -> dict[str, Tensor]:
         """What this rank owns: master, m and v from position `owned.start` on, cut after the last parameter."""
