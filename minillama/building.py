@@ -1,9 +1,11 @@
-"""From settings to the things a run is made of: tokenizer, data, model; and to words about them (`--dry_run`, what to type next).
+"""From settings to the things a run is made of: directory, tokenizer, data, model; and to words about them (`--dry_run`, what is next).
 
 The lower half of the trainer. Everything a user can get wrong about a run is found here, before the first step.
 """
 
-from dataclasses import replace
+import json
+import shutil
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,16 +14,16 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from minillama import architecture
+from minillama import architecture, comm
 from minillama.architecture import LlamaConfig
 from minillama.checkpoint import directory as checkpoints
-from minillama.comm import Mesh, first_rank_first
+from minillama.checkpoint import train_state
 from minillama.config import Settings
 from minillama.data.batches import BatchPlan, Pieces, split_documents
 from minillama.data.build import open_data
 from minillama.data.demo import write_demo
 from minillama.device import compute_dtype
-from minillama.errors import UserError
+from minillama.errors import UserError, read_json
 from minillama.estimate import activation_bytes, estimate, lora_config
 from minillama.lora import WHOLE, LoraConfig, add_lora, load_adapter
 from minillama.model import Llama
@@ -30,14 +32,18 @@ from minillama.tokenizer import Tokenizer, open_tokenizer
 EMBEDDED = ("demo", "demo_lora")
 LARGEST_REPLICATED = 40 * 10**9  # bytes of frozen weights that one card can be asked to hold beside its activations
 SHAPE_KEYS = ("n_layers", "dim", "n_heads", "n_kv_heads", "ffn_dim", "vocab_size")
+# What may differ between the parts of one run without changing its result.
+HARMLESS = {"out_dir", "resume", "device", "ops", "threads", "logging_steps", "eval_strategy", "eval_steps", "per_device_eval_batch_size",
+            "save_strategy", "save_steps", "save_total_limit", "plot_loss", "peak_tflops", "cache_dir", "workers", "gradient_checkpointing",
+            "gradient_accumulation_steps", "zero_stage", "bucket_elements"}  # the global batch is kept, on any number of ranks
 
 
-def with_embedded_data(settings: Settings, mesh: Mesh) -> Settings:
+def with_embedded_data(settings: Settings, mesh: comm.Mesh) -> Settings:
     """Replace the names `demo` and `demo_lora` in data and tokenizer by files that the package writes into the run directory."""
     name = next((name for name in (*settings.data, settings.tokenizer) if name in EMBEDDED), None)
     if name is None:
         return settings
-    with first_rank_first(mesh):
+    with comm.first_rank_first(mesh):
         data, vocabulary = write_demo(name, Path(settings.out_dir) / "data")
     return replace(settings, data=tuple(str(data) if part in EMBEDDED else part for part in settings.data),
                    tokenizer=str(vocabulary) if settings.tokenizer in EMBEDDED else settings.tokenizer,
@@ -141,7 +147,7 @@ def build_tokenizer(settings: Settings) -> Tokenizer:
     return open_tokenizer(settings.tokenizer or checkpoints.find_checkpoint(Path(settings.ckpt)))
 
 
-def build_model(settings: Settings, tokenizer: Tokenizer, mesh: Mesh) -> tuple[Llama, LoraConfig | None]:
+def build_model(settings: Settings, tokenizer: Tokenizer, mesh: comm.Mesh) -> tuple[Llama, LoraConfig | None]:
     """The model on its device, with adapters where asked for; and what those are."""
     dtype, warning = compute_dtype(settings.precision, mesh.device)
     if warning:
@@ -169,7 +175,38 @@ def build_model(settings: Settings, tokenizer: Tokenizer, mesh: Mesh) -> tuple[L
     return model.to(mesh.device).train(), lora
 
 
-def with_global_batch(settings: Settings, mesh: Mesh, rows_per_step: int) -> Settings:
+def prepare_directory(settings: Settings, mesh: comm.Mesh, overwrite: bool) -> tuple[Path | None, dict[str, Any] | None]:
+    """A run directory belongs to one run: it is continued, or refused, or emptied on request; never mixed. Returns
+    (checkpoint to resume or None, summary of a finished run or None); train_config.json is written for a run to be made."""
+    out_dir = Path(settings.out_dir)
+    with comm.first_rank_first(mesh):
+        if out_dir.is_dir() and any(out_dir.iterdir()) and not (out_dir / "train_config.json").is_file():
+            raise UserError(f"{out_dir}: holds files that no run of ours made, and is left alone; choose another --out_dir")
+        if overwrite and mesh.is_first:
+            shutil.rmtree(out_dir, ignore_errors=True)
+        _refuse_other_settings(settings, out_dir)
+        if settings.resume == "auto" and (out_dir / "summary.json").is_file():
+            return None, read_json(out_dir / "summary.json")
+        out_dir.mkdir(parents=True, exist_ok=True)
+        if mesh.is_first:
+            checkpoints.write_json(out_dir / "train_config.json", asdict(settings))  # which --config takes back
+    if settings.resume != "auto":
+        return None if settings.resume == "none" else Path(settings.resume), None
+    found = train_state.newest_intact(out_dir, mesh.print) if mesh.is_first else None
+    return comm.gather_objects(mesh, found)[0], None
+
+
+def _refuse_other_settings(settings: Settings, out_dir: Path) -> None:
+    if not (out_dir / "metrics.jsonl").is_file():
+        return  # it never came to a first step: a mistake mended, nothing to protect
+    before, now = read_json(out_dir / "train_config.json"), json.loads(json.dumps(asdict(settings)))
+    changed = [name for name in now if name not in HARMLESS and name in before and before[name] != now[name]]
+    if changed:
+        shown = ", ".join(f"{name} was {before[name]!r}, is {now[name]!r}" for name in changed)
+        raise UserError(f"{out_dir}: holds a run with other settings: {shown}; choose another --out_dir, or --overwrite_output_dir")
+
+
+def with_global_batch(settings: Settings, mesh: comm.Mesh, rows_per_step: int) -> Settings:
     """The settings with the accumulation that keeps a run's global batch on this number of ranks, or a refusal by name."""
     accumulation, rest = divmod(rows_per_step, settings.per_device_train_batch_size * mesh.size)
     if rest:
@@ -180,7 +217,7 @@ def with_global_batch(settings: Settings, mesh: Mesh, rows_per_step: int) -> Set
     return replace(settings, gradient_accumulation_steps=accumulation)
 
 
-def build_plans(settings: Settings, tokenizer: Tokenizer, config: LlamaConfig, mesh: Mesh) -> tuple[BatchPlan, BatchPlan | None, str]:
+def build_plans(settings: Settings, tokenizer: Tokenizer, config: LlamaConfig, mesh: comm.Mesh) -> tuple[BatchPlan, BatchPlan | None, str]:
     """The training plan, the evaluation plan (None where nothing is held out), and the template of the data."""
     max_length = settings.max_length or min(config.max_seq_len, 1024)
     if max_length > config.max_seq_len:
@@ -189,7 +226,7 @@ def build_plans(settings: Settings, tokenizer: Tokenizer, config: LlamaConfig, m
     template = settings.template or about.get("template") or "alpaca"
     options = {"template": settings.template, "default_template": template, "quiet": not mesh.is_first} | {
         name: getattr(settings, name) for name in ("data_format", "append_eod", "skip_bad_records", "workers", "dataset_dir")}
-    with first_rank_first(mesh):
+    with comm.first_rank_first(mesh):
         dataset = open_data(settings.data, tokenizer, settings.cache_dir, **options)
         held_out = open_data(settings.eval_data, tokenizer, settings.cache_dir, **options) if settings.eval_data else None
     documents, evaluation = None, Pieces(held_out, max_length) if held_out else None

@@ -65,7 +65,14 @@ def pick(name: str = "auto", local_rank: int = 0) -> torch.device:
     elif name != "cpu" and (problem := _problem(name)):
         asked = "MINILLAMA_DEVICE asks for it" if forced else "take another with --device"
         raise UserError(f"device {name!r} cannot be used: {problem} ({asked}); it needs {VENDORS[name].install}")
-    return torch.device("cpu") if name == "cpu" else _chip(name, local_rank)
+    if name == "cpu":
+        return torch.device("cpu")
+    chips = (sophgo_chips() if name == "tpu" else []) or list(range(getattr(torch, name).device_count()))
+    if local_rank >= len(chips):
+        raise UserError(f"local rank {local_rank} has no chip: {len(chips)} to be seen ({_visible(name)}); "
+                        f"start {len(chips)} processes with --nproc_per_node")
+    getattr(torch, name).set_device(chips[local_rank])
+    return torch.device(name, chips[local_rank])
 
 
 def _problem(name: str, quiet: bool = True) -> str:
@@ -81,8 +88,7 @@ def _problem(name: str, quiet: bool = True) -> str:
         except (ImportError, OSError, RuntimeError) as error:
             problem = f"{package} does not load ({str(error).partition(chr(10))[0]})"
     if not problem and not (hasattr(torch, name) and getattr(torch, name).is_available()):
-        visible = VENDORS[name].visible
-        problem = f"{package or 'torch'} finds no chip ({visible} is {os.environ.get(visible, 'unset')})"
+        problem = f"{package or 'torch'} finds no chip ({_visible(name)})"
     if problem and package and not quiet:
         log.warning("%s passed over: %s", name, problem)
     return problem
@@ -97,15 +103,8 @@ def is_googles(package: str) -> bool:
     return "google" in (found.get("Home-page") or "") or any(r.startswith("libtpu") for r in found.get_all("Requires-Dist") or ())
 
 
-def _chip(name: str, local_rank: int) -> torch.device:
-    """The device of a local rank, made current."""
-    module, visible = getattr(torch, name), VENDORS[name].visible
-    chips = (sophgo_chips() if name == "tpu" else []) or list(range(module.device_count()))
-    if local_rank >= len(chips):
-        raise UserError(f"local rank {local_rank} has no chip: {len(chips)} to be seen ({visible} is {os.environ.get(visible, 'unset')}); "
-                        f"start {len(chips)} processes with --nproc_per_node")
-    module.set_device(chips[local_rank])
-    return torch.device(name, chips[local_rank])
+def _visible(name: str) -> str:
+    return f"{VENDORS[name].visible} is {os.environ.get(VENDORS[name].visible, 'unset')}"
 
 
 def sophgo_chips() -> list[int]:
@@ -163,8 +162,7 @@ def memory(device: torch.device) -> Memory:
 
 
 def supports_bf16(device: torch.device) -> bool:
-    asked = None if device.type == "cpu" else getattr(getattr(torch, device.type), "is_bf16_supported", None)
-    return asked is None or asked()
+    return device.type == "cpu" or getattr(getattr(torch, device.type), "is_bf16_supported", lambda: True)()
 
 
 def release_freed(device: torch.device) -> None:

@@ -139,13 +139,11 @@ def save_adapter(model: nn.Module, config: LoraConfig, directory: Path, base: st
                for name, weight in adapter_weights(model, config).items()}
     save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
     pattern = config.targets[0]
-    about = {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "r": config.rank, "lora_alpha": config.alpha,
-        "lora_dropout": config.dropout, "target_modules": pattern[3:] if pattern.startswith("re:") else list(config.targets),
-        "modules_to_save": list(config.modules_to_save) or None, "bias": "none", "fan_in_fan_out": False,
-        "use_rslora": config.use_rslora, "rank_pattern": config.rank_pattern, "alpha_pattern": config.alpha_pattern,
-        "inference_mode": True, "init_lora_weights": True,
-    }
+    about = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "r": config.rank, "lora_alpha": config.alpha,
+             "lora_dropout": config.dropout, "target_modules": pattern[3:] if pattern.startswith("re:") else list(config.targets),
+             "modules_to_save": list(config.modules_to_save) or None, "bias": "none", "fan_in_fan_out": False,
+             "use_rslora": config.use_rslora, "rank_pattern": config.rank_pattern, "alpha_pattern": config.alpha_pattern,
+             "inference_mode": True, "init_lora_weights": True}
     (directory / "adapter_config.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
 
 

@@ -50,10 +50,8 @@ class Report:
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     try:
         return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except ValueError as error:
-        raise UserError(f"{path}: not a metrics file ({error})") from None
+    except (FileNotFoundError, ValueError) as error:
+        raise UserError(f"{path}: no such file, or not a metrics file ({error})") from None
 
 
 def smoothed(values: list[float]) -> list[float]:

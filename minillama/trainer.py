@@ -31,7 +31,6 @@ from minillama.estimate import training_flops
 from minillama.lora import save_adapter
 from minillama.ops import Documents
 from minillama.parallel.optimizer import LossScale, Optimizer
-from minillama.rundir import prepare_directory
 from minillama.signals import listening
 from minillama.tokenizer import Tokenizer
 
@@ -180,8 +179,7 @@ class Trainer:
             return
         scale, self.saved_step = self.optimizer.loss_scale, self.step
         state = {"step": self.step, "tokens": self.tokens, "skipped": self.skipped, "updates": self.optimizer.parts[0].steps,
-                 "rows_per_step": self.plan.rows_per_step, "loss_scale": asdict(scale) if scale else None,
-                 "settings": asdict(self.settings)}
+                 "rows_per_step": self.plan.rows_per_step, "loss_scale": asdict(scale) if scale else None}
         slices = [(part.owned.start, part.state()) for part in self.optimizer.parts]
         problem = train_state.save_state(self.out_dir, self.step, self.mesh, slices, state, self.save_model, self.settings.save_total_limit)
         if problem:
@@ -203,7 +201,7 @@ class Trainer:
 def train(settings: Settings, mesh: comm.Mesh, overwrite: bool = False) -> dict[str, Any] | None:
     """Run, or go on with, the training that `settings` describe; returns the summary, which is also in out_dir/summary.json.
     None: a signal stopped the run, and its state is saved."""
-    checkpoint, finished = prepare_directory(settings, mesh, overwrite)
+    checkpoint, finished = building.prepare_directory(settings, mesh, overwrite)
     if finished is not None:
         mesh.print(f"{settings.out_dir}: this run is finished; --overwrite_output_dir starts it over")
         return finished

@@ -23,7 +23,7 @@ FLOORS: list[list[set[str]]] = [
     [{"model"}, {"lora"}, {"parallel"}, {"data"}],
     [{"checkpoint"}, {"estimate"}, {"report"}],
     [{"generation"}],
-    [{"building", "rundir", "trainer"}, {"conversion"}, {"evaluation"}, {"doctor"}],
+    [{"building", "trainer"}, {"conversion"}, {"evaluation"}, {"doctor"}],
 ]
 RUN_TIME = {"torch", "sentencepiece", "numpy", "safetensors", "tqdm"}
 OPTIONAL = {"tokenizers", "matplotlib", "pyarrow", "gradio", "triton", "torch_npu", "torch_mlu", "torch_tpu"}
