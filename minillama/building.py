@@ -107,8 +107,8 @@ def closing_words(settings: Settings, summary: dict[str, Any]) -> str:
             f"next: {follow}python generate.py --ckpt {out_dir} --chat")
 
 
-def _gb(count: float) -> str:
-    return f"{count / 1e9:.2f} GB"
+def _gb(count: float | None) -> str:
+    return "not told" if count is None else f"{count / 1e9:.2f} GB"
 
 
 def model_config(settings: Settings, vocab_size: int = 0) -> LlamaConfig:

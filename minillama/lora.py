@@ -171,7 +171,8 @@ def load_adapter(model: nn.Module, directory: Path, dropout: float | None = None
     config = config if dropout is None else replace(config, dropout=dropout)
     path = directory / "adapter_model.safetensors"
     try:
-        tensors = {_plain_name(name): tensor for name, tensor in load_file(path).items()}
+        tensors = {name.removeprefix("base_model.model.").replace(".default.", ".").replace(".modules_to_save.", "."): tensor
+                   for name, tensor in load_file(path).items()}  # without PEFT's wrapper and adapter name, which a training state has too
     except (SafetensorError, FileNotFoundError) as error:
         raise UserError(f"{path}: not a safetensors file, or cut short, or missing ({error}); download it again") from None
     add_lora(model, config)
@@ -187,11 +188,6 @@ def load_adapter(model: nn.Module, directory: Path, dropout: float | None = None
         for name, place in places.items():
             place.copy_(tensors[name])
     return config
-
-
-def _plain_name(name: str) -> str:
-    """A file's or a training state's tensor name, as ours: without PEFT's wrapper and adapter name."""
-    return name.removeprefix("base_model.model.").replace(".default.", ".").replace(".modules_to_save.", ".")
 
 
 def _named(module: str, target: str) -> bool:

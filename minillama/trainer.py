@@ -111,12 +111,11 @@ class Trainer:
                 self.save_checkpoint(log)
         self.save_model(self.out_dir / "final")
         finite = [loss for loss in losses if math.isfinite(loss)]
-        return {
-            "train_loss": sum(finite) / len(finite) if finite else None, "last_loss": finite[-1] if finite else None,
-            "eval_loss": eval_loss, "steps": self.step, "step_seconds": round(sum(durations) / max(1, len(durations)), 4),
-            "skipped_steps": self.skipped, "seconds": round(log.close(), 2), "trainable_parameters": self.optimizer.trained,
-            **self._rates((self.tokens - started_tokens) / max(sum(durations), 1e-9) / self.mesh.size, self.plan.pieces.length.tolist()),
-        }
+        speed = (self.tokens - started_tokens) / max(sum(durations), 1e-9) / self.mesh.size
+        return {"train_loss": sum(finite) / len(finite) if finite else None, "last_loss": finite[-1] if finite else None,
+                "eval_loss": eval_loss, "steps": self.step, "step_seconds": round(sum(durations) / max(1, len(durations)), 4),
+                "skipped_steps": self.skipped, "seconds": round(log.close(), 2), "trainable_parameters": self.optimizer.trained,
+                **self._rates(speed, self.plan.pieces.length.tolist())}
 
     def update(self, batches: list[Batch], rate: float) -> tuple[float, float] | None:
         """One optimizer step on a global batch; returns (mean loss per target, gradient norm before clipping).

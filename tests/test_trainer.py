@@ -425,6 +425,11 @@ def test_a_run_writes_what_the_interface_promises(settings_for: Callable, inputs
     assert summary["train_loss"] == pytest.approx(sum(losses_of(out)) / 6)
 
 
+def test_a_device_that_does_not_tell_its_memory_still_ends_with_words() -> None:
+    summary = {"steps": 2, "tokens": 9, "last_loss": 1.0, "eval_loss": None, "seconds": 1.0, "tokens_per_second": 9.0}
+    assert "peak memory not told" in building.closing_words(Settings(out_dir="runs/a"), summary | {"peak_memory_bytes": None})
+
+
 def test_evaluation_is_the_mean_loss_of_the_held_out_targets(settings_for: Callable) -> None:
     run = trainer.Trainer(settings_for(validation_split=0.1, per_device_eval_batch_size=3), MESH)
     batches = [batch for step in range(run.eval_plan.total_steps) for batch in run.eval_plan.micro_batches(step)]
