@@ -43,8 +43,7 @@ def estimate(config: LlamaConfig, settings: Settings, world_size: int = 1) -> Es
     trainable, width = trainable_count(config, lora), 4 if settings.precision == "fp32" else 2
     whole = trainable if lora is None else trainable - trainable_count(config, replace(lora, modules_to_save=()))
     factors, exact = trainable - whole, settings.reduction == "exact"
-    masters = 0 if width == 4 else whole * 4
-    optimizer = math.ceil((masters + trainable * 8) / (world_size if settings.zero_stage else 1))
+    optimizer = math.ceil((trainable * 8 + (whole * 4 if width == 2 else 0)) / (world_size if settings.zero_stage else 1))  # and masters
     gradient_width = 4 if settings.gradient_accumulation_steps > 1 or exact else width
     shards = world_size if settings.zero_stage == 2 or (exact and settings.zero_stage) else 1
     gradients = math.ceil((whole * gradient_width + factors * 4) / shards)

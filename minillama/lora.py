@@ -69,8 +69,7 @@ class LoraLinear(nn.Linear):
 
     def __init__(self, base: nn.Linear, rank: int, scale: float, dropout: float) -> None:
         super().__init__(base.in_features, base.out_features, bias=base.bias is not None, device="meta")
-        self.weight, self.bias, self.scale = base.weight, base.bias, scale
-        self.base = (base,)  # in a tuple it is no part of this one
+        self.weight, self.bias, self.scale, self.plain_class = base.weight, base.bias, scale, type(base)
         fp32 = {"dtype": torch.float32, "device": base.weight.device}
         self.lora_A = nn.Parameter(torch.empty(rank, base.in_features, **fp32))   # (R, in)
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, **fp32))  # (out, R)
@@ -85,6 +84,12 @@ class LoraLinear(nn.Linear):
     def merged_weight(self) -> Tensor:
         """W + s B A in fp32, rounded once to W's dtype."""
         return (self.weight.float() + self.scale * (self.lora_B @ self.lora_A)).to(self.weight.dtype)
+
+    def plain(self, weight: Tensor) -> nn.Linear:
+        """A linear without adapter, of the class that this one was made from."""
+        plain = self.plain_class(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
+        plain.weight, plain.bias = nn.Parameter(weight, requires_grad=False), self.bias
+        return plain
 
 
 def resolve_names(names: tuple[str, ...]) -> tuple[str, ...]:
@@ -120,9 +125,7 @@ def merge_lora(model: nn.Module) -> None:
     """Add every adapter to its weight and put plain linears back."""
     for name, module in list(model.named_modules()):
         if isinstance(module, LoraLinear):
-            base = module.base[0]
-            base.weight, base.bias = nn.Parameter(module.merged_weight(), requires_grad=False), module.bias
-            model.set_submodule(name, base)
+            model.set_submodule(name, module.plain(module.merged_weight()))
 
 
 def adapter_weights(model: nn.Module, config: LoraConfig) -> dict[str, nn.Parameter]:

@@ -63,7 +63,7 @@ def add_adapter(model: Llama, directory: Path) -> None:
     """Load an adapter beside those already there. Two on one linear are one of both ranks: A = [A1; A2], B = [s1 B1, s2 B2]."""
     earlier = {name: module for name, module in model.named_modules() if isinstance(module, LoraLinear)}
     for name, old in earlier.items():
-        model.set_submodule(name, old.base[0])
+        model.set_submodule(name, old.plain(old.weight))
     load_adapter(model, directory, dropout=0.0)
     for name, old in earlier.items():
         new = model.get_submodule(name)

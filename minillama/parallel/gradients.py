@@ -32,8 +32,7 @@ class Gradients:
         self.stage, self.exact, self.present, self.freed = settings.zero_stage, settings.reduction == "exact", mesh.size, 0
         self.at_once = self.stage == 2 or self.exact
         self.waits = not self.at_once  # send nothing before the end of the micro-batch; also where another vector goes first
-        accumulates = settings.gradient_accumulation_steps > 1
-        self.dtype = torch.float32 if accumulates or self.exact else parameters[0].dtype  # several micro-batches add up in fp32
+        self.dtype = torch.float32 if self.exact or settings.gradient_accumulation_steps > 1 else parameters[0].dtype  # of sums
         self.sent_as = parameters[0].dtype if self.at_once and not self.exact else self.dtype
         self.for_everyone = self.stage == 0 and not self.exact  # the exact sums of stage 0 are gathered in the end
         self.slice_size = slice_size * mesh.size if self.for_everyone else slice_size
@@ -68,8 +67,8 @@ class Gradients:
         """Every bucket is sent once a round: in each micro-batch, or once a step."""
         self.missing = [members for _, _, members in self.buckets]
         self.next_bucket, self.is_first_round = 0, self.sum is None
-        self.filled: dict[int, Tensor] = {}              # buckets under way
-        self.sent: list[tuple[Callable[[], Tensor], int]] = []   # and where in `sum` they go; outside of it: to another rank
+        self.filled: dict[int, Tensor] = {}                     # buckets under way
+        self.sent: list[tuple[Callable[[], Tensor], int]] = []  # and where in `sum` they go; outside of it: to another rank
 
     def _take(self, i: int, parameter: nn.Parameter) -> None:
         """What autograd calls: move a gradient into its bucket, and send the buckets whose turn it is."""
