@@ -232,4 +232,4 @@ def _positive(text: str) -> int:
 
 if __name__ == "__main__":
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch then asks for large pages, which are cleared sooner
-    errors.run(main)
+    errors.run(main, sys.argv[1:])

@@ -70,10 +70,11 @@ def ours(model, side: str):
     import torch.distributed as dist
 
     from minillama.comm import Mesh
+    from minillama.config import Settings
     from minillama.parallel.optimizer import Optimizer
 
     mesh = Mesh(dist.get_rank(), dist.get_world_size())
-    optimizer = Optimizer(model.named_parameters(), mesh, stage=int(side[-1]), bucket_elements=BUCKET, accumulates=False)
+    optimizer = Optimizer(model.named_parameters(), mesh, Settings(zero_stage=int(side[-1]), bucket_elements=BUCKET))
 
     def step(batch: torch.Tensor) -> float:
         optimizer.zero_grad()

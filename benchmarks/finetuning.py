@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from minillama.architecture import published, to_hf
 from minillama.comm import Mesh
+from minillama.config import Settings
 from minillama.data.batches import BatchPlan, Pieces
 from minillama.data.build import open_data
 from minillama.model import Llama
@@ -77,7 +78,7 @@ class Packed:
 
     def __init__(self, pieces: Pieces) -> None:
         self.model = Llama(published("15m")).initialise(torch.Generator().manual_seed(0))
-        self.optimizer = Optimizer(self.model.named_parameters(), Mesh())
+        self.optimizer = Optimizer(self.model.named_parameters(), Mesh(), Settings())
         self.plan = BatchPlan(pieces, rows_per_step=ROWS, rows_per_micro_batch=ROWS, seed=0, epochs=1.0)
 
     def step(self, number: int) -> int:

@@ -44,10 +44,11 @@ def our_model(shape: str, recipe: str) -> nn.Module:
 
 def minillama(shape: str, recipe: str) -> Callable[[Tensor], float]:
     from minillama.comm import Mesh
+    from minillama.config import Settings
     from minillama.parallel.optimizer import Optimizer
 
     model = our_model(shape, recipe)
-    optimizer = Optimizer(model.named_parameters(), Mesh(), accumulates=False)
+    optimizer = Optimizer(model.named_parameters(), Mesh(), Settings())
 
     def step(tokens: Tensor) -> float:
         optimizer.zero_grad()

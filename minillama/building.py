@@ -1,42 +1,49 @@
-"""From settings to the things a run is made of: tokenizer, data, model; and to words about them (`--dry_run`, what to type next).
+"""From settings to the things a run is made of: directory, tokenizer, data, model; and to words about them (`--dry_run`, what is next).
 
 The lower half of the trainer. Everything a user can get wrong about a run is found here, before the first step.
 """
 
-from dataclasses import replace
+import json
+import shutil
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
 
-from minillama import architecture
+from minillama import architecture, comm
 from minillama.architecture import LlamaConfig
 from minillama.checkpoint import directory as checkpoints
-from minillama.comm import Mesh, first_rank_first
+from minillama.checkpoint import train_state
 from minillama.config import Settings
 from minillama.data.batches import BatchPlan, Pieces, split_documents
 from minillama.data.build import open_data
 from minillama.data.demo import write_demo
 from minillama.device import compute_dtype
-from minillama.errors import UserError
+from minillama.errors import UserError, read_json
 from minillama.estimate import activation_bytes, estimate, lora_config
-from minillama.lora import LoraConfig, add_lora, load_adapter
+from minillama.lora import WHOLE, LoraConfig, add_lora, load_adapter
 from minillama.model import Llama
-from minillama.parallel.optimizer import LossScale, Optimizer
-from minillama.recompute import recompute_activations
 from minillama.tokenizer import Tokenizer, open_tokenizer
 
 EMBEDDED = ("demo", "demo_lora")
 LARGEST_REPLICATED = 40 * 10**9  # bytes of frozen weights that one card can be asked to hold beside its activations
 SHAPE_KEYS = ("n_layers", "dim", "n_heads", "n_kv_heads", "ffn_dim", "vocab_size")
+# What may differ between the parts of one run without changing its result.
+HARMLESS = {"out_dir", "resume", "device", "ops", "threads", "logging_steps", "eval_strategy", "eval_steps", "per_device_eval_batch_size",
+            "save_strategy", "save_steps", "save_total_limit", "plot_loss", "peak_tflops", "cache_dir", "workers", "gradient_checkpointing",
+            "gradient_accumulation_steps", "zero_stage", "bucket_elements"}  # the global batch is kept, on any number of ranks
 
 
-def with_embedded_data(settings: Settings, mesh: Mesh) -> Settings:
+def with_embedded_data(settings: Settings, mesh: comm.Mesh) -> Settings:
     """Replace the names `demo` and `demo_lora` in data and tokenizer by files that the package writes into the run directory."""
     name = next((name for name in (*settings.data, settings.tokenizer) if name in EMBEDDED), None)
     if name is None:
         return settings
-    with first_rank_first(mesh):
+    with comm.first_rank_first(mesh):
         data, vocabulary = write_demo(name, Path(settings.out_dir) / "data")
     return replace(settings, data=tuple(str(data) if part in EMBEDDED else part for part in settings.data),
                    tokenizer=str(vocabulary) if settings.tokenizer in EMBEDDED else settings.tokenizer,
@@ -74,6 +81,8 @@ def describe(settings: Settings, world_size: int) -> str:
     length = settings.max_length or min(config.max_seq_len, 1024)
     rows = settings.per_device_train_batch_size * settings.gradient_accumulation_steps * world_size
     micro = settings.per_device_train_batch_size * length
+    duration = f"{settings.max_steps} steps" if settings.max_steps else f"{settings.num_train_epochs:g} epochs"
+    warmup = f"{settings.warmup_steps} steps" if settings.warmup_steps else f"{settings.warmup_ratio:.0%}"
     return "\n".join([
         f"model       {config.n_layers} layers, width {config.dim}, {config.n_heads} heads ({config.n_kv_heads} key/value), "
         f"MLP {config.ffn_dim}, vocabulary {config.vocab_size:,}",
@@ -83,14 +92,8 @@ def describe(settings: Settings, world_size: int) -> str:
         f"activations {_gb(activation_bytes(config, micro, width, recompute))} a micro-batch ({'recomputed' if recompute else 'kept'})",
         f"disk        {_gb(config.parameter_count() * width * (not settings.lora) + e.trainable * 12)} a checkpoint",
         f"a step      {rows} rows of up to {length:,} tokens = up to {rows * length:,} tokens on all ranks",
-        f"schedule    {_schedule(settings)}",
+        f"schedule    {duration}, {settings.lr_scheduler_type} from {settings.learning_rate:g}, warm-up {warmup}, seed {settings.seed}",
     ])
-
-
-def _schedule(settings: Settings) -> str:
-    length = f"{settings.max_steps} steps" if settings.max_steps else f"{settings.num_train_epochs:g} epochs"
-    warmup = f"{settings.warmup_steps} steps" if settings.warmup_steps else f"{settings.warmup_ratio:.0%}"
-    return f"{length}, {settings.lr_scheduler_type} from {settings.learning_rate:g}, warm-up {warmup}, seed {settings.seed}"
 
 
 def closing_words(settings: Settings, summary: dict[str, Any]) -> str:
@@ -104,8 +107,8 @@ def closing_words(settings: Settings, summary: dict[str, Any]) -> str:
             f"next: {follow}python generate.py --ckpt {out_dir} --chat")
 
 
-def _gb(count: float) -> str:
-    return f"{count / 1e9:.2f} GB"
+def _gb(count: float | None) -> str:
+    return "not told" if count is None else f"{count / 1e9:.2f} GB"
 
 
 def model_config(settings: Settings, vocab_size: int = 0) -> LlamaConfig:
@@ -118,34 +121,40 @@ def model_config(settings: Settings, vocab_size: int = 0) -> LlamaConfig:
             raise UserError(f"{differs[0]} = {given[differs[0]]}, but {settings.ckpt} has {getattr(config, differs[0])}; leave it out, "
                             "or add --init scratch")
         return architecture.with_layers(config, settings.n_layers) if settings.n_layers else config
-    if settings.model:
-        config = architecture.published(settings.model)
-    else:
+    if not settings.model:
         missing = [name for name in ("dim", "n_layers", "n_heads") if name not in given]
         if missing:
             raise UserError(f"training from scratch needs a shape: --model 110m, or --{' --'.join(missing)}")
-        C, H = given["dim"], given["n_heads"]
-        config = LlamaConfig(C, given["n_layers"], H, H, C // H, architecture.ffn_width(C, 32), 32000, 2048, 1e-5, 10000.0)
-    config = replace(config, **given, max_seq_len=settings.context or config.max_seq_len, initializer_range=settings.initializer_range)
-    if "dim" in given or "n_heads" in given:
-        if config.dim % config.n_heads:
-            raise UserError(f"dim = {config.dim} is not a multiple of n_heads = {config.n_heads}")
-        config = replace(config, head_dim=config.dim // config.n_heads)
-    return replace(config, vocab_size=settings.vocab_size or vocab_size or config.vocab_size)
+        given = {"n_kv_heads": given["n_heads"], "ffn_dim": architecture.ffn_width(given["dim"], 32)} | given
+    config = architecture.published(settings.model or "1.1b")  # a shape of one's own has its vocabulary, context and epsilon
+    if given.keys() & {"dim", "n_heads"}:
+        C, H = given.get("dim", config.dim), given.get("n_heads", config.n_heads)
+        if C % H:
+            raise UserError(f"dim = {C} is not a multiple of n_heads = {H}")
+        given["head_dim"] = C // H
+    given = {"vocab_size": vocab_size or config.vocab_size} | given
+    return replace(config, **given, max_seq_len=settings.context or config.max_seq_len, initializer_range=settings.initializer_range)
+
+
+def recompute_activations(layers: nn.ModuleList) -> None:
+    """Make layers of a finished model keep their input (T, C) alone and compute the rest again in backward (Chen et al. 2016): one more
+    forward, about a third of a step's time, for many times the memory. Gradients are the same to the bit; parameters keep their names."""
+    for layer in layers:
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
 
 
 def build_tokenizer(settings: Settings) -> Tokenizer:
     return open_tokenizer(settings.tokenizer or checkpoints.find_checkpoint(Path(settings.ckpt)))
 
 
-def build_model(settings: Settings, tokenizer: Tokenizer, mesh: Mesh) -> tuple[Llama, LoraConfig | None]:
+def build_model(settings: Settings, tokenizer: Tokenizer, mesh: comm.Mesh) -> tuple[Llama, LoraConfig | None]:
     """The model on its device, with adapters where asked for; and what those are."""
     dtype, warning = compute_dtype(settings.precision, mesh.device)
     if warning:
         mesh.print(f"warning: {warning}")
     config, generator = model_config(settings, tokenizer.size), torch.Generator().manual_seed(settings.seed)
     if settings.ckpt and settings.init == "pretrained":
-        keeps_rows = settings.lora and not {"embed_tokens", "lm_head"} <= set(settings.modules_to_save)
+        keeps_rows = settings.lora and not set(WHOLE) <= set(settings.modules_to_save)
         if keeps_rows and tokenizer.size > config.vocab_size:
             raise UserError(f"{tokenizer.path} has {tokenizer.size} pieces, more than the checkpoint's embedding has rows; the new rows "
                             "would never be trained: add --modules_to_save embed_tokens,lm_head")
@@ -166,18 +175,38 @@ def build_model(settings: Settings, tokenizer: Tokenizer, mesh: Mesh) -> tuple[L
     return model.to(mesh.device).train(), lora
 
 
-def build_optimizer(settings: Settings, model: Llama, mesh: Mesh) -> Optimizer:
-    """AdamW over what is trained of `model`, with a dynamic loss scale where it computes in fp16."""
-    patience = settings.loss_scale_hysteresis
-    scale = LossScale(2.0**settings.initial_scale_power, settings.loss_scale_window, patience, settings.min_loss_scale, patience)
-    return Optimizer(
-        model.named_parameters(), mesh, scale if model.lm_head.weight.dtype == torch.float16 else None, stage=settings.zero_stage,
-        exact=settings.reduction == "exact", bucket_elements=settings.bucket_elements,
-        accumulates=settings.gradient_accumulation_steps > 1, beta1=settings.adam_beta1, beta2=settings.adam_beta2,
-        epsilon=settings.adam_epsilon, weight_decay=settings.weight_decay)
+def prepare_directory(settings: Settings, mesh: comm.Mesh, overwrite: bool) -> tuple[Path | None, dict[str, Any] | None]:
+    """A run directory belongs to one run: it is continued, or refused, or emptied on request; never mixed. Returns
+    (checkpoint to resume or None, summary of a finished run or None); train_config.json is written for a run to be made."""
+    out_dir = Path(settings.out_dir)
+    with comm.first_rank_first(mesh):
+        if out_dir.is_dir() and any(out_dir.iterdir()) and not (out_dir / "train_config.json").is_file():
+            raise UserError(f"{out_dir}: holds files that no run of ours made, and is left alone; choose another --out_dir")
+        if overwrite and mesh.is_first:
+            shutil.rmtree(out_dir, ignore_errors=True)
+        _refuse_other_settings(settings, out_dir)
+        if settings.resume == "auto" and (out_dir / "summary.json").is_file():
+            return None, read_json(out_dir / "summary.json")
+        out_dir.mkdir(parents=True, exist_ok=True)
+        if mesh.is_first:
+            checkpoints.write_json(out_dir / "train_config.json", asdict(settings))  # which --config takes back
+    if settings.resume != "auto":
+        return None if settings.resume == "none" else Path(settings.resume), None
+    found = train_state.newest_intact(out_dir, mesh.print) if mesh.is_first else None
+    return comm.gather_objects(mesh, found)[0], None
 
 
-def with_global_batch(settings: Settings, mesh: Mesh, rows_per_step: int) -> Settings:
+def _refuse_other_settings(settings: Settings, out_dir: Path) -> None:
+    if not (out_dir / "metrics.jsonl").is_file():
+        return  # it never came to a first step: a mistake mended, nothing to protect
+    before, now = read_json(out_dir / "train_config.json"), json.loads(json.dumps(asdict(settings)))
+    changed = [name for name in now if name not in HARMLESS and name in before and before[name] != now[name]]
+    if changed:
+        shown = ", ".join(f"{name} was {before[name]!r}, is {now[name]!r}" for name in changed)
+        raise UserError(f"{out_dir}: holds a run with other settings: {shown}; choose another --out_dir, or --overwrite_output_dir")
+
+
+def with_global_batch(settings: Settings, mesh: comm.Mesh, rows_per_step: int) -> Settings:
     """The settings with the accumulation that keeps a run's global batch on this number of ranks, or a refusal by name."""
     accumulation, rest = divmod(rows_per_step, settings.per_device_train_batch_size * mesh.size)
     if rest:
@@ -188,7 +217,7 @@ def with_global_batch(settings: Settings, mesh: Mesh, rows_per_step: int) -> Set
     return replace(settings, gradient_accumulation_steps=accumulation)
 
 
-def build_plans(settings: Settings, tokenizer: Tokenizer, config: LlamaConfig, mesh: Mesh) -> tuple[BatchPlan, BatchPlan | None, str]:
+def build_plans(settings: Settings, tokenizer: Tokenizer, config: LlamaConfig, mesh: comm.Mesh) -> tuple[BatchPlan, BatchPlan | None, str]:
     """The training plan, the evaluation plan (None where nothing is held out), and the template of the data."""
     max_length = settings.max_length or min(config.max_seq_len, 1024)
     if max_length > config.max_seq_len:
@@ -197,7 +226,7 @@ def build_plans(settings: Settings, tokenizer: Tokenizer, config: LlamaConfig, m
     template = settings.template or about.get("template") or "alpaca"
     options = {"template": settings.template, "default_template": template, "quiet": not mesh.is_first} | {
         name: getattr(settings, name) for name in ("data_format", "append_eod", "skip_bad_records", "workers", "dataset_dir")}
-    with first_rank_first(mesh):
+    with comm.first_rank_first(mesh):
         dataset = open_data(settings.data, tokenizer, settings.cache_dir, **options)
         held_out = open_data(settings.eval_data, tokenizer, settings.cache_dir, **options) if settings.eval_data else None
     documents, evaluation = None, Pieces(held_out, max_length) if held_out else None

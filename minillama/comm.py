@@ -11,7 +11,7 @@ import os
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from typing import Any
@@ -27,21 +27,13 @@ _ALL_GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_t
 
 
 @dataclass
-class Traffic:
-    """Elements this rank has sent to its peers, counted as the theory counts: each element once for each rank it must reach."""
-
-    elements: float = 0.0
-
-
-@dataclass(frozen=True)
 class Mesh:
-    """This process among its peers."""
+    """This process among its peers. sent: elements that went to them, as the theory counts: once for each rank they must reach."""
 
     rank: int = 0
     size: int = 1
     device: torch.device = torch.device("cpu")
-    traffic: Traffic = field(default_factory=Traffic)
-    compares_calls: bool = False
+    sent: float = 0.0
 
     @property
     def is_first(self) -> bool:
@@ -64,17 +56,17 @@ def start(device_name: str = "auto", timeout_minutes: float = 30.0) -> Iterator[
     store, rank, _ = next(dist.rendezvous("env://"))
     # A restart by torchrun meets the addresses of the ranks that died in the same store: each attempt gets names of its own.
     store = dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
-    dist.init_process_group(devices.backend(device), store=store, rank=rank, world_size=size, timeout=timedelta(minutes=timeout_minutes),
-                            pg_options=devices.group_options(device, size))
+    dist.init_process_group(dist.get_default_backend_for_device(device), store=store, rank=rank, world_size=size,
+                            timeout=timedelta(minutes=timeout_minutes), pg_options=devices.group_options(device, size))
     try:
-        yield Mesh(rank, size, device, compares_calls=os.environ.get("MINILLAMA_DEBUG_COLLECTIVES") == "1")
+        yield Mesh(rank, size, device)
     finally:
         dist.destroy_process_group()
 
 
 def _call(mesh: Mesh, name: str, what: Any, collective: Callable[[], Any]) -> Any:
     """Run a collective; its failure is a line that names this rank."""
-    if mesh.compares_calls:
+    if os.environ.get("MINILLAMA_DEBUG_COLLECTIVES") == "1":
         _compare_calls(mesh, f"{name} of {tuple(what.shape) if isinstance(what, Tensor) else type(what).__name__}")
     try:
         return collective()
@@ -94,7 +86,7 @@ def _compare_calls(mesh: Mesh, call: str) -> None:
 def all_reduce_sum(mesh: Mesh, tensor: Tensor) -> Tensor:
     """Replace `tensor`, in place, by its sum over the ranks."""
     if mesh.size > 1:
-        mesh.traffic.elements += 2 * tensor.numel() * (mesh.size - 1) / mesh.size
+        mesh.sent += 2 * tensor.numel() * (mesh.size - 1) / mesh.size
         _call(mesh, "all_reduce", tensor, lambda: dist.all_reduce(tensor))
     return tensor
 
@@ -104,33 +96,25 @@ def any_rank(mesh: Mesh, mine: bool) -> bool:
     return bool(all_reduce_sum(mesh, torch.tensor(float(mine), device=mesh.device)))
 
 
-@dataclass
-class Pending:
-    """A collective under way; wait() returns its result."""
-
-    mesh: Mesh
-    work: dist.Work | None
-    result: Tensor
-
-    def wait(self) -> Tensor:
-        if self.work is not None:
-            _call(self.mesh, "reduce", self.result, self.work.wait)
-        return self.result
-
-
-def reduce_to(mesh: Mesh, tensor: Tensor, owner: int | None, pairwise_of: int | None = None) -> Pending:
-    """Sum `tensor` over the ranks for `owner` (None: for all); elsewhere the result means nothing. `tensor` may be overwritten.
+def reduce_to(mesh: Mesh, tensor: Tensor, owner: int | None, pairwise_of: int | None = None) -> Callable[[], Tensor]:
+    """Begin to sum `tensor` over the ranks for `owner` (None: for all). `tensor` may be overwritten. Returns a function that waits for the
+    sum and returns it; on other ranks than the owner it means nothing.
     pairwise_of: add those of the first so many ranks in a fixed pairwise tree, ((0+1)+(2+3))+…, rather than as they come."""
-    if mesh.size == 1:
-        return Pending(mesh, None, tensor)
-    if owner is None:
-        return Pending(mesh, None, all_reduce_sum(mesh, tensor))
-    mesh.traffic.elements += tensor.numel() if mesh.rank != owner else 0
+    if mesh.size == 1 or owner is None:
+        all_reduce_sum(mesh, tensor)
+        return lambda: tensor
+    mesh.sent += tensor.numel() if mesh.rank != owner else 0
     if pairwise_of is None:
-        return Pending(mesh, _call(mesh, "reduce", tensor, lambda: dist.reduce(tensor, owner, async_op=True)), tensor)
+        work = _call(mesh, "reduce", tensor, lambda: dist.reduce(tensor, owner, async_op=True))
+
+        def wait() -> Tensor:
+            _call(mesh, "reduce", tensor, work.wait)
+            return tensor
+        return wait
     parts = [torch.empty_like(tensor) for _ in range(mesh.size)] if mesh.rank == owner else None
     _call(mesh, "gather", tensor, lambda: dist.gather(tensor, parts, owner))
-    return Pending(mesh, None, pairwise_sum(parts[:pairwise_of]) if parts else tensor)
+    total = pairwise_sum(parts[:pairwise_of]) if parts else tensor
+    return lambda: total
 
 
 def pairwise_sum(parts: list[Tensor]) -> Tensor:
@@ -148,7 +132,7 @@ def all_gather(mesh: Mesh, tensor: Tensor) -> Tensor:
 def all_gather_into(mesh: Mesh, whole: Tensor, part: Tensor) -> Tensor:
     """Fill `whole` with every rank's `part`, in rank order; `part` may be this rank's own stretch of it."""
     if mesh.size > 1:
-        mesh.traffic.elements += part.numel() * (mesh.size - 1)
+        mesh.sent += part.numel() * (mesh.size - 1)
         in_place = part.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr()
         if in_place and mesh.device.type == "cpu":  # gloo's all_gather would hold two more copies of the whole
             for owner, stretch in enumerate(whole.split(len(part))):

@@ -7,7 +7,6 @@ or a value of the wrong type, is an error with the closest name: a misspelt key 
 
 import argparse
 import dataclasses
-import json
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
@@ -252,8 +251,3 @@ def list_presets() -> dict[str, str]:
     """Name -> what the first comment says (before its launch command) of every preset, in order of name."""
     paths = sorted(PRESETS.glob("*.toml"), key=lambda path: (not path.stem.startswith("demo"), path.stem))
     return {path.stem: path.read_text(encoding="utf-8").split("\n", 1)[0].lstrip("# ").split(": ")[0] for path in paths}
-
-
-def save(settings: Settings, path: Path) -> None:
-    """Write train_config.json, which `--config` takes back."""
-    path.write_text(json.dumps(dataclasses.asdict(settings), indent=2) + "\n", encoding="utf-8")

@@ -18,7 +18,6 @@ from importlib import metadata
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 
 from minillama.errors import UserError, closest
 
@@ -34,18 +33,17 @@ class Vendor:
 
     device: str    # torch's name
     package: str   # the plug-in; "": built into torch
-    backend: str   # of torch.distributed
     visible: str   # the variable that says which chips a process sees
     install: str   # what a machine without it needs
 
 
 VENDORS = {vendor.device: vendor for vendor in (
-    Vendor("npu", "torch_npu", "hccl", "ASCEND_RT_VISIBLE_DEVICES",
+    Vendor("npu", "torch_npu", "ASCEND_RT_VISIBLE_DEVICES",
            "CANN, its set_env.sh sourced, and `pip install torch-npu==VERSION` with the version of your torch"),
-    Vendor("mlu", "torch_mlu", "cncl", "MLU_VISIBLE_DEVICES", "Cambricon's driver and its torch_mlu wheel for torch 2.1 or later"),
-    Vendor("tpu", "torch_tpu", "sccl", "CHIPS",
+    Vendor("mlu", "torch_mlu", "MLU_VISIBLE_DEVICES", "Cambricon's driver and its torch_mlu wheel for torch 2.1 or later"),
+    Vendor("tpu", "torch_tpu", "CHIPS",
            "Sophgo's driver and its torch_tpu wheel (github.com/sophgo/torch-tpu; what `pip install torch-tpu` brings is Google's)"),
-    Vendor("cuda", "", "nccl", "CUDA_VISIBLE_DEVICES", "a CUDA build of torch and an NVIDIA driver"),
+    Vendor("cuda", "", "CUDA_VISIBLE_DEVICES", "a CUDA build of torch and an NVIDIA driver"),
 )}
 
 
@@ -61,13 +59,20 @@ def pick(name: str = "auto", local_rank: int = 0) -> torch.device:
     if name == "auto" and os.environ.get("USE_SOPHGO", "") not in ("", "0"):
         name = "tpu"
     if name == "auto":
-        loaded = torch.accelerator.current_accelerator() if hasattr(torch, "accelerator") else None  # torch 2.6
+        loaded = torch.accelerator.current_accelerator()
         in_order = sorted(VENDORS, key=lambda device: not (loaded and loaded.type == device))  # stable: the loaded one, then the table
         name = next((device for device in in_order if not _problem(device, quiet=False)), "cpu")
     elif name != "cpu" and (problem := _problem(name)):
         asked = "MINILLAMA_DEVICE asks for it" if forced else "take another with --device"
         raise UserError(f"device {name!r} cannot be used: {problem} ({asked}); it needs {VENDORS[name].install}")
-    return torch.device("cpu") if name == "cpu" else _chip(name, local_rank)
+    if name == "cpu":
+        return torch.device("cpu")
+    chips = (sophgo_chips() if name == "tpu" else []) or list(range(getattr(torch, name).device_count()))
+    if local_rank >= len(chips):
+        raise UserError(f"local rank {local_rank} has no chip: {len(chips)} to be seen ({_visible(name)}); "
+                        f"start {len(chips)} processes with --nproc_per_node")
+    getattr(torch, name).set_device(chips[local_rank])
+    return torch.device(name, chips[local_rank])
 
 
 def _problem(name: str, quiet: bool = True) -> str:
@@ -83,8 +88,7 @@ def _problem(name: str, quiet: bool = True) -> str:
         except (ImportError, OSError, RuntimeError) as error:
             problem = f"{package} does not load ({str(error).partition(chr(10))[0]})"
     if not problem and not (hasattr(torch, name) and getattr(torch, name).is_available()):
-        visible = VENDORS[name].visible
-        problem = f"{package or 'torch'} finds no chip ({visible} is {os.environ.get(visible, 'unset')})"
+        problem = f"{package or 'torch'} finds no chip ({_visible(name)})"
     if problem and package and not quiet:
         log.warning("%s passed over: %s", name, problem)
     return problem
@@ -99,15 +103,8 @@ def is_googles(package: str) -> bool:
     return "google" in (found.get("Home-page") or "") or any(r.startswith("libtpu") for r in found.get_all("Requires-Dist") or ())
 
 
-def _chip(name: str, local_rank: int) -> torch.device:
-    """The device of a local rank, made current."""
-    module, visible = getattr(torch, name), VENDORS[name].visible
-    chips = (sophgo_chips() if name == "tpu" else []) or list(range(module.device_count()))
-    if local_rank >= len(chips):
-        raise UserError(f"local rank {local_rank} has no chip: {len(chips)} to be seen ({visible} is {os.environ.get(visible, 'unset')}); "
-                        f"start {len(chips)} processes with --nproc_per_node")
-    module.set_device(chips[local_rank])
-    return torch.device(name, chips[local_rank])
+def _visible(name: str) -> str:
+    return f"{VENDORS[name].visible} is {os.environ.get(VENDORS[name].visible, 'unset')}"
 
 
 def sophgo_chips() -> list[int]:
@@ -117,14 +114,6 @@ def sophgo_chips() -> list[int]:
         return [int(chip) for chip in listed.split(",") if chip.strip()]
     except ValueError:
         raise UserError(f"CHIP_MAP or CHIPS is {listed!r}; expected numbers of chips, such as 0,1") from None
-
-
-def backend(device: torch.device) -> str:
-    """The name of the collectives for a device: what its plug-in registered, else the table's."""
-    registered = getattr(dist, "get_default_backend_for_device", None)  # torch 2.6
-    if registered:
-        return registered(device)
-    return VENDORS[device.type].backend if device.type in VENDORS else "gloo"
 
 
 def group_options(device: torch.device, size: int) -> Any:
@@ -173,8 +162,7 @@ def memory(device: torch.device) -> Memory:
 
 
 def supports_bf16(device: torch.device) -> bool:
-    asked = None if device.type == "cpu" else getattr(getattr(torch, device.type), "is_bf16_supported", None)
-    return asked is None or asked()
+    return device.type == "cpu" or getattr(getattr(torch, device.type), "is_bf16_supported", lambda: True)()
 
 
 def release_freed(device: torch.device) -> None:

@@ -16,6 +16,7 @@ from importlib import metadata
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from minillama import config, errors, ops
@@ -36,8 +37,8 @@ class Case:
     """An op on small inputs of LLaMA's shapes. call(op, *inputs) returns what the op does, or the first input where it returns nothing."""
 
     name: str  # the op's, and what is special after a comma
-    call: Callable[..., Any]
     inputs: tuple[Tensor, ...]  # on the host
+    call: Callable[..., Any] = lambda op, *inputs: op(*inputs)
     trains: bool = True         # with backward
 
 
@@ -52,20 +53,18 @@ def cases(dtype: torch.dtype = torch.float32) -> Iterator[Case]:
     labels = (torch.arange(T) * 7 % V).where(torch.arange(T) % 3 > 0, torch.tensor(ops.IGNORE))
     q, k, v = randn(1, T, H, D), randn(1, T, K, D), randn(1, T, K, D)
     adam = {"learning_rate": 1e-2, "beta1": 0.9, "beta2": 0.999, "epsilon": 1e-8, "weight_decay": 0.1}
-    yield Case("rms_norm", lambda op, x, w: op(x, w, 1e-5), (randn(1, T, C, scale=1e-3), randn(C)))  # epsilon matters
-    yield Case("rope", lambda op, x: op(x, cos.to(x.device), sin.to(x.device)), (q,))
-    yield Case("swiglu", lambda op, gate, up: op(gate, up), (randn(1, T, F), randn(1, T, F)))
     mask = torch.ones(T, T, dtype=torch.bool).triu(1)
-    yield Case("scaled_masked_softmax", lambda op, x: op(x, mask.to(x.device), 0.125), (randn(1, H, T, T),))
-    yield Case("linear", lambda op, x, w: op(x, w), (randn(1, T, C), randn(F, C)))
-    yield Case("attention", lambda op, q, k, v: op(q, k, v), (q, k, v))
-    yield Case("attention, packed", lambda op, q, *kv: op(q, *kv, ops.Documents([70, 3, 55], q.device)), (q, k, v))
-    yield Case("attention, cached", lambda op, q, k, v: op(q, k, v), (q[:, :3], k, v), trains=False)
-    yield Case("attention, one query", lambda op, q, k, v: op(q, k, v), (q[:, :1], k, v), trains=False)
-    head = (randn(T, C), randn(V, C))
-    yield Case("linear_cross_entropy", lambda op, h, w: op(h, w, labels.to(h.device)), head)
-    flat = (randn(V), randn(V), randn(V), randn(V).abs())
-    yield Case("adamw", lambda op, w, g, m, v: op(w, g, m, v, 3, **adam) or w, flat, trains=False)
+    yield Case("rms_norm", (randn(1, T, C, scale=1e-3), randn(C)), lambda op, x, w: op(x, w, 1e-5))  # epsilon matters
+    yield Case("rope", (q,), lambda op, x: op(x, cos.to(x.device), sin.to(x.device)))
+    yield Case("swiglu", (randn(1, T, F), randn(1, T, F)))
+    yield Case("scaled_masked_softmax", (randn(1, H, T, T),), lambda op, x: op(x, mask.to(x.device), 0.125))
+    yield Case("linear", (randn(1, T, C), randn(F, C)))
+    yield Case("attention", (q, k, v))
+    yield Case("attention, packed", (q, k, v), lambda op, q, *kv: op(q, *kv, ops.Documents([70, 3, 55], q.device)))
+    yield Case("attention, cached", (q[:, :3], k, v), trains=False)
+    yield Case("attention, one query", (q[:, :1], k, v), trains=False)
+    yield Case("linear_cross_entropy", (randn(T, C), randn(V, C)), lambda op, h, w: op(h, w, labels.to(h.device)))
+    yield Case("adamw", (randn(V), randn(V), randn(V), randn(V).abs()), lambda op, w, g, m, v: op(w, g, m, v, 3, **adam) or w, trains=False)
 
 
 def solve(case: Case, function: Callable, device: torch.device, dtype: torch.dtype) -> tuple[list[Tensor], float, int]:
@@ -119,7 +118,8 @@ def main(arguments: list[str]) -> int:
     device = devices.pick(options.device)
     dtype, warning = devices.compute_dtype(options.dtype, device)
     memory, limit = devices.memory(device), LIMITS[dtype]
-    print(f"device: {device}, collectives {devices.backend(device)}, bf16 {'yes' if devices.supports_bf16(device) else 'no'}, "
+    print(f"device: {device}, collectives {dist.get_default_backend_for_device(device)}, "
+          f"bf16 {'yes' if devices.supports_bf16(device) else 'no'}, "
           f"free {'not told' if memory.free is None else f'{memory.free / 1e9:.1f} GB'}" + f"; {warning}" * bool(warning))
     right = model_answer(torch.device("cpu"), torch.float32, dtype, "reference")
     loss, wrong = float(right[0]), error(model_answer(device, dtype, dtype, options.ops), right)

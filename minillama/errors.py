@@ -54,14 +54,11 @@ def parsing(where: Path | str = "") -> Iterator[None]:
         raise UserError(f"{place}a value is wrong or of the wrong type ({error})") from None
 
 
-def run(main: Callable[[list[str]], int | None], argv: list[str] | None = None) -> None:
+def run(main: Callable[[list[str]], int | None], argv: list[str]) -> None:
     """Run a script's `main` and exit: 0 done, 2 the user's mistake (one line on stderr), 130 interrupted.
     `--debug` anywhere in the arguments shows the traceback of a user's mistake too."""
-    argv = list(sys.argv[1:] if argv is None else argv)
-    debug = "--debug" in argv
-    argv = [word for word in argv if word != "--debug"]
-    if hasattr(signal, "SIGPIPE"):
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    debug, argv = "--debug" in argv, [word for word in argv if word != "--debug"]
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     try:
         sys.exit(main(argv) or 0)
     except (UserError, OSError, RuntimeError, MemoryError) as error:

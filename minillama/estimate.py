@@ -14,9 +14,8 @@ from minillama.lora import WHOLE, LoraConfig, resolve_names
 
 @dataclass(frozen=True)
 class Estimate:
-    """Of one rank; bytes."""
+    """Of one rank: how many numbers it trains, and bytes."""
 
-    parameters: int
     trainable: int
     weights: int
     gradients: int
@@ -34,24 +33,21 @@ def trainable_count(config: LlamaConfig, lora: LoraConfig | None) -> int:
     targets = resolve_names(lora.targets)
     factors = sum(lora.rank_of(name.removesuffix(".weight")) * sum(shape) for name, shape in config.parameter_shapes().items()
                   if name.split(".")[-2] in targets and len(shape) == 2)
-    tied_to = {"lm_head": "embed_tokens"} if config.tie_embeddings else {}
-    whole = {tied_to.get(name, name) for name in resolve_names(lora.modules_to_save)}
-    return factors + sum(config.vocab_size * config.dim for name in whole if name in WHOLE)
+    whole = len(WHOLE.keys() & resolve_names(lora.modules_to_save))
+    return factors + config.vocab_size * config.dim * min(whole, 1 if config.tie_embeddings else 2)
 
 
 def estimate(config: LlamaConfig, settings: Settings, world_size: int = 1) -> Estimate:
     """Bytes a rank needs for state, outside activations and communication buckets."""
     lora = lora_config(settings) if settings.lora else None
-    parameters, trainable = config.parameter_count(), trainable_count(config, lora)
-    width = 4 if settings.precision == "fp32" else 2
+    trainable, width = trainable_count(config, lora), 4 if settings.precision == "fp32" else 2
     whole = trainable if lora is None else trainable - trainable_count(config, replace(lora, modules_to_save=()))
     factors, exact = trainable - whole, settings.reduction == "exact"
-    masters = 0 if width == 4 else whole * 4
-    optimizer = math.ceil((masters + trainable * 8) / (world_size if settings.zero_stage else 1))
+    optimizer = math.ceil((trainable * 8 + (whole * 4 if width == 2 else 0)) / (world_size if settings.zero_stage else 1))  # and masters
     gradient_width = 4 if settings.gradient_accumulation_steps > 1 or exact else width
     shards = world_size if settings.zero_stage == 2 or (exact and settings.zero_stage) else 1
     gradients = math.ceil((whole * gradient_width + factors * 4) / shards)
-    return Estimate(parameters + factors, trainable, parameters * width + factors * 4, gradients, optimizer)
+    return Estimate(trainable, config.parameter_count() * width + factors * 4, gradients, optimizer)
 
 
 def activation_bytes(config: LlamaConfig, tokens: int, width: int, recompute: bool = False) -> int:

@@ -32,7 +32,7 @@ MEGATRON = {
     "dense_h_to_4h": ("up_proj",), "dense_4h_to_h": ("down_proj",), "word_embeddings": ("embed_tokens",), "lm_head.lm_head": ("lm_head",),
     "all": LINEARS,
 }
-WHOLE = ("embed_tokens", "lm_head")
+WHOLE = {"embed_tokens": "model.embed_tokens", "lm_head": "lm_head"}  # what modules_to_save may name, and where it is
 # Keys that change the arithmetic, with the values at which they do nothing. Other init_lora_weights (pissa, olora, loftq, …) also
 # change the base weights, which an adapter's file does not hold.
 MUST_BE = {
@@ -85,6 +85,12 @@ class LoraLinear(nn.Linear):
         """W + s B A in fp32, rounded once to W's dtype."""
         return (self.weight.float() + self.scale * (self.lora_B @ self.lora_A)).to(self.weight.dtype)
 
+    def plain(self, weight: Tensor) -> nn.Linear:
+        """A linear without adapter, of the class that this one was made from."""
+        plain = self.plain_class(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
+        plain.weight, plain.bias = nn.Parameter(weight, requires_grad=False), self.bias
+        return plain
+
 
 def resolve_names(names: tuple[str, ...]) -> tuple[str, ...]:
     """Module names with Megatron's spellings and `all` replaced by ours, in order, once each."""
@@ -108,7 +114,7 @@ def add_lora(model: nn.Module, config: LoraConfig, generator: torch.Generator | 
     for name in config.modules_to_save:
         if name not in WHOLE:
             raise UserError(f"modules_to_save: {name!r}{closest(name, WHOLE)}; choose from {', '.join(WHOLE)}")
-        model.get_submodule(_whole_module(name)).requires_grad_(True)
+        model.get_submodule(WHOLE[name]).requires_grad_(True)
     tied = model.get_submodule("lm_head").weight is model.get_submodule("model.embed_tokens").weight
     if tied and len(set(config.modules_to_save)) == 1:
         raise UserError(f"modules_to_save: {config.modules_to_save[0]} alone cannot be trained whole: this model's embedding and "
@@ -119,33 +125,28 @@ def merge_lora(model: nn.Module) -> None:
     """Add every adapter to its weight and put plain linears back."""
     for name, module in list(model.named_modules()):
         if isinstance(module, LoraLinear):
-            plain = module.plain_class(module.in_features, module.out_features, bias=module.bias is not None, device="meta")
-            plain.weight, plain.bias = nn.Parameter(module.merged_weight(), requires_grad=False), module.bias
-            model.set_submodule(name, plain)
+            model.set_submodule(name, module.plain(module.merged_weight()))
 
 
 def adapter_weights(model: nn.Module, config: LoraConfig) -> dict[str, nn.Parameter]:
     """What an adapter's file holds, by the name in the file without PEFT's `base_model.model.`: factors, and modules trained whole."""
     factors = {f"{name}.{factor}.weight": getattr(module, factor) for name, module in model.named_modules()
                if isinstance(module, LoraLinear) for factor in ("lora_A", "lora_B")}
-    return factors | {f"{_whole_module(name)}.weight": model.get_submodule(_whole_module(name)).weight for name in config.modules_to_save}
+    return factors | {f"{WHOLE[name]}.weight": model.get_submodule(WHOLE[name]).weight for name in config.modules_to_save}
 
 
 def save_adapter(model: nn.Module, config: LoraConfig, directory: Path, base: str) -> None:
     """Write a PEFT adapter directory. base: where its base model is, for adapter_config.json."""
     directory.mkdir(parents=True, exist_ok=True)
-    tensors = {f"base_model.model.{name}": weight.detach().cpu().contiguous() for name, weight in adapter_weights(model, config).items()}
-    if len({tensor.data_ptr() for tensor in tensors.values()}) < len(tensors):
-        tensors = {name: tensor.clone() for name, tensor in tensors.items()}  # a tied head: safetensors keeps no shared storage
+    tensors = {f"base_model.model.{name}": weight.detach().to("cpu", copy=True)  # a tied head too: safetensors keeps no shared storage
+               for name, weight in adapter_weights(model, config).items()}
     save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
     pattern = config.targets[0]
-    about = {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "r": config.rank, "lora_alpha": config.alpha,
-        "lora_dropout": config.dropout, "target_modules": pattern[3:] if pattern.startswith("re:") else list(config.targets),
-        "modules_to_save": list(config.modules_to_save) or None, "bias": "none", "fan_in_fan_out": False,
-        "use_rslora": config.use_rslora, "rank_pattern": config.rank_pattern, "alpha_pattern": config.alpha_pattern,
-        "inference_mode": True, "init_lora_weights": True,
-    }
+    about = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "r": config.rank, "lora_alpha": config.alpha,
+             "lora_dropout": config.dropout, "target_modules": pattern[3:] if pattern.startswith("re:") else list(config.targets),
+             "modules_to_save": list(config.modules_to_save) or None, "bias": "none", "fan_in_fan_out": False,
+             "use_rslora": config.use_rslora, "rank_pattern": config.rank_pattern, "alpha_pattern": config.alpha_pattern,
+             "inference_mode": True, "init_lora_weights": True}
     (directory / "adapter_config.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
 
 
@@ -173,12 +174,11 @@ def load_adapter(model: nn.Module, directory: Path, dropout: float | None = None
     config, _ = read_adapter_config(directory)
     config = config if dropout is None else replace(config, dropout=dropout)
     path = directory / "adapter_model.safetensors"
-    if not path.is_file():
-        raise UserError(f"{path}: no such file")
     try:
-        tensors = {_plain_name(name): tensor for name, tensor in load_file(path).items()}
-    except SafetensorError as error:
-        raise UserError(f"{path}: not a safetensors file, or cut short ({error}); download it again") from None
+        tensors = {name.removeprefix("base_model.model.").replace(".default.", ".").replace(".modules_to_save.", "."): tensor
+                   for name, tensor in load_file(path).items()}  # without PEFT's wrapper and adapter name, which a training state has too
+    except (SafetensorError, FileNotFoundError) as error:
+        raise UserError(f"{path}: not a safetensors file, or cut short, or missing ({error}); download it again") from None
     add_lora(model, config)
     places = adapter_weights(model, config)
     problems = [f"{name} fits no module" for name in tensors if name not in places]
@@ -194,11 +194,6 @@ def load_adapter(model: nn.Module, directory: Path, dropout: float | None = None
     return config
 
 
-def _plain_name(name: str) -> str:
-    """A file's or a training state's tensor name, as ours: without PEFT's wrapper and adapter name."""
-    return name.removeprefix("base_model.model.").replace(".default.", ".").replace(".modules_to_save.", ".")
-
-
 def _named(module: str, target: str) -> bool:
     """PEFT's rule: the name or a dotted tail of it; `re:…`, which PEFT writes as a plain string, must match the whole."""
     if target.startswith("re:"):
@@ -208,7 +203,3 @@ def _named(module: str, target: str) -> bool:
 
 def _by_pattern(patterns: dict[str, Any], module: str, default: Any) -> Any:
     return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", module)), default)
-
-
-def _whole_module(name: str) -> str:
-    return "model.embed_tokens" if name == "embed_tokens" else name

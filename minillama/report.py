@@ -50,10 +50,8 @@ class Report:
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     try:
         return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except ValueError as error:
-        raise UserError(f"{path}: not a metrics file ({error})") from None
+    except (FileNotFoundError, ValueError) as error:
+        raise UserError(f"{path}: no such file, or not a metrics file ({error})") from None
 
 
 def smoothed(values: list[float]) -> list[float]:
@@ -62,17 +60,14 @@ def smoothed(values: list[float]) -> list[float]:
     return list(accumulate(values, lambda before, value: w * before + (1 - w) * value))
 
 
-def plot_loss(out_dir: Path, insist: bool = False) -> Path | None:
-    """Draw loss.png from metrics.jsonl: the raw and the smoothed loss, and the evaluations. None where matplotlib is missing."""
+def plot_loss(out_dir: Path, insist: bool) -> None:
+    """Draw loss.png from metrics.jsonl: the raw and the smoothed loss, the evaluations. insist: UserError without matplotlib."""
     metrics = read_metrics(out_dir / "metrics.jsonl")
-    train = [(m["step"], m["loss"]) for m in metrics if m.get("loss") is not None]
-    held_out = [(m["step"], m["eval_loss"]) for m in metrics if m.get("eval_loss") is not None]
+    train, held_out = ([(m["step"], m[name]) for m in metrics if m.get(name) is not None] for name in ("loss", "eval_loss"))
     smooth = list(zip([step for step, _ in train], smoothed([loss for _, loss in train]), strict=True))
     curves = {"loss": train, "smoothed": smooth} | ({"validation": held_out} if held_out else {})
-    drawn = draw_losses(out_dir / "loss.png", curves, f"training loss of {out_dir.name}") if train else None
-    if train and insist and drawn is None:
+    if train and not draw_losses(out_dir / "loss.png", curves, f"training loss of {out_dir.name}") and insist:
         raise UserError("plot_loss needs matplotlib; pip install 'minillama[plot]'")
-    return drawn
 
 
 def draw_losses(file: Path, curves: dict[str, list[tuple[int, float]]], title: str = "") -> Path | None:

@@ -12,6 +12,7 @@ is carried from step to step, and a resumed run needs only the step.
 import math
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,16 +23,14 @@ import torch
 from minillama import building, comm, device, ops, report
 from minillama.checkpoint import directory as checkpoints
 from minillama.checkpoint import train_state
-from minillama.comm import Mesh
 from minillama.config import Settings
 from minillama.data.batches import Batch, show_batch
 from minillama.errors import UserError
 from minillama.estimate import training_flops
 from minillama.lora import save_adapter
 from minillama.ops import Documents
-from minillama.parallel.optimizer import LossScale
-from minillama.rundir import prepare_directory
-from minillama.signals import StopRequest, listening
+from minillama.parallel.optimizer import LossScale, Optimizer
+from minillama.signals import listening
 from minillama.tokenizer import Tokenizer
 
 MAX_SKIPPED_IN_A_ROW = 5  # overflows of fp16 end with its smallest loss scale instead
@@ -54,8 +53,8 @@ def learning_rate(step: int, total: int, settings: Settings) -> float:
 class Trainer:
     """A run in progress: model, optimizer, plan, and where they stand."""
 
-    def __init__(self, settings: Settings, mesh: Mesh, stop: StopRequest | None = None) -> None:
-        self.settings, self.mesh, self.out_dir, self.stop = settings, mesh, Path(settings.out_dir), stop or StopRequest()
+    def __init__(self, settings: Settings, mesh: comm.Mesh, stop: Sequence[str] = ()) -> None:
+        self.settings, self.mesh, self.out_dir, self.stop = settings, mesh, Path(settings.out_dir), stop
         settings = building.with_embedded_data(settings, mesh)
         device.allow_tf32(settings.tf32)
         ops.choose(settings.ops)
@@ -64,7 +63,7 @@ class Trainer:
         self.tokenizer: Tokenizer = building.build_tokenizer(settings)
         self.model, self.lora = building.build_model(settings, self.tokenizer, mesh)
         self.plan, self.eval_plan, self.template = building.build_plans(settings, self.tokenizer, self.model.config, mesh)
-        self.optimizer = building.build_optimizer(settings, self.model, mesh)
+        self.optimizer = Optimizer(self.model.named_parameters(), mesh, settings)
         self.step = self.tokens = self.skipped = self.skipped_in_a_row = self.saved_step = 0
         self.base = str(checkpoints.find_checkpoint(Path(settings.ckpt)).resolve()) if settings.ckpt else ""
 
@@ -111,12 +110,11 @@ class Trainer:
                 self.save_checkpoint(log)
         self.save_model(self.out_dir / "final")
         finite = [loss for loss in losses if math.isfinite(loss)]
-        return {
-            "train_loss": sum(finite) / len(finite) if finite else None, "last_loss": finite[-1] if finite else None,
-            "eval_loss": eval_loss, "steps": self.step, "step_seconds": round(sum(durations) / max(1, len(durations)), 4),
-            "skipped_steps": self.skipped, "seconds": round(log.close(), 2), "trainable_parameters": self.optimizer.trained,
-            **self._rates((self.tokens - started_tokens) / max(sum(durations), 1e-9) / self.mesh.size, self.plan.pieces.length.tolist()),
-        }
+        speed = (self.tokens - started_tokens) / max(sum(durations), 1e-9) / self.mesh.size
+        return {"train_loss": sum(finite) / len(finite) if finite else None, "last_loss": finite[-1] if finite else None,
+                "eval_loss": eval_loss, "steps": self.step, "step_seconds": round(sum(durations) / max(1, len(durations)), 4),
+                "skipped_steps": self.skipped, "seconds": round(log.close(), 2), "trainable_parameters": self.optimizer.trained,
+                **self._rates(speed, self.plan.pieces.length.tolist())}
 
     def update(self, batches: list[Batch], rate: float) -> tuple[float, float] | None:
         """One optimizer step on a global batch; returns (mean loss per target, gradient norm before clipping).
@@ -126,7 +124,7 @@ class Trainer:
         self.optimizer.zero_grad()
         losses = torch.zeros(len(batches), device=self.mesh.device)  # fp32, as the losses are: each is one rank's
         for first in range(0, len(batches), size):  # micro-batch a·N + r is rank r's
-            if comm.any_rank(self.mesh, bool(self.stop.by)):
+            if comm.any_rank(self.mesh, bool(self.stop)):
                 return None
             number, loss = first + self.mesh.rank, None
             if number < len(batches):
@@ -179,8 +177,7 @@ class Trainer:
             return
         scale, self.saved_step = self.optimizer.loss_scale, self.step
         state = {"step": self.step, "tokens": self.tokens, "skipped": self.skipped, "updates": self.optimizer.parts[0].steps,
-                 "rows_per_step": self.plan.rows_per_step, "loss_scale": asdict(scale) if scale else None,
-                 "settings": asdict(self.settings)}
+                 "rows_per_step": self.plan.rows_per_step, "loss_scale": asdict(scale) if scale else None}
         slices = [(part.owned.start, part.state()) for part in self.optimizer.parts]
         problem = train_state.save_state(self.out_dir, self.step, self.mesh, slices, state, self.save_model, self.settings.save_total_limit)
         if problem:
@@ -192,17 +189,17 @@ class Trainer:
             return
         about = {"template": self.template, "made_by": "minillama train.py", "base": self.base, "settings": asdict(self.settings)}
         if self.lora is None:
-            checkpoints.save_model(self.model, path, self.tokenizer, about)
-            return
-        save_adapter(self.model, self.lora, path, self.base)
-        checkpoints.copy_tokenizer(self.tokenizer.path, path)
+            checkpoints.save_model(self.model, path, self.tokenizer)
+        else:
+            save_adapter(self.model, self.lora, path, self.base)
+            checkpoints.copy_tokenizer(self.tokenizer.path, path)
         checkpoints.write_json(path / "minillama.json", about)
 
 
-def train(settings: Settings, mesh: Mesh, overwrite: bool = False) -> dict[str, Any] | None:
+def train(settings: Settings, mesh: comm.Mesh, overwrite: bool = False) -> dict[str, Any] | None:
     """Run, or go on with, the training that `settings` describe; returns the summary, which is also in out_dir/summary.json.
     None: a signal stopped the run, and its state is saved."""
-    checkpoint, finished = prepare_directory(settings, mesh, overwrite)
+    checkpoint, finished = building.prepare_directory(settings, mesh, overwrite)
     if finished is not None:
         mesh.print(f"{settings.out_dir}: this run is finished; --overwrite_output_dir starts it over")
         return finished
@@ -217,7 +214,8 @@ def train(settings: Settings, mesh: Mesh, overwrite: bool = False) -> dict[str, 
             mesh.print(f"resuming {checkpoint} at step {trainer.step}, {trainer.tokens:,} tokens")
         summary = trainer.run(report.Report(trainer.out_dir, trainer.plan.total_steps, trainer.step, mesh.is_first))
         if summary is None:
-            mesh.print(f"stopped by {stop.by or 'a signal to another rank'} after step {trainer.step}; the same command goes on from there")
+            signal = stop[0] if stop else "a signal to another rank"
+            mesh.print(f"stopped by {signal} after step {trainer.step}; the same command goes on from there")
         elif mesh.is_first:
             checkpoints.write_json(trainer.out_dir / "summary.json", summary)
             report.plot_loss(trainer.out_dir, settings.plot_loss)
@@ -225,7 +223,7 @@ def train(settings: Settings, mesh: Mesh, overwrite: bool = False) -> dict[str, 
     return summary
 
 
-def show_first_batch(settings: Settings, mesh: Mesh) -> str:
+def show_first_batch(settings: Settings, mesh: comm.Mesh) -> str:
     """The text of step 0's first micro-batch, with the trained tokens marked."""
     settings = building.with_embedded_data(settings, mesh)
     tokenizer = building.build_tokenizer(settings)

@@ -20,10 +20,10 @@ FLOORS: list[list[set[str]]] = [
     [{"errors"}],
     [{"architecture"}, {"config", "commandlines", "deepspeed"}, {"device"}, {"signals"}],
     [{"comm"}, {"ops"}, {"tokenizer"}, {"chat"}],
-    [{"model"}, {"lora"}, {"recompute"}, {"parallel"}, {"data"}],
+    [{"model"}, {"lora"}, {"parallel"}, {"data"}],
     [{"checkpoint"}, {"estimate"}, {"report"}],
     [{"generation"}],
-    [{"building", "rundir", "trainer"}, {"conversion"}, {"evaluation"}, {"doctor"}],
+    [{"building", "trainer"}, {"conversion"}, {"evaluation"}, {"doctor"}],
 ]
 RUN_TIME = {"torch", "sentencepiece", "numpy", "safetensors", "tqdm"}
 OPTIONAL = {"tokenizers", "matplotlib", "pyarrow", "gradio", "triton", "torch_npu", "torch_mlu", "torch_tpu"}

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from minillama import building, config
+from minillama.checkpoint.directory import write_json
 from minillama.config import KEYS, Settings
 from minillama.errors import UserError
 from minillama.estimate import estimate
@@ -42,7 +43,7 @@ def test_a_flag_wins_over_the_preset_and_the_preset_over_the_default(tmp_path: P
 @pytest.mark.parametrize("preset", PRESETS)
 def test_every_preset_resolves_and_its_saved_form_replays(preset: str, tmp_path: Path) -> None:
     settings = config.resolve(preset, parse("--seed", "7"))
-    config.save(settings, tmp_path / "train_config.json")
+    write_json(tmp_path / "train_config.json", dataclasses.asdict(settings))
     assert config.resolve(str(tmp_path / "train_config.json"), {}) == settings
 
 
@@ -219,5 +220,5 @@ def test_debug_shows_the_traceback() -> None:
 
 
 def test_a_saved_config_is_plain_json(tmp_path: Path) -> None:
-    config.save(Settings(), tmp_path / "c.json")
+    write_json(tmp_path / "c.json", dataclasses.asdict(Settings()))
     assert json.loads((tmp_path / "c.json").read_text()).keys() == KEYS.keys()

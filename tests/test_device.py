@@ -103,7 +103,7 @@ def test_the_processor_tells_its_memory_and_dtypes() -> None:
     assert memory.free > 1 << 20
     assert device.compute_dtype("bf16", CPU) == (torch.bfloat16, "")
     assert device.compute_dtype("fp16", CPU)[0] == torch.float32
-    assert device.backend(CPU) == "gloo"
+    assert torch.distributed.get_default_backend_for_device(CPU) == "gloo"
     device.synchronize(CPU)
 
 
@@ -120,7 +120,7 @@ def test_a_seed_holds_for_its_body_only() -> None:
 
 LOOK = """
 one, two = device.pick("auto"), device.pick("auto", 1)
-print(one, two, getattr(torch, one.type).current_device(), device.backend(one))
+print(one, two, getattr(torch, one.type).current_device(), torch.distributed.get_default_backend_for_device(one))
 print(device.memory(one).peak, device.memory(one).free, device.supports_bf16(one), device.synchronize(one))
 module = getattr(torch, one.type)
 before = module.get_rng_state()

@@ -14,6 +14,7 @@ from torch import Tensor
 from minillama import chat
 from minillama.checkpoint.directory import load_model, stop_ids
 from minillama.comm import Mesh
+from minillama.config import Settings
 from minillama.data.encode import encode_pieces
 from minillama.generation.sampling import Sampling
 from minillama.lora import load_adapter, merge_lora
@@ -84,7 +85,7 @@ def packed(rows: Tensor) -> tuple[Tensor, Tensor, list[int]]:
 
 def losses(model: Llama) -> list[float]:
     """The training that `make_golden.losses` did with torch's AdamW on padded rows."""
-    optimizer = Optimizer(model.named_parameters(), Mesh(), beta1=0.9, beta2=0.95, epsilon=1e-8, weight_decay=0.1)
+    optimizer = Optimizer(model.named_parameters(), Mesh(), Settings(adam_beta2=0.95, weight_decay=0.1))
     found = []
     for rows in TENSORS["batches"]:
         tokens, labels, lengths = packed(rows)

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from minillama import comm, config, trainer
 from minillama.checkpoint import train_state
+from minillama.checkpoint.directory import write_json
 from minillama.checkpoint.tensor_files import read_safetensors
 from minillama.comm import Mesh
 from minillama.data import demo
@@ -215,7 +216,7 @@ def test_only_the_newest_checkpoints_are_kept(run_settings, tmp_path):
 
 def test_sigterm_to_the_script_saves_and_exits_0_and_the_same_command_goes_on(run_settings, uninterrupted, tmp_path):
     run = replace(run_settings, out_dir=str(tmp_path / "run"))
-    config.save(run, tmp_path / "run.json")
+    write_json(tmp_path / "run.json", asdict(run))
     command = [sys.executable, "-c", SLOW, "--config", str(tmp_path / "run.json")]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

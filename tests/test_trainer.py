@@ -12,6 +12,7 @@ import torch.nn.functional as F
 
 from minillama import building, comm, deepspeed, trainer
 from minillama.architecture import published
+from minillama.building import recompute_activations
 from minillama.checkpoint.directory import load_model, save_model
 from minillama.checkpoint.tensor_files import read_safetensors
 from minillama.comm import Mesh
@@ -23,7 +24,6 @@ from minillama.estimate import training_flops
 from minillama.lora import load_adapter
 from minillama.ops import IGNORE
 from minillama.parallel.optimizer import Optimizer
-from minillama.recompute import recompute_activations
 from minillama.report import read_metrics, smoothed
 from minillama.tokenizer import open_tokenizer, train_tokenizer
 from tests.conftest import random_model, random_tokens
@@ -106,7 +106,7 @@ def test_schedules_end_at_min_learning_rate(kind: str) -> None:
 # The optimizer
 
 def flat_adamw(model: torch.nn.Module, weight_decay: float = 0.1) -> Optimizer:
-    return Optimizer(model.named_parameters(), MESH, beta1=0.9, beta2=0.95, epsilon=1e-8, weight_decay=weight_decay)
+    return Optimizer(model.named_parameters(), MESH, Settings(adam_beta2=0.95, weight_decay=weight_decay, gradient_accumulation_steps=2))
 
 
 def flat_weights(optimizer: Optimizer) -> torch.Tensor:
@@ -423,6 +423,11 @@ def test_a_run_writes_what_the_interface_promises(settings_for: Callable, inputs
     for name in ("config.json", "model.safetensors", "tokenizer.model", "minillama.json"):
         assert (out / "final" / name).is_file()
     assert summary["train_loss"] == pytest.approx(sum(losses_of(out)) / 6)
+
+
+def test_a_device_that_does_not_tell_its_memory_still_ends_with_words() -> None:
+    summary = {"steps": 2, "tokens": 9, "last_loss": 1.0, "eval_loss": None, "seconds": 1.0, "tokens_per_second": 9.0}
+    assert "peak memory not told" in building.closing_words(Settings(out_dir="runs/a"), summary | {"peak_memory_bytes": None})
 
 
 def test_evaluation_is_the_mean_loss_of_the_held_out_targets(settings_for: Callable) -> None:

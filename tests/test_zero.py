@@ -1,6 +1,7 @@
 """ZeRO: one flat vector, any stage, any number of ranks."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch import nn
 
 from minillama import comm
 from minillama.comm import Mesh
+from minillama.config import Settings
 from minillama.errors import UserError
 from minillama.parallel.gradients import Gradients
 from minillama.parallel.optimizer import LossScale, Optimizer
@@ -18,7 +20,11 @@ from tests.conftest import random_model, random_tokens
 from tests.ranks import run_on_ranks
 
 MICRO_BATCHES = 6
-SETTINGS = {"beta1": 0.9, "beta2": 0.95, "epsilon": 1e-8, "weight_decay": 0.1}
+SETTINGS = Settings(adam_beta2=0.95, weight_decay=0.1, gradient_accumulation_steps=2)
+
+
+def settings_of(stage: int, exact: bool = False, **changes) -> Settings:
+    return replace(SETTINGS, zero_stage=stage, reduction="exact" if exact else "fast", **changes)
 
 
 def micro_batches(step: int, count: int) -> list[torch.Tensor]:
@@ -30,7 +36,7 @@ def train(stage: int, exact: bool, dtype: torch.dtype = torch.float32, steps: in
     torch.set_num_threads(1)
     with comm.start("cpu", timeout_minutes=1) as mesh:
         net = random_model(**model).to(dtype)
-        optimizer = Optimizer(net.named_parameters(), mesh, stage=stage, exact=exact, bucket_elements=bucket_elements, **SETTINGS)
+        optimizer = Optimizer(net.named_parameters(), mesh, settings_of(stage, exact, bucket_elements=bucket_elements))
         norms = []
         for step in range(steps):
             batches = micro_batches(step, MICRO_BATCHES if step < steps - 1 else MICRO_BATCHES - 1)
@@ -43,7 +49,7 @@ def train(stage: int, exact: bool, dtype: torch.dtype = torch.float32, steps: in
         part = optimizer.parts[0]
         state = {name: comm.gather_objects(mesh, tensor.numpy().copy()) for name, tensor in part.state().items()}
         return ({name: p.detach().clone().float().numpy() for name, p in net.named_parameters()}, norms,
-                {name: [x for piece in pieces for x in piece.tolist()] for name, pieces in state.items()}, mesh.traffic.elements / steps)
+                {name: [x for piece in pieces for x in piece.tolist()] for name, pieces in state.items()}, mesh.sent / steps)
 
 
 def everyones(size: int, *arguments):
@@ -93,7 +99,7 @@ def test_frozen_tied_and_unused_parameters_need_nothing_special(stage):
             net.model.layers[0].mlp.requires_grad_(False)
             net.unused = nn.Parameter(torch.ones(7, 3))
             before = net.model.layers[0].mlp.up_proj.weight.clone()
-            optimizer = Optimizer(net.named_parameters(), mesh, stage=stage, bucket_elements=500, **SETTINGS | {"weight_decay": 0.0})
+            optimizer = Optimizer(net.named_parameters(), mesh, settings_of(stage, bucket_elements=500, weight_decay=0.0))
             for step in range(2):
                 optimizer.zero_grad()
                 batch = random_tokens(1, 9, seed=step)
@@ -118,8 +124,8 @@ def test_parameters_of_two_dtypes_meet_their_peers_where_a_rank_has_no_micro_bat
             generator = torch.Generator().manual_seed(0)
             embed, factor, head = (nn.Parameter(torch.randn(40, 40, generator=generator).to(dtype))
                                    for dtype in (torch.bfloat16, torch.float32, torch.bfloat16))
-            optimizer = Optimizer([("embed", embed), ("factor", factor), ("head", head)], mesh, stage=stage, exact=exact,
-                                  bucket_elements=1000, **SETTINGS)
+            optimizer = Optimizer([("embed", embed), ("factor", factor), ("head", head)], mesh,
+                                  settings_of(stage, exact, bucket_elements=1000))
             for batches in (3, 2, 1):
                 optimizer.zero_grad()
                 for first in range(0, batches, mesh.size):
@@ -149,12 +155,13 @@ def test_what_is_sent_is_what_the_theory_says(size, stage, expected):
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_state_is_as_large_as_the_table_says(size, stage, dtype, width, accumulates, monkeypatch):
     """Of a 16-bit model, bytes a parameter: 16 (stage 0), 4 + 12/N (1), 2 + 14/N (2; 2 + 16/N where it accumulates in fp32)."""
-    monkeypatch.setattr(comm, "reduce_to", lambda mesh, tensor, *_: comm.Pending(mesh, None, tensor))
+    monkeypatch.setattr(comm, "reduce_to", lambda mesh, tensor, *_: lambda: tensor)
     net = nn.Linear(4 * CHUNK, 8, bias=False, dtype=dtype)
-    optimizer = Optimizer(net.named_parameters(), Mesh(rank=0, size=size), stage=stage, accumulates=accumulates, **SETTINGS)
+    optimizer = Optimizer(net.named_parameters(), Mesh(rank=0, size=size),
+                          settings_of(stage, gradient_accumulation_steps=1 + accumulates))
     optimizer.backward(net(torch.ones(1, 4 * CHUNK, dtype=dtype)).sum(), size)
     part = optimizer.parts[0]
-    gradients = [part.gradients.sum] if stage == 2 else part.gradients.waiting.values()
+    gradients = [part.gradients.sum] if stage == 2 else part.gradients.filled.values()
     held = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in (part.weights, part.master, part.m, part.v, *gradients)}
     master, gradient = (4 if width == 2 else 0), (4 if accumulates else width)
     optimizer_share, gradient_share = (1 if stage == 0 else size), (size if stage == 2 else 1)
@@ -165,7 +172,7 @@ def test_state_is_as_large_as_the_table_says(size, stage, dtype, width, accumula
 def test_stage_2_sends_and_frees_its_buckets_while_backward_goes_on():
     """Never more under way than two buckets and the vectors, of which the first layer's come last."""
     net = random_model(n_layers=6)
-    gradients = Optimizer(net.named_parameters(), Mesh(), stage=2, bucket_elements=3000, **SETTINGS).parts[0].gradients
+    gradients = Optimizer(net.named_parameters(), Mesh(), settings_of(2, bucket_elements=3000)).parts[0].gradients
     under_way = []
     for parameter in net.parameters():
         parameter.register_post_accumulate_grad_hook(lambda _: under_way.append(sum(t.numel() for t in gradients.filled.values())))
@@ -187,9 +194,9 @@ def test_every_gradient_reaches_its_place_in_its_owners_slice_once(matrices, vec
     slice_size, rounds, slices = -(-total // size) + 1, 1 + accumulates, []
     positions = [x.view(p.shape) for x, p in zip(torch.arange(float(total)).split(sizes), parameters, strict=True)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(comm, "reduce_to", lambda mesh, tensor, *_: comm.Pending(mesh, None, tensor))
+        patch.setattr(comm, "reduce_to", lambda mesh, tensor, *_: lambda: tensor)
         for rank in range(size if stage else 1):
-            gradients = Gradients(parameters, Mesh(rank, size), slice_size, stage, False, bucket, True)
+            gradients = Gradients(parameters, Mesh(rank, size), slice_size, settings_of(stage, bucket_elements=bucket))
             for _ in range(rounds):
                 sum((p * x).sum() for p, x in zip(parameters, positions, strict=True)).backward()
                 gradients.end_micro_batch()
@@ -204,7 +211,8 @@ def test_an_overflow_on_one_rank_is_skipped_by_all():
         with comm.start("cpu", timeout_minutes=1) as mesh:
             net = nn.Linear(3, 2, bias=False)
             nn.init.ones_(net.weight)
-            optimizer = Optimizer(net.named_parameters(), mesh, LossScale(scale=8.0, patience=1), stage=1, **SETTINGS)
+            optimizer = Optimizer(net.named_parameters(), mesh, settings_of(1))
+            optimizer.loss_scale = LossScale(scale=8.0, patience=1)
             x = torch.full((1, 3), math.inf if mesh.rank == 1 else 1.0)
             optimizer.zero_grad()
             optimizer.backward(net(x).sum(), mesh.size)
@@ -233,7 +241,8 @@ def test_the_loss_scale_halves_after_its_hysteresis_and_doubles_after_its_window
 def test_a_scaled_loss_makes_the_same_update():
     def update(loss_scale):
         net = random_model()
-        optimizer = Optimizer(net.named_parameters(), Mesh(), loss_scale, stage=0, **SETTINGS)
+        optimizer = Optimizer(net.named_parameters(), Mesh(), SETTINGS)
+        optimizer.loss_scale = loss_scale
         batch = random_tokens(1, 9)
         optimizer.backward(net.loss_sum(batch, batch.roll(-1, 1)), 1)
         norm, _ = optimizer.step(1e-2, 1.0)
@@ -272,12 +281,12 @@ def test_the_tree_of_sums_does_not_depend_on_the_ranks(count, ranks):
 
 def test_three_ranks_cannot_be_exact():
     with pytest.raises(UserError, match="1, 2, 4, 8"):
-        Optimizer(random_model().named_parameters(), Mesh(rank=0, size=3), exact=True, **SETTINGS)
+        Optimizer(random_model().named_parameters(), Mesh(rank=0, size=3), settings_of(0, exact=True))
 
 
 def test_nothing_to_train_is_said():
     with pytest.raises(UserError, match="every parameter is frozen"):
-        Optimizer(random_model().requires_grad_(False).named_parameters(), Mesh(), **SETTINGS)
+        Optimizer(random_model().requires_grad_(False).named_parameters(), Mesh(), SETTINGS)
 
 
 def test_ranks_that_disagree_about_a_collective_stop_with_both_places(monkeypatch):

@@ -3,7 +3,7 @@
     checkpoints/step-000100/                   the model (or adapter), as a directory that opens by itself, and
         state-0-000000000000.safetensors       master, m, v from position 0 of flat vector 0 on; one file a rank
         state-0-000000016384.safetensors       …
-        state.json                             step, tokens, skipped steps, loss scale, rows of a global batch, settings
+        state.json                             step, tokens, skipped steps, loss scale, rows of a global batch
         manifest.json                          sha256 of every file; written last
 
 State is stored by its position in the flat vector and never by rank, so any number of ranks reads it back. Every rank writes its own

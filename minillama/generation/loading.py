@@ -66,9 +66,7 @@ def add_adapter(model: Llama, directory: Path) -> tuple[str, ...]:
     Two on one linear are one of both ranks: A = [A1; A2], B = [s1 B1, s2 B2]."""
     earlier = {name: module for name, module in model.named_modules() if isinstance(module, LoraLinear)}
     for name, old in earlier.items():
-        plain = old.plain_class(old.in_features, old.out_features, bias=old.bias is not None, device="meta")
-        plain.weight, plain.bias = old.weight, old.bias
-        model.set_submodule(name, plain)
+        model.set_submodule(name, old.plain(old.weight))
     config = load_adapter(model, directory, dropout=0.0)
     for name, old in earlier.items():
         new = model.get_submodule(name)

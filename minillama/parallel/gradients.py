@@ -7,18 +7,19 @@ from where autograd left its gradient, a stretch at a time; smaller ones are cop
     lm_head -> last layer -> … -> embed_tokens -> all norms          each bucket: sum over ranks -> added to its owner's slice -> freed
 
 Stage 2 (and the exact reduction) sends a bucket as soon as it and all before it are complete, while backward goes on. Stages 0 and 1
-let the gradients of the micro-batches add up where they are, and send the buckets at the step. The exact reduction keeps its partial
-sums as a binary counter does: two sums of equally many micro-batches become one. Between two steps no gradient takes memory.
+let the micro-batches add up in the buckets, and send them at the step. The exact reduction keeps its partial sums as a binary counter
+does: two sums of equally many micro-batches become one. Between two steps no gradient takes memory.
 """
 
+from collections.abc import Callable
+from functools import partial
 from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
 
-from minillama import comm
-from minillama import device as devices
-from minillama.comm import Mesh
+from minillama import comm, device
+from minillama.config import Settings
 
 RELEASE_EVERY = 1 << 23  # elements of gradients, after which the system gets back what has been freed
 
@@ -26,20 +27,20 @@ RELEASE_EVERY = 1 << 23  # elements of gradients, after which the system gets ba
 class Gradients:
     """The gradients of a step. Call end_micro_batch after each backward, reduced() for the sum, clear() before the next step."""
 
-    def __init__(self, parameters: list[nn.Parameter], mesh: Mesh, slice_size: int, stage: int, exact: bool, bucket_elements: int,
-                 accumulates: bool) -> None:
-        self.mesh, self.stage, self.exact, self.bucket_elements = mesh, stage, exact, bucket_elements
-        self.parameters, self.at_once, self.present, self.freed = parameters, stage == 2 or exact, mesh.size, 0
-        self.waits = False  # send nothing before the end of the micro-batch: another vector goes first
-        self.dtype = torch.float32 if accumulates or exact else parameters[0].dtype  # several micro-batches add up in fp32
-        self.sent_as = parameters[0].dtype if self.at_once and not exact else self.dtype
-        self.for_everyone = stage == 0 and not exact  # the exact sums of stage 0 are gathered in the end
+    def __init__(self, parameters: list[nn.Parameter], mesh: comm.Mesh, slice_size: int, settings: Settings) -> None:
+        self.parameters, self.mesh, self.bucket_elements = parameters, mesh, settings.bucket_elements
+        self.stage, self.exact, self.present, self.freed = settings.zero_stage, settings.reduction == "exact", mesh.size, 0
+        self.at_once = self.stage == 2 or self.exact
+        self.waits = not self.at_once  # send nothing before the end of the micro-batch; also where another vector goes first
+        self.dtype = torch.float32 if self.exact or settings.gradient_accumulation_steps > 1 else parameters[0].dtype  # of sums
+        self.sent_as = parameters[0].dtype if self.at_once and not self.exact else self.dtype
+        self.for_everyone = self.stage == 0 and not self.exact  # the exact sums of stage 0 are gathered in the end
         self.slice_size = slice_size * mesh.size if self.for_everyone else slice_size
         self.kept_from = 0 if self.for_everyone else mesh.rank * slice_size
         self._plan_buckets()
         self.clear()
         for i, parameter in enumerate(parameters):
-            parameter.register_post_accumulate_grad_hook(self._hook(i))
+            parameter.register_post_accumulate_grad_hook(partial(self._take, i))
 
     def _plan_buckets(self) -> None:
         """starts: where each parameter begins. buckets: [(start, stop, parameters)], in the order in which they are sent."""
@@ -57,7 +58,6 @@ class Gradients:
                 self.bucket_of[i] = len(self.buckets) - 1
 
     def clear(self) -> None:
-        self.waiting: dict[int, Tensor] = {}             # stages 0 and 1: gradients by parameter, of all micro-batches so far
         self.sum: Tensor | None = None                   # what this rank keeps
         self.levels: list[tuple[int, Tensor]] = []       # exact: (how many micro-batches, their sum), ever fewer
         self.result: Tensor | None = None
@@ -67,35 +67,28 @@ class Gradients:
         """Every bucket is sent once a round: in each micro-batch, or once a step."""
         self.missing = [members for _, _, members in self.buckets]
         self.next_bucket, self.is_first_round = 0, self.sum is None
-        self.filled: dict[int, Tensor] = {}              # buckets under way
-        self.sent: list[tuple[comm.Pending, int]] = []   # and where in `sum` they go; outside of it: to another rank
+        self.filled: dict[int, Tensor] = {}                     # buckets under way
+        self.sent: list[tuple[Callable[[], Tensor], int]] = []  # and where in `sum` they go; outside of it: to another rank
 
-    def _hook(self, i: int):
-        def on_gradient(parameter: nn.Parameter) -> None:
-            gradient, parameter.grad = parameter.grad, None
-            self._note_freed(gradient.numel())
-            if self.at_once:
-                self._fill(i, gradient)
-            else:
-                self.waiting[i] = self.waiting[i].add_(gradient) if i in self.waiting else gradient.to(self.dtype)
-        return on_gradient
+    def _take(self, i: int, parameter: nn.Parameter) -> None:
+        """What autograd calls: move a gradient into its bucket, and send the buckets whose turn it is."""
+        gradient, parameter.grad = parameter.grad.flatten(), None
+        self._note_freed(len(gradient))
+        bucket = self.bucket_of[i]
+        start, _, members = self.buckets[bucket]
+        if members == 1 and bucket not in self.filled:
+            self.filled[bucket] = gradient.to(self.sent_as)
+        else:
+            self._values(bucket)[self.starts[i] - start:self.starts[i + 1] - start] += gradient
+        self.missing[bucket] -= 1
+        while not self.waits and self.next_bucket < len(self.buckets) and self.missing[self.next_bucket] == 0:
+            self._send()
 
     def _note_freed(self, elements: int) -> None:
         self.freed += elements
         if self.freed >= RELEASE_EVERY:
-            devices.release_freed(self.parameters[0].device)
+            device.release_freed(self.parameters[0].device)
             self.freed = 0
-
-    def _fill(self, i: int, gradient: Tensor) -> None:
-        bucket = self.bucket_of[i]
-        start, _, members = self.buckets[bucket]
-        if members == 1:
-            self.filled[bucket] = gradient.flatten().to(self.sent_as)
-        else:
-            self._values(bucket)[self.starts[i] - start:self.starts[i + 1] - start] = gradient.flatten()
-        self.missing[bucket] -= 1
-        while not self.waits and self.next_bucket < len(self.buckets) and self.missing[self.next_bucket] == 0:
-            self._send()
 
     def _values(self, bucket: int) -> Tensor:
         """What has come of a bucket in this round; zeros at first."""
@@ -110,6 +103,8 @@ class Gradients:
         values = self._values(self.next_bucket)
         del self.filled[self.next_bucket]
         self.next_bucket += 1
+        if not self.at_once:
+            self._note_freed(stop - start)
         if self.sum is None:  # empty: memory is taken as it is filled, while gradients are freed
             self.sum = torch.empty(self.slice_size, dtype=self.dtype, device=values.device)
             self.sum[max(0, self.starts[-1] - self.kept_from):] = 0
@@ -117,16 +112,16 @@ class Gradients:
         while at < stop:
             owner = at // self.slice_size
             end = min(stop, at + self.bucket_elements, (owner + 1) * self.slice_size)
-            pending = comm.reduce_to(self.mesh, values[at - start:end - start], None if self.for_everyone else owner,
-                                     self.present if self.exact else None)
-            self.sent.append((pending, at - self.kept_from))
+            wait = comm.reduce_to(self.mesh, values[at - start:end - start], None if self.for_everyone else owner,
+                                  self.present if self.exact else None)
+            self.sent.append((wait, at - self.kept_from))
             at = end
             while len(self.sent) > 2:  # bounds what is in flight
                 self._receive()
 
     def _receive(self) -> None:
-        pending, place = self.sent.pop(0)
-        part = pending.wait()
+        wait, place = self.sent.pop(0)
+        part = wait()
         if 0 <= place < self.slice_size:
             mine = self.sum[place:place + len(part)]
             (mine.copy_ if self.is_first_round else mine.add_)(part)
@@ -157,9 +152,6 @@ class Gradients:
         """The sum over micro-batches and ranks: the whole vector at stage 0, this rank's slice at 1 and 2. Ends accumulation."""
         if self.result is not None:
             return self.result
-        for i in sorted(self.waiting, key=self.bucket_of.get):
-            self._note_freed(self.starts[i + 1] - self.starts[i])
-            self._fill(i, self.waiting.pop(i))
         if not self.at_once:
             self._end_round()
         self.result = self.sum

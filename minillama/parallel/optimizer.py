@@ -10,9 +10,11 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from minillama.comm import Mesh
+from minillama.config import Settings
 from minillama.errors import UserError
 from minillama.parallel.zero import ZeroAdamW
 
@@ -45,19 +47,22 @@ class LossScale:
 
 
 class Optimizer:
-    """AdamW, sharded, over the trainable ones of named parameters."""
+    """AdamW, sharded, over the trainable ones of named parameters; with a loss scale where some are fp16."""
 
-    def __init__(self, named: Iterable[tuple[str, nn.Parameter]], mesh: Mesh, loss_scale: LossScale | None = None, **settings) -> None:
-        """settings: those of ZeroAdamW. Raises UserError where nothing is trainable."""
-        trainable = [(name, p) for name, p in named if p.requires_grad]
-        if not trainable:
+    def __init__(self, named: Iterable[tuple[str, nn.Parameter]], mesh: Mesh, settings: Settings) -> None:
+        """Raises UserError where nothing is trainable."""
+        named = list(named)
+        dtypes = sorted({p.dtype for _, p in named if p.requires_grad}, key=str)
+        if not dtypes:
             raise UserError("nothing to train: every parameter is frozen")
-        dtypes = sorted({p.dtype for _, p in trainable}, key=str)
-        parts = [ZeroAdamW([x for x in trainable if x[1].dtype == dtype], mesh, **settings) for dtype in dtypes]
+        parts = [ZeroAdamW([x for x in named if x[1].requires_grad and x[1].dtype == dtype], mesh, settings) for dtype in dtypes]
         self.parts = sorted(parts, key=lambda part: -part.total)
         for part in self.parts[1:]:
             part.gradients.waits = True
-        self.loss_scale, self.trained = loss_scale, sum(part.total for part in self.parts)
+        patience, scale = settings.loss_scale_hysteresis, 2.0**settings.initial_scale_power
+        scaled = any(p.dtype == torch.float16 for _, p in named)
+        self.loss_scale = LossScale(scale, settings.loss_scale_window, patience, settings.min_loss_scale, patience) if scaled else None
+        self.trained = sum(part.total for part in self.parts)
 
     def zero_grad(self) -> None:
         for part in self.parts:

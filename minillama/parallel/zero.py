@@ -18,14 +18,14 @@ micro-batch a·N + r is rank r's, so ranks are the lowest levels of the tree. Th
 same bytes, at the price of reducing every micro-batch and of a partial sum per level. `"fast"` adds as it comes.
 """
 
+from bisect import bisect
 from collections.abc import Callable, Iterable
-from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
 
 from minillama import comm, ops
-from minillama.comm import Mesh
+from minillama.config import Settings
 from minillama.errors import UserError
 from minillama.parallel.gradients import Gradients
 
@@ -34,23 +34,22 @@ AT_ONCE = 1 << 22   # elements updated at a time, which bounds the temporary cop
 
 
 class ZeroAdamW:
-    """AdamW over trainable parameters of one dtype, sharded by stage. `accumulates`: a rank has several micro-batches a step."""
+    """AdamW over trainable parameters of one dtype, sharded by stage."""
 
-    def __init__(self, named: Iterable[tuple[str, nn.Parameter]], mesh: Mesh, *, stage: int = 0, exact: bool = False,
-                 bucket_elements: int = 10**7, accumulates: bool = True, beta1: float = 0.9, beta2: float = 0.999,
-                 epsilon: float = 1e-8, weight_decay: float = 0.0) -> None:
+    def __init__(self, named: Iterable[tuple[str, nn.Parameter]], mesh: comm.Mesh, settings: Settings) -> None:
+        exact = settings.reduction == "exact"
         if exact and mesh.size & (mesh.size - 1):
             raise UserError(f"reduction = 'exact' needs 1, 2, 4, 8, … ranks, not {mesh.size}; use --reduction fast")
         self.named = sorted(named, key=lambda item: item[1].ndim <= 1)  # stable: matrices first
-        self.mesh, self.stage, self.exact, self.steps, self.weight_decay = mesh, stage, exact, 0, weight_decay
-        self.adam = {"beta1": beta1, "beta2": beta2, "epsilon": epsilon}
+        self.mesh, self.stage, self.steps, self.weight_decay = mesh, settings.zero_stage, 0, settings.weight_decay
+        self.adam = {"beta1": settings.adam_beta1, "beta2": settings.adam_beta2, "epsilon": settings.adam_epsilon}
         # fused kernels round the ends of a stretch otherwise, so their result depends on how the vector is cut
         self.update = ops.reference.adamw if exact else ops.adamw
         self.total = sum(p.numel() for _, p in self.named)
         self.decayed = sum(p.numel() for _, p in self.named if p.ndim > 1)
         size = -(-self.total // (CHUNK * mesh.size)) * CHUNK  # of a slice
         self.owned = slice(mesh.rank * size, (mesh.rank + 1) * size)
-        self.kept = self.owned if stage else slice(0, size * mesh.size)  # what this rank updates
+        self.kept = self.owned if self.stage else slice(0, size * mesh.size)  # what this rank updates
         dtype, device = self.named[0][1].dtype, self.named[0][1].device
         self.weights = torch.zeros(size * mesh.size, dtype=dtype, device=device)
         for (_, parameter), view in zip(self.named, self.views(self.weights), strict=True):
@@ -59,7 +58,7 @@ class ZeroAdamW:
         mine = self.weights[self.kept]
         self.master = mine if dtype == torch.float32 else mine.float()
         self.m, self.v = torch.zeros_like(self.master), torch.zeros_like(self.master)
-        self.gradients = Gradients([p for _, p in self.named], mesh, size, stage, exact, bucket_elements, accumulates)
+        self.gradients = Gradients([p for _, p in self.named], mesh, size, settings)
 
     def views(self, vector: Tensor) -> list[Tensor]:
         """A flat vector cut into the parameters' shapes."""
@@ -96,10 +95,7 @@ class ZeroAdamW:
     def first_non_finite(self) -> str:
         """The first parameter whose gradient, as far as this rank keeps it, is not finite; or an empty string."""
         bad = (~self.gradients.reduced().isfinite()).nonzero()
-        if not len(bad):
-            return ""
-        ends = accumulate(parameter.numel() for _, parameter in self.named)
-        return next((name for (name, _), end in zip(self.named, ends, strict=True) if int(bad[0]) + self.kept.start < end), "")
+        return self.named[bisect(self.gradients.starts, int(bad[0]) + self.kept.start) - 1][0] if len(bad) else ""
 
     def state(self) -> dict[str, Tensor]:
         """What this rank owns: master, m and v from position `owned.start` on, cut after the last parameter."""

@@ -47,7 +47,7 @@ def a_triangle_of_each_mode() -> None:
 
 def test_the_plugin_is_found_and_its_kernels_come_first() -> None:
     assert device.pick("auto") == NPU
-    assert device.backend(NPU) == "hccl"
+    assert torch.distributed.get_default_backend_for_device(NPU) == "hccl"
     assert device.memory(NPU).free
     ops.choose("auto")
     assert {name: op.usable("npu")[0].name for name, op in ops.TABLE.items()} == {
