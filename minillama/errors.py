@@ -58,7 +58,8 @@ def run(main: Callable[[list[str]], int | None], argv: list[str]) -> None:
     """Run a script's `main` and exit: 0 done, 2 the user's mistake (one line on stderr), 130 interrupted.
     `--debug` anywhere in the arguments shows the traceback of a user's mistake too."""
     debug, argv = "--debug" in argv, [word for word in argv if word != "--debug"]
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    if hasattr(signal, "SIGPIPE"):  # not on Windows
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     try:
         sys.exit(main(argv) or 0)
     except (UserError, OSError, RuntimeError, MemoryError) as error:

@@ -109,7 +109,7 @@ def test_the_package_and_its_scripts_are_under_six_thousand_lines() -> None:
 
 def test_the_package_and_its_scripts_only_shrink() -> None:
     """A change that needs lines finds them: lower this number, never raise it."""
-    assert LINES <= 7164
+    assert LINES <= 6888
 
 
 @each_source
