@@ -21,7 +21,7 @@ DEVICES = ("auto", "cpu", "cuda", "npu", "mlu", "tpu")
 PRECISIONS = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}  # torch's names -> ours
 
 
-def key(section: str, default: Any, help: str, choices: Sequence[Any] = (), least: int = 0, below: float = 2**63) -> Any:
+def key(section: str, default: Any, help: str, choices: Sequence[Any] = (), least: float = 0, below: float = 2**63) -> Any:
     """One row of the table. choices: the only values; least: the smallest a number may be; below: what it must not reach."""
     rules = {"section": section, "help": help, "choices": choices, "least": least, "below": below}
     return dataclasses.field(default=default, metadata=rules)
@@ -66,7 +66,7 @@ class Settings:
     use_rslora: bool = key("lora", False, "scale by alpha / sqrt(rank)")
     adapter: str = key("lora", "", "start from this PEFT adapter directory")
 
-    num_train_epochs: float = key("train", 3.0, "passes over the data; may be a fraction")
+    num_train_epochs: float = key("train", 3.0, "passes over the data; may be a fraction", least=0.001)
     max_steps: int = key("train", 0, "stop after this many updates (0: as num_train_epochs says)")
     per_device_train_batch_size: int = key("train", 8, "rows a rank computes at once", least=1)
     per_device_eval_batch_size: int = key("train", 8, "rows a rank evaluates at once", least=1)

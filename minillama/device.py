@@ -40,7 +40,7 @@ class Vendor:
 VENDORS = {vendor.device: vendor for vendor in (
     Vendor("npu", "torch_npu", "ASCEND_RT_VISIBLE_DEVICES",
            "CANN, its set_env.sh sourced, and `pip install torch-npu==VERSION` with the version of your torch"),
-    Vendor("mlu", "torch_mlu", "MLU_VISIBLE_DEVICES", "Cambricon's driver and its torch_mlu wheel for torch 2.1 or later"),
+    Vendor("mlu", "torch_mlu", "MLU_VISIBLE_DEVICES", "Cambricon's driver and its torch_mlu wheel for torch 2.6 or later"),
     Vendor("tpu", "torch_tpu", "CHIPS",
            "Sophgo's driver and its torch_tpu wheel (github.com/sophgo/torch-tpu; what `pip install torch-tpu` brings is Google's)"),
     Vendor("cuda", "", "CUDA_VISIBLE_DEVICES", "a CUDA build of torch and an NVIDIA driver"),
