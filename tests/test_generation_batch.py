@@ -245,6 +245,8 @@ def test_packed_weights_give_the_same_texts_and_are_for_the_fused_linear_only(mo
         ops.pack(model, 4)
         assert model.lm_head.weight.is_mkldnn
         assert [answer.ids for answer in together(model, PROMPTS, 6, GREEDY)] == before
+        with pytest.raises(AssertionError, match="take gradients before"):
+            model.lm_head(torch.ones(1, TINY.dim, requires_grad=True))  # oneDNN's product would give none, in silence
     finally:
         ops.choose("")
 

@@ -1,8 +1,7 @@
 """Weights in the order in which this processor multiplies them.
 
-A matrix product cuts its weight into tiles that the processor's matrix units, or its registers, take one after the other. Decoding
-multiplies a few rows by the whole weight again and again, and cutting costs more than multiplying. So weights that are only read are
-cut once: the same numbers in the same bytes, in another order, which only oneDNN knows and only `linear` here reads.
+A matrix product cuts its weight into tiles for the processor's matrix units or registers. Decoding multiplies a few rows by all of it again
+and again, and cutting costs more than multiplying: so weights that are only read are cut once, into an order that oneDNN alone knows.
 """
 
 from functools import cache
@@ -39,5 +38,6 @@ def pack(model: nn.Module, rows: int) -> None:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """`reference.linear` of a packed weight."""
+    """`reference.linear` of a packed weight, which has no backward."""
+    assert not (torch.is_grad_enabled() and x.requires_grad), "packed weights are for reading: take gradients before `pack`"
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
