@@ -23,11 +23,30 @@ def parse(arguments: list[str]) -> tuple[config.Settings, object]:
     usage = "python train.py [--config NAME|FILE] [--KEY VALUE …]"
     parser = config.Parser(prog="train.py", description=__doc__ + "\n" + EXAMPLES, usage=usage)
     add = parser.add_argument
-    add("--config", default="", metavar="NAME|FILE", help="a preset (see --list_configs), a .toml, or a train_config.json")
+    add(
+        "--config",
+        default="",
+        metavar="NAME|FILE",
+        help="a preset (see --list_configs), a .toml, or a train_config.json",
+    )
     add("--list_configs", action="store_true", help="print the presets, a line each")
-    add("--dry_run", action="store_true", help="print parameters, memory per rank and tokens per step, and stop")
-    add("--show_batch", action="store_true", help="print the first batch with the trained tokens marked, and stop")
-    add("--world_size", type=int, default=os.environ.get("WORLD_SIZE", "1"), metavar="N", help="with --dry_run: plan for N ranks")
+    add(
+        "--dry_run",
+        action="store_true",
+        help="print parameters, memory per rank and tokens per step, and stop",
+    )
+    add(
+        "--show_batch",
+        action="store_true",
+        help="print the first batch with the trained tokens marked, and stop",
+    )
+    add(
+        "--world_size",
+        type=int,
+        default=os.environ.get("WORLD_SIZE", "1"),
+        metavar="N",
+        help="with --dry_run: plan for N ranks",
+    )
     add("--overwrite_output_dir", **config.BOOLEAN, default=False, help="empty out_dir first")
     add("--deepspeed", default="", metavar="FILE", help="take settings from a DeepSpeed JSON file")
     config.add_keys(parser)
@@ -35,7 +54,9 @@ def parse(arguments: list[str]) -> tuple[config.Settings, object]:
     if found.world_size < 1:
         raise errors.UserError(f"--world_size {found.world_size}: must be at least 1")
     flags = vars(found)
-    brings_its_own = any(name in flags for name in ("ckpt", "data", "model", "init", "tokenizer", "dim"))
+    brings_its_own = any(
+        name in flags for name in ("ckpt", "data", "model", "init", "tokenizer", "dim")
+    )
     source = flags["config"] or ("" if brings_its_own else "demo")
     if found.deepspeed:
         flags = deepspeed.read(Path(found.deepspeed), found.world_size) | flags

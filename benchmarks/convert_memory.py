@@ -25,8 +25,12 @@ LIMIT = 1.2  # GB, at the 7B shape
 def measure(command: list[str]) -> tuple[float, float, float]:
     """(CPU seconds, wall seconds, peak GB) of a command run in a process of its own. Its failure ends the benchmark."""
     started = time.monotonic()
-    child = subprocess.Popen([sys.executable, *command], stdout=subprocess.DEVNULL,
-                             env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "TRANSFORMERS_VERBOSITY": "error"})
+    child = subprocess.Popen(
+        [sys.executable, *command],
+        stdout=subprocess.DEVNULL,
+        env=os.environ
+        | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "TRANSFORMERS_VERBOSITY": "error"},
+    )
     _, status, usage = os.wait4(child.pid, 0)
     child.returncode = os.waitstatus_to_exitcode(status)
     if child.returncode:
@@ -37,7 +41,10 @@ def measure(command: list[str]) -> tuple[float, float, float]:
 
 def build(kind: str, model: str, directory: str) -> None:
     """In another process: `kind` hf, a checkpoint with values that repeat; adapter, a LoRA of rank 8 on all linears."""
-    subprocess.run([sys.executable, __file__, "--build", kind, "--models", model, "--dir", directory], check=True)
+    subprocess.run(
+        [sys.executable, __file__, "--build", kind, "--models", model, "--dir", directory],
+        check=True,
+    )
 
 
 def build_here(kind: str, model: str, directory: Path) -> None:
@@ -53,61 +60,124 @@ def build_here(kind: str, model: str, directory: Path) -> None:
     if kind == "hf":
         block = (0.02 * torch.randn(2**22 + 1, generator=generator)).half()
         plan = {name: (torch.float16, shape) for name, shape in config.parameter_shapes().items()}
-        tensors = ((name, block.repeat(-(-torch.Size(shape).numel() // len(block)))[:torch.Size(shape).numel()].view(shape))
-                   for name, (_, shape) in plan.items())
+        tensors = (
+            (
+                name,
+                block.repeat(-(-torch.Size(shape).numel() // len(block)))[
+                    : torch.Size(shape).numel()
+                ].view(shape),
+            )
+            for name, (_, shape) in plan.items()
+        )
         write_weights(directory, tensors, plan)
         write_json(directory / "config.json", to_hf(config, "float16"))
         return
     from safetensors.torch import save_file
 
     factors = {}
-    for name, (out, columns) in ((n, s) for n, s in config.parameter_shapes().items() if "layers" in n and len(s) == 2):
+    for name, (out, columns) in (
+        (n, s) for n, s in config.parameter_shapes().items() if "layers" in n and len(s) == 2
+    ):
         key = f"base_model.model.{name.removesuffix('.weight')}"
         factors[f"{key}.lora_A.weight"] = 0.02 * torch.randn(8, columns, generator=generator)
         factors[f"{key}.lora_B.weight"] = 0.02 * torch.randn(out, 8, generator=generator)
     save_file(factors, directory / "adapter_model.safetensors")
     targets = sorted({key.split(".")[-3] for key in factors})
-    (directory / "adapter_config.json").write_text(json.dumps({
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 8, "lora_alpha": 16, "target_modules": targets}))
+    (directory / "adapter_config.json").write_text(
+        json.dumps(
+            {
+                "peft_type": "LORA",
+                "task_type": "CAUSAL_LM",
+                "r": 8,
+                "lora_alpha": 16,
+                "target_modules": targets,
+            }
+        )
+    )
 
 
 def require_disk(where: Path, needed: float) -> None:
     free = shutil.disk_usage(where).free / 1e9
     if free < needed + 2:
-        sys.exit(f"{where}: {needed + 2:.0f} GB of disk needed, {free:.0f} GB are free; name another place with --dir")
+        sys.exit(
+            f"{where}: {needed + 2:.0f} GB of disk needed, {free:.0f} GB are free; name another place with --dir"
+        )
 
 
 def bench(model: str, where: Path) -> dict[str, float]:
     """Peak GB of each conversion at one shape. Never more than three copies of the model on the disk."""
     convert, peaks = str(ROOT / "convert.py"), {}
     with tempfile.TemporaryDirectory(dir=where) as folder:
+
         def run(name: str, *arguments: str, remove: tuple[str, ...] = ()) -> None:
             cpu, wall, peaks[name] = measure([convert, *arguments])
-            print(f"{model:6} {name:14} {peaks[name]:6.2f} GB   {cpu:6.1f} CPU-s   {wall:6.1f} s", flush=True)
+            print(
+                f"{model:6} {name:14} {peaks[name]:6.2f} GB   {cpu:6.1f} CPU-s   {wall:6.1f} s",
+                flush=True,
+            )
             for old in remove:
                 shutil.rmtree(f"{folder}/{old}")
 
-        base, other, out, adapter = (f"{folder}/{name}" for name in ("base", "other", "out", "adapter"))
+        base, other, out, adapter = (
+            f"{folder}/{name}" for name in ("base", "other", "out", "adapter")
+        )
         build("hf", model, base)
         build("adapter", model, adapter)
-        run("merge-lora", "merge-lora", "--base", base, "--lora", adapter, "--output", out, "--device", "cpu", remove=("out",))
+        run(
+            "merge-lora",
+            "merge-lora",
+            "--base",
+            base,
+            "--lora",
+            adapter,
+            "--output",
+            out,
+            "--device",
+            "cpu",
+            remove=("out",),
+        )
         build("hf", model, other)
-        run("apply-delta", "apply-delta", "--base", base, "--delta", other, "--output", out, remove=("out", "other"))
-        run("meta --reverse", "meta", "--reverse", "--input", base, "--output", other, remove=("base",))
+        run(
+            "apply-delta",
+            "apply-delta",
+            "--base",
+            base,
+            "--delta",
+            other,
+            "--output",
+            out,
+            remove=("out", "other"),
+        )
+        run(
+            "meta --reverse",
+            "meta",
+            "--reverse",
+            "--input",
+            base,
+            "--output",
+            other,
+            remove=("base",),
+        )
         run("meta", "meta", "--input", other, "--output", out)
     return peaks
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--models", default="1.1b", help="published shapes, comma-separated [1.1b]")
-    parser.add_argument("--dir", default=tempfile.gettempdir(), help="where the temporary directory is made")
+    parser.add_argument(
+        "--dir", default=tempfile.gettempdir(), help="where the temporary directory is made"
+    )
     parser.add_argument("--build", help=argparse.SUPPRESS)
     flags = parser.parse_args()
     if flags.build:
         return build_here(flags.build, flags.models, Path(flags.dir))
     sizes = {"1.1b": 2.2, "7b": 13.5, "13b": 26.1}
-    require_disk(Path(flags.dir), 3 * max(sizes.get(model, 140) for model in flags.models.split(",")))
+    require_disk(
+        Path(flags.dir), 3 * max(sizes.get(model, 140) for model in flags.models.split(","))
+    )
     peaks = {model: bench(model, Path(flags.dir)) for model in flags.models.split(",")}
     for model, found in peaks.items():
         print(f"{model}: at most {max(found.values()):.2f} GB (limit {LIMIT} GB)")

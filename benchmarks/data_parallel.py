@@ -28,7 +28,14 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 BUCKET = 10**7  # elements; ours and DeepSpeed's
-SIDES = ["ours, stage 0", "ours, stage 1", "ours, stage 2", "DDP + AdamW", "ZeroRedundancyOptimizer", "FSDP2"]
+SIDES = [
+    "ours, stage 0",
+    "ours, stage 1",
+    "ours, stage 2",
+    "DDP + AdamW",
+    "ZeroRedundancyOptimizer",
+    "FSDP2",
+]
 if importlib.util.find_spec("deepspeed"):
     SIDES += ["DeepSpeed, stage 1", "DeepSpeed, stage 2"]
 
@@ -45,23 +52,43 @@ def run_rank(side: str, shape: str, tokens: int, steps: int) -> None:
     dist.init_process_group("gloo")
     rank, size = dist.get_rank(), dist.get_world_size()
     model = Llama(published(shape)).initialise(torch.Generator().manual_seed(0))
-    sides = {"ours": ours, "DDP": ddp, "ZeroRedundancyOptimizer": zero_redundancy, "FSDP2": fsdp, "DeepSpeed": deep_speed}
+    sides = {
+        "ours": ours,
+        "DDP": ddp,
+        "ZeroRedundancyOptimizer": zero_redundancy,
+        "FSDP2": fsdp,
+        "DeepSpeed": deep_speed,
+    }
     train_step = sides[side.split(",")[0].split()[0]]
     step = train_step(model, side)
     loss = seconds = cpu = 0.0
     for number in range(steps + 1):
-        batch = torch.randint(0, 32000, (1, tokens), generator=torch.Generator().manual_seed(number * size + rank))
+        batch = torch.randint(
+            0, 32000, (1, tokens), generator=torch.Generator().manual_seed(number * size + rank)
+        )
         dist.barrier()
         began, cpu_began = time.perf_counter(), time.process_time()
         loss = step(batch)
         if number:  # the first is a warm-up
-            seconds, cpu = seconds + time.perf_counter() - began, cpu + time.process_time() - cpu_began
+            seconds, cpu = (
+                seconds + time.perf_counter() - began,
+                cpu + time.process_time() - cpu_began,
+            )
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     losses: list[float] = [0.0] * size
     dist.all_gather_object(losses, loss)
     if rank == 0:
         speed = tokens * size * steps / seconds
-        print(json.dumps({"tokens_per_second": speed, "cpu": cpu / steps, "peak": peak, "loss": sum(losses) / size}))
+        print(
+            json.dumps(
+                {
+                    "tokens_per_second": speed,
+                    "cpu": cpu / steps,
+                    "peak": peak,
+                    "loss": sum(losses) / size,
+                }
+            )
+        )
     dist.destroy_process_group()
 
 
@@ -74,7 +101,9 @@ def ours(model, side: str):
     from minillama.parallel.optimizer import Optimizer
 
     mesh = Mesh(dist.get_rank(), dist.get_world_size())
-    optimizer = Optimizer(model.named_parameters(), mesh, Settings(zero_stage=int(side[-1]), bucket_elements=BUCKET))
+    optimizer = Optimizer(
+        model.named_parameters(), mesh, Settings(zero_stage=int(side[-1]), bucket_elements=BUCKET)
+    )
 
     def step(batch: torch.Tensor) -> float:
         optimizer.zero_grad()
@@ -82,6 +111,7 @@ def ours(model, side: str):
         optimizer.backward(loss / mesh.size, mesh.size)
         optimizer.step(1e-4, 1.0)
         return loss.item()
+
     return step
 
 
@@ -93,6 +123,7 @@ def with_optimizer(wrapped, optimizer, clip):
         optimizer.step()
         optimizer.zero_grad()
         return loss.item()
+
     return step
 
 
@@ -113,45 +144,73 @@ def module_with_loss(model):
 
 def ddp(model, side: str):
     import torch
-    wrapped = torch.nn.parallel.DistributedDataParallel(module_with_loss(model), gradient_as_bucket_view=True)
+
+    wrapped = torch.nn.parallel.DistributedDataParallel(
+        module_with_loss(model), gradient_as_bucket_view=True
+    )
     optimizer = torch.optim.AdamW(wrapped.parameters(), lr=1e-4, weight_decay=0.0, fused=True)
-    return with_optimizer(wrapped, optimizer, lambda: torch.nn.utils.clip_grad_norm_(wrapped.parameters(), 1.0))
+    return with_optimizer(
+        wrapped, optimizer, lambda: torch.nn.utils.clip_grad_norm_(wrapped.parameters(), 1.0)
+    )
 
 
 def zero_redundancy(model, side: str):
     import torch
     from torch.distributed.optim import ZeroRedundancyOptimizer
-    wrapped = torch.nn.parallel.DistributedDataParallel(module_with_loss(model), gradient_as_bucket_view=True)
-    optimizer = ZeroRedundancyOptimizer(wrapped.parameters(), torch.optim.AdamW, lr=1e-4, weight_decay=0.0, fused=True)
-    return with_optimizer(wrapped, optimizer, lambda: torch.nn.utils.clip_grad_norm_(wrapped.parameters(), 1.0))
+
+    wrapped = torch.nn.parallel.DistributedDataParallel(
+        module_with_loss(model), gradient_as_bucket_view=True
+    )
+    optimizer = ZeroRedundancyOptimizer(
+        wrapped.parameters(), torch.optim.AdamW, lr=1e-4, weight_decay=0.0, fused=True
+    )
+    return with_optimizer(
+        wrapped, optimizer, lambda: torch.nn.utils.clip_grad_norm_(wrapped.parameters(), 1.0)
+    )
 
 
 def fsdp(model, side: str):
     import torch
     import torch.distributed as dist
     from torch.distributed.fsdp import fully_shard
+
     mesh = dist.init_device_mesh("cpu", (dist.get_world_size(),))
     for layer in model.model.layers:
         fully_shard(layer, mesh=mesh, reshard_after_forward=False)
     wrapped = fully_shard(module_with_loss(model), mesh=mesh, reshard_after_forward=False)
     optimizer = torch.optim.AdamW(wrapped.parameters(), lr=1e-4, weight_decay=0.0, fused=True)
-    return with_optimizer(wrapped, optimizer, lambda: torch.nn.utils.clip_grad_norm_(wrapped.parameters(), 1.0))
+    return with_optimizer(
+        wrapped, optimizer, lambda: torch.nn.utils.clip_grad_norm_(wrapped.parameters(), 1.0)
+    )
 
 
 def deep_speed(model, side: str):
     import deepspeed
     import torch
+
     module = module_with_loss(model)
     optimizer = torch.optim.AdamW(module.parameters(), lr=1e-4, weight_decay=0.0, fused=True)
-    engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config={
-        "train_micro_batch_size_per_gpu": 1, "gradient_clipping": 1.0, "zero_allow_untested_optimizer": True,
-        "zero_optimization": {"stage": int(side[-1]), "reduce_bucket_size": BUCKET, "allgather_bucket_size": BUCKET}})
+    engine, *_ = deepspeed.initialize(
+        model=module,
+        optimizer=optimizer,
+        config={
+            "train_micro_batch_size_per_gpu": 1,
+            "gradient_clipping": 1.0,
+            "zero_allow_untested_optimizer": True,
+            "zero_optimization": {
+                "stage": int(side[-1]),
+                "reduce_bucket_size": BUCKET,
+                "allgather_bucket_size": BUCKET,
+            },
+        },
+    )
 
     def step(batch) -> float:
         loss = engine(batch)
         engine.backward(loss)
         engine.step()
         return loss.item()
+
     return step
 
 
@@ -161,19 +220,43 @@ def measure(side: str, options: argparse.Namespace) -> dict:
         port = str(listener.getsockname()[1])
     ranks = []
     for rank in range(options.ranks):
-        environment = os.environ | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(options.ranks),
-                                    "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "DS_ACCELERATOR": "cpu"}
-        command = [sys.executable, __file__, "--side", side, "--shape", options.shape, "--tokens", str(options.tokens),
-                   "--steps", str(options.steps)]
-        ranks.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+        environment = os.environ | {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(options.ranks),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+            "DS_ACCELERATOR": "cpu",
+        }
+        command = [
+            sys.executable,
+            __file__,
+            "--side",
+            side,
+            "--shape",
+            options.shape,
+            "--tokens",
+            str(options.tokens),
+            "--steps",
+            str(options.steps),
+        ]
+        ranks.append(
+            subprocess.Popen(
+                command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            )
+        )
     outputs = [rank.communicate() for rank in ranks]
     if any(rank.returncode for rank in ranks):
         raise SystemExit(f"{side}: {outputs[0][1][-2000:]}")
-    return json.loads(next(line for line in outputs[0][0].splitlines() if line.startswith('{"tokens')))
+    return json.loads(
+        next(line for line in outputs[0][0].splitlines() if line.startswith('{"tokens'))
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--shape", default="110m")
     parser.add_argument("--tokens", type=int, default=256, help="of a rank and step")
     parser.add_argument("--steps", type=int, default=4)
@@ -188,12 +271,16 @@ def main() -> None:
     for _ in range(options.rounds):
         for side in SIDES:
             found[side].append(measure(side, options))
-    print(f"{options.shape}, fp32, {options.ranks} ranks x {options.tokens} tokens, "
-          f"medians of {options.rounds} rounds of {options.steps} steps")
+    print(
+        f"{options.shape}, fp32, {options.ranks} ranks x {options.tokens} tokens, "
+        f"medians of {options.rounds} rounds of {options.steps} steps"
+    )
     print(f"{'':26}{'tokens/s':>20}{'CPU s a step':>20}{'peak GB a rank':>20}{'last loss':>12}")
     for side, runs in found.items():
-        print(f"{side:26}{spread([r['tokens_per_second'] for r in runs], 0):>20}{spread([r['cpu'] for r in runs], 2):>20}"
-              f"{spread([r['peak'] / 1e9 for r in runs], 2):>20}{runs[-1]['loss']:>12.5f}")
+        print(
+            f"{side:26}{spread([r['tokens_per_second'] for r in runs], 0):>20}{spread([r['cpu'] for r in runs], 2):>20}"
+            f"{spread([r['peak'] / 1e9 for r in runs], 2):>20}{runs[-1]['loss']:>12.5f}"
+        )
 
 
 def spread(values: list[float], digits: int) -> str:

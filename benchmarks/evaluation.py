@@ -35,8 +35,14 @@ def test_of(options: argparse.Namespace, place: Path):
     from minillama.evaluation.questions import Choices
     from minillama.tokenizer import open_tokenizer
 
-    asked = argparse.Namespace(task=options.task, data=str(options.data), protocol="lm_eval", n_shots=None, subjects=(),
-                               limit=options.limit)
+    asked = argparse.Namespace(
+        task=options.task,
+        data=str(options.data),
+        protocol="lm_eval",
+        n_shots=None,
+        subjects=(),
+        limit=options.limit,
+    )
     return Choices(asked, open_tokenizer(place), LONGEST)
 
 
@@ -46,7 +52,10 @@ def minillama(options: argparse.Namespace, place: Path):
     from minillama.evaluation.predictions import predict
 
     model = load_model(place).eval()
-    return lambda: {r["id"]: r["predicted"] for r in predict(model, test_of(options, place), options.batch_size, None, {}, Mesh())}
+    return lambda: {
+        r["id"]: r["predicted"]
+        for r in predict(model, test_of(options, place), options.batch_size, None, {}, Mesh())
+    }
 
 
 def plain(options: argparse.Namespace, place: Path):
@@ -60,15 +69,22 @@ def plain(options: argparse.Namespace, place: Path):
         test, found = test_of(options, place), {}
         for id, query in test.queries.items():
             logits = model(torch.tensor([query.context]), logits_to_keep=1).logits[0, -1]
-            found[id] = max(zip(test.protocol.choices, query.continuations, strict=True), key=lambda choice: logits[choice[1][0]].item())[0]
+            found[id] = max(
+                zip(test.protocol.choices, query.continuations, strict=True),
+                key=lambda choice: logits[choice[1][0]].item(),
+            )[0]
         return found
 
     return answer
 
 
 def lm_eval(options: argparse.Namespace, place: Path):
-    os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_DATASETS_CACHE": str(place / "cache"),
-                   "TOKENIZERS_PARALLELISM": "false"}
+    os.environ |= {
+        "HF_HUB_OFFLINE": "1",
+        "HF_DATASETS_OFFLINE": "1",
+        "HF_DATASETS_CACHE": str(place / "cache"),
+        "TOKENIZERS_PARALLELISM": "false",
+    }
     import lm_eval as harness
     import torch
     import transformers
@@ -83,29 +99,66 @@ def lm_eval(options: argparse.Namespace, place: Path):
     for subject, file in find_files(options.task, options.data).items():
         names[subject] = f"local_{subject}"
         files = {"validation" if options.task == "boolq" else "test": (file, options.limit)}
-        files |= {} if options.task == "boolq" else {"dev": (options.data / f"dev/{subject}_dev.csv", 5)}
+        files |= (
+            {} if options.task == "boolq" else {"dev": (options.data / f"dev/{subject}_dev.csv", 5)}
+        )
         for split, (source, limit) in files.items():
             rows = read_questions(options.task, subject, source)[:limit]
-            records = [{"passage": r["passage"], "question": r["question"], "label": int(r["answer"] == "yes")}
-                       if options.task == "boolq" else
-                       {"question": r["question"], "choices": [r[c] for c in "ABCD"], "answer": "ABCD".index(r["answer"])} for r in rows]
-            (tasks / f"{subject}_{split}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-        template = installed / ("super_glue/boolq/default.yaml" if options.task == "boolq" else "mmlu/default/_default_template_yaml")
-        about = {"include": str(template), "task": names[subject], "dataset_path": "json", "dataset_name": None, "training_split": None,
-                 "dataset_kwargs": {"data_files": {split: str(tasks / f"{subject}_{split}.jsonl") for split in files}}}
+            records = [
+                {
+                    "passage": r["passage"],
+                    "question": r["question"],
+                    "label": int(r["answer"] == "yes"),
+                }
+                if options.task == "boolq"
+                else {
+                    "question": r["question"],
+                    "choices": [r[c] for c in "ABCD"],
+                    "answer": "ABCD".index(r["answer"]),
+                }
+                for r in rows
+            ]
+            (tasks / f"{subject}_{split}.jsonl").write_text(
+                "".join(json.dumps(record) + "\n" for record in records)
+            )
+        template = installed / (
+            "super_glue/boolq/default.yaml"
+            if options.task == "boolq"
+            else "mmlu/default/_default_template_yaml"
+        )
+        about = {
+            "include": str(template),
+            "task": names[subject],
+            "dataset_path": "json",
+            "dataset_name": None,
+            "training_split": None,
+            "dataset_kwargs": {
+                "data_files": {split: str(tasks / f"{subject}_{split}.jsonl") for split in files}
+            },
+        }
         if options.task == "boolq":
             about["tag"] = None
         else:
-            about["description"] = f"The following are multiple choice questions (with answers) about {subject.replace('_', ' ')}.\n\n"
+            about["description"] = (
+                f"The following are multiple choice questions (with answers) about {subject.replace('_', ' ')}.\n\n"
+            )
         (tasks / f"{names[subject]}.yaml").write_text(json.dumps(about))  # JSON is YAML
     model = transformers.LlamaForCausalLM.from_pretrained(place, dtype=torch.float32).eval()
     tokenizer = transformers.LlamaTokenizer.from_pretrained(place)
-    wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=options.batch_size, device="cpu")
+    wrapped = HFLM(
+        pretrained=model, tokenizer=tokenizer, batch_size=options.batch_size, device="cpu"
+    )
     manager = TaskManager(include_path=str(tasks), include_defaults=False)
 
     def answer() -> dict[str, str]:
-        results = harness.simple_evaluate(model=wrapped, tasks=list(names.values()), task_manager=manager, bootstrap_iters=0,
-                                          num_fewshot=0 if options.task == "boolq" else 5, log_samples=True)
+        results = harness.simple_evaluate(
+            model=wrapped,
+            tasks=list(names.values()),
+            task_manager=manager,
+            bootstrap_iters=0,
+            num_fewshot=0 if options.task == "boolq" else 5,
+            log_samples=True,
+        )
         choices, found = ("no", "yes") if options.task == "boolq" else tuple("ABCD"), {}
         for subject, name in names.items():
             for sample in results["samples"][name]:
@@ -121,25 +174,49 @@ def run_side(options: argparse.Namespace, place: Path) -> None:
     import torch
 
     torch.set_num_threads(options.threads)
-    answer = {"minillama": minillama, "lm_eval": lm_eval, "plain": plain}[options.side](options, place)
+    answer = {"minillama": minillama, "lm_eval": lm_eval, "plain": plain}[options.side](
+        options, place
+    )
     held = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
     cpu, wall = time.process_time(), time.perf_counter()
     predicted = answer()
     cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    print(json.dumps({"cpu": cpu, "wall": wall, "peak": peak / 1e6, "added": (peak - held) / 1e6, "predicted": predicted}))
+    print(
+        json.dumps(
+            {
+                "cpu": cpu,
+                "wall": wall,
+                "peak": peak / 1e6,
+                "added": (peak - held) / 1e6,
+                "predicted": predicted,
+            }
+        )
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--task", choices=("mmlu", "boolq"), required=True)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--tokenizer", type=Path, required=True)
     parser.add_argument("--shape", default="15m", help="a published shape: 15m, 110m")
-    parser.add_argument("--limit", type=int, default=100, help="questions of each subject; the shots weigh less among many")
+    parser.add_argument(
+        "--limit",
+        type=int,
+        default=100,
+        help="questions of each subject; the shots weigh less among many",
+    )
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=1, help="1: CPU time means work, not waiting for the other thread")
+    parser.add_argument(
+        "--threads",
+        type=int,
+        default=1,
+        help="1: CPU time means work, not waiting for the other thread",
+    )
     parser.add_argument("--side", default="", help=argparse.SUPPRESS)
     parser.add_argument("--place", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -156,29 +233,56 @@ def main() -> None:
     rounds = {side: [] for side in SIDES}
     with tempfile.TemporaryDirectory() as folder:
         config = replace(published(options.shape), max_seq_len=LONGEST)
-        save_model(Llama(config).initialise(torch.Generator().manual_seed(0)), Path(folder) / "model",
-                   open_tokenizer(options.tokenizer))
+        save_model(
+            Llama(config).initialise(torch.Generator().manual_seed(0)),
+            Path(folder) / "model",
+            open_tokenizer(options.tokenizer),
+        )
         for number in range(options.rounds):
             for side in SIDES:
                 place = Path(folder) / f"{number}-{side}"
                 place.mkdir()
                 for file in (Path(folder) / "model").iterdir():
                     (place / file.name).symlink_to(file)
-                done = subprocess.run([sys.executable, __file__, *sys.argv[1:], "--side", side, "--place", str(place)], capture_output=True,
-                                      text=True, env=os.environ | {"OMP_NUM_THREADS": str(options.threads)})
+                done = subprocess.run(
+                    [
+                        sys.executable,
+                        __file__,
+                        *sys.argv[1:],
+                        "--side",
+                        side,
+                        "--place",
+                        str(place),
+                    ],
+                    capture_output=True,
+                    text=True,
+                    env=os.environ | {"OMP_NUM_THREADS": str(options.threads)},
+                )
                 if done.returncode:
                     sys.exit(f"{side} failed:\n{done.stderr}")
                 rounds[side].append(json.loads(done.stdout.splitlines()[-1]))
     questions = len(rounds["minillama"][0]["predicted"])
-    print(f"{options.task}, {questions} questions, shape {options.shape}, {options.threads} threads, torch {torch.__version__}")
-    print(f"{'':10}{'questions / CPU s':>24}{'we are, by CPU time':>34}{'questions / s':>24}{'peak MB':>20}{'of it added':>20}"
-          "  same answers")
+    print(
+        f"{options.task}, {questions} questions, shape {options.shape}, {options.threads} threads, torch {torch.__version__}"
+    )
+    print(
+        f"{'':10}{'questions / CPU s':>24}{'we are, by CPU time':>34}{'questions / s':>24}{'peak MB':>20}{'of it added':>20}"
+        "  same answers"
+    )
     for side, taken in rounds.items():
-        ratios = [theirs["cpu"] / ours["cpu"] for ours, theirs in zip(rounds["minillama"], taken, strict=True)]
-        same = sum(rounds["minillama"][0]["predicted"][id] == answer for id, answer in taken[0]["predicted"].items())
-        print(f"{side:10}{spread([questions / t['cpu'] for t in taken]):>24}{spread(ratios, 2) + ' times faster':>34}"
-              f"{spread([questions / t['wall'] for t in taken]):>24}{spread([t['peak'] for t in taken], 0):>20}"
-              f"{spread([t['added'] for t in taken], 0):>20}  {same} of {questions}")
+        ratios = [
+            theirs["cpu"] / ours["cpu"]
+            for ours, theirs in zip(rounds["minillama"], taken, strict=True)
+        ]
+        same = sum(
+            rounds["minillama"][0]["predicted"][id] == answer
+            for id, answer in taken[0]["predicted"].items()
+        )
+        print(
+            f"{side:10}{spread([questions / t['cpu'] for t in taken]):>24}{spread(ratios, 2) + ' times faster':>34}"
+            f"{spread([questions / t['wall'] for t in taken]):>24}{spread([t['peak'] for t in taken], 0):>20}"
+            f"{spread([t['added'] for t in taken], 0):>20}  {same} of {questions}"
+        )
 
 
 def spread(values: list[float], digits: int = 1) -> str:

@@ -45,21 +45,30 @@ class Padded:
 
         torch.manual_seed(0)
         self.pieces, self.kind = pieces, kind
-        self.model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**to_hf(published("15m"))))
+        self.model = transformers.LlamaForCausalLM(
+            transformers.LlamaConfig(**to_hf(published("15m")))
+        )
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-5, fused=True)
         lengths = pieces.length.tolist()
         if kind == "grouped":
-            sampler = transformers.trainer_pt_utils.LengthGroupedSampler(ROWS, lengths=lengths, generator=torch.Generator().manual_seed(0))
+            sampler = transformers.trainer_pt_utils.LengthGroupedSampler(
+                ROWS, lengths=lengths, generator=torch.Generator().manual_seed(0)
+            )
             order = list(sampler)
         else:
             order = np.random.default_rng(0).permutation(len(lengths)).tolist()
-        batches = [order[i:i + ROWS] for i in range(0, len(order) - ROWS + 1, ROWS)]
+        batches = [order[i : i + ROWS] for i in range(0, len(order) - ROWS + 1, ROWS)]
         self.batches = [batches[i] for i in np.random.default_rng(1).permutation(len(batches))]
 
     def step(self, number: int) -> int:
-        documents = [self.pieces.batch(np.array([i])) for i in self.batches[number % len(self.batches)]]
+        documents = [
+            self.pieces.batch(np.array([i])) for i in self.batches[number % len(self.batches)]
+        ]
         width = LENGTH if self.kind == "fixed" else max(len(d.tokens) for d in documents)
-        tokens, mask = torch.zeros(ROWS, width, dtype=torch.int64), torch.zeros(ROWS, width, dtype=torch.int64)
+        tokens, mask = (
+            torch.zeros(ROWS, width, dtype=torch.int64),
+            torch.zeros(ROWS, width, dtype=torch.int64),
+        )
         labels = torch.full((ROWS, width), IGNORE)
         for row, d in enumerate(documents):
             n = len(d.tokens)
@@ -79,31 +88,48 @@ class Packed:
     def __init__(self, pieces: Pieces) -> None:
         self.model = Llama(published("15m")).initialise(torch.Generator().manual_seed(0))
         self.optimizer = Optimizer(self.model.named_parameters(), Mesh(), Settings())
-        self.plan = BatchPlan(pieces, rows_per_step=ROWS, rows_per_micro_batch=ROWS, seed=0, epochs=1.0)
+        self.plan = BatchPlan(
+            pieces, rows_per_step=ROWS, rows_per_micro_batch=ROWS, seed=0, epochs=1.0
+        )
 
     def step(self, number: int) -> int:
         batch = self.plan.micro_batches(number % (self.plan.total_steps - 1))[0]
         self.optimizer.zero_grad()
         tokens, labels = torch.from_numpy(batch.tokens)[None], torch.from_numpy(batch.labels)[None]
-        self.optimizer.backward(self.model.loss_sum(tokens, labels, Documents(batch.lengths)) / batch.targets, 1)
+        self.optimizer.backward(
+            self.model.loss_sum(tokens, labels, Documents(batch.lengths)) / batch.targets, 1
+        )
         self.optimizer.step(1e-5, 1.0)
         return len(batch.tokens)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--tokenizer", type=Path, required=True)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=6, help="batches a side takes in a round")
-    parser.add_argument("--threads", type=int, default=1, help="1: CPU time means work, not waiting for the other thread")
+    parser.add_argument(
+        "--threads",
+        type=int,
+        default=1,
+        help="1: CPU time means work, not waiting for the other thread",
+    )
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     tokenizer = open_tokenizer(options.tokenizer)
-    pieces = Pieces(open_data((str(options.data),), tokenizer, "", template="alpaca", quiet=True), LENGTH)
-    print(f"{len(pieces.length)} records, {pieces.length.sum():,} tokens, mean {pieces.length.mean():.0f}; "
-          f"{torch.get_num_threads()} threads, torch {torch.__version__}")
-    sides = {kind: Padded(pieces, kind) for kind in ("fixed", "dynamic", "grouped")} | {"packed": Packed(pieces)}
+    pieces = Pieces(
+        open_data((str(options.data),), tokenizer, "", template="alpaca", quiet=True), LENGTH
+    )
+    print(
+        f"{len(pieces.length)} records, {pieces.length.sum():,} tokens, mean {pieces.length.mean():.0f}; "
+        f"{torch.get_num_threads()} threads, torch {torch.__version__}"
+    )
+    sides = {kind: Padded(pieces, kind) for kind in ("fixed", "dynamic", "grouped")} | {
+        "packed": Packed(pieces)
+    }
     for side in sides.values():
         side.step(0)  # warm-up
     cpu, wall = {name: [] for name in sides}, {name: [] for name in sides}
@@ -114,10 +140,14 @@ def main() -> None:
                 useful += side.step(1 + number * options.steps + step)
             cpu[name].append(useful / (time.process_time() - cpu_began))
             wall[name].append(useful / (time.perf_counter() - began))
-    print(f"{'':10}{'useful tokens / CPU s':>28}{'packed is, by CPU time':>34}{'useful tokens / s':>24}")
+    print(
+        f"{'':10}{'useful tokens / CPU s':>28}{'packed is, by CPU time':>34}{'useful tokens / s':>24}"
+    )
     for name in sides:
         ratios = [ours / theirs for ours, theirs in zip(cpu["packed"], cpu[name], strict=True)]
-        print(f"{name:10}{spread(cpu[name]):>28}{spread(ratios, 2) + ' times faster':>34}{spread(wall[name]):>24}")
+        print(
+            f"{name:10}{spread(cpu[name]):>28}{spread(ratios, 2) + ' times faster':>34}{spread(wall[name]):>24}"
+        )
 
 
 def spread(values: list[float], digits: int = 0) -> str:

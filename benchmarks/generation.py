@@ -46,7 +46,16 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 def shape(name: str) -> LlamaConfig:
     if name in ("15m", "110m"):
         return published(name)
-    return replace(published("110m"), dim=2048, n_layers=22, n_heads=32, n_kv_heads=4, head_dim=64, ffn_dim=5632, max_seq_len=2048)
+    return replace(
+        published("110m"),
+        dim=2048,
+        n_layers=22,
+        n_heads=32,
+        n_kv_heads=4,
+        head_dim=64,
+        ffn_dim=5632,
+        max_seq_len=2048,
+    )
 
 
 class Ours:
@@ -58,7 +67,14 @@ class Ours:
     def run(self, prompts: list[list[int]], tokens: int, beams: int) -> None:
         ops.pack(self.model, max(len(prompts), beams))
         if beams > 1:
-            done = list(beam_search(self.model, [Answer(prompts[0], tokens)], Beams(beams, early_stopping="never"), GREEDY))
+            done = list(
+                beam_search(
+                    self.model,
+                    [Answer(prompts[0], tokens)],
+                    Beams(beams, early_stopping="never"),
+                    GREEDY,
+                )
+            )
         else:
             done = list(decode(self.model, [Answer(prompt, tokens) for prompt in prompts], GREEDY))
         assert all(len(answer.ids) == tokens for answer in done)
@@ -73,7 +89,9 @@ class Transformers:
         transformers.logging.set_verbosity_error()
         self.cache = cache
         with torch.device("meta"):
-            self.model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**to_hf(model.config)))
+            self.model = transformers.LlamaForCausalLM(
+                transformers.LlamaConfig(**to_hf(model.config))
+            )
         self.model.load_state_dict(model.state_dict(), assign=True)  # the same tensors
         rotary = self.model.model.rotary_emb
         self.model.model.rotary_emb = type(rotary)(self.model.config)
@@ -83,9 +101,21 @@ class Transformers:
         width = max(map(len, prompts))
         ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts])
         mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
-        static = {"cache_implementation": "static", "disable_compile": True} if self.cache == "static" else {}
-        out = self.model.generate(ids, attention_mask=mask, max_new_tokens=tokens, do_sample=False, num_beams=beams, eos_token_id=None,
-                                  early_stopping="never" if beams > 1 else False, **static)
+        static = (
+            {"cache_implementation": "static", "disable_compile": True}
+            if self.cache == "static"
+            else {}
+        )
+        out = self.model.generate(
+            ids,
+            attention_mask=mask,
+            max_new_tokens=tokens,
+            do_sample=False,
+            num_beams=beams,
+            eos_token_id=None,
+            early_stopping="never" if beams > 1 else False,
+            **static,
+        )
         assert out.shape[1] == width + tokens
 
 
@@ -97,10 +127,25 @@ class LitGPT:
         from litgpt.scripts.convert_hf_checkpoint import copy_weights_hf_llama
 
         c = model.config
-        config = Config(name="benchmark", block_size=c.max_seq_len, vocab_size=c.vocab_size, padded_vocab_size=c.vocab_size,
-                        n_layer=c.n_layers, n_head=c.n_heads, n_query_groups=c.n_kv_heads, n_embd=c.dim, head_size=c.head_dim,
-                        intermediate_size=c.ffn_dim, rotary_percentage=1.0, parallel_residual=False, bias=False, norm_class_name="RMSNorm",
-                        mlp_class_name="LLaMAMLP", norm_eps=c.norm_eps, rope_base=int(c.rope_theta))
+        config = Config(
+            name="benchmark",
+            block_size=c.max_seq_len,
+            vocab_size=c.vocab_size,
+            padded_vocab_size=c.vocab_size,
+            n_layer=c.n_layers,
+            n_head=c.n_heads,
+            n_query_groups=c.n_kv_heads,
+            n_embd=c.dim,
+            head_size=c.head_dim,
+            intermediate_size=c.ffn_dim,
+            rotary_percentage=1.0,
+            parallel_residual=False,
+            bias=False,
+            norm_class_name="RMSNorm",
+            mlp_class_name="LLaMAMLP",
+            norm_eps=c.norm_eps,
+            rope_base=int(c.rope_theta),
+        )
         self.model, weights = GPT(config), {}
         copy_weights_hf_llama(config, {}, weights, dict(model.state_dict()))
         self.model.load_state_dict(weights, assign=True, strict=False)
@@ -113,7 +158,14 @@ class LitGPT:
         for prompt in prompts:
             self.model.max_seq_length = len(prompt) + tokens
             self.model.set_kv_cache(batch_size=1, dtype=self.model.lm_head.weight.dtype)
-            generate(self.model, torch.tensor(prompt), len(prompt) + tokens, temperature=0.0, top_k=None, top_p=1.0)
+            generate(
+                self.model,
+                torch.tensor(prompt),
+                len(prompt) + tokens,
+                temperature=0.0,
+                top_k=None,
+                top_p=1.0,
+            )
             self.model.clear_kv_cache()
 
 
@@ -121,7 +173,9 @@ class Bound:
     """Nothing but the matrix-vector products of one token, `tokens` times for each prompt at once."""
 
     def __init__(self, model: Llama) -> None:
-        self.weights = [p for name, p in model.named_parameters() if p.dim() == 2 and "embed" not in name]
+        self.weights = [
+            p for name, p in model.named_parameters() if p.dim() == 2 and "embed" not in name
+        ]
 
     @torch.inference_mode()
     def run(self, prompts: list[list[int]], tokens: int, beams: int) -> None:
@@ -131,7 +185,9 @@ class Bound:
         inputs = {w.shape[1]: torch.randn(rows, w.shape[1], dtype=w.dtype) for w in self.weights}
         for _ in range(tokens - 1):
             for w in self.weights:
-                torch.mv(w, inputs[w.shape[1]][0]) if rows == 1 else torch.nn.functional.linear(inputs[w.shape[1]], w)
+                torch.mv(w, inputs[w.shape[1]][0]) if rows == 1 else torch.nn.functional.linear(
+                    inputs[w.shape[1]], w
+                )
 
 
 def timed(run: Callable[[], None]) -> tuple[float, float]:
@@ -143,20 +199,39 @@ def timed(run: Callable[[], None]) -> tuple[float, float]:
 
 def compare(name: str, dtype: str, options: argparse.Namespace) -> None:
     torch.manual_seed(0)
-    model = Llama(shape(name)).initialise(torch.Generator().manual_seed(0)).to(DTYPES[dtype]).eval().requires_grad_(False)
+    model = (
+        Llama(shape(name))
+        .initialise(torch.Generator().manual_seed(0))
+        .to(DTYPES[dtype])
+        .eval()
+        .requires_grad_(False)
+    )
     made: dict[str, Callable[[], object]] = {
-        "minillama": lambda: Ours(model), "transformers": lambda: Transformers(model, "default"),
-        "transformers static": lambda: Transformers(model, "static"), "bound": lambda: Bound(model)}
+        "minillama": lambda: Ours(model),
+        "transformers": lambda: Transformers(model, "default"),
+        "transformers static": lambda: Transformers(model, "static"),
+        "bound": lambda: Bound(model),
+    }
     if find_spec("litgpt"):
         made["litgpt"] = lambda: LitGPT(model)
     sides = {side: make() for side, make in made.items()}
-    whole = torch.randint(3, model.config.vocab_size, (options.prompt,), generator=torch.Generator().manual_seed(1)).tolist()
-    ragged = [whole[i:][:max(1, options.prompt * (i + 1) // 8)] for i in range(8)]
-    for case, prompts, beams in (("one", [whole], 1), ("batch of 8", ragged, 1), ("beam 4", [whole], 4)):
+    whole = torch.randint(
+        3, model.config.vocab_size, (options.prompt,), generator=torch.Generator().manual_seed(1)
+    ).tolist()
+    ragged = [whole[i:][: max(1, options.prompt * (i + 1) // 8)] for i in range(8)]
+    for case, prompts, beams in (
+        ("one", [whole], 1),
+        ("batch of 8", ragged, 1),
+        ("beam 4", [whole], 4),
+    ):
         if case.split()[0] not in options.cases.split(","):
             continue
-        taking = {side: one for side, one in sides.items() if not (side == "litgpt" and case != "one")
-                  and not (side == "transformers static" and case == "beam 4")}
+        taking = {
+            side: one
+            for side, one in sides.items()
+            if not (side == "litgpt" and case != "one")
+            and not (side == "transformers static" and case == "beam 4")
+        }
         reading, writing = {side: [] for side in taking}, {side: [] for side in taking}
         for number in range(options.rounds + 1):
             for side, one in taking.items():
@@ -164,17 +239,31 @@ def compare(name: str, dtype: str, options: argparse.Namespace) -> None:
                 both = timed(lambda: one.run(prompts, 1 + options.tokens, beams))  # noqa: B023
                 if number:  # the first round warms up
                     reading[side].append([sum(map(len, prompts)) / max(x, 1e-9) for x in first])
-                    writing[side].append([len(prompts) * options.tokens / max(b - a, 1e-9) for a, b in zip(first, both, strict=True)])
+                    writing[side].append(
+                        [
+                            len(prompts) * options.tokens / max(b - a, 1e-9)
+                            for a, b in zip(first, both, strict=True)
+                        ]
+                    )
         show(f"{name} {dtype}, {case}: decoding", writing)
-        show(f"{name} {dtype}, {case}: reading", {side: rates for side, rates in reading.items() if side != "bound"})
+        show(
+            f"{name} {dtype}, {case}: reading",
+            {side: rates for side, rates in reading.items() if side != "bound"},
+        )
 
 
 def show(title: str, rates: dict[str, list]) -> None:
     print(f"\n{title:36}{'tokens / s':>28}{'tokens / CPU s':>28}{'ours is, wall':>20}{'CPU':>18}")
     for side, found in rates.items():
-        ratios = [[mine[i] / theirs[i] for mine, theirs in zip(rates["minillama"], found, strict=True)] for i in (0, 1)]
-        print(f"{side:36}{spread([f[0] for f in found], 1):>28}{spread([f[1] for f in found], 1):>28}{spread(ratios[0]):>20}"
-              f"{spread(ratios[1]):>18}", flush=True)
+        ratios = [
+            [mine[i] / theirs[i] for mine, theirs in zip(rates["minillama"], found, strict=True)]
+            for i in (0, 1)
+        ]
+        print(
+            f"{side:36}{spread([f[0] for f in found], 1):>28}{spread([f[1] for f in found], 1):>28}{spread(ratios[0]):>20}"
+            f"{spread(ratios[1]):>18}",
+            flush=True,
+        )
 
 
 def spread(values: list[float], digits: int = 2) -> str:
@@ -192,11 +281,28 @@ print(model.generate(torch.tensor([[1, 5, 9]]), max_new_tokens=1, do_sample=Fals
 def startup(options: argparse.Namespace) -> None:
     """Seconds from a fresh process to the first token of a 15M model, beside a script that does the same with transformers."""
     with tempfile.TemporaryDirectory() as directory:
-        save_model(Llama(shape("15m")).initialise(torch.Generator().manual_seed(0)), Path(directory))
+        save_model(
+            Llama(shape("15m")).initialise(torch.Generator().manual_seed(0)), Path(directory)
+        )
         tokenizer = ROOT / "tests/golden/model/tokenizer.model"
-        ours = [sys.executable, "generate.py", "--ckpt", directory, "--tokenizer", str(tokenizer), "--prompt_ids", "1 5 9", "--greedy",
-                "--ignore_eos", "--max_new_tokens", "1"]
-        commands = {"minillama": ours, "transformers": [sys.executable, "-c", THEIR_START, directory]}
+        ours = [
+            sys.executable,
+            "generate.py",
+            "--ckpt",
+            directory,
+            "--tokenizer",
+            str(tokenizer),
+            "--prompt_ids",
+            "1 5 9",
+            "--greedy",
+            "--ignore_eos",
+            "--max_new_tokens",
+            "1",
+        ]
+        commands = {
+            "minillama": ours,
+            "transformers": [sys.executable, "-c", THEIR_START, directory],
+        }
         found: dict[str, list[float]] = {side: [] for side in commands}
         for number in range(options.rounds + 1):
             for side, command in commands.items():
@@ -211,7 +317,9 @@ def startup(options: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--models", default="110m", help="of 15m, 110m, 1.1b")
     parser.add_argument("--dtypes", default="fp32,bf16")
     parser.add_argument("--cases", default="one,batch,beam")
@@ -219,12 +327,19 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=64)
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--threads", type=int, default=0)
-    parser.add_argument("--startup", action="store_true", help="only the time from a fresh process to the first token")
+    parser.add_argument(
+        "--startup",
+        action="store_true",
+        help="only the time from a fresh process to the first token",
+    )
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
     versions = {package: __import__(package).__version__ for package in ("torch", "transformers")}
-    print(f"{json.dumps(versions)}, {torch.get_num_threads()} threads" + ("" if find_spec("litgpt") else ", litgpt is not installed"))
+    print(
+        f"{json.dumps(versions)}, {torch.get_num_threads()} threads"
+        + ("" if find_spec("litgpt") else ", litgpt is not installed")
+    )
     if options.startup:
         startup(options)
         return

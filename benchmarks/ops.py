@@ -58,7 +58,13 @@ def randn(*shape: int) -> Tensor:
 
 
 def rms_norm(T: int, C: int) -> Measured:
-    return Measured("rms_norm", f"{T} x {C}", [randn(T, C), randn(C)], (EPS,), {"torch": lambda x, w, eps: F.rms_norm(x, (C,), w, eps)})
+    return Measured(
+        "rms_norm",
+        f"{T} x {C}",
+        [randn(T, C), randn(C)],
+        (EPS,),
+        {"torch": lambda x, w, eps: F.rms_norm(x, (C,), w, eps)},
+    )
 
 
 def rope(T: int, C: int) -> Measured:
@@ -75,27 +81,48 @@ def swiglu(T: int, C: int) -> Measured:
 
 def scaled_masked_softmax(T: int, C: int) -> Measured:
     future = torch.ones(T, T, dtype=torch.bool).triu(1)[None, None]
-    return Measured("scaled_masked_softmax", f"{C // 128} x {T} x {T}", [randn(1, C // 128, T, T)], (future, 0.125), {})
+    return Measured(
+        "scaled_masked_softmax",
+        f"{C // 128} x {T} x {T}",
+        [randn(1, C // 128, T, T)],
+        (future, 0.125),
+        {},
+    )
 
 
 def attention(T: int, C: int) -> Measured:
     D = 64 if C < 2048 else 128
 
     def builtin(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True).transpose(1, 2)
+        return F.scaled_dot_product_attention(
+            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True
+        ).transpose(1, 2)
 
-    return Measured("attention", f"{C // D} heads, {T} x {D}", [randn(1, T, C // D, D) for _ in range(3)], (), {"torch": builtin})
+    return Measured(
+        "attention",
+        f"{C // D} heads, {T} x {D}",
+        [randn(1, T, C // D, D) for _ in range(3)],
+        (),
+        {"torch": builtin},
+    )
 
 
 def linear_cross_entropy(T: int, C: int) -> Measured:
     labels = torch.randint(0, VOCABULARY, (T,), generator=torch.Generator().manual_seed(0))
     inputs = [randn(T, C), (randn(VOCABULARY, C).detach() / math.sqrt(C)).requires_grad_()]
 
-    builtins = {"torch": lambda h, w, labels: F.cross_entropy(F.linear(h, w), labels, reduction="sum")}
+    builtins = {
+        "torch": lambda h, w, labels: F.cross_entropy(F.linear(h, w), labels, reduction="sum")
+    }
     if hasattr(F, "linear_cross_entropy"):  # torch >= 2.13
-        for name, options in (("chunked", {}), ("by 256", {"batch_chunk_size": 256, "chunking_method": None})):
+        for name, options in (
+            ("chunked", {}),
+            ("by 256", {"batch_chunk_size": 256, "chunking_method": None}),
+        ):
             builtins[name] = partial(chunked_builtin, nn.LinearCrossEntropyOptions(**options))
-    return Measured("linear_cross_entropy", f"{T} x {C} x {VOCABULARY}", inputs, (labels,), builtins)
+    return Measured(
+        "linear_cross_entropy", f"{T} x {C} x {VOCABULARY}", inputs, (labels,), builtins
+    )
 
 
 def chunked_builtin(options: object, hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
@@ -103,7 +130,11 @@ def chunked_builtin(options: object, hidden: Tensor, weight: Tensor, labels: Ten
 
 
 OPS: dict[str, Callable[[int, int], Measured]] = {
-    "rms_norm": rms_norm, "rope": rope, "swiglu": swiglu, "scaled_masked_softmax": scaled_masked_softmax, "attention": attention,
+    "rms_norm": rms_norm,
+    "rope": rope,
+    "swiglu": swiglu,
+    "scaled_masked_softmax": scaled_masked_softmax,
+    "attention": attention,
     "linear_cross_entropy": linear_cross_entropy,
 }
 
@@ -122,14 +153,20 @@ def kept(form: Callable[..., Tensor], measured: Measured) -> int:
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
         y = form(*measured.inputs, *measured.rest)
-    given = {x.untyped_storage().data_ptr() for x in (*measured.inputs, *measured.rest, y) if isinstance(x, Tensor)}
+    given = {
+        x.untyped_storage().data_ptr()
+        for x in (*measured.inputs, *measured.rest, y)
+        if isinstance(x, Tensor)
+    }
     return sum(x.untyped_storage().nbytes() for at, x in saved.items() if at not in given)
 
 
 def peak(measured: Measured, name: str) -> None:
     """Prints how far this fresh process grows over one forward and backward."""
     form, upstream = measured.form(name), torch.ones_like(reference_output(measured))
-    run(form, measured, upstream)  # what torch itself takes at a first call, compiling included, is not counted
+    run(
+        form, measured, upstream
+    )  # what torch itself takes at a first call, compiling included, is not counted
     Path("/proc/self/clear_refs").write_text("5")  # peak := now
     before = status("VmRSS")
     run(form, measured, upstream)
@@ -143,7 +180,11 @@ def reference_output(measured: Measured) -> Tensor:
 
 
 def status(field: str) -> int:
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    line = next(
+        line
+        for line in Path("/proc/self/status").read_text().splitlines()
+        if line.startswith(field)
+    )
     return int(line.split()[1]) * 1024
 
 
@@ -163,23 +204,53 @@ def report(op: str, T: int, C: int, options: argparse.Namespace) -> None:
             wall[name].append((time.perf_counter() - began) / options.repeats * 1e3)
     for name, form in forms.items():
         ratios = [a / b for a, b in zip(cpu["reference"], cpu[name], strict=True)]
-        command = [sys.executable, __file__, "--peak", name, "--ops", op, "--tokens", str(T), "--widths", str(C),
-                   "--threads", str(options.threads)]
-        gives_back = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}  # freed tensors leave the process at once
+        command = [
+            sys.executable,
+            __file__,
+            "--peak",
+            name,
+            "--ops",
+            op,
+            "--tokens",
+            str(T),
+            "--widths",
+            str(C),
+            "--threads",
+            str(options.threads),
+        ]
+        gives_back = os.environ | {
+            "MALLOC_MMAP_THRESHOLD_": "65536"
+        }  # freed tensors leave the process at once
         done = subprocess.run(command, capture_output=True, text=True, check=True, env=gives_back)
         grown = json.loads(done.stdout.splitlines()[-1])
-        print(f"{op if name == 'reference' else '':22}{measured.shape if name == 'reference' else '':20}{name:10}{spread(cpu[name]):>28}"
-              f"{spread(ratios, 2) + ' x':>22}{spread(wall[name]):>30}{grown / 1e6:>9.1f}{kept(form, measured) / 1e6:>9.1f}", flush=True)
+        print(
+            f"{op if name == 'reference' else '':22}{measured.shape if name == 'reference' else '':20}{name:10}{spread(cpu[name]):>28}"
+            f"{spread(ratios, 2) + ' x':>22}{spread(wall[name]):>30}{grown / 1e6:>9.1f}{kept(form, measured) / 1e6:>9.1f}",
+            flush=True,
+        )
 
 
 def report_adamw(options: argparse.Namespace) -> None:
     """AdamW on a flat vector of 28.3 M fp32 weights, beside torch's three."""
-    size, kinds = 28_300_000, {"foreach": {"foreach": True}, "for-loop": {"foreach": False}, "torch fused": {"fused": True}}
+    size, kinds = (
+        28_300_000,
+        {
+            "foreach": {"foreach": True},
+            "for-loop": {"foreach": False},
+            "torch fused": {"fused": True},
+        },
+    )
     grad = torch.randn(size)
     steps: dict[str, Callable[[], object]] = {}
     for name, module in (("reference", reference), ("fused", fused)):
         state = [torch.zeros(size) for _ in range(3)]
-        settings = {"learning_rate": 1e-5, "beta1": 0.9, "beta2": 0.95, "epsilon": 1e-8, "weight_decay": 0.1}
+        settings = {
+            "learning_rate": 1e-5,
+            "beta1": 0.9,
+            "beta2": 0.95,
+            "epsilon": 1e-8,
+            "weight_decay": 0.1,
+        }
         steps[name] = lambda m=module, s=state, k=settings: m.adamw(s[0], grad, s[1], s[2], 1, **k)
     for name, kind in kinds.items():
         weight = torch.nn.Parameter(torch.zeros(size))
@@ -193,8 +264,10 @@ def report_adamw(options: argparse.Namespace) -> None:
             found[name].append((time.process_time() - began) * 1e3)
     for name, times in found.items():
         ratios = [a / b for a, b in zip(found["reference"][1:], times[1:], strict=True)]
-        print(f"{'adamw' if name == 'reference' else '':22}{'28.3 M' if name == 'reference' else '':18}{name:12}{spread(times[1:]):>28}"
-              f"{spread(ratios, 2) + ' x':>22}")
+        print(
+            f"{'adamw' if name == 'reference' else '':22}{'28.3 M' if name == 'reference' else '':18}{name:12}{spread(times[1:]):>28}"
+            f"{spread(ratios, 2) + ' x':>22}"
+        )
 
 
 def spread(values: list[float], digits: int = 1) -> str:
@@ -202,14 +275,21 @@ def spread(values: list[float], digits: int = 1) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--ops", default=",".join([*OPS, "adamw"]))
     parser.add_argument("--forms", default=",".join(FORMS))
     parser.add_argument("--widths", default="768,2048,4096")
     parser.add_argument("--tokens", default="512,2048")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--repeats", type=int, default=2, help="calls of a form in a round")
-    parser.add_argument("--threads", type=int, default=1, help="1: CPU time means work, not waiting for the other thread")
+    parser.add_argument(
+        "--threads",
+        type=int,
+        default=1,
+        help="1: CPU time means work, not waiting for the other thread",
+    )
     parser.add_argument("--peak", choices=FORMS, help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -217,9 +297,13 @@ def main() -> None:
     if options.peak:
         peak(OPS[options.ops](*sizes[0]), options.peak)
         return
-    print(f"forward + backward, fp32, {options.threads} threads, torch {torch.__version__}; medians of {options.rounds} rounds "
-          "(smallest–largest)")
-    print(f"{'op':22}{'shape':20}{'form':10}{'CPU ms':>28}{'faster than formula':>22}{'wall ms':>30}{'peak MB':>9}{'kept MB':>9}")
+    print(
+        f"forward + backward, fp32, {options.threads} threads, torch {torch.__version__}; medians of {options.rounds} rounds "
+        "(smallest–largest)"
+    )
+    print(
+        f"{'op':22}{'shape':20}{'form':10}{'CPU ms':>28}{'faster than formula':>22}{'wall ms':>30}{'peak MB':>9}{'kept MB':>9}"
+    )
     for op in options.ops.split(","):
         if op == "adamw":
             report_adamw(options)

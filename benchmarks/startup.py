@@ -25,13 +25,20 @@ COMMANDS = {
 def measure(command: list[str]) -> tuple[float, float]:
     """(CPU seconds, wall seconds) of a process."""
     began, before = time.perf_counter(), os.times()
-    subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    subprocess.run(
+        command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     after = os.times()
-    return after.children_user + after.children_system - before.children_user - before.children_system, time.perf_counter() - began
+    return (
+        after.children_user + after.children_system - before.children_user - before.children_system,
+        time.perf_counter() - began,
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=7)
     options = parser.parse_args()
     found = {name: [] for name in COMMANDS}
@@ -40,9 +47,13 @@ def main() -> None:
             found[name].append(measure(command))
     theirs = [cpu for cpu, _ in found["transformers"][1:]]
     for name, runs in found.items():
-        cpu, wall = ([run[i] for run in runs[1:]] for i in (0, 1))  # the first warms the disk's cache
+        cpu, wall = (
+            [run[i] for run in runs[1:]] for i in (0, 1)
+        )  # the first warms the disk's cache
         ratio = statistics.median(ours / other for ours, other in zip(cpu, theirs, strict=True))
-        print(f"{name:22} CPU {spread(cpu)} s   wall {spread(wall)} s   of transformers' CPU {ratio:.2f}")
+        print(
+            f"{name:22} CPU {spread(cpu)} s   wall {spread(wall)} s   of transformers' CPU {ratio:.2f}"
+        )
 
 
 def spread(values: list[float]) -> str:

@@ -28,7 +28,11 @@ import torch
 from torch import Tensor, nn
 
 RECIPES = {"full": 0, "lora_qv": 8, "lora_all": 16}  # rank
-PEERS = {"full": ("transformers", "litgpt"), "lora_qv": ("peft", "litgpt"), "lora_all": ("peft", "litgpt")}
+PEERS = {
+    "full": ("transformers", "litgpt"),
+    "lora_qv": ("peft", "litgpt"),
+    "lora_all": ("peft", "litgpt"),
+}
 
 
 def our_model(shape: str, recipe: str) -> nn.Module:
@@ -38,7 +42,14 @@ def our_model(shape: str, recipe: str) -> nn.Module:
 
     model = Llama(published(shape)).initialise(torch.Generator().manual_seed(0))
     if rank := RECIPES[recipe]:
-        add_lora(model, LoraConfig(rank=rank, alpha=2.0 * rank, targets=("q_proj", "v_proj") if recipe == "lora_qv" else LINEARS))
+        add_lora(
+            model,
+            LoraConfig(
+                rank=rank,
+                alpha=2.0 * rank,
+                targets=("q_proj", "v_proj") if recipe == "lora_qv" else LINEARS,
+            ),
+        )
     return model
 
 
@@ -73,10 +84,15 @@ def transformers(shape: str, recipe: str) -> Callable[[Tensor], float]:
         import peft
 
         targets = ["q_proj", "v_proj"] if recipe == "lora_qv" else list(LINEARS)
-        model = peft.get_peft_model(model, peft.LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules=targets))
+        model = peft.get_peft_model(
+            model,
+            peft.LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules=targets),
+        )
 
     def loss_of(tokens: Tensor) -> Tensor:
-        return model(input_ids=tokens[:, :-1], labels=tokens[:, :-1], shift_labels=tokens[:, 1:].contiguous()).loss
+        return model(
+            input_ids=tokens[:, :-1], labels=tokens[:, :-1], shift_labels=tokens[:, 1:].contiguous()
+        ).loss
 
     return with_torch_adamw(model.train(), loss_of)
 
@@ -90,26 +106,48 @@ def litgpt(shape: str, recipe: str) -> Callable[[Tensor], float]:
 
     c, rank = published(shape), RECIPES[recipe]
     settings = {
-        "block_size": 512, "vocab_size": c.vocab_size, "padded_vocab_size": c.vocab_size, "n_layer": c.n_layers, "n_head": c.n_heads,
-        "n_embd": c.dim, "intermediate_size": c.ffn_dim, "rotary_percentage": 1.0, "parallel_residual": False, "bias": False,
-        "norm_class_name": "RMSNorm", "mlp_class_name": "LLaMAMLP", "norm_eps": c.norm_eps,
+        "block_size": 512,
+        "vocab_size": c.vocab_size,
+        "padded_vocab_size": c.vocab_size,
+        "n_layer": c.n_layers,
+        "n_head": c.n_heads,
+        "n_embd": c.dim,
+        "intermediate_size": c.ffn_dim,
+        "rotary_percentage": 1.0,
+        "parallel_residual": False,
+        "bias": False,
+        "norm_class_name": "RMSNorm",
+        "mlp_class_name": "LLaMAMLP",
+        "norm_eps": c.norm_eps,
     }
     torch.manual_seed(0)
     if rank:
         others = {f"lora_{part}": recipe == "lora_all" for part in ("key", "projection", "mlp")}
-        adapted = lora.Config(**settings, lora_r=rank, lora_alpha=2 * rank, lora_dropout=0.0, lora_query=True, lora_value=True, **others)
+        adapted = lora.Config(
+            **settings,
+            lora_r=rank,
+            lora_alpha=2 * rank,
+            lora_dropout=0.0,
+            lora_query=True,
+            lora_value=True,
+            **others,
+        )
         net = lora.GPT(adapted)
         lora.mark_only_lora_as_trainable(net)
     else:
         net = model.GPT(model.Config(**settings))
 
     def loss_of(tokens: Tensor) -> Tensor:
-        return chunked_cross_entropy(net(tokens[:, :-1], lm_head_chunk_size=128), tokens[:, 1:].contiguous())
+        return chunked_cross_entropy(
+            net(tokens[:, :-1], lm_head_chunk_size=128), tokens[:, 1:].contiguous()
+        )
 
     return with_torch_adamw(net, loss_of)
 
 
-def with_torch_adamw(model: nn.Module, loss_of: Callable[[Tensor], Tensor]) -> Callable[[Tensor], float]:
+def with_torch_adamw(
+    model: nn.Module, loss_of: Callable[[Tensor], Tensor]
+) -> Callable[[Tensor], float]:
     trainable = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=1e-5, weight_decay=0.0, fused=True)
 
@@ -125,13 +163,23 @@ def with_torch_adamw(model: nn.Module, loss_of: Callable[[Tensor], Tensor]) -> C
 
 
 def random_tokens(options: argparse.Namespace, number: int) -> Tensor:
-    return torch.randint(0, 32000, (options.batch, options.tokens + 1), generator=torch.Generator().manual_seed(number))
+    return torch.randint(
+        0,
+        32000,
+        (options.batch, options.tokens + 1),
+        generator=torch.Generator().manual_seed(number),
+    )
 
 
 def run_side(side: str, options: argparse.Namespace) -> None:
     """One side in this process; prints what it measured, as JSON."""
     torch.set_num_threads(options.threads)
-    build = {"minillama": minillama, "transformers": transformers, "peft": transformers, "litgpt": litgpt}[side]
+    build = {
+        "minillama": minillama,
+        "transformers": transformers,
+        "peft": transformers,
+        "litgpt": litgpt,
+    }[side]
     step = build(options.shape, options.recipe)
     cpu, wall, loss = 0.0, 0.0, 0.0
     for number in range(options.steps + 1):
@@ -142,7 +190,11 @@ def run_side(side: str, options: argparse.Namespace) -> None:
             cpu, wall = cpu + time.process_time() - cpu_began, wall + time.perf_counter() - began
     total = options.batch * options.tokens * options.steps
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
-    print(json.dumps({"per_cpu_second": total / cpu, "per_second": total / wall, "peak": peak, "loss": loss}))
+    print(
+        json.dumps(
+            {"per_cpu_second": total / cpu, "per_second": total / wall, "peak": peak, "loss": loss}
+        )
+    )
 
 
 def count_kept(options: argparse.Namespace) -> None:
@@ -156,36 +208,58 @@ def count_kept(options: argparse.Namespace) -> None:
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
         model.loss_sum(tokens[:, :-1], tokens[:, 1:])
     parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    print(json.dumps(sum(x.untyped_storage().nbytes() for at, x in kept.items() if at not in parameters)))
+    print(
+        json.dumps(
+            sum(x.untyped_storage().nbytes() for at, x in kept.items() if at not in parameters)
+        )
+    )
 
 
 def fresh(side: str, options: argparse.Namespace, recipe: str, ops: str = "auto") -> dict | int:
     python = options.litgpt_python if side == "litgpt" else sys.executable
-    given = [f"--{name}={getattr(options, name)}" for name in ("shape", "tokens", "batch", "steps", "threads")]
-    done = subprocess.run([python, __file__, "--side", side, "--recipe", recipe, *given], capture_output=True, text=True,
-                          env=os.environ | {"MINILLAMA_OPS": ops, "HF_HUB_OFFLINE": "1"})
+    given = [
+        f"--{name}={getattr(options, name)}"
+        for name in ("shape", "tokens", "batch", "steps", "threads")
+    ]
+    done = subprocess.run(
+        [python, __file__, "--side", side, "--recipe", recipe, *given],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"MINILLAMA_OPS": ops, "HF_HUB_OFFLINE": "1"},
+    )
     if done.returncode:
         raise SystemExit(f"{side}, {recipe}: {done.stderr[-2000:]}")
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def report(recipe: str, options: argparse.Namespace) -> None:
-    sides = [side for side in ("minillama", *PEERS[recipe]) if side != "litgpt" or options.litgpt_python]
+    sides = [
+        side for side in ("minillama", *PEERS[recipe]) if side != "litgpt" or options.litgpt_python
+    ]
     found: dict[str, list[dict]] = {side: [] for side in sides}
     for _ in range(options.rounds):
         for side in sides:
             found[side].append(fresh(side, options, recipe))
     print(f"\n{recipe}{f', rank {RECIPES[recipe]}' if RECIPES[recipe] else ''}")
-    print(f"{'':14}{'tokens / CPU s':>22}{'ours is, by CPU time':>26}{'tokens / s':>22}{'peak GB':>18}{'ours is':>10}{'loss':>10}")
+    print(
+        f"{'':14}{'tokens / CPU s':>22}{'ours is, by CPU time':>26}{'tokens / s':>22}{'peak GB':>18}{'ours is':>10}{'loss':>10}"
+    )
     ours = found["minillama"]
     for side, runs in found.items():
-        ratios = [a["per_cpu_second"] / b["per_cpu_second"] for a, b in zip(ours, runs, strict=True)]
+        ratios = [
+            a["per_cpu_second"] / b["per_cpu_second"] for a, b in zip(ours, runs, strict=True)
+        ]
         memory = statistics.median(a["peak"] / b["peak"] for a, b in zip(ours, runs, strict=True))
-        print(f"{side:14}{spread([r['per_cpu_second'] for r in runs]):>22}{spread(ratios, 2) + ' x':>26}"
-              f"{spread([r['per_second'] for r in runs]):>22}{spread([r['peak'] for r in runs], 2):>18}{memory:>8.2f} x"
-              f"{runs[-1]['loss']:>10.3f}")
+        print(
+            f"{side:14}{spread([r['per_cpu_second'] for r in runs]):>22}{spread(ratios, 2) + ' x':>26}"
+            f"{spread([r['per_second'] for r in runs]):>22}{spread([r['peak'] for r in runs], 2):>18}{memory:>8.2f} x"
+            f"{runs[-1]['loss']:>10.3f}"
+        )
     kept, formulas = (fresh("kept", options, recipe, ops) for ops in ("auto", "reference"))
-    print(f"kept for backward: {kept / 1e6:.1f} MB, reference ops {formulas / 1e6:.1f} MB: {kept / formulas:.2f} x", flush=True)
+    print(
+        f"kept for backward: {kept / 1e6:.1f} MB, reference ops {formulas / 1e6:.1f} MB: {kept / formulas:.2f} x",
+        flush=True,
+    )
 
 
 def spread(values: list[float], digits: int = 0) -> str:
@@ -193,15 +267,28 @@ def spread(values: list[float], digits: int = 0) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--shape", default="15m")
     parser.add_argument("--recipes", default=",".join(RECIPES))
     parser.add_argument("--tokens", type=int, default=512, help="of a row")
     parser.add_argument("--batch", type=int, default=4, help="rows of a step")
-    parser.add_argument("--steps", type=int, default=4, help="of a measurement, after one of warm-up")
+    parser.add_argument(
+        "--steps", type=int, default=4, help="of a measurement, after one of warm-up"
+    )
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=1, help="1: CPU time means work, not waiting for the other thread")
-    parser.add_argument("--litgpt_python", default="", help="an interpreter with litgpt; without it that side is left out")
+    parser.add_argument(
+        "--threads",
+        type=int,
+        default=1,
+        help="1: CPU time means work, not waiting for the other thread",
+    )
+    parser.add_argument(
+        "--litgpt_python",
+        default="",
+        help="an interpreter with litgpt; without it that side is left out",
+    )
     parser.add_argument("--side", help=argparse.SUPPRESS)
     parser.add_argument("--recipe", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -210,8 +297,10 @@ def main() -> None:
     elif options.side:
         run_side(options.side, options)
     else:
-        print(f"{options.shape}, fp32, {options.batch} rows of {options.tokens} tokens, {options.threads} threads, "
-              f"torch {torch.__version__}; medians of {options.rounds} rounds of {options.steps} steps (smallest–largest)")
+        print(
+            f"{options.shape}, fp32, {options.batch} rows of {options.tokens} tokens, {options.threads} threads, "
+            f"torch {torch.__version__}; medians of {options.rounds} rounds of {options.steps} steps (smallest–largest)"
+        )
         for recipe in options.recipes.split(","):
             report(recipe, options)
 

@@ -27,15 +27,27 @@ class RopeScaling:
     high_freq_factor: float = 4.0
     beta_fast: float = 32.0
     beta_slow: float = 1.0
-    attention_factor: float | None = None   # None: from factor and the two mscales
+    attention_factor: float | None = None  # None: from factor and the two mscales
     mscale: float | None = None
     mscale_all_dim: float | None = None
     truncate: bool = True
 
 
 # What each kind of scaling needs to know beside its factor.
-ROPE_KINDS = {"linear": (), "dynamic": (), "llama3": ("original_max_seq_len", "low_freq_factor", "high_freq_factor"),
-              "yarn": ("original_max_seq_len", "beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim", "truncate")}
+ROPE_KINDS = {
+    "linear": (),
+    "dynamic": (),
+    "llama3": ("original_max_seq_len", "low_freq_factor", "high_freq_factor"),
+    "yarn": (
+        "original_max_seq_len",
+        "beta_fast",
+        "beta_slow",
+        "attention_factor",
+        "mscale",
+        "mscale_all_dim",
+        "truncate",
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -54,36 +66,65 @@ class LlamaConfig:
     rope_theta: float
     rope_scaling: RopeScaling | None = None
     tie_embeddings: bool = False
-    attention_bias: bool = False            # biases on q, k, v and o
-    mlp_bias: bool = False                  # biases on gate, up and down
+    attention_bias: bool = False  # biases on q, k, v and o
+    mlp_bias: bool = False  # biases on gate, up and down
     initializer_range: float = 0.02
     bos_id: int = 1
     eos_ids: tuple[int, ...] = (2,)
 
     def __post_init__(self) -> None:
-        for name in ("dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "ffn_dim", "vocab_size", "max_seq_len"):
+        for name in (
+            "dim",
+            "n_layers",
+            "n_heads",
+            "n_kv_heads",
+            "head_dim",
+            "ffn_dim",
+            "vocab_size",
+            "max_seq_len",
+        ):
             value = getattr(self, name)
             if not isinstance(value, int) or not 0 < value < 2**31:
                 raise UserError(f"{name} = {value!r}: expected a whole number from 1 to 2^31 - 1")
         if self.n_heads % self.n_kv_heads:
-            raise UserError(f"n_heads = {self.n_heads} is not a multiple of n_kv_heads = {self.n_kv_heads}")
+            raise UserError(
+                f"n_heads = {self.n_heads} is not a multiple of n_kv_heads = {self.n_kv_heads}"
+            )
         if self.head_dim % 2:
-            raise UserError(f"head_dim = {self.head_dim} is odd; rotary embeddings turn pairs, use an even number")
+            raise UserError(
+                f"head_dim = {self.head_dim} is odd; rotary embeddings turn pairs, use an even number"
+            )
         if not self.rope_theta > 0 or not self.norm_eps > 0:
-            raise UserError(f"rope_theta = {self.rope_theta} and norm_eps = {self.norm_eps} must be above 0")
+            raise UserError(
+                f"rope_theta = {self.rope_theta} and norm_eps = {self.norm_eps} must be above 0"
+            )
 
     def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
         """Every parameter's Hugging Face name and shape, in the model's order. Allocates nothing."""
-        C, F, q, kv = self.dim, self.ffn_dim, self.n_heads * self.head_dim, self.n_kv_heads * self.head_dim
-        linears = {"self_attn.q_proj": (q, C), "self_attn.k_proj": (kv, C), "self_attn.v_proj": (kv, C), "self_attn.o_proj": (C, q),
-                   "mlp.gate_proj": (F, C), "mlp.up_proj": (F, C), "mlp.down_proj": (C, F)}
+        C, F, q, kv = (
+            self.dim,
+            self.ffn_dim,
+            self.n_heads * self.head_dim,
+            self.n_kv_heads * self.head_dim,
+        )
+        linears = {
+            "self_attn.q_proj": (q, C),
+            "self_attn.k_proj": (kv, C),
+            "self_attn.v_proj": (kv, C),
+            "self_attn.o_proj": (C, q),
+            "mlp.gate_proj": (F, C),
+            "mlp.up_proj": (F, C),
+            "mlp.down_proj": (C, F),
+        }
         shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (self.vocab_size, C)}
         for layer in (f"model.layers.{i}" for i in range(self.n_layers)):
             for name, shape in linears.items():
                 shapes[f"{layer}.{name}.weight"] = shape
                 if self.attention_bias if name.startswith("self_attn") else self.mlp_bias:
                     shapes[f"{layer}.{name}.bias"] = shape[:1]
-            shapes[f"{layer}.input_layernorm.weight"] = shapes[f"{layer}.post_attention_layernorm.weight"] = (C,)
+            shapes[f"{layer}.input_layernorm.weight"] = shapes[
+                f"{layer}.post_attention_layernorm.weight"
+            ] = (C,)
         shapes["model.norm.weight"] = (C,)
         return shapes if self.tie_embeddings else shapes | {"lm_head.weight": (self.vocab_size, C)}
 
@@ -98,8 +139,29 @@ def ffn_width(dim: int, multiple_of: int, multiplier: float | None = None) -> in
     return multiple_of * -(-width // multiple_of)
 
 
-def _published(dim, n_layers, n_heads, ffn_dim, n_kv_heads=None, vocab_size=32000, context=4096, eps=1e-5, theta=1e4):
-    return LlamaConfig(dim, n_layers, n_heads, n_kv_heads or n_heads, dim // n_heads, ffn_dim, vocab_size, context, eps, theta)
+def _published(
+    dim,
+    n_layers,
+    n_heads,
+    ffn_dim,
+    n_kv_heads=None,
+    vocab_size=32000,
+    context=4096,
+    eps=1e-5,
+    theta=1e4,
+):
+    return LlamaConfig(
+        dim,
+        n_layers,
+        n_heads,
+        n_kv_heads or n_heads,
+        dim // n_heads,
+        ffn_dim,
+        vocab_size,
+        context,
+        eps,
+        theta,
+    )
 
 
 # One line a model: width, layers, heads, F; then what differs from LLaMA-2.
@@ -126,21 +188,40 @@ def published(name: str) -> LlamaConfig:
         return PUBLISHED[name]
     if Path(name).exists():
         return read_config(Path(name))
-    raise UserError(f"model {name!r} is neither a published size nor a config.json{closest(name, PUBLISHED)}; "
-                    f"known sizes: {', '.join(PUBLISHED)}")
+    raise UserError(
+        f"model {name!r} is neither a published size nor a config.json{closest(name, PUBLISHED)}; "
+        f"known sizes: {', '.join(PUBLISHED)}"
+    )
 
 
 def read_config(path: Path) -> LlamaConfig:
     """Read `config.json`, given as the file or the directory that holds it."""
     path = path / "config.json" if path.is_dir() else path
-    return from_hf(read_json(path, "a checkpoint is a directory with config.json and model*.safetensors"), path)
+    return from_hf(
+        read_json(path, "a checkpoint is a directory with config.json and model*.safetensors"), path
+    )
 
 
 # Our names of the numbers, and those of Hugging Face's config.json.
-SAME_NAMES = ("head_dim", "vocab_size", "rope_theta", "attention_bias", "mlp_bias", "initializer_range")
-HF_NAMES = {"dim": "hidden_size", "n_layers": "num_hidden_layers", "n_heads": "num_attention_heads", "n_kv_heads": "num_key_value_heads",
-            "ffn_dim": "intermediate_size", "max_seq_len": "max_position_embeddings", "norm_eps": "rms_norm_eps",
-            "tie_embeddings": "tie_word_embeddings", "bos_id": "bos_token_id"} | dict(zip(SAME_NAMES, SAME_NAMES, strict=True))
+SAME_NAMES = (
+    "head_dim",
+    "vocab_size",
+    "rope_theta",
+    "attention_bias",
+    "mlp_bias",
+    "initializer_range",
+)
+HF_NAMES = {
+    "dim": "hidden_size",
+    "n_layers": "num_hidden_layers",
+    "n_heads": "num_attention_heads",
+    "n_kv_heads": "num_key_value_heads",
+    "ffn_dim": "intermediate_size",
+    "max_seq_len": "max_position_embeddings",
+    "norm_eps": "rms_norm_eps",
+    "tie_embeddings": "tie_word_embeddings",
+    "bos_id": "bos_token_id",
+} | dict(zip(SAME_NAMES, SAME_NAMES, strict=True))
 
 
 def from_hf(raw: dict[str, Any], path: Path | None = None) -> LlamaConfig:
@@ -148,7 +229,9 @@ def from_hf(raw: dict[str, Any], path: Path | None = None) -> LlamaConfig:
     Raises UserError for whatever this network cannot honour, by key and value."""
     with parsing(path):
         _refuse_what_is_not_llama(raw)
-        values = {ours: raw[theirs] for ours, theirs in HF_NAMES.items() if raw.get(theirs) is not None}
+        values = {
+            ours: raw[theirs] for ours, theirs in HF_NAMES.items() if raw.get(theirs) is not None
+        }
         wanted = ("dim", "n_layers", "n_heads", "ffn_dim", "vocab_size", "norm_eps")
         if missing := [HF_NAMES[name] for name in wanted if name not in values]:
             raise UserError(f"key {missing[0]!r} is missing; is this the config.json of a LLaMA?")
@@ -156,17 +239,31 @@ def from_hf(raw: dict[str, Any], path: Path | None = None) -> LlamaConfig:
         values = {"n_kv_heads": n_heads, "head_dim": dim // n_heads, "max_seq_len": 2048} | values
         values["norm_eps"] = float(values["norm_eps"])
         values["rope_theta"], values["rope_scaling"] = _read_rope(raw)
-        return LlamaConfig(**values, eos_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,))
+        return LlamaConfig(
+            **values, eos_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,)
+        )
 
 
 def _refuse_what_is_not_llama(raw: dict[str, Any]) -> None:
-    honoured = {"model_type": "llama", "hidden_act": "silu", "attention_dropout": 0, "partial_rotary_factor": 1, "num_experts": 0,
-                "num_local_experts": 0, "sliding_window": None, "quantization_config": None}
+    honoured = {
+        "model_type": "llama",
+        "hidden_act": "silu",
+        "attention_dropout": 0,
+        "partial_rotary_factor": 1,
+        "num_experts": 0,
+        "num_local_experts": 0,
+        "sliding_window": None,
+        "quantization_config": None,
+    }
     for key, value in honoured.items():
         if raw.get(key) not in (value, None):
-            raise UserError(f"{key} = {raw[key]!r} is not supported (supported: {'no such key' if value is None else value!r})")
+            raise UserError(
+                f"{key} = {raw[key]!r} is not supported (supported: {'no such key' if value is None else value!r})"
+            )
     if any(kind != "full_attention" for kind in raw.get("layer_types") or []):
-        raise UserError(f"layer_types = {raw['layer_types']!r} is not supported (supported: 'full_attention')")
+        raise UserError(
+            f"layer_types = {raw['layer_types']!r} is not supported (supported: 'full_attention')"
+        )
 
 
 def _read_rope(raw: dict[str, Any]) -> tuple[float, RopeScaling | None]:
@@ -177,11 +274,15 @@ def _read_rope(raw: dict[str, Any]) -> tuple[float, RopeScaling | None]:
     if kind == "default":
         return theta, None
     if kind not in ROPE_KINDS:
-        raise UserError(f"rope scaling {kind!r} is not supported (supported: {', '.join(ROPE_KINDS)})")
+        raise UserError(
+            f"rope scaling {kind!r} is not supported (supported: {', '.join(ROPE_KINDS)})"
+        )
     for key in ("factor", *(["original_max_position_embeddings"] if kind == "llama3" else [])):
         if not float(spec.get(key) or 0) > 0:
             raise UserError(f"rope scaling {kind!r} has no {key} above 0 (found {spec.get(key)})")
-    values = {key.replace("max_position_embeddings", "max_seq_len"): value for key, value in spec.items()}
+    values = {
+        key.replace("max_position_embeddings", "max_seq_len"): value for key, value in spec.items()
+    }
     if unknown := sorted(set(values) - set(RopeScaling.__dataclass_fields__)):
         raise UserError(f"rope scaling {kind!r}: unknown key {unknown}")
     return theta, RopeScaling(kind, **values | {"factor": float(values["factor"])})
@@ -191,11 +292,23 @@ def to_hf(config: LlamaConfig, dtype: str = "float32") -> dict[str, Any]:
     """`config.json` as transformers 4 writes it, and transformers 4 and 5 read it."""
     s = config.rope_scaling
     scaling = s and {"rope_type": s.kind, "factor": s.factor} | {
-        key.replace("max_seq_len", "max_position_embeddings"): getattr(s, key) for key in ROPE_KINDS[s.kind] if getattr(s, key) is not None}
-    return {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "attention_dropout": 0.0,
-            **{theirs: getattr(config, ours) for ours, theirs in HF_NAMES.items()}, "rope_scaling": scaling,
-            "eos_token_id": config.eos_ids[0] if len(config.eos_ids) == 1 else list(config.eos_ids) or None,
-            "torch_dtype": dtype, "use_cache": True}
+        key.replace("max_seq_len", "max_position_embeddings"): getattr(s, key)
+        for key in ROPE_KINDS[s.kind]
+        if getattr(s, key) is not None
+    }
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_act": "silu",
+        "attention_dropout": 0.0,
+        **{theirs: getattr(config, ours) for ours, theirs in HF_NAMES.items()},
+        "rope_scaling": scaling,
+        "eos_token_id": config.eos_ids[0]
+        if len(config.eos_ids) == 1
+        else list(config.eos_ids) or None,
+        "torch_dtype": dtype,
+        "use_cache": True,
+    }
 
 
 def with_layers(config: LlamaConfig, n_layers: int) -> LlamaConfig:

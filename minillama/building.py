@@ -30,12 +30,33 @@ from minillama.model import Llama
 from minillama.tokenizer import Tokenizer, open_tokenizer
 
 EMBEDDED = ("demo", "demo_lora")
-LARGEST_REPLICATED = 40 * 10**9  # bytes of frozen weights that one card can be asked to hold beside its activations
+LARGEST_REPLICATED = (
+    40 * 10**9
+)  # bytes of frozen weights that one card can be asked to hold beside its activations
 SHAPE_KEYS = ("n_layers", "dim", "n_heads", "n_kv_heads", "ffn_dim", "vocab_size")
 # What may differ between the parts of one run without changing its result.
-HARMLESS = {"out_dir", "resume", "device", "ops", "threads", "logging_steps", "eval_strategy", "eval_steps", "per_device_eval_batch_size",
-            "save_strategy", "save_steps", "save_total_limit", "plot_loss", "peak_tflops", "cache_dir", "workers", "gradient_checkpointing",
-            "gradient_accumulation_steps", "zero_stage", "bucket_elements"}  # the global batch is kept, on any number of ranks
+HARMLESS = {
+    "out_dir",
+    "resume",
+    "device",
+    "ops",
+    "threads",
+    "logging_steps",
+    "eval_strategy",
+    "eval_steps",
+    "per_device_eval_batch_size",
+    "save_strategy",
+    "save_steps",
+    "save_total_limit",
+    "plot_loss",
+    "peak_tflops",
+    "cache_dir",
+    "workers",
+    "gradient_checkpointing",
+    "gradient_accumulation_steps",
+    "zero_stage",
+    "bucket_elements",
+}  # the global batch is kept, on any number of ranks
 
 
 def with_embedded_data(settings: Settings, mesh: comm.Mesh) -> Settings:
@@ -45,32 +66,47 @@ def with_embedded_data(settings: Settings, mesh: comm.Mesh) -> Settings:
         return settings
     with comm.first_rank_first(mesh):
         data, vocabulary = write_demo(name, Path(settings.out_dir) / "data")
-    return replace(settings, data=tuple(str(data) if part in EMBEDDED else part for part in settings.data),
-                   tokenizer=str(vocabulary) if settings.tokenizer in EMBEDDED else settings.tokenizer,
-                   cache_dir=settings.cache_dir or str(data.parent / "cache"))
+    return replace(
+        settings,
+        data=tuple(str(data) if part in EMBEDDED else part for part in settings.data),
+        tokenizer=str(vocabulary) if settings.tokenizer in EMBEDDED else settings.tokenizer,
+        cache_dir=settings.cache_dir or str(data.parent / "cache"),
+    )
 
 
 def check_inputs(settings: Settings, command: str) -> None:
     """Refuse a run that lacks weights or data, with the complete command to type and where both are published."""
     lacking = {}
     if settings.init == "pretrained" and not settings.ckpt:
-        lacking["--ckpt LLAMA_DIR"] = ("weights: a Hugging Face LLaMA directory, such as huggingface.co/meta-llama/Llama-2-7b-hf "
-                                       "(Meta's own .pth files: convert.py meta)")
+        lacking["--ckpt LLAMA_DIR"] = (
+            "weights: a Hugging Face LLaMA directory, such as huggingface.co/meta-llama/Llama-2-7b-hf "
+            "(Meta's own .pth files: convert.py meta)"
+        )
     if settings.init == "scratch" and not settings.tokenizer and not settings.ckpt:
-        lacking["--tokenizer tokenizer.model"] = "vocabulary: the tokenizer.model of any LLaMA checkpoint"
+        lacking["--tokenizer tokenizer.model"] = (
+            "vocabulary: the tokenizer.model of any LLaMA checkpoint"
+        )
     if not settings.data:
-        lacking["--data alpaca_data.json"] = "instruction data: Stanford Alpaca, alpaca_data.json at github.com/tatsu-lab/stanford_alpaca"
+        lacking["--data alpaca_data.json"] = (
+            "instruction data: Stanford Alpaca, alpaca_data.json at github.com/tatsu-lab/stanford_alpaca"
+        )
     if lacking:
-        raise UserError(f"nothing to train {'from' if settings.data else 'on'}; type: {command} {' '.join(lacking)}  "
-                        f"({'; '.join(lacking.values())})")
+        raise UserError(
+            f"nothing to train {'from' if settings.data else 'on'}; type: {command} {' '.join(lacking)}  "
+            f"({'; '.join(lacking.values())})"
+        )
 
 
 def refuse_what_cannot_fit(settings: Settings) -> None:
     """Refuse models whose frozen weights every rank would have to hold whole."""
-    weights = estimate(model_config(settings), settings).weights if settings.model or settings.ckpt else 0
+    weights = (
+        estimate(model_config(settings), settings).weights if settings.model or settings.ckpt else 0
+    )
     if weights > LARGEST_REPLICATED:
-        raise UserError(f"the model's weights alone are {weights:,} bytes ({_gb(weights)}) on every rank: data parallelism replicates "
-                        f"them, and tensor parallelism does not exist here yet; {_gb(LARGEST_REPLICATED)} is the most")
+        raise UserError(
+            f"the model's weights alone are {weights:,} bytes ({_gb(weights)}) on every rank: data parallelism replicates "
+            f"them, and tensor parallelism does not exist here yet; {_gb(LARGEST_REPLICATED)} is the most"
+        )
 
 
 def describe(settings: Settings, world_size: int) -> str:
@@ -81,30 +117,50 @@ def describe(settings: Settings, world_size: int) -> str:
     length = settings.max_length or min(config.max_seq_len, 1024)
     rows = settings.per_device_train_batch_size * settings.gradient_accumulation_steps * world_size
     micro = settings.per_device_train_batch_size * length
-    duration = f"{settings.max_steps} steps" if settings.max_steps else f"{settings.num_train_epochs:g} epochs"
-    warmup = f"{settings.warmup_steps} steps" if settings.warmup_steps else f"{settings.warmup_ratio:.0%}"
-    return "\n".join([
-        f"model       {config.n_layers} layers, width {config.dim}, {config.n_heads} heads ({config.n_kv_heads} key/value), "
-        f"MLP {config.ffn_dim}, vocabulary {config.vocab_size:,}",
-        f"parameters  {config.parameter_count():,}; trained: {e.trainable:,} ({e.trainable / config.parameter_count():.2%})",
-        f"per rank    weights {_gb(e.weights)} + gradients {_gb(e.gradients)} + optimizer {_gb(e.optimizer)} = {_gb(e.total)}, "
-        f"before activations ({settings.precision}, ZeRO stage {settings.zero_stage}, {world_size} rank{'s' * (world_size > 1)})",
-        f"activations {_gb(activation_bytes(config, micro, width, recompute))} a micro-batch ({'recomputed' if recompute else 'kept'})",
-        f"disk        {_gb(config.parameter_count() * width * (not settings.lora) + e.trainable * 12)} a checkpoint",
-        f"a step      {rows} rows of up to {length:,} tokens = up to {rows * length:,} tokens on all ranks",
-        f"schedule    {duration}, {settings.lr_scheduler_type} from {settings.learning_rate:g}, warm-up {warmup}, seed {settings.seed}",
-    ])
+    duration = (
+        f"{settings.max_steps} steps"
+        if settings.max_steps
+        else f"{settings.num_train_epochs:g} epochs"
+    )
+    warmup = (
+        f"{settings.warmup_steps} steps"
+        if settings.warmup_steps
+        else f"{settings.warmup_ratio:.0%}"
+    )
+    return "\n".join(
+        [
+            f"model       {config.n_layers} layers, width {config.dim}, {config.n_heads} heads ({config.n_kv_heads} key/value), "
+            f"MLP {config.ffn_dim}, vocabulary {config.vocab_size:,}",
+            f"parameters  {config.parameter_count():,}; trained: {e.trainable:,} ({e.trainable / config.parameter_count():.2%})",
+            f"per rank    weights {_gb(e.weights)} + gradients {_gb(e.gradients)} + optimizer {_gb(e.optimizer)} = {_gb(e.total)}, "
+            f"before activations ({settings.precision}, ZeRO stage {settings.zero_stage}, {world_size} rank{'s' * (world_size > 1)})",
+            f"activations {_gb(activation_bytes(config, micro, width, recompute))} a micro-batch ({'recomputed' if recompute else 'kept'})",
+            f"disk        {_gb(config.parameter_count() * width * (not settings.lora) + e.trainable * 12)} a checkpoint",
+            f"a step      {rows} rows of up to {length:,} tokens = up to {rows * length:,} tokens on all ranks",
+            f"schedule    {duration}, {settings.lr_scheduler_type} from {settings.learning_rate:g}, warm-up {warmup}, seed {settings.seed}",
+        ]
+    )
 
 
 def closing_words(settings: Settings, summary: dict[str, Any]) -> str:
     """What came of the run, and the command to type next."""
-    loss = f"loss {summary['last_loss']:.4f}" if summary["last_loss"] is not None else "no finite loss"
-    held_out = f", validation loss {summary['eval_loss']:.4f}" if summary["eval_loss"] is not None else ""
+    loss = (
+        f"loss {summary['last_loss']:.4f}" if summary["last_loss"] is not None else "no finite loss"
+    )
+    held_out = (
+        f", validation loss {summary['eval_loss']:.4f}" if summary["eval_loss"] is not None else ""
+    )
     out_dir = Path(settings.out_dir)
-    follow = f"python eval.py --task demo --ckpt {out_dir}   or   " if out_dir.name.startswith("demo") else ""
-    return (f"{summary['steps']:,} steps, {summary['tokens']:,} tokens, {loss}{held_out}, {summary['seconds']:.0f} s, "
-            f"{summary['tokens_per_second']:,.0f} tokens/s per device, peak memory {_gb(summary['peak_memory_bytes'])}\n"
-            f"next: {follow}python generate.py --ckpt {out_dir} --chat")
+    follow = (
+        f"python eval.py --task demo --ckpt {out_dir}   or   "
+        if out_dir.name.startswith("demo")
+        else ""
+    )
+    return (
+        f"{summary['steps']:,} steps, {summary['tokens']:,} tokens, {loss}{held_out}, {summary['seconds']:.0f} s, "
+        f"{summary['tokens_per_second']:,.0f} tokens/s per device, peak memory {_gb(summary['peak_memory_bytes'])}\n"
+        f"next: {follow}python generate.py --ckpt {out_dir} --chat"
+    )
 
 
 def _gb(count: float | None) -> str:
@@ -116,24 +172,42 @@ def model_config(settings: Settings, vocab_size: int = 0) -> LlamaConfig:
     given = {name: getattr(settings, name) for name in SHAPE_KEYS if getattr(settings, name)}
     if settings.ckpt and settings.init == "pretrained":
         config = architecture.read_config(checkpoints.find_checkpoint(Path(settings.ckpt)))
-        differs = [name for name in given if name not in ("n_layers", "vocab_size") and given[name] != getattr(config, name)]
+        differs = [
+            name
+            for name in given
+            if name not in ("n_layers", "vocab_size") and given[name] != getattr(config, name)
+        ]
         if differs:
-            raise UserError(f"{differs[0]} = {given[differs[0]]}, but {settings.ckpt} has {getattr(config, differs[0])}; leave it out, "
-                            "or add --init scratch")
+            raise UserError(
+                f"{differs[0]} = {given[differs[0]]}, but {settings.ckpt} has {getattr(config, differs[0])}; leave it out, "
+                "or add --init scratch"
+            )
         return architecture.with_layers(config, settings.n_layers) if settings.n_layers else config
     if not settings.model:
         missing = [name for name in ("dim", "n_layers", "n_heads") if name not in given]
         if missing:
-            raise UserError(f"training from scratch needs a shape: --model 110m, or --{' --'.join(missing)}")
-        given = {"n_kv_heads": given["n_heads"], "ffn_dim": architecture.ffn_width(given["dim"], 32)} | given
-    config = architecture.published(settings.model or "1.1b")  # a shape of one's own has its vocabulary, context and epsilon
+            raise UserError(
+                f"training from scratch needs a shape: --model 110m, or --{' --'.join(missing)}"
+            )
+        given = {
+            "n_kv_heads": given["n_heads"],
+            "ffn_dim": architecture.ffn_width(given["dim"], 32),
+        } | given
+    config = architecture.published(
+        settings.model or "1.1b"
+    )  # a shape of one's own has its vocabulary, context and epsilon
     if given.keys() & {"dim", "n_heads"}:
         C, H = given.get("dim", config.dim), given.get("n_heads", config.n_heads)
         if C % H:
             raise UserError(f"dim = {C} is not a multiple of n_heads = {H}")
         given["head_dim"] = C // H
     given = {"vocab_size": vocab_size or config.vocab_size} | given
-    return replace(config, **given, max_seq_len=settings.context or config.max_seq_len, initializer_range=settings.initializer_range)
+    return replace(
+        config,
+        **given,
+        max_seq_len=settings.context or config.max_seq_len,
+        initializer_range=settings.initializer_range,
+    )
 
 
 def recompute_activations(layers: nn.ModuleList) -> None:
@@ -147,22 +221,40 @@ def build_tokenizer(settings: Settings) -> Tokenizer:
     return open_tokenizer(settings.tokenizer or checkpoints.find_checkpoint(Path(settings.ckpt)))
 
 
-def build_model(settings: Settings, tokenizer: Tokenizer, mesh: comm.Mesh) -> tuple[Llama, LoraConfig | None]:
+def build_model(
+    settings: Settings, tokenizer: Tokenizer, mesh: comm.Mesh
+) -> tuple[Llama, LoraConfig | None]:
     """The model on its device, with adapters where asked for; and what those are."""
     dtype, warning = compute_dtype(settings.precision, mesh.device)
     if warning:
         mesh.print(f"warning: {warning}")
-    config, generator = model_config(settings, tokenizer.size), torch.Generator().manual_seed(settings.seed)
+    config, generator = (
+        model_config(settings, tokenizer.size),
+        torch.Generator().manual_seed(settings.seed),
+    )
     if settings.ckpt and settings.init == "pretrained":
         keeps_rows = settings.lora and not set(WHOLE) <= set(settings.modules_to_save)
         if keeps_rows and tokenizer.size > config.vocab_size:
-            raise UserError(f"{tokenizer.path} has {tokenizer.size} pieces, more than the checkpoint's embedding has rows; the new rows "
-                            "would never be trained: add --modules_to_save embed_tokens,lm_head")
-        model = checkpoints.load_model(checkpoints.find_checkpoint(Path(settings.ckpt)), dtype, settings.n_layers, tokenizer.size)
+            raise UserError(
+                f"{tokenizer.path} has {tokenizer.size} pieces, more than the checkpoint's embedding has rows; the new rows "
+                "would never be trained: add --modules_to_save embed_tokens,lm_head"
+            )
+        model = checkpoints.load_model(
+            checkpoints.find_checkpoint(Path(settings.ckpt)),
+            dtype,
+            settings.n_layers,
+            tokenizer.size,
+        )
     else:
         if config.vocab_size < tokenizer.size:
-            raise UserError(f"vocab_size = {config.vocab_size} is below the tokenizer's {tokenizer.size} pieces")
-        config = replace(config, bos_id=tokenizer.bos_id or 0, eos_ids=() if tokenizer.eos_id is None else (tokenizer.eos_id,))
+            raise UserError(
+                f"vocab_size = {config.vocab_size} is below the tokenizer's {tokenizer.size} pieces"
+            )
+        config = replace(
+            config,
+            bos_id=tokenizer.bos_id or 0,
+            eos_ids=() if tokenizer.eos_id is None else (tokenizer.eos_id,),
+        )
         model = checkpoints.empty_model(config, torch.float32).initialise(generator).to(dtype)
     lora = None
     if settings.lora and settings.adapter:
@@ -175,13 +267,21 @@ def build_model(settings: Settings, tokenizer: Tokenizer, mesh: comm.Mesh) -> tu
     return model.to(mesh.device).train(), lora
 
 
-def prepare_directory(settings: Settings, mesh: comm.Mesh, overwrite: bool) -> tuple[Path | None, dict[str, Any] | None]:
+def prepare_directory(
+    settings: Settings, mesh: comm.Mesh, overwrite: bool
+) -> tuple[Path | None, dict[str, Any] | None]:
     """A run directory belongs to one run: it is continued, or refused, or emptied on request; never mixed. Returns
     (checkpoint to resume or None, summary of a finished run or None); train_config.json is written for a run to be made."""
     out_dir = Path(settings.out_dir)
     with comm.first_rank_first(mesh):
-        if out_dir.is_dir() and any(out_dir.iterdir()) and not (out_dir / "train_config.json").is_file():
-            raise UserError(f"{out_dir}: holds files that no run of ours made, and is left alone; choose another --out_dir")
+        if (
+            out_dir.is_dir()
+            and any(out_dir.iterdir())
+            and not (out_dir / "train_config.json").is_file()
+        ):
+            raise UserError(
+                f"{out_dir}: holds files that no run of ours made, and is left alone; choose another --out_dir"
+            )
         if overwrite and mesh.is_first:
             shutil.rmtree(out_dir, ignore_errors=True)
         _refuse_other_settings(settings, out_dir)
@@ -189,7 +289,9 @@ def prepare_directory(settings: Settings, mesh: comm.Mesh, overwrite: bool) -> t
             return None, read_json(out_dir / "summary.json")
         out_dir.mkdir(parents=True, exist_ok=True)
         if mesh.is_first:
-            checkpoints.write_json(out_dir / "train_config.json", asdict(settings))  # which --config takes back
+            checkpoints.write_json(
+                out_dir / "train_config.json", asdict(settings)
+            )  # which --config takes back
     if settings.resume != "auto":
         return None if settings.resume == "none" else Path(settings.resume), None
     found = train_state.newest_intact(out_dir, mesh.print) if mesh.is_first else None
@@ -200,46 +302,92 @@ def _refuse_other_settings(settings: Settings, out_dir: Path) -> None:
     if not (out_dir / "metrics.jsonl").is_file():
         return  # it never came to a first step: a mistake mended, nothing to protect
     before, now = read_json(out_dir / "train_config.json"), json.loads(json.dumps(asdict(settings)))
-    changed = [name for name in now if name not in HARMLESS and name in before and before[name] != now[name]]
+    changed = [
+        name
+        for name in now
+        if name not in HARMLESS and name in before and before[name] != now[name]
+    ]
     if changed:
         shown = ", ".join(f"{name} was {before[name]!r}, is {now[name]!r}" for name in changed)
-        raise UserError(f"{out_dir}: holds a run with other settings: {shown}; choose another --out_dir, or --overwrite_output_dir")
+        raise UserError(
+            f"{out_dir}: holds a run with other settings: {shown}; choose another --out_dir, or --overwrite_output_dir"
+        )
 
 
 def with_global_batch(settings: Settings, mesh: comm.Mesh, rows_per_step: int) -> Settings:
     """The settings with the accumulation that keeps a run's global batch on this number of ranks, or a refusal by name."""
     accumulation, rest = divmod(rows_per_step, settings.per_device_train_batch_size * mesh.size)
     if rest:
-        raise UserError(f"the run's global batch is {rows_per_step} rows, which {mesh.size} ranks with "
-                        f"{settings.per_device_train_batch_size} rows at a time cannot make; use another number of ranks")
+        raise UserError(
+            f"the run's global batch is {rows_per_step} rows, which {mesh.size} ranks with "
+            f"{settings.per_device_train_batch_size} rows at a time cannot make; use another number of ranks"
+        )
     if accumulation != settings.gradient_accumulation_steps:
-        mesh.print(f"global batch kept at {rows_per_step} rows: gradient_accumulation_steps is {accumulation} on {mesh.size} ranks")
+        mesh.print(
+            f"global batch kept at {rows_per_step} rows: gradient_accumulation_steps is {accumulation} on {mesh.size} ranks"
+        )
     return replace(settings, gradient_accumulation_steps=accumulation)
 
 
-def build_plans(settings: Settings, tokenizer: Tokenizer, config: LlamaConfig, mesh: comm.Mesh) -> tuple[BatchPlan, BatchPlan | None, str]:
+def build_plans(
+    settings: Settings, tokenizer: Tokenizer, config: LlamaConfig, mesh: comm.Mesh
+) -> tuple[BatchPlan, BatchPlan | None, str]:
     """The training plan, the evaluation plan (None where nothing is held out), and the template of the data."""
     max_length = settings.max_length or min(config.max_seq_len, 1024)
     if max_length > config.max_seq_len:
-        raise UserError(f"max_length = {max_length} exceeds the model's context of {config.max_seq_len}")
-    about = checkpoints.read_about(checkpoints.find_checkpoint(Path(settings.ckpt))) if settings.ckpt else {}
+        raise UserError(
+            f"max_length = {max_length} exceeds the model's context of {config.max_seq_len}"
+        )
+    about = (
+        checkpoints.read_about(checkpoints.find_checkpoint(Path(settings.ckpt)))
+        if settings.ckpt
+        else {}
+    )
     template = settings.template or about.get("template") or "alpaca"
-    options = {"template": settings.template, "default_template": template, "quiet": not mesh.is_first} | {
-        name: getattr(settings, name) for name in ("data_format", "append_eod", "skip_bad_records", "workers", "dataset_dir")}
+    options = {
+        "template": settings.template,
+        "default_template": template,
+        "quiet": not mesh.is_first,
+    } | {
+        name: getattr(settings, name)
+        for name in ("data_format", "append_eod", "skip_bad_records", "workers", "dataset_dir")
+    }
     with comm.first_rank_first(mesh):
         dataset = open_data(settings.data, tokenizer, settings.cache_dir, **options)
-        held_out = open_data(settings.eval_data, tokenizer, settings.cache_dir, **options) if settings.eval_data else None
+        held_out = (
+            open_data(settings.eval_data, tokenizer, settings.cache_dir, **options)
+            if settings.eval_data
+            else None
+        )
     documents, evaluation = None, Pieces(held_out, max_length) if held_out else None
     if held_out is None and settings.validation_split:
-        documents, reserved = split_documents(len(dataset), settings.validation_split, settings.seed)
+        documents, reserved = split_documents(
+            len(dataset), settings.validation_split, settings.seed
+        )
         evaluation = Pieces(dataset, max_length, reserved)
     pieces = Pieces(dataset, max_length, documents)
     micro = settings.per_device_train_batch_size
-    plan = BatchPlan(pieces, rows_per_step=micro * settings.gradient_accumulation_steps * mesh.size,
-                     rows_per_micro_batch=micro, seed=settings.seed, packing=settings.packing, epochs=settings.num_train_epochs,
-                     max_steps=settings.max_steps)
+    plan = BatchPlan(
+        pieces,
+        rows_per_step=micro * settings.gradient_accumulation_steps * mesh.size,
+        rows_per_micro_batch=micro,
+        seed=settings.seed,
+        packing=settings.packing,
+        epochs=settings.num_train_epochs,
+        max_steps=settings.max_steps,
+    )
     mesh.print(f"data: {pieces.summary()}")
     micro = settings.per_device_eval_batch_size
-    eval_plan = BatchPlan(evaluation, rows_per_step=micro * mesh.size, rows_per_micro_batch=micro, seed=0,
-                          packing=settings.packing, shuffle=False) if evaluation else None
+    eval_plan = (
+        BatchPlan(
+            evaluation,
+            rows_per_step=micro * mesh.size,
+            rows_per_micro_batch=micro,
+            seed=0,
+            packing=settings.packing,
+            shuffle=False,
+        )
+        if evaluation
+        else None
+    )
     return plan, eval_plan, dataset.meta.get("template") or template

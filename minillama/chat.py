@@ -39,7 +39,9 @@ class Turn:
 
     user: str
     answer: str | None
-    input: str | None = ""  # alpaca's second field: what the instruction is about; None in formats that have no such field
+    input: str | None = (
+        ""  # alpaca's second field: what the instruction is about; None in formats that have no such field
+    )
     is_target: bool = True  # False: the answer is there to be read, not learnt
 
 
@@ -56,7 +58,9 @@ def render(template: str, conversation: Conversation) -> list[Piece]:
 
 def find_template(name: str) -> Callable[[Conversation], Iterator[Piece]]:
     if name not in TEMPLATES:
-        raise UserError(f"no template {name!r}{closest(name, TEMPLATES)}; templates: {', '.join(TEMPLATES)}")
+        raise UserError(
+            f"no template {name!r}{closest(name, TEMPLATES)}; templates: {', '.join(TEMPLATES)}"
+        )
     return TEMPLATES[name]
 
 
@@ -64,7 +68,11 @@ def _round(turn: Turn, text: str, glued: bool, form: str = "{}") -> list[Piece]:
     """A question's text, the answer set into `form`, and the end token after it; no answer where the turn is open."""
     if turn.answer is None:
         return [Piece(text)]
-    return [Piece(text), Piece(form.format(turn.answer), turn.is_target, glued), EOS._replace(is_target=turn.is_target)]
+    return [
+        Piece(text),
+        Piece(form.format(turn.answer), turn.is_target, glued),
+        EOS._replace(is_target=turn.is_target),
+    ]
 
 
 def _with_system(conversation: Conversation, head: str, later: str = "") -> list[tuple[Turn, str]]:
@@ -79,9 +87,13 @@ def _joined(turn: Turn) -> str:
 ALPACA_TASK = "Below is an instruction that describes a task"
 ALPACA_REQUEST = "Write a response that appropriately completes the request."
 ALPACA = f"{ALPACA_TASK}. {ALPACA_REQUEST}"
-ALPACA_INPUT = f"{ALPACA_TASK}, paired with an input that provides further context. {ALPACA_REQUEST}"
-VICUNA_SYSTEM = ("A chat between a curious user and an artificial intelligence assistant. "
-                 "The assistant gives helpful, detailed, and polite answers to the user's questions.")
+ALPACA_INPUT = (
+    f"{ALPACA_TASK}, paired with an input that provides further context. {ALPACA_REQUEST}"
+)
+VICUNA_SYSTEM = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions."
+)
 CHINESE_ALPACA_2_SYSTEM = "You are a helpful assistant. 你是一个乐于助人的助手。"
 ASCEND_SYSTEM = f"{ALPACA_INPUT} Please note that you need to think through your response logically and step by step."
 
@@ -98,7 +110,14 @@ def _alpaca(conversation: Conversation) -> Iterator[Piece]:
     for turn in conversation.turns:
         head = conversation.system or (ALPACA_INPUT if turn.input else ALPACA)
         middle = f"### Input:\n{turn.input}\n\n" if turn.input else ""
-        yield from [BOS, *_round(turn, f"{head}\n\n### Instruction:\n{turn.user}\n\n{middle}### Response:", glued=True)]
+        yield from [
+            BOS,
+            *_round(
+                turn,
+                f"{head}\n\n### Instruction:\n{turn.user}\n\n{middle}### Response:",
+                glued=True,
+            ),
+        ]
 
 
 def _vicuna(conversation: Conversation) -> Iterator[Piece]:
@@ -110,9 +129,19 @@ def _vicuna(conversation: Conversation) -> Iterator[Piece]:
 
 def _llama2(conversation: Conversation) -> Iterator[Piece]:
     """Meta's Llama-2 chat: begin and end tokens around every round, questions and answers stripped, a space after the answer."""
-    for turn, head in _with_system(conversation, f"<<SYS>>\n{conversation.system}\n<</SYS>>\n\n" if conversation.system else ""):
+    for turn, head in _with_system(
+        conversation, f"<<SYS>>\n{conversation.system}\n<</SYS>>\n\n" if conversation.system else ""
+    ):
         answered = replace(turn, answer=turn.answer and turn.answer.strip())
-        yield from [BOS, *_round(answered, f"[INST] {(head + _joined(turn)).strip()} [/INST]", glued=True, form=" {} ")]
+        yield from [
+            BOS,
+            *_round(
+                answered,
+                f"[INST] {(head + _joined(turn)).strip()} [/INST]",
+                glued=True,
+                form=" {} ",
+            ),
+        ]
 
 
 def _chinese_alpaca(conversation: Conversation) -> Iterator[Piece]:
@@ -124,7 +153,9 @@ def _chinese_alpaca(conversation: Conversation) -> Iterator[Piece]:
 
 def _chinese_alpaca_2(conversation: Conversation) -> Iterator[Piece]:
     """Chinese-LLaMA-Alpaca-2: Llama-2's brackets around every round, the answer encoded by itself."""
-    for turn, head in _with_system(conversation, f"<<SYS>>\n{conversation.system or CHINESE_ALPACA_2_SYSTEM}\n<</SYS>>\n\n"):
+    for turn, head in _with_system(
+        conversation, f"<<SYS>>\n{conversation.system or CHINESE_ALPACA_2_SYSTEM}\n<</SYS>>\n\n"
+    ):
         yield from [BOS, *_round(turn, f"[INST] {head}{_joined(turn)} [/INST]", glued=False)]
 
 
@@ -134,30 +165,56 @@ def _ascend_instruction(conversation: Conversation) -> Iterator[Piece]:
     for turn in earlier:
         text += f"### Instruction:\n{_joined(turn)}\n### Response:\n{turn.answer}\n"
     question = _joined(last) if earlier or last.input is None else f"{last.user}\n{last.input}"
-    yield from [BOS, *_round(last, f"{text}### Instruction:\n{question}\n### Response:\n", glued=True, form="{}\n")]
+    yield from [
+        BOS,
+        *_round(
+            last, f"{text}### Instruction:\n{question}\n### Response:\n", glued=True, form="{}\n"
+        ),
+    ]
 
 
 def _llama_factory_default(conversation: Conversation) -> Iterator[Piece]:
     """LLaMA-Factory's `default` of early 2024: no begin token, every slot encoded by itself."""
-    for turn, head in _with_system(conversation, conversation.system and conversation.system + "\n", later="\n"):
+    for turn, head in _with_system(
+        conversation, conversation.system and conversation.system + "\n", later="\n"
+    ):
         yield from [Piece(head)] if head else []
         yield from _round(turn, f"Human: {_joined(turn)}\nAssistant: ", glued=False)
 
 
 def _llama3(conversation: Conversation) -> Iterator[Piece]:
     """Meta's Llama-3 chat: a header before every message, <|eot_id|> after it, both by id; messages stripped."""
+
     def message(role: str, text: str | None, is_target: bool = False) -> list[Piece]:
-        header = [Piece("", control="<|start_header_id|>"), Piece(role), Piece("", control="<|end_header_id|>"), Piece("\n\n")]
-        return header + ([] if text is None else [Piece(text.strip(), is_target), Piece("", is_target, control="<|eot_id|>")])
+        header = [
+            Piece("", control="<|start_header_id|>"),
+            Piece(role),
+            Piece("", control="<|end_header_id|>"),
+            Piece("\n\n"),
+        ]
+        return header + (
+            []
+            if text is None
+            else [Piece(text.strip(), is_target), Piece("", is_target, control="<|eot_id|>")]
+        )
 
     yield BOS
     yield from message("system", conversation.system) if conversation.system else []
     for turn in conversation.turns:
-        yield from message("user", _joined(turn)) + message("assistant", turn.answer, turn.is_target)
+        yield from message("user", _joined(turn)) + message(
+            "assistant", turn.answer, turn.is_target
+        )
 
 
 TEMPLATES: dict[str, Callable[[Conversation], Iterator[Piece]]] = {
-    "raw": _raw, "alpaca": _alpaca, "vicuna_v1.1": _vicuna, "llama2": _llama2, "llama3": _llama3, "chinese_alpaca": _chinese_alpaca,
-    "chinese_alpaca_2": _chinese_alpaca_2, "ascend_instruction": _ascend_instruction, "llama_factory_default": _llama_factory_default,
+    "raw": _raw,
+    "alpaca": _alpaca,
+    "vicuna_v1.1": _vicuna,
+    "llama2": _llama2,
+    "llama3": _llama3,
+    "chinese_alpaca": _chinese_alpaca,
+    "chinese_alpaca_2": _chinese_alpaca_2,
+    "ascend_instruction": _ascend_instruction,
+    "llama_factory_default": _llama_factory_default,
     "default": _llama_factory_default,  # as LLaMA-Factory's own command lines call it
 }

@@ -23,7 +23,9 @@ from torch import Tensor
 from minillama import device as devices
 from minillama.errors import UserError
 
-_ALL_GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # torch renamed it after 2.13
+_ALL_GATHER = (
+    getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+)  # torch renamed it after 2.13
 
 
 @dataclass
@@ -56,8 +58,14 @@ def start(device_name: str = "auto", timeout_minutes: float = 30.0) -> Iterator[
     store, rank, _ = next(dist.rendezvous("env://"))
     # A restart by torchrun meets the addresses of the ranks that died in the same store: each attempt gets names of its own.
     store = dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
-    dist.init_process_group(dist.get_default_backend_for_device(device), store=store, rank=rank, world_size=size,
-                            timeout=timedelta(minutes=timeout_minutes), pg_options=devices.group_options(device, size))
+    dist.init_process_group(
+        dist.get_default_backend_for_device(device),
+        store=store,
+        rank=rank,
+        world_size=size,
+        timeout=timedelta(minutes=timeout_minutes),
+        pg_options=devices.group_options(device, size),
+    )
     try:
         yield Mesh(rank, size, device)
     finally:
@@ -67,20 +75,32 @@ def start(device_name: str = "auto", timeout_minutes: float = 30.0) -> Iterator[
 def _call(mesh: Mesh, name: str, what: Any, collective: Callable[[], Any]) -> Any:
     """Run a collective; its failure is a line that names this rank."""
     if os.environ.get("MINILLAMA_DEBUG_COLLECTIVES") == "1":
-        _compare_calls(mesh, f"{name} of {tuple(what.shape) if isinstance(what, Tensor) else type(what).__name__}")
+        _compare_calls(
+            mesh,
+            f"{name} of {tuple(what.shape) if isinstance(what, Tensor) else type(what).__name__}",
+        )
     try:
         return collective()
     except RuntimeError as error:
-        raise UserError(f"rank {mesh.rank} of {mesh.size}: {name} failed: a peer has ended or did not answer in time; "
-                        f"look for the first error of another rank ({str(error).splitlines()[0]})") from error
+        raise UserError(
+            f"rank {mesh.rank} of {mesh.size}: {name} failed: a peer has ended or did not answer in time; "
+            f"look for the first error of another rank ({str(error).splitlines()[0]})"
+        ) from error
 
 
 def _compare_calls(mesh: Mesh, call: str) -> None:
-    here = next(f"{frame.filename}:{frame.lineno}" for frame in reversed(traceback.extract_stack()) if frame.filename != __file__)
+    here = next(
+        f"{frame.filename}:{frame.lineno}"
+        for frame in reversed(traceback.extract_stack())
+        if frame.filename != __file__
+    )
     calls: list[str] = [""] * mesh.size
     dist.all_gather_object(calls, f"{call} at {here}")
     if len(set(calls)) > 1:
-        raise UserError("ranks disagree about the next collective: " + "; ".join(f"rank {r}: {c}" for r, c in enumerate(calls)))
+        raise UserError(
+            "ranks disagree about the next collective: "
+            + "; ".join(f"rank {r}: {c}" for r, c in enumerate(calls))
+        )
 
 
 def all_reduce_sum(mesh: Mesh, tensor: Tensor) -> Tensor:
@@ -96,7 +116,9 @@ def any_rank(mesh: Mesh, mine: bool) -> bool:
     return bool(all_reduce_sum(mesh, torch.tensor(float(mine), device=mesh.device)))
 
 
-def reduce_to(mesh: Mesh, tensor: Tensor, owner: int | None, pairwise_of: int | None = None) -> Callable[[], Tensor]:
+def reduce_to(
+    mesh: Mesh, tensor: Tensor, owner: int | None, pairwise_of: int | None = None
+) -> Callable[[], Tensor]:
     """Begin to sum `tensor` over the ranks for `owner` (None: for all). `tensor` may be overwritten. Returns a function that waits for the
     sum and returns it; on other ranks than the owner it means nothing.
     pairwise_of: add those of the first so many ranks in a fixed pairwise tree, ((0+1)+(2+3))+…, rather than as they come."""
@@ -110,6 +132,7 @@ def reduce_to(mesh: Mesh, tensor: Tensor, owner: int | None, pairwise_of: int | 
         def wait() -> Tensor:
             _call(mesh, "reduce", tensor, work.wait)
             return tensor
+
         return wait
     parts = [torch.empty_like(tensor) for _ in range(mesh.size)] if mesh.rank == owner else None
     _call(mesh, "gather", tensor, lambda: dist.gather(tensor, parts, owner))
@@ -120,13 +143,20 @@ def reduce_to(mesh: Mesh, tensor: Tensor, owner: int | None, pairwise_of: int | 
 def pairwise_sum(parts: list[Tensor]) -> Tensor:
     """((0+1)+(2+3))+…: neighbours are added until one is left; an odd one out moves up as it is. Overwrites `parts`."""
     while len(parts) > 1:
-        parts = [parts[i].add_(parts[i + 1]) if i + 1 < len(parts) else parts[i] for i in range(0, len(parts), 2)]
+        parts = [
+            parts[i].add_(parts[i + 1]) if i + 1 < len(parts) else parts[i]
+            for i in range(0, len(parts), 2)
+        ]
     return parts[0]
 
 
 def all_gather(mesh: Mesh, tensor: Tensor) -> Tensor:
     """Every rank's 1-D `tensor`, all of one size, end to end in rank order."""
-    return all_gather_into(mesh, tensor.new_empty(mesh.size * tensor.numel()), tensor) if mesh.size > 1 else tensor
+    return (
+        all_gather_into(mesh, tensor.new_empty(mesh.size * tensor.numel()), tensor)
+        if mesh.size > 1
+        else tensor
+    )
 
 
 def all_gather_into(mesh: Mesh, whole: Tensor, part: Tensor) -> Tensor:
@@ -134,11 +164,18 @@ def all_gather_into(mesh: Mesh, whole: Tensor, part: Tensor) -> Tensor:
     if mesh.size > 1:
         mesh.sent += part.numel() * (mesh.size - 1)
         in_place = part.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr()
-        if in_place and mesh.device.type == "cpu":  # gloo's all_gather would hold two more copies of the whole
+        if (
+            in_place and mesh.device.type == "cpu"
+        ):  # gloo's all_gather would hold two more copies of the whole
             for owner, stretch in enumerate(whole.split(len(part))):
                 _call(mesh, "broadcast", part, partial(dist.broadcast, stretch, owner))
         else:
-            _call(mesh, "all_gather", part, lambda: _ALL_GATHER(whole, part.clone() if in_place else part))
+            _call(
+                mesh,
+                "all_gather",
+                part,
+                lambda: _ALL_GATHER(whole, part.clone() if in_place else part),
+            )
     return whole
 
 

@@ -23,54 +23,88 @@ from minillama.errors import UserError, closest
 
 log = logging.getLogger(__name__)
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16,
-          "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
 
 
 @dataclass(frozen=True)
 class Vendor:
     """What differs between makes."""
 
-    device: str    # torch's name
-    package: str   # the plug-in; "": built into torch
-    visible: str   # the variable that says which chips a process sees
-    install: str   # what a machine without it needs
+    device: str  # torch's name
+    package: str  # the plug-in; "": built into torch
+    visible: str  # the variable that says which chips a process sees
+    install: str  # what a machine without it needs
 
 
-VENDORS = {vendor.device: vendor for vendor in (
-    Vendor("npu", "torch_npu", "ASCEND_RT_VISIBLE_DEVICES",
-           "CANN, its set_env.sh sourced, and `pip install torch-npu==VERSION` with the version of your torch"),
-    Vendor("mlu", "torch_mlu", "MLU_VISIBLE_DEVICES", "Cambricon's driver and its torch_mlu wheel for torch 2.6 or later"),
-    Vendor("tpu", "torch_tpu", "CHIPS",
-           "Sophgo's driver and its torch_tpu wheel (github.com/sophgo/torch-tpu; what `pip install torch-tpu` brings is Google's)"),
-    Vendor("cuda", "", "CUDA_VISIBLE_DEVICES", "a CUDA build of torch and an NVIDIA driver"),
-)}
+VENDORS = {
+    vendor.device: vendor
+    for vendor in (
+        Vendor(
+            "npu",
+            "torch_npu",
+            "ASCEND_RT_VISIBLE_DEVICES",
+            "CANN, its set_env.sh sourced, and `pip install torch-npu==VERSION` with the version of your torch",
+        ),
+        Vendor(
+            "mlu",
+            "torch_mlu",
+            "MLU_VISIBLE_DEVICES",
+            "Cambricon's driver and its torch_mlu wheel for torch 2.6 or later",
+        ),
+        Vendor(
+            "tpu",
+            "torch_tpu",
+            "CHIPS",
+            "Sophgo's driver and its torch_tpu wheel (github.com/sophgo/torch-tpu; what `pip install torch-tpu` brings is Google's)",
+        ),
+        Vendor("cuda", "", "CUDA_VISIBLE_DEVICES", "a CUDA build of torch and an NVIDIA driver"),
+    )
+}
 
 
 def pick(name: str = "auto", local_rank: int = 0) -> torch.device:
     """The device called `name`, made current; `MINILLAMA_DEVICE` overrides it. "auto": the accelerator torch has loaded, else npu, mlu,
     tpu or cuda where its plug-in finds a chip, else the processor. local_rank: which chip. Raises UserError where it is not here."""
     if os.environ.get("SOPHGO_SPLIT", "") not in ("", "0", "1"):
-        raise UserError(f"SOPHGO_SPLIT={os.environ['SOPHGO_SPLIT']}: layers are not placed on several chips here yet; unset it")
+        raise UserError(
+            f"SOPHGO_SPLIT={os.environ['SOPHGO_SPLIT']}: layers are not placed on several chips here yet; unset it"
+        )
     forced = os.environ.get("MINILLAMA_DEVICE", "")
     name = forced or name
     if name not in ("auto", "cpu", *VENDORS):
-        raise UserError(f"MINILLAMA_DEVICE={name}{closest(name, VENDORS)}: choose auto, cpu, {', '.join(VENDORS)}")
+        raise UserError(
+            f"MINILLAMA_DEVICE={name}{closest(name, VENDORS)}: choose auto, cpu, {', '.join(VENDORS)}"
+        )
     if name == "auto" and os.environ.get("USE_SOPHGO", "") not in ("", "0"):
         name = "tpu"
     if name == "auto":
         loaded = torch.accelerator.current_accelerator()
-        in_order = sorted(VENDORS, key=lambda device: not (loaded and loaded.type == device))  # stable: the loaded one, then the table
+        in_order = sorted(
+            VENDORS, key=lambda device: not (loaded and loaded.type == device)
+        )  # stable: the loaded one, then the table
         name = next((device for device in in_order if not _problem(device, quiet=False)), "cpu")
     elif name != "cpu" and (problem := _problem(name)):
         asked = "MINILLAMA_DEVICE asks for it" if forced else "take another with --device"
-        raise UserError(f"device {name!r} cannot be used: {problem} ({asked}); it needs {VENDORS[name].install}")
+        raise UserError(
+            f"device {name!r} cannot be used: {problem} ({asked}); it needs {VENDORS[name].install}"
+        )
     if name == "cpu":
         return torch.device("cpu")
-    chips = (sophgo_chips() if name == "tpu" else []) or list(range(getattr(torch, name).device_count()))
+    chips = (sophgo_chips() if name == "tpu" else []) or list(
+        range(getattr(torch, name).device_count())
+    )
     if local_rank >= len(chips):
-        raise UserError(f"local rank {local_rank} has no chip: {len(chips)} to be seen ({_visible(name)}); "
-                        f"start {len(chips)} processes with --nproc_per_node")
+        raise UserError(
+            f"local rank {local_rank} has no chip: {len(chips)} to be seen ({_visible(name)}); "
+            f"start {len(chips)} processes with --nproc_per_node"
+        )
     getattr(torch, name).set_device(chips[local_rank])
     return torch.device(name, chips[local_rank])
 
@@ -100,7 +134,9 @@ def is_googles(package: str) -> bool:
         found = metadata.metadata(package)
     except metadata.PackageNotFoundError:
         return False  # a source tree
-    return "google" in (found.get("Home-page") or "") or any(r.startswith("libtpu") for r in found.get_all("Requires-Dist") or ())
+    return "google" in (found.get("Home-page") or "") or any(
+        r.startswith("libtpu") for r in found.get_all("Requires-Dist") or ()
+    )
 
 
 def _visible(name: str) -> str:
@@ -113,7 +149,9 @@ def sophgo_chips() -> list[int]:
     try:
         return [int(chip) for chip in listed.split(",") if chip.strip()]
     except ValueError:
-        raise UserError(f"CHIP_MAP or CHIPS is {listed!r}; expected numbers of chips, such as 0,1") from None
+        raise UserError(
+            f"CHIP_MAP or CHIPS is {listed!r}; expected numbers of chips, such as 0,1"
+        ) from None
 
 
 def group_options(device: torch.device, size: int) -> Any:
@@ -155,14 +193,24 @@ class Memory(NamedTuple):
 def memory(device: torch.device) -> Memory:
     """The device's own count; of the processor, the process's largest resident set and the machine's free memory."""
     if device.type == "cpu":
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if "SC_AVPHYS_PAGES" in os.sysconf_names else None
+        free = (
+            os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+            if "SC_AVPHYS_PAGES" in os.sysconf_names
+            else None
+        )
         return Memory(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, free)
-    peak, free = (getattr(getattr(torch, device.type), name, lambda _: None)(device) for name in ("max_memory_allocated", "mem_get_info"))
+    peak, free = (
+        getattr(getattr(torch, device.type), name, lambda _: None)(device)
+        for name in ("max_memory_allocated", "mem_get_info")
+    )
     return Memory(peak, free and free[0])
 
 
 def supports_bf16(device: torch.device) -> bool:
-    return device.type == "cpu" or getattr(getattr(torch, device.type), "is_bf16_supported", lambda: True)()
+    return (
+        device.type == "cpu"
+        or getattr(getattr(torch, device.type), "is_bf16_supported", lambda: True)()
+    )
 
 
 def release_freed(device: torch.device) -> None:

@@ -24,7 +24,9 @@ def closest(name: str, known: Iterable[str]) -> str:
     return f" (did you mean {match[0]!r}?)" if match else ""
 
 
-def read_json(path: Path, remedy: str = "", keys: Mapping[str, type] | None = None, what: str = "") -> dict[str, Any]:
+def read_json(
+    path: Path, remedy: str = "", keys: Mapping[str, type] | None = None, what: str = ""
+) -> dict[str, Any]:
     """The JSON object that a file of the user's holds. Raises UserError where it is missing (with `remedy`) or damaged, or is not
     `what` it should be: with values of these types under these `keys`."""
     try:
@@ -35,7 +37,9 @@ def read_json(path: Path, remedy: str = "", keys: Mapping[str, type] | None = No
         raise UserError(f"{path}: not valid JSON ({error})") from None
     if not isinstance(content, dict):
         raise UserError(f"{path}: holds no JSON object")
-    if wrong := [key for key, kind in (keys or {}).items() if not isinstance(content.get(key), kind)]:
+    if wrong := [
+        key for key, kind in (keys or {}).items() if not isinstance(content.get(key), kind)
+    ]:
         raise UserError(f"{path}: not {what} ({wrong[0]} is {content.get(wrong[0], 'missing')})")
     return content
 
@@ -78,9 +82,13 @@ def _message(error: Exception) -> str:
     text = str(error)
     if isinstance(error, OSError) and error.strerror:
         return f"{f'{error.filename}: ' if error.filename else ''}{error.strerror}; name another path, or make room or rights for this one"
-    if text.startswith("Failed to load the backend extension"):  # torch imports all device plug-ins, and fails where one does
-        return (f"torch's device plug-in {text.split(': ')[1].split('.')[0]} does not load ({error.__cause__}); mend it, or set "
-                "TORCH_DEVICE_BACKEND_AUTOLOAD=0 to go on without it")
+    if text.startswith(
+        "Failed to load the backend extension"
+    ):  # torch imports all device plug-ins, and fails where one does
+        return (
+            f"torch's device plug-in {text.split(': ')[1].split('.')[0]} does not load ({error.__cause__}); mend it, or set "
+            "TORCH_DEVICE_BACKEND_AUTOLOAD=0 to go on without it"
+        )
     if isinstance(error, MemoryError) or "can't allocate memory" in text or "out of memory" in text:
         return f"not enough memory; take fewer rows or tokens at once, such as a smaller batch size or length ({text[:120]})"
     return text if isinstance(error, UserError) else ""

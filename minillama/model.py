@@ -61,16 +61,25 @@ class Attention(nn.Module):
         self.v_proj = Linear(C, config.n_kv_heads * config.head_dim, bias=bias)
         self.o_proj = Linear(config.n_heads * config.head_dim, C, bias=bias)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, documents: ops.Documents | None, cache: KeyValueCache | None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        documents: ops.Documents | None,
+        cache: KeyValueCache | None,
+    ) -> Tensor:
         B, T, _ = x.shape
         q = self.q_proj(x).view(B, T, -1, self.head_dim)  # (B, T, H, D)
         k = self.k_proj(x).view(B, T, -1, self.head_dim)  # (B, T, K, D)
         v = self.v_proj(x).view(B, T, -1, self.head_dim)  # (B, T, K, D)
         q, k = ops.rope(q, cos, sin), ops.rope(k, cos, sin)
         if cache is not None:
-            k, v = cache.append(self.layer, k, v)         # (B, S, K, D)
-        y = ops.attention(q, k, v, documents, None if cache is None else cache.lengths)  # (B, T, H, D)
-        return self.o_proj(y.reshape(B, T, -1))           # (B, T, C)
+            k, v = cache.append(self.layer, k, v)  # (B, S, K, D)
+        y = ops.attention(
+            q, k, v, documents, None if cache is None else cache.lengths
+        )  # (B, T, H, D)
+        return self.o_proj(y.reshape(B, T, -1))  # (B, T, C)
 
 
 class MLP(nn.Module):
@@ -93,7 +102,14 @@ class Layer(nn.Module):
         self.input_layernorm = RMSNorm(config.dim, config.norm_eps)
         self.post_attention_layernorm = RMSNorm(config.dim, config.norm_eps)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, documents: ops.Documents | None, cache: KeyValueCache | None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        documents: ops.Documents | None,
+        cache: KeyValueCache | None,
+    ) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, documents, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
 
@@ -103,7 +119,9 @@ class Decoder(nn.Module):
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
-        weight = torch.empty(config.vocab_size, config.dim)  # torch's own first draw would, without storage, load half of torch's compiler
+        weight = torch.empty(
+            config.vocab_size, config.dim
+        )  # torch's own first draw would, without storage, load half of torch's compiler
         self.embed_tokens = nn.Embedding(config.vocab_size, config.dim, _weight=weight)
         self.layers = nn.ModuleList(Layer(config, index) for index in range(config.n_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
@@ -119,9 +137,16 @@ class Llama(nn.Module):
         self.lm_head = Linear(config.dim, config.vocab_size, bias=False)
         if config.tie_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
-        self._rope: tuple[Tensor, Tensor, LlamaConfig] | None = None  # fp32 in any dtype, so neither a buffer nor in a checkpoint
+        self._rope: tuple[Tensor, Tensor, LlamaConfig] | None = (
+            None  # fp32 in any dtype, so neither a buffer nor in a checkpoint
+        )
 
-    def forward(self, tokens: Tensor, documents: ops.Documents | None = None, cache: KeyValueCache | None = None) -> Tensor:
+    def forward(
+        self,
+        tokens: Tensor,
+        documents: ops.Documents | None = None,
+        cache: KeyValueCache | None = None,
+    ) -> Tensor:
         """tokens (B, T) -> hidden (B, T, C), normed and ready for `logits` or the loss.
         documents: the B·T tokens are these documents end to end; positions restart in each and none sees another.
         cache: keys and values of the tokens before these."""
@@ -143,16 +168,26 @@ class Llama(nn.Module):
         """hidden (..., C) -> logits (..., V)."""
         return self.lm_head(hidden)
 
-    def loss_sum(self, tokens: Tensor, labels: Tensor, documents: ops.Documents | None = None) -> Tensor:
+    def loss_sum(
+        self, tokens: Tensor, labels: Tensor, documents: ops.Documents | None = None
+    ) -> Tensor:
         """The sum of -log p(label) over the positions of `labels` (B, T) that are not IGNORE. labels[t] is the token *after* t."""
         return ops.linear_cross_entropy(self(tokens, documents), self.lm_head.weight, labels)
 
-    def rope_tables(self, length: int, device: torch.device, config: LlamaConfig | None = None) -> tuple[Tensor, Tensor]:
+    def rope_tables(
+        self, length: int, device: torch.device, config: LlamaConfig | None = None
+    ) -> tuple[Tensor, Tensor]:
         """cos and sin for positions below `length`, kept from call to call ("dynamic" scaling depends on the length itself)."""
         config = config or self.config
         dynamic = config.rope_scaling is not None and config.rope_scaling.kind == "dynamic"
         kept = self._rope
-        if kept is None or kept[0].device != device or kept[2] != config or len(kept[0]) < length or (dynamic and len(kept[0]) != length):
+        if (
+            kept is None
+            or kept[0].device != device
+            or kept[2] != config
+            or len(kept[0]) < length
+            or (dynamic and len(kept[0]) != length)
+        ):
             grown = length if dynamic else max(length, min(config.max_seq_len, 2 * length))
             cos, sin = ops.rope_tables(config, grown)
             self._rope = kept = cos.to(device), sin.to(device), config

@@ -17,24 +17,51 @@ class Report:
     """The record of a run, kept by rank 0. Numbers that are not finite are written as null with their name in `non_finite`."""
 
     def __init__(self, out_dir: Path, total_steps: int, first_step: int, enabled: bool) -> None:
-        self.path, self.enabled, self.began = out_dir / "metrics.jsonl", enabled, time.perf_counter()
-        self.bar = tqdm(total=total_steps, initial=first_step, unit="step", desc="training", disable=not enabled, dynamic_ncols=True)
+        self.path, self.enabled, self.began = (
+            out_dir / "metrics.jsonl",
+            enabled,
+            time.perf_counter(),
+        )
+        self.bar = tqdm(
+            total=total_steps,
+            initial=first_step,
+            unit="step",
+            desc="training",
+            disable=not enabled,
+            dynamic_ncols=True,
+        )
         if enabled:  # drop a line that was not written to its end, and records of steps that a resumed run will take again
-            lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True) if self.path.is_file() else []
-            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= first_step]
+            lines = (
+                self.path.read_text(encoding="utf-8").splitlines(keepends=True)
+                if self.path.is_file()
+                else []
+            )
+            kept = [
+                line
+                for line in lines
+                if line.endswith("\n") and json.loads(line)["step"] <= first_step
+            ]
             self.path.write_text("".join(kept), encoding="utf-8")
 
     def record(self, values: dict[str, Any]) -> None:
         """Append one record to metrics.jsonl."""
         if not self.enabled:
             return
-        bad = [name for name, value in values.items() if isinstance(value, float) and not math.isfinite(value)]
-        line = {name: None if name in bad else value for name, value in values.items()} | ({"non_finite": bad} if bad else {})
+        bad = [
+            name
+            for name, value in values.items()
+            if isinstance(value, float) and not math.isfinite(value)
+        ]
+        line = {name: None if name in bad else value for name, value in values.items()} | (
+            {"non_finite": bad} if bad else {}
+        )
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
     def step(self, loss: float, tokens_per_second: float) -> None:
-        self.bar.set_postfix_str(f"loss {loss:.3f}, {tokens_per_second:,.0f} tokens/s", refresh=False)
+        self.bar.set_postfix_str(
+            f"loss {loss:.3f}, {tokens_per_second:,.0f} tokens/s", refresh=False
+        )
         self.bar.update()
 
     def say(self, text: str) -> None:
@@ -63,14 +90,25 @@ def smoothed(values: list[float]) -> list[float]:
 def plot_loss(out_dir: Path, insist: bool) -> None:
     """Draw loss.png from metrics.jsonl: the raw and the smoothed loss, the evaluations. insist: UserError without matplotlib."""
     metrics = read_metrics(out_dir / "metrics.jsonl")
-    train, held_out = ([(m["step"], m[name]) for m in metrics if m.get(name) is not None] for name in ("loss", "eval_loss"))
-    smooth = list(zip([step for step, _ in train], smoothed([loss for _, loss in train]), strict=True))
+    train, held_out = (
+        [(m["step"], m[name]) for m in metrics if m.get(name) is not None]
+        for name in ("loss", "eval_loss")
+    )
+    smooth = list(
+        zip([step for step, _ in train], smoothed([loss for _, loss in train]), strict=True)
+    )
     curves = {"loss": train, "smoothed": smooth} | ({"validation": held_out} if held_out else {})
-    if train and not draw_losses(out_dir / "loss.png", curves, f"training loss of {out_dir.name}") and insist:
+    if (
+        train
+        and not draw_losses(out_dir / "loss.png", curves, f"training loss of {out_dir.name}")
+        and insist
+    ):
         raise UserError("plot_loss needs matplotlib; pip install 'minillama[plot]'")
 
 
-def draw_losses(file: Path, curves: dict[str, list[tuple[int, float]]], title: str = "") -> Path | None:
+def draw_losses(
+    file: Path, curves: dict[str, list[tuple[int, float]]], title: str = ""
+) -> Path | None:
     """Draw (step, loss) curves by name, the first one faint; returns `file`, or None where matplotlib is missing."""
     os.environ.setdefault("MPLBACKEND", "Agg")
     try:
@@ -79,7 +117,13 @@ def draw_losses(file: Path, curves: dict[str, list[tuple[int, float]]], title: s
         return None
     figure, axes = pyplot.subplots(figsize=(7, 4), layout="tight")
     for number, (name, points) in enumerate(curves.items()):
-        axes.plot(*zip(*points, strict=True), "o-" if name == "validation" else "-", markersize=3, alpha=1 if number else 0.35, label=name)
+        axes.plot(
+            *zip(*points, strict=True),
+            "o-" if name == "validation" else "-",
+            markersize=3,
+            alpha=1 if number else 0.35,
+            label=name,
+        )
     axes.set(xlabel="step", ylabel="loss per target token", title=title)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)

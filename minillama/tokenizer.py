@@ -27,9 +27,15 @@ from minillama.errors import UserError, read_json
 def open_tokenizer(path: Path | str) -> "Tokenizer":
     """Open a tokenizer.model or tokenizer.json, given as the file or the checkpoint directory that holds one."""
     path, names = Path(path), ("tokenizer.model", "tokenizer.json")
-    found = next((file for file in [path, *(path / name for name in names)] if file.is_file()), None)
+    found = next(
+        (file for file in [path, *(path / name for name in names)] if file.is_file()), None
+    )
     if found is None:
-        lacks = f"holds no {' or '.join(names)}; name one with --tokenizer FILE" if path.is_dir() else "no such tokenizer file"
+        lacks = (
+            f"holds no {' or '.join(names)}; name one with --tokenizer FILE"
+            if path.is_dir()
+            else "no such tokenizer file"
+        )
         raise UserError(f"{path}: {lacks}")
     return JsonTokenizer(found) if found.suffix == ".json" else SentencePieceTokenizer(found)
 
@@ -47,20 +53,36 @@ class SentencePieceTokenizer:
 
     def __init__(self, path: Path) -> None:
         raw = path.read_bytes()
-        if reason := next((reason for start, reason in FOREIGN.items() if re.match(start, raw)), ""):
+        if reason := next(
+            (reason for start, reason in FOREIGN.items() if re.match(start, raw)), ""
+        ):
             raise UserError(f"{path}: {reason}")
         try:
             self.model = sentencepiece.SentencePieceProcessor(model_proto=raw)
         except RuntimeError as error:
-            raise UserError(f"{path}: not a SentencePiece model ({str(error).splitlines()[0]})") from None
-        self.path, self.sha256, self.size = path, hashlib.sha256(raw).hexdigest(), self.model.get_piece_size()
-        self.bos_id, self.eos_id = (i if i >= 0 else None for i in (self.model.bos_id(), self.model.eos_id()))
+            raise UserError(
+                f"{path}: not a SentencePiece model ({str(error).splitlines()[0]})"
+            ) from None
+        self.path, self.sha256, self.size = (
+            path,
+            hashlib.sha256(raw).hexdigest(),
+            self.model.get_piece_size(),
+        )
+        self.bos_id, self.eos_id = (
+            i if i >= 0 else None for i in (self.model.bos_id(), self.model.eos_id())
+        )
         self.words = WordIds(self.model) if _splits_at_words(self.model) else None
-        self.splits_at_lines = self.words is not None  # is a text's encoding its lines', with `encode_next` for all but the first?
+        self.splits_at_lines = (
+            self.words is not None
+        )  # is a text's encoding its lines', with `encode_next` for all but the first?
 
     def encode(self, text: str) -> list[int]:
         """The ids of plain text, without begin or end."""
-        return self.encode_next(" " + text) if text and self.words is not None else self.model.encode(text)
+        return (
+            self.encode_next(" " + text)
+            if text and self.words is not None
+            else self.model.encode(text)
+        )
 
     def encode_next(self, text: str) -> list[int]:
         """The ids of text that goes on after a line break; only for a vocabulary that splits at lines."""
@@ -69,7 +91,9 @@ class SentencePieceTokenizer:
     def control_id(self, name: str) -> int | None:
         """The id of "bos", "eos" or a control token by its own name, such as "<|eot_id|>"; None where there is none."""
         token = self.model.piece_to_id(name)
-        return {"bos": self.bos_id, "eos": self.eos_id}.get(name, token if self.model.is_control(token) else None)
+        return {"bos": self.bos_id, "eos": self.eos_id}.get(
+            name, token if self.model.is_control(token) else None
+        )
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ids; control tokens leave no trace."""
@@ -88,7 +112,9 @@ class WordIds(dict[str, tuple[int, ...]]):
         self.model = model
 
     def __missing__(self, word: str) -> tuple[int, ...]:
-        ids = tuple(self.model.encode("\n" + word)[2:])  # behind ▁ and the line break, the word gets no ▁ of its own
+        ids = tuple(
+            self.model.encode("\n" + word)[2:]
+        )  # behind ▁ and the line break, the word gets no ▁ of its own
         if len(word) <= self.LONGEST:
             if len(self) >= self.LIMIT:
                 self.clear()
@@ -99,8 +125,14 @@ class WordIds(dict[str, tuple[int, ...]]):
 def _splits_at_words(model: sentencepiece.SentencePieceProcessor) -> bool:
     """Is a text's encoding its words' encodings? Asks for text taken as it is, bytes for what has no piece, no piece over a gap."""
     probe, line_break = "A  b\n \tﬁ Ａ½ ", model.encode("\n")
-    is_kept = model.normalize(probe) == "▁" + probe.replace(" ", "▁") and len(line_break) == 2 and model.is_byte(line_break[1])
-    return is_kept and not any("\n" in piece or "▁" in piece.lstrip("▁") for piece in _pieces(model))
+    is_kept = (
+        model.normalize(probe) == "▁" + probe.replace(" ", "▁")
+        and len(line_break) == 2
+        and model.is_byte(line_break[1])
+    )
+    return is_kept and not any(
+        "\n" in piece or "▁" in piece.lstrip("▁") for piece in _pieces(model)
+    )
 
 
 def _pieces(model: sentencepiece.SentencePieceProcessor) -> list[str]:
@@ -116,7 +148,9 @@ class JsonTokenizer:
         try:
             import tokenizers
         except ImportError:
-            raise UserError(f"{path}: needs the package `tokenizers`; pip install 'minillama[tokenizers]'") from None
+            raise UserError(
+                f"{path}: needs the package `tokenizers`; pip install 'minillama[tokenizers]'"
+            ) from None
         try:
             self.model = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the package raises bare Exception
@@ -128,7 +162,10 @@ class JsonTokenizer:
         config = path.with_name("tokenizer_config.json")
         claimed = read_json(config) if config.is_file() else {}
         named = (claimed.get(f"{name}_token") or "" for name in ("bos", "eos"))
-        self.bos_id, self.eos_id = (self.model.token_to_id(token["content"] if isinstance(token, dict) else token) for token in named)
+        self.bos_id, self.eos_id = (
+            self.model.token_to_id(token["content"] if isinstance(token, dict) else token)
+            for token in named
+        )
 
     def encode(self, text: str) -> list[int]:
         return self.model.encode(text, add_special_tokens=False).ids
@@ -151,7 +188,11 @@ class Stream:
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        self.decode, self.ids, self.known = tokenizer.decode, [], 0  # known: of the ids, those whose text is printed
+        self.decode, self.ids, self.known = (
+            tokenizer.decode,
+            [],
+            0,
+        )  # known: of the ids, those whose text is printed
 
     def push(self, token: int) -> str:
         """The text that `token` completes; empty while a character is still missing bytes."""
@@ -160,9 +201,9 @@ class Stream:
 
     def flush(self) -> str:
         """What is left at the end; bytes that never became a character as U+FFFD."""
-        text = self.decode(self.ids)[len(self.decode(self.ids[:self.known])):]
+        text = self.decode(self.ids)[len(self.decode(self.ids[: self.known])) :]
         if text:
-            self.ids = self.ids[self.known:]
+            self.ids = self.ids[self.known :]
         self.known = len(self.ids)
         return text
 
@@ -171,9 +212,19 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> bytes:
     """A LLaMA-style tokenizer.model learnt from `texts`: BPE, byte fallback, digits apart, no normalisation."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(texts), model_writer=model, vocab_size=vocab_size, model_type="bpe", byte_fallback=True,
-        split_digits=True, allow_whitespace_only_pieces=True, normalization_rule_name="identity", remove_extra_whitespaces=False,
-        hard_vocab_limit=False, num_threads=1, minloglevel=2)
+        sentence_iterator=iter(texts),
+        model_writer=model,
+        vocab_size=vocab_size,
+        model_type="bpe",
+        byte_fallback=True,
+        split_digits=True,
+        allow_whitespace_only_pieces=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        hard_vocab_limit=False,
+        num_threads=1,
+        minloglevel=2,
+    )
     return model.getvalue()
 
 
@@ -191,7 +242,9 @@ def merge_vocabularies(base: Path, added: Path) -> bytes:
         end = start + length
     new = b""
     for text in (piece.encode() for piece in more if piece not in known):
-        piece = b"\x0a" + _varint(len(text)) + text + b"\x15" + bytes(4)  # field 1: the text; field 2: a float, 0.0
+        piece = (
+            b"\x0a" + _varint(len(text)) + text + b"\x15" + bytes(4)
+        )  # field 1: the text; field 2: a float, 0.0
         new += b"\x0a" + _varint(len(piece)) + piece
     return raw[:end] + new + raw[end:]
 

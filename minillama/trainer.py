@@ -40,7 +40,11 @@ def learning_rate(step: int, total: int, settings: Settings) -> float:
     """The rate of update `step`, counted from 0, of `total`: transformers' rule, where the first update of a warm-up is at 0.
     1. warm-up: a straight line from 0;  2. constant: stay;  3. linear or cosine: down to min_learning_rate at `total`."""
     peak, low, kind = settings.learning_rate, settings.min_learning_rate, settings.lr_scheduler_type
-    warmup = 0 if kind == "constant" else settings.warmup_steps or math.ceil(total * settings.warmup_ratio)
+    warmup = (
+        0
+        if kind == "constant"
+        else settings.warmup_steps or math.ceil(total * settings.warmup_ratio)
+    )
     if step < warmup:
         return peak * step / warmup
     if kind.startswith("constant"):
@@ -54,7 +58,12 @@ class Trainer:
     """A run in progress: model, optimizer, plan, and where they stand."""
 
     def __init__(self, settings: Settings, mesh: comm.Mesh, stop: Sequence[str] = ()) -> None:
-        self.settings, self.mesh, self.out_dir, self.stop = settings, mesh, Path(settings.out_dir), stop
+        self.settings, self.mesh, self.out_dir, self.stop = (
+            settings,
+            mesh,
+            Path(settings.out_dir),
+            stop,
+        )
         settings = building.with_embedded_data(settings, mesh)
         device.allow_tf32(settings.tf32)
         ops.choose(settings.ops)
@@ -62,16 +71,22 @@ class Trainer:
             torch.set_num_threads(settings.threads)
         self.tokenizer: Tokenizer = building.build_tokenizer(settings)
         self.model, self.lora = building.build_model(settings, self.tokenizer, mesh)
-        self.plan, self.eval_plan, self.template = building.build_plans(settings, self.tokenizer, self.model.config, mesh)
+        self.plan, self.eval_plan, self.template = building.build_plans(
+            settings, self.tokenizer, self.model.config, mesh
+        )
         self.optimizer = Optimizer(self.model.named_parameters(), mesh, settings)
         self.step = self.tokens = self.skipped = self.skipped_in_a_row = self.saved_step = 0
-        self.base = str(checkpoints.find_checkpoint(Path(settings.ckpt)).resolve()) if settings.ckpt else ""
+        self.base = (
+            str(checkpoints.find_checkpoint(Path(settings.ckpt)).resolve()) if settings.ckpt else ""
+        )
 
     def resume(self, checkpoint: Path) -> None:
         """Go on from a checkpoint: weights, moments, step, loss scale."""
         state = train_state.read_state(checkpoint)
         for number, part in enumerate(self.optimizer.parts):
-            part.load_state(train_state.slice_reader(checkpoint, number, part.total), state["updates"])
+            part.load_state(
+                train_state.slice_reader(checkpoint, number, part.total), state["updates"]
+            )
         if self.optimizer.loss_scale and state["loss_scale"]:
             self.optimizer.loss_scale = LossScale(**state["loss_scale"])
         self.step = self.saved_step = state["step"]
@@ -83,7 +98,10 @@ class Trainer:
         started_tokens, eval_loss = self.tokens, None
         while self.step < total:
             began, epoch = time.perf_counter(), self.plan.locate(self.step)[0]
-            batches, rate = self.plan.micro_batches(self.step), learning_rate(self.step, total, settings)
+            batches, rate = (
+                self.plan.micro_batches(self.step),
+                learning_rate(self.step, total, settings),
+            )
             result = self.update(batches, rate)
             if result is None:
                 self.save_checkpoint(log)
@@ -96,25 +114,55 @@ class Trainer:
             self.step, self.tokens = self.step + 1, self.tokens + tokens
             speed = tokens / durations[-1] / self.mesh.size
             log.step(loss, speed)
-            scale = {"loss_scale": self.optimizer.loss_scale.scale} if self.optimizer.loss_scale else {}
+            scale = (
+                {"loss_scale": self.optimizer.loss_scale.scale} if self.optimizer.loss_scale else {}
+            )
             if self.step % settings.logging_steps == 0 or self.step in (1, total):
-                log.record({"step": self.step, "epoch": round(self.plan.epoch_at(self.step), 4), "loss": loss, "learning_rate": rate,
-                            "grad_norm": norm, "skipped": self.skipped, **scale,
-                            **self._rates(speed, [n for batch in batches for n in batch.lengths])})
+                log.record(
+                    {
+                        "step": self.step,
+                        "epoch": round(self.plan.epoch_at(self.step), 4),
+                        "loss": loss,
+                        "learning_rate": rate,
+                        "grad_norm": norm,
+                        "skipped": self.skipped,
+                        **scale,
+                        **self._rates(speed, [n for batch in batches for n in batch.lengths]),
+                    }
+                )
             new_epoch = self.plan.locate(self.step)[0] != epoch
-            if self.eval_plan and (self._is_due(settings.eval_strategy, settings.eval_steps, new_epoch) or self.step == total):
+            if self.eval_plan and (
+                self._is_due(settings.eval_strategy, settings.eval_steps, new_epoch)
+                or self.step == total
+            ):
                 eval_loss = self.evaluate()
-                log.record({"step": self.step, "epoch": self.plan.epoch_at(self.step), "eval_loss": eval_loss})
+                log.record(
+                    {
+                        "step": self.step,
+                        "epoch": self.plan.epoch_at(self.step),
+                        "eval_loss": eval_loss,
+                    }
+                )
                 log.say(f"step {self.step}: validation loss {eval_loss:.4f}")
-            if self._is_due(settings.save_strategy, settings.save_steps, new_epoch) and self.step < total:
+            if (
+                self._is_due(settings.save_strategy, settings.save_steps, new_epoch)
+                and self.step < total
+            ):
                 self.save_checkpoint(log)
         self.save_model(self.out_dir / "final")
         finite = [loss for loss in losses if math.isfinite(loss)]
         speed = (self.tokens - started_tokens) / max(sum(durations), 1e-9) / self.mesh.size
-        return {"train_loss": sum(finite) / len(finite) if finite else None, "last_loss": finite[-1] if finite else None,
-                "eval_loss": eval_loss, "steps": self.step, "step_seconds": round(sum(durations) / max(1, len(durations)), 4),
-                "skipped_steps": self.skipped, "seconds": round(log.close(), 2), "trainable_parameters": self.optimizer.trained,
-                **self._rates(speed, self.plan.pieces.length.tolist())}
+        return {
+            "train_loss": sum(finite) / len(finite) if finite else None,
+            "last_loss": finite[-1] if finite else None,
+            "eval_loss": eval_loss,
+            "steps": self.step,
+            "step_seconds": round(sum(durations) / max(1, len(durations)), 4),
+            "skipped_steps": self.skipped,
+            "seconds": round(log.close(), 2),
+            "trainable_parameters": self.optimizer.trained,
+            **self._rates(speed, self.plan.pieces.length.tolist()),
+        }
 
     def update(self, batches: list[Batch], rate: float) -> tuple[float, float] | None:
         """One optimizer step on a global batch; returns (mean loss per target, gradient norm before clipping).
@@ -122,13 +170,17 @@ class Trainer:
         all ranks gave the step up between two micro-batches."""
         targets, size = max(1, sum(batch.targets for batch in batches)), self.mesh.size
         self.optimizer.zero_grad()
-        losses = torch.zeros(len(batches), device=self.mesh.device)  # fp32, as the losses are: each is one rank's
+        losses = torch.zeros(
+            len(batches), device=self.mesh.device
+        )  # fp32, as the losses are: each is one rank's
         for first in range(0, len(batches), size):  # micro-batch a·N + r is rank r's
             if comm.any_rank(self.mesh, bool(self.stop)):
                 return None
             number, loss = first + self.mesh.rank, None
             if number < len(batches):
-                drawn = np.random.SeedSequence((self.settings.seed, self.step, number)).generate_state(1)[0]  # dropout's
+                drawn = np.random.SeedSequence(
+                    (self.settings.seed, self.step, number)
+                ).generate_state(1)[0]  # dropout's
                 with device.seeded(int(drawn), self.mesh.device):
                     loss = self._loss_sum(batches[number]) / targets
                 losses[number] = loss.detach()
@@ -140,13 +192,17 @@ class Trainer:
         self.skipped_in_a_row = 0 if updated or is_overflow else self.skipped_in_a_row + 1
         if self.skipped_in_a_row == MAX_SKIPPED_IN_A_ROW:
             where = self.optimizer.first_non_finite() or "the loss"
-            raise UserError(f"step {self.step}: loss {loss} or its gradient (first: {where}) was not finite {self.skipped_in_a_row} steps "
-                            f"in a row; lower --learning_rate, or look for broken records in the data; checkpoints are in {self.out_dir}")
+            raise UserError(
+                f"step {self.step}: loss {loss} or its gradient (first: {where}) was not finite {self.skipped_in_a_row} steps "
+                f"in a row; lower --learning_rate, or look for broken records in the data; checkpoints are in {self.out_dir}"
+            )
         return loss, norm
 
     def _loss_sum(self, batch: Batch) -> torch.Tensor:
         where = self.mesh.device
-        tokens, labels = (torch.from_numpy(x).unsqueeze(0).to(where) for x in (batch.tokens, batch.labels))  # (1, T)
+        tokens, labels = (
+            torch.from_numpy(x).unsqueeze(0).to(where) for x in (batch.tokens, batch.labels)
+        )  # (1, T)
         return self.model.loss_sum(tokens, labels, Documents(batch.lengths, where))
 
     @torch.no_grad()
@@ -157,7 +213,9 @@ class Trainer:
         for step in range(self.eval_plan.total_steps):
             batches = self.eval_plan.micro_batches(step)
             targets += sum(batch.targets for batch in batches)
-            total += sum(float(self._loss_sum(batch)) for batch in batches[self.mesh.rank::self.mesh.size])
+            total += sum(
+                float(self._loss_sum(batch)) for batch in batches[self.mesh.rank :: self.mesh.size]
+            )
         self.model.train()
         return sum(comm.gather_objects(self.mesh, total)) / targets
 
@@ -166,28 +224,59 @@ class Trainer:
 
     def _rates(self, speed: float, lengths: list[int]) -> dict[str, Any]:
         """What records and the summary both tell. speed: tokens a second on each device, in documents of these lengths."""
-        sequence = sum(n * n for n in lengths) / sum(lengths)  # the document length that a token sees, on average
-        tflops, peak = speed * training_flops(self.model.config, 1.0, sequence) / 1e12, self.settings.peak_tflops
-        return {"tokens": self.tokens, "tokens_per_second": round(speed, 2), "tflops": round(tflops, 4),
-                "mfu": tflops / peak if peak else None, "peak_memory_bytes": device.memory(self.mesh.device).peak}
+        sequence = sum(n * n for n in lengths) / sum(
+            lengths
+        )  # the document length that a token sees, on average
+        tflops, peak = (
+            speed * training_flops(self.model.config, 1.0, sequence) / 1e12,
+            self.settings.peak_tflops,
+        )
+        return {
+            "tokens": self.tokens,
+            "tokens_per_second": round(speed, 2),
+            "tflops": round(tflops, 4),
+            "mfu": tflops / peak if peak else None,
+            "peak_memory_bytes": device.memory(self.mesh.device).peak,
+        }
 
     def save_checkpoint(self, log: report.Report) -> None:
         """Write checkpoints/step-N; where that fails, say so loudly and go on: the checkpoints before it are still there."""
         if self.saved_step == self.step:
             return
         scale, self.saved_step = self.optimizer.loss_scale, self.step
-        state = {"step": self.step, "tokens": self.tokens, "skipped": self.skipped, "updates": self.optimizer.parts[0].steps,
-                 "rows_per_step": self.plan.rows_per_step, "loss_scale": asdict(scale) if scale else None}
+        state = {
+            "step": self.step,
+            "tokens": self.tokens,
+            "skipped": self.skipped,
+            "updates": self.optimizer.parts[0].steps,
+            "rows_per_step": self.plan.rows_per_step,
+            "loss_scale": asdict(scale) if scale else None,
+        }
         slices = [(part.owned.start, part.state()) for part in self.optimizer.parts]
-        problem = train_state.save_state(self.out_dir, self.step, self.mesh, slices, state, self.save_model, self.settings.save_total_limit)
+        problem = train_state.save_state(
+            self.out_dir,
+            self.step,
+            self.mesh,
+            slices,
+            state,
+            self.save_model,
+            self.settings.save_total_limit,
+        )
         if problem:
-            log.say(f"WARNING: step {self.step}: no checkpoint was written: {problem}; training goes on")
+            log.say(
+                f"WARNING: step {self.step}: no checkpoint was written: {problem}; training goes on"
+            )
 
     def save_model(self, path: Path) -> None:
         """Write the model, or the adapter alone, as a directory that transformers or peft opens."""
         if not self.mesh.is_first:
             return
-        about = {"template": self.template, "made_by": "minillama train.py", "base": self.base, "settings": asdict(self.settings)}
+        about = {
+            "template": self.template,
+            "made_by": "minillama train.py",
+            "base": self.base,
+            "settings": asdict(self.settings),
+        }
         if self.lora is None:
             checkpoints.save_model(self.model, path, self.tokenizer)
         else:
@@ -201,21 +290,31 @@ def train(settings: Settings, mesh: comm.Mesh, overwrite: bool = False) -> dict[
     None: a signal stopped the run, and its state is saved."""
     checkpoint, finished = building.prepare_directory(settings, mesh, overwrite)
     if finished is not None:
-        mesh.print(f"{settings.out_dir}: this run is finished; --overwrite_output_dir starts it over")
+        mesh.print(
+            f"{settings.out_dir}: this run is finished; --overwrite_output_dir starts it over"
+        )
         return finished
     if checkpoint:
-        settings = building.with_global_batch(settings, mesh, train_state.read_state(checkpoint)["rows_per_step"])
+        settings = building.with_global_batch(
+            settings, mesh, train_state.read_state(checkpoint)["rows_per_step"]
+        )
     with listening() as stop:
         trainer = Trainer(settings, mesh, stop)
-        mesh.print(f"model: {sum(p.numel() for p in trainer.model.parameters()):,} parameters, {trainer.optimizer.trained:,} trained; "
-                   f"{trainer.plan.total_steps:,} steps on {mesh.size} × {mesh.device.type}")
+        mesh.print(
+            f"model: {sum(p.numel() for p in trainer.model.parameters()):,} parameters, {trainer.optimizer.trained:,} trained; "
+            f"{trainer.plan.total_steps:,} steps on {mesh.size} × {mesh.device.type}"
+        )
         if checkpoint:
             trainer.resume(checkpoint)
             mesh.print(f"resuming {checkpoint} at step {trainer.step}, {trainer.tokens:,} tokens")
-        summary = trainer.run(report.Report(trainer.out_dir, trainer.plan.total_steps, trainer.step, mesh.is_first))
+        summary = trainer.run(
+            report.Report(trainer.out_dir, trainer.plan.total_steps, trainer.step, mesh.is_first)
+        )
         if summary is None:
             signal = stop[0] if stop else "a signal to another rank"
-            mesh.print(f"stopped by {signal} after step {trainer.step}; the same command goes on from there")
+            mesh.print(
+                f"stopped by {signal} after step {trainer.step}; the same command goes on from there"
+            )
         elif mesh.is_first:
             checkpoints.write_json(trainer.out_dir / "summary.json", summary)
             report.plot_loss(trainer.out_dir, settings.plot_loss)
@@ -227,5 +326,7 @@ def show_first_batch(settings: Settings, mesh: comm.Mesh) -> str:
     """The text of step 0's first micro-batch, with the trained tokens marked."""
     settings = building.with_embedded_data(settings, mesh)
     tokenizer = building.build_tokenizer(settings)
-    plan, _, template = building.build_plans(settings, tokenizer, building.model_config(settings, tokenizer.size), mesh)
+    plan, _, template = building.build_plans(
+        settings, tokenizer, building.model_config(settings, tokenizer.size), mesh
+    )
     return f"template: {template}\n{show_batch(tokenizer, plan.micro_batches(0)[0], color=sys.stdout.isatty())}"

@@ -15,16 +15,35 @@ from minillama.generation.sampling import Sampling
 from minillama.model import Llama
 from minillama.tokenizer import SentencePieceTokenizer, open_tokenizer, train_tokenizer
 
-torch.set_num_threads(1)  # one thread adds in one order, and forked ranks do not fight over the processor
+torch.set_num_threads(
+    1
+)  # one thread adds in one order, and forked ranks do not fight over the processor
 
 # 6 query and 3 key/value heads: n_heads != n_kv_heads², so a confusion of the two counts cannot come out right by chance.
-TINY = LlamaConfig(dim=24, n_layers=2, n_heads=6, n_kv_heads=3, head_dim=4, ffn_dim=42, vocab_size=50, max_seq_len=64,
-                   norm_eps=1e-5, rope_theta=10000.0)
+TINY = LlamaConfig(
+    dim=24,
+    n_layers=2,
+    n_heads=6,
+    n_kv_heads=3,
+    head_dim=4,
+    ffn_dim=42,
+    vocab_size=50,
+    max_seq_len=64,
+    norm_eps=1e-5,
+    rope_theta=10000.0,
+)
 
-TEXTS = ["Below is an instruction that describes a task. Write a response that appropriately completes the request.",
-         "### Instruction:", "Say hello to the world 123", "### Response:", "Hello, world!", "USER: Hi ASSISTANT: Hello [INST]",
-         "A chat between a curious user and an artificial intelligence assistant.",
-         "玄德曰：备今日得见天日。", "the cat sat on the mat  twice"]
+TEXTS = [
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request.",
+    "### Instruction:",
+    "Say hello to the world 123",
+    "### Response:",
+    "Hello, world!",
+    "USER: Hi ASSISTANT: Hello [INST]",
+    "A chat between a curious user and an artificial intelligence assistant.",
+    "玄德曰：备今日得见天日。",
+    "the cat sat on the mat  twice",
+]
 
 
 def random_model(seed: int = 0, **changes) -> Llama:
@@ -37,8 +56,14 @@ def random_model(seed: int = 0, **changes) -> Llama:
     return model
 
 
-def generate(model: Llama, prompt: list[int], max_new_tokens: int, sampling: Sampling, stop: tuple[int, ...] = (),
-             seed: int | None = None) -> Iterator[int]:
+def generate(
+    model: Llama,
+    prompt: list[int],
+    max_new_tokens: int,
+    sampling: Sampling,
+    stop: tuple[int, ...] = (),
+    seed: int | None = None,
+) -> Iterator[int]:
     """Yield the ids that follow `prompt`, until one of `stop` (not yielded) or max_new_tokens."""
     answer = Answer(prompt, max_new_tokens)
     for _ in decode(model, [answer], sampling, stop, seed):
@@ -53,7 +78,9 @@ def random_tokens(*shape: int, vocab_size: int = 50, seed: int = 0) -> torch.Ten
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """The folder of real inputs that is not part of the project; tests that need it skip where it is absent."""
-    folder = Path(os.environ.get("MINILLAMA_SHARED") or Path(__file__).parents[2] / "shared" / "data")
+    folder = Path(
+        os.environ.get("MINILLAMA_SHARED") or Path(__file__).parents[2] / "shared" / "data"
+    )
     if not folder.is_dir():
         pytest.skip(f"real inputs not found ({folder}); MINILLAMA_SHARED names their folder")
     return folder
@@ -63,7 +90,9 @@ def shared() -> Path:
 def tiny_checkpoint(tmp_path: Path) -> Callable[..., Path]:
     """A function that writes a small random checkpoint and returns its directory; keywords change its config."""
 
-    def write(name: str = "base", dtype: torch.dtype = torch.float32, seed: int = 0, **changes) -> Path:
+    def write(
+        name: str = "base", dtype: torch.dtype = torch.float32, seed: int = 0, **changes
+    ) -> Path:
         save_model(random_model(seed, **changes).to(dtype), tmp_path / name)
         return tmp_path / name
 

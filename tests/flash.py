@@ -27,12 +27,20 @@ class _Flash(torch.autograd.Function):
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         o, lse = torch.empty_like(q), torch.empty(*q.shape[:-1], 1)
         for rows in _blocks(q):
-            m, l, a = torch.full_like(lse[..., rows, :], -math.inf), torch.zeros_like(lse[..., rows, :]), torch.zeros_like(q[..., rows, :])
+            m, l, a = (
+                torch.full_like(lse[..., rows, :], -math.inf),
+                torch.zeros_like(lse[..., rows, :]),
+                torch.zeros_like(q[..., rows, :]),
+            )
             for keys in _blocks(k, below=rows.stop + k.shape[-2] - q.shape[-2]):
                 s = _scores(q, k, rows, keys)
                 higher = torch.maximum(m, s.amax(-1, keepdim=True))
                 p, shrink = (s - higher).exp(), (m - higher).exp()
-                m, l, a = higher, l * shrink + p.sum(-1, keepdim=True), a * shrink + p @ v[..., keys, :]
+                m, l, a = (
+                    higher,
+                    l * shrink + p.sum(-1, keepdim=True),
+                    a * shrink + p @ v[..., keys, :],
+                )
             o[..., rows, :], lse[..., rows, :] = a / l, m + l.log()
         ctx.save_for_backward(q, k, v, o, lse)
         return o
@@ -54,7 +62,9 @@ class _Flash(torch.autograd.Function):
 
 def _blocks(x: Tensor, below: int | None = None) -> Iterator[slice]:
     length = x.shape[-2]
-    return (slice(at, min(at + BLOCK, length)) for at in range(0, min(length, below or length), BLOCK))
+    return (
+        slice(at, min(at + BLOCK, length)) for at in range(0, min(length, below or length), BLOCK)
+    )
 
 
 def _scores(q: Tensor, k: Tensor, rows: slice, keys: slice) -> Tensor:
@@ -69,5 +79,5 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     B, T, H, D = q.shape
     K = k.shape[2]
     q_ = q.float().view(B, T, K, H // K, D).permute(0, 2, 3, 1, 4).contiguous()  # (B, K, G, T, D)
-    k_, v_ = (x.float().transpose(1, 2).unsqueeze(2) for x in (k, v))             # (B, K, 1, S, D)
+    k_, v_ = (x.float().transpose(1, 2).unsqueeze(2) for x in (k, v))  # (B, K, 1, S, D)
     return _Flash.apply(q_, k_, v_).permute(0, 3, 1, 2, 4).reshape(B, T, H, D).to(q.dtype)

@@ -62,15 +62,21 @@ def labelled(N: int, V: int, ignored: int) -> Tensor:
 
 CASES: dict[str, list[Case]] = {
     "rms_norm": [
-        Case("odd", ((33, 70), (70,)), (EPS,)), Case("one token", ((1, 1, 33), (33,)), (EPS,)),
-        Case("three dimensions", ((2, 3, 24), (24,)), (EPS,)), Case("tiny", ((33, 70), (70,)), (EPS,), scale=1e-3),
+        Case("odd", ((33, 70), (70,)), (EPS,)),
+        Case("one token", ((1, 1, 33), (33,)), (EPS,)),
+        Case("three dimensions", ((2, 3, 24), (24,)), (EPS,)),
+        Case("tiny", ((33, 70), (70,)), (EPS,), scale=1e-3),
     ],
     "rope": [
-        Case("odd", ((2, 7, 3, 10),), angles(7, 5)), Case("one token", ((1, 1, 6, 2),), angles(1, 1)),
-        Case("a table for each row", ((3, 5, 2, 6),), angles(3, 5, 3)), Case("tiny", ((2, 7, 3, 10),), angles(7, 5), scale=1e-3),
+        Case("odd", ((2, 7, 3, 10),), angles(7, 5)),
+        Case("one token", ((1, 1, 6, 2),), angles(1, 1)),
+        Case("a table for each row", ((3, 5, 2, 6),), angles(3, 5, 3)),
+        Case("tiny", ((2, 7, 3, 10),), angles(7, 5), scale=1e-3),
     ],
     "swiglu": [
-        Case("odd", ((33, 70), (33, 70))), Case("one token", ((1, 1, 33), (1, 1, 33))), Case("small", ((33, 70), (33, 70)), scale=0.1),
+        Case("odd", ((33, 70), (33, 70))),
+        Case("one token", ((1, 1, 33), (1, 1, 33))),
+        Case("small", ((33, 70), (33, 70)), scale=0.1),
         Case("large", ((33, 70), (33, 70)), scale=20.0),
     ],
     "scaled_masked_softmax": [
@@ -80,16 +86,20 @@ CASES: dict[str, list[Case]] = {
         Case("blocks of 32", ((1, 2, 32, 64),), (some_masked(1, 1, 32, 64), 0.125)),
     ],
     "attention": [
-        Case("odd", ((2, 33, 6, 14), (2, 33, 6, 14), (2, 33, 6, 14))), Case("shared heads", ((2, 9, 6, 8), (2, 9, 3, 8), (2, 9, 3, 8))),
+        Case("odd", ((2, 33, 6, 14), (2, 33, 6, 14), (2, 33, 6, 14))),
+        Case("shared heads", ((2, 9, 6, 8), (2, 9, 3, 8), (2, 9, 3, 8))),
         Case("one key head", ((1, 9, 6, 8), (1, 9, 1, 8), (1, 9, 1, 8))),
         Case("the last positions", ((2, 3, 6, 8), (2, 19, 3, 8), (2, 19, 3, 8))),
         Case("one token", ((2, 1, 6, 8), (2, 1, 3, 8), (2, 1, 3, 8))),
     ],
     "linear": [
-        Case("odd", ((2, 33, 70), (11, 70))), Case("one token", ((1, 1, 33), (5, 33))), Case("bias", ((7, 33), (5, 33), (5,))),
+        Case("odd", ((2, 33, 70), (11, 70))),
+        Case("one token", ((1, 1, 33), (5, 33))),
+        Case("bias", ((7, 33), (5, 33), (5,))),
     ],
     "linear_cross_entropy": [
-        Case("odd", ((33, 17), (70, 17)), (labelled(33, 70, 9),)), Case("one token", ((1, 17), (70, 17)), (labelled(1, 70, 0),)),
+        Case("odd", ((33, 17), (70, 17)), (labelled(33, 70, 9),)),
+        Case("one token", ((1, 17), (70, 17)), (labelled(1, 70, 0),)),
         Case("all ignored", ((33, 17), (70, 17)), (labelled(33, 70, 33),)),
         Case("tiny", ((33, 17), (70, 17)), (labelled(33, 70, 9),), scale=1e-3),
     ],
@@ -98,13 +108,16 @@ CASES: dict[str, list[Case]] = {
 
 # The formulas once more, in float64 and in other words than the reference's.
 
+
 def rms_norm64(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return x / (x.square().sum(-1, keepdim=True) / x.shape[-1] + eps).sqrt() * weight
 
 
 def rope64(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """A pair is a complex number, and turning it is a product."""
-    pairs = torch.complex(*x.chunk(2, dim=-1)) * torch.complex(cos[..., cos.shape[-1] // 2:], sin[..., sin.shape[-1] // 2:])
+    pairs = torch.complex(*x.chunk(2, dim=-1)) * torch.complex(
+        cos[..., cos.shape[-1] // 2 :], sin[..., sin.shape[-1] // 2 :]
+    )
     return torch.cat((pairs.real, pairs.imag), dim=-1)
 
 
@@ -140,8 +153,13 @@ def linear_cross_entropy64(hidden: Tensor, weight: Tensor, labels: Tensor) -> Te
 
 
 EXACT: dict[str, Callable] = {
-    "rms_norm": rms_norm64, "rope": rope64, "swiglu": swiglu64, "scaled_masked_softmax": scaled_masked_softmax64, "attention": attention64,
-    "linear": linear64, "linear_cross_entropy": linear_cross_entropy64,
+    "rms_norm": rms_norm64,
+    "rope": rope64,
+    "swiglu": swiglu64,
+    "scaled_masked_softmax": scaled_masked_softmax64,
+    "attention": attention64,
+    "linear": linear64,
+    "linear_cross_entropy": linear_cross_entropy64,
 }
 
 
@@ -156,20 +174,39 @@ def with_gaps(x: Tensor) -> Tensor:
 
 def check(op: str, case: Case, form: Callable, dtype: torch.dtype, strided: bool) -> None:
     """One cell of the matrix: the value and each gradient of `form` lie within the bound."""
-    drawn = [(randn(*shape, seed=seed) * case.scale).to(dtype) for seed, shape in enumerate(case.shapes)]
+    drawn = [
+        (randn(*shape, seed=seed) * case.scale).to(dtype) for seed, shape in enumerate(case.shapes)
+    ]
     ours = [(with_gaps(x) if strided else x.clone()).detach().requires_grad_() for x in drawn]
     exact = [x.double().requires_grad_() for x in drawn]
     rest = [x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for x in case.rest]
     y, y64 = form(*ours, *case.rest), EXACT[op](*exact, *rest)
     assert y.dtype == (torch.float32 if op == "linear_cross_entropy" else dtype)
     upstream = randn(*y.shape, seed=9).to(y.dtype)
-    laid_out = upstream.transpose(0, -1).contiguous().transpose(0, -1) if strided and y.dim() else upstream
-    gradients, gradients64 = torch.autograd.grad(y, ours, laid_out), torch.autograd.grad(y64, exact, upstream.double())
-    compared = zip(("value", "first gradient", "second gradient", "third gradient"), (y, *gradients), (y64, *gradients64), strict=False)
+    laid_out = (
+        upstream.transpose(0, -1).contiguous().transpose(0, -1) if strided and y.dim() else upstream
+    )
+    gradients, gradients64 = (
+        torch.autograd.grad(y, ours, laid_out),
+        torch.autograd.grad(y64, exact, upstream.double()),
+    )
+    compared = zip(
+        ("value", "first gradient", "second gradient", "third gradient"),
+        (y, *gradients),
+        (y64, *gradients64),
+        strict=False,
+    )
     for name, mine, true in compared:
         assert mine.shape == true.shape
-        error, size = (mine.detach().double() - true).norm(), true.norm() or y64.norm()  # a gradient of 0 is measured by the value
-        assert error <= BOUNDS[dtype] * size, f"{op}, {case.name}, {name}: off by {error:.3g} of {size:.3g}, {error / size:.2g}"
+        error, size = (
+            (mine.detach().double() - true).norm(),
+            true.norm() or y64.norm(),
+        )  # a gradient of 0 is measured by the value
+        assert error <= BOUNDS[dtype] * size, (
+            f"{op}, {case.name}, {name}: off by {error:.3g} of {size:.3g}, {error / size:.2g}"
+        )
     with torch.no_grad():
         untracked = form(*ours, *case.rest).double()
-    assert (untracked - y64).norm() <= BOUNDS[dtype] * y64.norm(), f"{op}, {case.name}: another value where no gradient is asked for"
+    assert (untracked - y64).norm() <= BOUNDS[dtype] * y64.norm(), (
+        f"{op}, {case.name}: another value where no gradient is asked for"
+    )

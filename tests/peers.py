@@ -9,13 +9,17 @@ import torch
 def open_in_transformers(directory: Path):
     """The LlamaForCausalLM in a checkpoint directory: fp32, attention by the plain formula."""
     transformers = pytest.importorskip("transformers")
-    return transformers.LlamaForCausalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation="eager").eval()
+    return transformers.LlamaForCausalLM.from_pretrained(
+        directory, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
 
 
 def open_in_peft(base: Path, adapter: Path, trainable: bool = False):
     """The same with a PEFT adapter directory on it."""
     peft = pytest.importorskip("peft")
-    return peft.PeftModel.from_pretrained(open_in_transformers(base), adapter, is_trainable=trainable)
+    return peft.PeftModel.from_pretrained(
+        open_in_transformers(base), adapter, is_trainable=trainable
+    )
 
 
 def assert_same_logits(ours: torch.Tensor, theirs: torch.Tensor, tolerance: float = 1e-5) -> None:

@@ -10,7 +10,9 @@ from collections.abc import Callable
 from typing import Any
 
 
-def run_on_ranks(size: int, function: Callable[..., Any], *arguments: Any, timeout: float = 60.0) -> list[Any]:
+def run_on_ranks(
+    size: int, function: Callable[..., Any], *arguments: Any, timeout: float = 60.0
+) -> list[Any]:
     """function(*arguments) on each of `size` ranks, with torchrun's environment; returns the results in order of rank.
 
     A rank that fails raises its traceback here; one that hangs is killed at `timeout`.
@@ -18,8 +20,12 @@ def run_on_ranks(size: int, function: Callable[..., Any], *arguments: Any, timeo
     context = multiprocessing.get_context("fork")
     results: multiprocessing.Queue = context.Queue()
     port = _free_port()
-    ranks = [context.Process(target=_be_rank, args=(rank, size, port, results, function, arguments), daemon=True)
-             for rank in range(size)]
+    ranks = [
+        context.Process(
+            target=_be_rank, args=(rank, size, port, results, function, arguments), daemon=True
+        )
+        for rank in range(size)
+    ]
     for rank in ranks:
         rank.start()
     found: dict[int, Any] = {}
@@ -40,10 +46,22 @@ def run_on_ranks(size: int, function: Callable[..., Any], *arguments: Any, timeo
     return [found[rank] for rank in range(size)]
 
 
-def _be_rank(rank: int, size: int, port: int, results: multiprocessing.Queue, function: Callable[..., Any],
-             arguments: tuple) -> None:
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size),
-                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+def _be_rank(
+    rank: int,
+    size: int,
+    port: int,
+    results: multiprocessing.Queue,
+    function: Callable[..., Any],
+    arguments: tuple,
+) -> None:
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(size),
+        "LOCAL_WORLD_SIZE": str(size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
     try:
         results.put((rank, function(*arguments), None))
     except BaseException:

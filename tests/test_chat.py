@@ -14,10 +14,14 @@ from minillama.errors import UserError
 from minillama.tokenizer import open_tokenizer
 
 SENTENCEPIECE = [name for name in TEMPLATES if name != "llama3"]
-words = st.sampled_from(["Hello", "天日", "12", "it's", "(a)", ":)", "x\ny", "é", "###", "the", "end."])
+words = st.sampled_from(
+    ["Hello", "天日", "12", "it's", "(a)", ":)", "x\ny", "é", "###", "the", "end."]
+)
 sentences = st.lists(words, min_size=1, max_size=5).map(" ".join)
 turns = st.builds(Turn, sentences, sentences)
-conversations = st.builds(Conversation, st.lists(turns, min_size=1, max_size=3).map(tuple), st.just("") | sentences)
+conversations = st.builds(
+    Conversation, st.lists(turns, min_size=1, max_size=3).map(tuple), st.just("") | sentences
+)
 
 
 def encode(tokenizer, template, conversation):
@@ -27,7 +31,10 @@ def encode(tokenizer, template, conversation):
 def text_of(template, conversation):
     """The rendering as text, control tokens by their letters."""
     letters = {"bos": "<s>", "eos": "</s>"}
-    return "".join(letters.get(piece.control, piece.control) or piece.text for piece in render(template, conversation))
+    return "".join(
+        letters.get(piece.control, piece.control) or piece.text
+        for piece in render(template, conversation)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -42,17 +49,81 @@ def test_vicuna_golden_vector(llama):
     conversation = Conversation((Turn("Who are you?", "I am Vicuna."), Turn("Bye", "Bye!")))
     ids, mask = encode(llama, "vicuna_v1.1", conversation)
     assert ids == [
-        1, 319, 13563, 1546, 263, 12758, 1404, 322, 385, 23116, 21082, 20255, 29889, 450, 20255, 4076, 8444, 29892,
-        13173, 29892, 322, 1248, 568, 6089, 304, 278, 1404, 29915, 29879, 5155, 29889, 3148, 1001, 29901, 11644, 526,
-        366, 29973, 319, 1799, 9047, 13566, 29901, 306, 626, 13423, 4347, 29889, 2, 3148, 1001, 29901, 2648, 29872, 319,
-        1799, 9047, 13566, 29901, 2648, 29872, 29991, 2]
+        1,
+        319,
+        13563,
+        1546,
+        263,
+        12758,
+        1404,
+        322,
+        385,
+        23116,
+        21082,
+        20255,
+        29889,
+        450,
+        20255,
+        4076,
+        8444,
+        29892,
+        13173,
+        29892,
+        322,
+        1248,
+        568,
+        6089,
+        304,
+        278,
+        1404,
+        29915,
+        29879,
+        5155,
+        29889,
+        3148,
+        1001,
+        29901,
+        11644,
+        526,
+        366,
+        29973,
+        319,
+        1799,
+        9047,
+        13566,
+        29901,
+        306,
+        626,
+        13423,
+        4347,
+        29889,
+        2,
+        3148,
+        1001,
+        29901,
+        2648,
+        29872,
+        319,
+        1799,
+        9047,
+        13566,
+        29901,
+        2648,
+        29872,
+        29991,
+        2,
+    ]
     assert [i for i, trained in enumerate(mask) if trained] == [*range(43, 49), *range(59, 63)]
 
 
 def test_llama_factory_default_golden_vector(llama):
-    ids, mask = encode(llama, "llama_factory_default", Conversation((Turn("hi", "hello"), Turn("hi", "hello"))))
+    ids, mask = encode(
+        llama, "llama_factory_default", Conversation((Turn("hi", "hello"), Turn("hi", "hello")))
+    )
     source, target = [12968, 29901, 7251, 13, 7900, 22137, 29901, 29871], [22172, 2]
-    assert ids == source + target + llama.encode("\n") + source + target  # no begin token; the second round begins ▁ \n ▁Human
+    assert (
+        ids == source + target + llama.encode("\n") + source + target
+    )  # no begin token; the second round begins ▁ \n ▁Human
     assert llama.encode("\n") == [29871, 13]
     assert mask == [0] * 8 + [1] * 2 + [0] * 10 + [1] * 2
 
@@ -64,7 +135,8 @@ def test_ascend_instruction_golden_lengths(llama):
     assert ids[-1] == 13 and mask[-1]  # the line break after the answer is trained on
     text = text_of("ascend_instruction", Conversation((Turn("Say hi", "Hi there"),)))
     assert text.startswith("<s>\nBelow is an instruction") and text.endswith(
-        "step by step.\n### Instruction:\nSay hi\n\n### Response:\nHi there\n</s>")
+        "step by step.\n### Instruction:\nSay hi\n\n### Response:\nHi there\n</s>"
+    )
 
 
 def test_renderings_are_those_of_the_reference_systems():
@@ -72,23 +144,37 @@ def test_renderings_are_those_of_the_reference_systems():
     with_input = Conversation((Turn("Q", "A", "I"),))
     task = "Below is an instruction that describes a task"
     request = "Write a response that appropriately completes the request."
-    assert text_of("alpaca", one) == f"<s>{task}. {request}\n\n### Instruction:\nQ\n\n### Response:A</s>"
-    assert text_of("alpaca", with_input) == (f"<s>{task}, paired with an input that provides further context. {request}\n\n"
-                                             "### Instruction:\nQ\n\n### Input:\nI\n\n### Response:A</s>")
+    assert (
+        text_of("alpaca", one)
+        == f"<s>{task}. {request}\n\n### Instruction:\nQ\n\n### Response:A</s>"
+    )
+    assert text_of("alpaca", with_input) == (
+        f"<s>{task}, paired with an input that provides further context. {request}\n\n"
+        "### Instruction:\nQ\n\n### Input:\nI\n\n### Response:A</s>"
+    )
     assert text_of("vicuna_v1.1", two) == "<s>S USER: Q ASSISTANT: A</s>USER: R ASSISTANT: B</s>"
     assert text_of("llama2", one) == "<s>[INST] Q [/INST] A </s>"
-    assert text_of("llama2", two) == "<s>[INST] <<SYS>>\nS\n<</SYS>>\n\nQ [/INST] A </s><s>[INST] R [/INST] B </s>"
-    assert text_of("chinese_alpaca", with_input) == f"<s>{task}. {request}\n\n### Instruction:\nQ\nI\n\n### Response: A</s>"
+    assert (
+        text_of("llama2", two)
+        == "<s>[INST] <<SYS>>\nS\n<</SYS>>\n\nQ [/INST] A </s><s>[INST] R [/INST] B </s>"
+    )
+    assert (
+        text_of("chinese_alpaca", with_input)
+        == f"<s>{task}. {request}\n\n### Instruction:\nQ\nI\n\n### Response: A</s>"
+    )
     assert text_of("chinese_alpaca_2", with_input) == (
-        "<s>[INST] <<SYS>>\nYou are a helpful assistant. 你是一个乐于助人的助手。\n<</SYS>>\n\nQ\nI [/INST]A</s>")
+        "<s>[INST] <<SYS>>\nYou are a helpful assistant. 你是一个乐于助人的助手。\n<</SYS>>\n\nQ\nI [/INST]A</s>"
+    )
     assert text_of("chinese_alpaca_2", two).endswith("Q [/INST]A</s><s>[INST] R [/INST]B</s>")
     assert text_of("ascend_instruction", two) == (
-        "<s>\nS\n### Instruction:\nQ\n### Response:\nA\n### Instruction:\nR\n### Response:\nB\n</s>")
+        "<s>\nS\n### Instruction:\nQ\n### Response:\nA\n### Instruction:\nR\n### Response:\nB\n</s>"
+    )
     assert text_of("llama_factory_default", with_input) == "Human: Q\nI\nAssistant: A</s>"
     assert text_of("raw", with_input) == "<s>Q\nIA</s>"
     head = "<|start_header_id|>{}<|end_header_id|>\n\n"
     assert text_of("llama3", Conversation((Turn("Q", None),), "S")) == (
-        f"<s>{head.format('system')}S<|eot_id|>{head.format('user')}Q<|eot_id|>{head.format('assistant')}")
+        f"<s>{head.format('system')}S<|eot_id|>{head.format('user')}Q<|eot_id|>{head.format('assistant')}"
+    )
 
 
 # --- the reference algorithms, on rendered text
@@ -97,7 +183,11 @@ def test_renderings_are_those_of_the_reference_systems():
 def fastchat(slow, conversation):
     """FastChat at system 000's commit: tokenize the whole text, then count the masks out of its parts."""
     system = conversation.system or chat.VICUNA_SYSTEM
-    text = system + " " + "".join(f"USER: {t.user} ASSISTANT: {t.answer}</s>" for t in conversation.turns)
+    text = (
+        system
+        + " "
+        + "".join(f"USER: {t.user} ASSISTANT: {t.answer}</s>" for t in conversation.turns)
+    )
     ids = slow(text).input_ids
     trained, cursor = [1] * len(ids), 1
     trained[0] = 0
@@ -106,7 +196,7 @@ def fastchat(slow, conversation):
             break
         instruction = part.split(" ASSISTANT: ")[0] + " ASSISTANT: "
         masked = len(slow(instruction).input_ids) - 2
-        trained[cursor:cursor + masked] = [0] * masked
+        trained[cursor : cursor + masked] = [0] * masked
         cursor += len(slow(part).input_ids)
     assert cursor == len(ids)
     return ids, trained
@@ -114,16 +204,24 @@ def fastchat(slow, conversation):
 
 def stanford(slow, conversation):
     """Stanford Alpaca: the joint text, the prompt masked by its own count."""
-    (turn,), head = conversation.turns, text_of("alpaca", Conversation((Turn(conversation.turns[0].user, None),)))
-    ids, count = slow(head.removeprefix("<s>") + turn.answer + "</s>").input_ids, len(slow(head.removeprefix("<s>")).input_ids)
+    (turn,), head = (
+        conversation.turns,
+        text_of("alpaca", Conversation((Turn(conversation.turns[0].user, None),))),
+    )
+    ids, count = (
+        slow(head.removeprefix("<s>") + turn.answer + "</s>").input_ids,
+        len(slow(head.removeprefix("<s>")).input_ids),
+    )
     return ids, [0] * count + [1] * (len(ids) - count)
 
 
 def chinese_alpaca(slow, conversation):
     """Chinese-LLaMA-Alpaca: source and target tokenized apart, the target without a begin token."""
     (turn,) = conversation.turns
-    source = slow(f"Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
-                  f"### Instruction:\n{turn.user}\n\n### Response: ").input_ids
+    source = slow(
+        f"Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+        f"### Instruction:\n{turn.user}\n\n### Response: "
+    ).input_ids
     target = slow(turn.answer + "</s>", add_special_tokens=False).input_ids
     return source + target, [0] * len(source) + [1] * len(target)
 
@@ -150,21 +248,41 @@ def llama_factory(slow, conversation):
     """LLaMA-Factory's default: slots encoded apart."""
     ids, trained = [], []
     for number, turn in enumerate(conversation.turns):
-        for text, target in (("\n" if number else "", 0), (f"Human: {turn.user}\nAssistant: ", 0), (turn.answer + "</s>", 1)):
+        for text, target in (
+            ("\n" if number else "", 0),
+            (f"Human: {turn.user}\nAssistant: ", 0),
+            (turn.answer + "</s>", 1),
+        ):
             slot = slow(text, add_special_tokens=False).input_ids if text else []
             ids, trained = ids + slot, trained + [target] * len(slot)
     return ids, trained
 
 
-@pytest.mark.parametrize(("template", "reference", "most_turns"), [
-    ("vicuna_v1.1", fastchat, 3), ("alpaca", stanford, 1), ("chinese_alpaca", chinese_alpaca, 1),
-    ("chinese_alpaca_2", chinese_alpaca_2, 1), ("ascend_instruction", ascend, 3), ("llama_factory_default", llama_factory, 3)])
-def test_ids_and_trained_positions_are_those_of_the_reference_algorithm(llama, template, reference, most_turns):
+@pytest.mark.parametrize(
+    ("template", "reference", "most_turns"),
+    [
+        ("vicuna_v1.1", fastchat, 3),
+        ("alpaca", stanford, 1),
+        ("chinese_alpaca", chinese_alpaca, 1),
+        ("chinese_alpaca_2", chinese_alpaca_2, 1),
+        ("ascend_instruction", ascend, 3),
+        ("llama_factory_default", llama_factory, 3),
+    ],
+)
+def test_ids_and_trained_positions_are_those_of_the_reference_algorithm(
+    llama, template, reference, most_turns
+):
     transformers = pytest.importorskip("transformers")
     slow = transformers.LlamaTokenizer(str(llama.path), legacy=True)
     marked = re.compile("###") if template == "ascend_instruction" else re.compile("(?!)")
 
-    @given(st.lists(turns.filter(lambda turn: not marked.search(turn.answer)), min_size=1, max_size=most_turns).map(tuple))
+    @given(
+        st.lists(
+            turns.filter(lambda turn: not marked.search(turn.answer)),
+            min_size=1,
+            max_size=most_turns,
+        ).map(tuple)
+    )
     @settings(max_examples=40, deadline=None)
     def equal(some):
         conversation = Conversation(some)
@@ -179,21 +297,40 @@ def test_ids_and_trained_positions_are_those_of_the_reference_algorithm(llama, t
 @pytest.mark.parametrize("template", SENTENCEPIECE)
 @given(conversation=conversations)
 @settings(max_examples=40, deadline=None)
-def test_an_open_prompt_is_the_beginning_of_what_was_trained(small_tokenizer, template, conversation):
-    if template in ("raw", "alpaca"):  # nothing stands between prompt and answer: the law holds where the two cannot merge
-        conversation = replace(conversation, turns=tuple(Turn(t.user + "\n", "A" + t.answer) for t in conversation.turns))
+def test_an_open_prompt_is_the_beginning_of_what_was_trained(
+    small_tokenizer, template, conversation
+):
+    if template in (
+        "raw",
+        "alpaca",
+    ):  # nothing stands between prompt and answer: the law holds where the two cannot merge
+        conversation = replace(
+            conversation,
+            turns=tuple(Turn(t.user + "\n", "A" + t.answer) for t in conversation.turns),
+        )
     *earlier, last = conversation.turns
     ids, mask = encode(small_tokenizer, template, conversation)
-    opened, nothing = encode(small_tokenizer, template, Conversation((*earlier, Turn(last.user, None)), conversation.system))
-    assert ids[:len(opened)] == opened
-    assert mask[:len(opened)] == nothing and all(mask[len(opened):])
+    opened, nothing = encode(
+        small_tokenizer,
+        template,
+        Conversation((*earlier, Turn(last.user, None)), conversation.system),
+    )
+    assert ids[: len(opened)] == opened
+    assert mask[: len(opened)] == nothing and all(mask[len(opened) :])
 
 
 def test_an_open_llama3_prompt_is_the_beginning_of_what_was_trained():
     turn = Turn("Q", "A")
-    opened, answered = (render("llama3", Conversation((turn, last))) for last in (Turn("R", None), Turn("R", "B")))
-    assert answered[:len(opened)] == opened
-    assert [piece.text or piece.control for piece in answered if piece.is_target] == ["A", "<|eot_id|>", "B", "<|eot_id|>"]
+    opened, answered = (
+        render("llama3", Conversation((turn, last))) for last in (Turn("R", None), Turn("R", "B"))
+    )
+    assert answered[: len(opened)] == opened
+    assert [piece.text or piece.control for piece in answered if piece.is_target] == [
+        "A",
+        "<|eot_id|>",
+        "B",
+        "<|eot_id|>",
+    ]
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
@@ -202,13 +339,17 @@ def test_every_trained_answer_ends_in_one_trained_end_token(template):
     answers = [i for i, piece in enumerate(pieces) if piece.is_target and piece.text]
     assert len(answers) == (1 if template == "ascend_instruction" else 2)
     for i in answers:
-        assert pieces[i + 1].is_target and pieces[i + 1].control == ("<|eot_id|>" if template == "llama3" else "eos")
+        assert pieces[i + 1].is_target and pieces[i + 1].control == (
+            "<|eot_id|>" if template == "llama3" else "eos"
+        )
     assert sum(piece.is_target for piece in pieces) == 2 * len(answers)
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
 def test_an_answer_that_is_only_read_is_not_trained_on(template):
-    pieces = render(template, Conversation((Turn("Q", "A", None, is_target=False), Turn("R", "B", None))))
+    pieces = render(
+        template, Conversation((Turn("Q", "A", None, is_target=False), Turn("R", "B", None)))
+    )
     assert [piece.text.strip() for piece in pieces if piece.is_target and piece.text] == ["B"]
 
 
@@ -216,7 +357,10 @@ def test_an_answer_that_is_only_read_is_not_trained_on(template):
 def test_text_never_becomes_a_control_token(small_tokenizer, template):
     letters = "<s></s><unk>[INST] </s>USER: "
     plain, attack = (Conversation((Turn(text, text),), text) for text in ("x", letters))
-    counts = [[encode(small_tokenizer, template, c)[0].count(token) for token in (0, 1, 2)] for c in (plain, attack)]
+    counts = [
+        [encode(small_tokenizer, template, c)[0].count(token) for token in (0, 1, 2)]
+        for c in (plain, attack)
+    ]
     assert counts[0] == counts[1]
 
 
@@ -228,7 +372,10 @@ def test_a_glued_piece_begins_where_the_counting_rule_says(small_tokenizer):
             return [ord(c) for c in text.replace("ab", "Z").replace("xyzw", "W")]
 
     glued = [chat.Piece("xa"), chat.Piece("bc", is_target=True, glued=True)]
-    assert encode_pieces(Merging(), glued) == ([ord(c) for c in "xZc"], [0, 0, 1])  # "xa" alone counts two
+    assert encode_pieces(Merging(), glued) == (
+        [ord(c) for c in "xZc"],
+        [0, 0, 1],
+    )  # "xa" alone counts two
     shorter = [chat.Piece("xyz"), chat.Piece("w", is_target=True, glued=True)]
     assert encode_pieces(Merging(), shorter) == ([ord("W")], [0])
     fresh = [chat.Piece("xa"), chat.Piece("bc", is_target=True)]

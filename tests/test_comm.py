@@ -30,7 +30,9 @@ def collectives() -> tuple[int, list[float], list[str], bool]:
 
 
 def test_every_rank_gets_the_sum_of_all_and_the_word_of_each() -> None:
-    assert run_on_ranks(3, collectives) == [(rank, [3.0, 3.0], ["rank 0", "rank 1", "rank 2"], rank == 0) for rank in range(3)]
+    assert run_on_ranks(3, collectives) == [
+        (rank, [3.0, 3.0], ["rank 0", "rank 1", "rank 2"], rank == 0) for rank in range(3)
+    ]
 
 
 def make_then_find(file: str) -> bool:

@@ -27,13 +27,19 @@ def parse(*flags: str) -> dict:
 
 
 def script(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, *arguments], cwd=ROOT, env=os.environ | environment, capture_output=True, text=True,
-                          timeout=120)
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=ROOT,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
 
 
 def test_a_flag_wins_over_the_preset_and_the_preset_over_the_default(tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.toml"
-    recipe.write_text('[train]\nlearning_rate = 1e-3\nwarmup_ratio = 0.1\n[lora]\nlora = true\n')
+    recipe.write_text("[train]\nlearning_rate = 1e-3\nwarmup_ratio = 0.1\n[lora]\nlora = true\n")
     settings = config.resolve(str(recipe), parse("--learning_rate", "5e-4"))
     assert (settings.learning_rate, settings.warmup_ratio, settings.lora) == (5e-4, 0.1, True)
     assert settings.weight_decay == Settings().weight_decay
@@ -47,36 +53,58 @@ def test_every_preset_resolves_and_its_saved_form_replays(preset: str, tmp_path:
     assert config.resolve(str(tmp_path / "train_config.json"), {}) == settings
 
 
-@pytest.mark.parametrize(("preset", "trainable"), [
-    ("7b_lora", 16 * 32 * (4 * 2 * 4096 + 3 * (4096 + 11008))), ("7b_full_zero1", 6_738_415_616),
-    ("13b_full_zero2", 13_015_864_320), ("7b_full", 6_738_415_616), ("13b_full", 13_015_864_320),
-    ("7b_vicuna", 6_738_415_616), ("13b_vicuna", 13_015_864_320),
-    ("7b_lora_qv", 8 * 32 * 2 * 2 * 4096), ("13b_lora_qv", 8 * 40 * 2 * 2 * 5120),
-    ("chinese_sft_lora", 64 * 32 * (4 * 2 * 4096 + 3 * (4096 + 11008)) + 2 * 55296 * 4096),
-])
-def test_a_plan_counts_parameters_exactly_and_allocates_nothing(preset: str, trainable: int) -> None:
+@pytest.mark.parametrize(
+    ("preset", "trainable"),
+    [
+        ("7b_lora", 16 * 32 * (4 * 2 * 4096 + 3 * (4096 + 11008))),
+        ("7b_full_zero1", 6_738_415_616),
+        ("13b_full_zero2", 13_015_864_320),
+        ("7b_full", 6_738_415_616),
+        ("13b_full", 13_015_864_320),
+        ("7b_vicuna", 6_738_415_616),
+        ("13b_vicuna", 13_015_864_320),
+        ("7b_lora_qv", 8 * 32 * 2 * 2 * 4096),
+        ("13b_lora_qv", 8 * 40 * 2 * 2 * 5120),
+        ("chinese_sft_lora", 64 * 32 * (4 * 2 * 4096 + 3 * (4096 + 11008)) + 2 * 55296 * 4096),
+    ],
+)
+def test_a_plan_counts_parameters_exactly_and_allocates_nothing(
+    preset: str, trainable: int
+) -> None:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     text = building.describe(config.resolve(preset, {}), world_size=8)
     assert f"trained: {trainable:,}" in text
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000  # KiB; the models are 13 to 26 GB
+    assert (
+        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000
+    )  # KiB; the models are 13 to 26 GB
 
 
 @pytest.mark.parametrize("preset", [name for name in PRESETS if name != "demo_lora"])
 def test_every_preset_can_be_planned(preset: str) -> None:
     """demo_lora starts from the checkpoint that demo makes."""
     settings = config.resolve(preset, {})
-    assert f"{building.model_config(settings).parameter_count():,}" in building.describe(settings, 1)
+    assert f"{building.model_config(settings).parameter_count():,}" in building.describe(
+        settings, 1
+    )
 
 
 def test_the_bytes_of_a_plan_by_hand() -> None:
     """LLaMA-7B, 8 ranks, 16 bits. Full: 2 bytes of weight, 4 of gradient, 12 of master and moments a parameter, of which ZeRO-1
     shards the 12. LoRA: the frozen weights 2, and for each of its own numbers 4 + 4 + 8."""
     P = 6_738_415_616
-    full = estimate(building.model_config(config.resolve("7b_full_zero1", {})), config.resolve("7b_full_zero1", {}), 8)
+    full = estimate(
+        building.model_config(config.resolve("7b_full_zero1", {})),
+        config.resolve("7b_full_zero1", {}),
+        8,
+    )
     assert (full.weights, full.gradients, full.optimizer) == (2 * P, 4 * P, 12 * P // 8)
     settings = config.resolve("7b_lora", {})
     lora = estimate(building.model_config(settings), settings, 8)
-    assert (lora.weights, lora.gradients, lora.optimizer) == (2 * P + 4 * lora.trainable, 4 * lora.trainable, 8 * lora.trainable)
+    assert (lora.weights, lora.gradients, lora.optimizer) == (
+        2 * P + 4 * lora.trainable,
+        4 * lora.trainable,
+        8 * lora.trainable,
+    )
 
 
 @pytest.mark.parametrize("preset", ["34b_lora", "70b_lora"])
@@ -87,59 +115,104 @@ def test_models_that_every_rank_would_hold_whole_are_refused_with_the_bytes(pres
         building.refuse_what_cannot_fit(settings)
 
 
-@pytest.mark.parametrize(("flags", "key", "value"), [
-    (["--model_name_or_path", "x"], "ckpt", "x"), (["--data_path", "a.json,b.json"], "data", ("a.json", "b.json")),
-    (["--output_dir", "o"], "out_dir", "o"), (["--model_max_length", "77"], "max_length", 77),
-    (["--cutoff_len", "77"], "max_length", 77),
-    (["--lora_r", "4"], "lora_rank", 4), (["--lora_target", "q_proj,v_proj"], "lora_targets", ("q_proj", "v_proj")),
-    (["--evaluation_strategy", "epoch"], "eval_strategy", "epoch"), (["--fp16", "True"], "precision", "fp16"),
-    (["--bf16"], "precision", "bf16"),
-    (["--bf16", "False"], "precision", "fp32"), (["--dtype", "bfloat16"], "precision", "bf16"),
-    (["--learning-rate", "1"], "learning_rate", 1.0),
-    (["--max-grad-norm=0.5"], "max_grad_norm", 0.5), (["--gradient_checkpointing"], "gradient_checkpointing", True),
-    (["--gradient_checkpointing", "True"], "gradient_checkpointing", True), (["--packing", "false"], "packing", False),
-], ids=lambda value: " ".join(value) if isinstance(value, list) else "")
-def test_command_lines_of_other_systems_can_be_pasted(flags: list[str], key: str, value: object) -> None:
+@pytest.mark.parametrize(
+    ("flags", "key", "value"),
+    [
+        (["--model_name_or_path", "x"], "ckpt", "x"),
+        (["--data_path", "a.json,b.json"], "data", ("a.json", "b.json")),
+        (["--output_dir", "o"], "out_dir", "o"),
+        (["--model_max_length", "77"], "max_length", 77),
+        (["--cutoff_len", "77"], "max_length", 77),
+        (["--lora_r", "4"], "lora_rank", 4),
+        (["--lora_target", "q_proj,v_proj"], "lora_targets", ("q_proj", "v_proj")),
+        (["--evaluation_strategy", "epoch"], "eval_strategy", "epoch"),
+        (["--fp16", "True"], "precision", "fp16"),
+        (["--bf16"], "precision", "bf16"),
+        (["--bf16", "False"], "precision", "fp32"),
+        (["--dtype", "bfloat16"], "precision", "bf16"),
+        (["--learning-rate", "1"], "learning_rate", 1.0),
+        (["--max-grad-norm=0.5"], "max_grad_norm", 0.5),
+        (["--gradient_checkpointing"], "gradient_checkpointing", True),
+        (["--gradient_checkpointing", "True"], "gradient_checkpointing", True),
+        (["--packing", "false"], "packing", False),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_command_lines_of_other_systems_can_be_pasted(
+    flags: list[str], key: str, value: object
+) -> None:
     assert getattr(config.resolve("", parse(*flags)), key) == value
 
 
-@pytest.mark.parametrize(("flags", "lora"), [
-    ((), False), (("--lora_rank", "4"), True), (("--adapter", "a"), True), (("--lora_rank", "4", "--lora", "false"), False),
-    (("--finetuning_type", "full", "--lora_target", "q_proj"), False), (("--config", "7b_full", "--lora_rank", "4"), True),
-], ids=str)
-def test_a_flag_of_lora_turns_it_on_rather_than_being_ignored(flags: tuple[str, ...], lora: bool) -> None:
+@pytest.mark.parametrize(
+    ("flags", "lora"),
+    [
+        ((), False),
+        (("--lora_rank", "4"), True),
+        (("--adapter", "a"), True),
+        (("--lora_rank", "4", "--lora", "false"), False),
+        (("--finetuning_type", "full", "--lora_target", "q_proj"), False),
+        (("--config", "7b_full", "--lora_rank", "4"), True),
+    ],
+    ids=str,
+)
+def test_a_flag_of_lora_turns_it_on_rather_than_being_ignored(
+    flags: tuple[str, ...], lora: bool
+) -> None:
     source, flags = (flags[1], flags[2:]) if "--config" in flags else ("", flags)
     assert config.resolve(source, parse(*flags)).lora is lora
 
 
-@pytest.mark.parametrize(("flags", "named"), [
-    (["--learning_rte", "1"], "did you mean '--learning_rate'"), (["--model_name_or_pth", "x"], "did you mean '--model_name_or_path'"),
-    (["--max_steps", "many"], "invalid int value: 'many'"),
-    (["--packing", "perhaps"], "'perhaps' is not true or false"), (["--lr_scheduler_type", "cosin"], "did you mean 'cosine'"),
-    (["--num_train_epochs", "0"], "num_train_epochs = 0.0: must be at least 0.001"),
-    (["--max_steps", "-3"], "max_steps = -3: must not be negative"), (["--save_steps", "0"], "save_steps = 0: must be at least 1"),
-    (["--learning_rate", "nan"], "learning_rate = nan: must not be negative, and be finite"), (["--seed", str(2**63)], "and be finite"),
-    (["--lora_dropout", "1"], "and be below 1"), (["--warmup_ratio", "3"], "and be below 1"), (["--adam_beta2", "1"], "and be below 1"),
-    (["--threads", "100000"], "and be below 1025"), (["--initial_scale_power", "5000"], "and be below 128"),
-    (["--validation_split", "1"], "validation_split = 1.0"), (["--fp16", "--bf16"], "exclude each other"),
-    (["--zero_stage", "3"], "zero_stage = 3; choose one of: 0, 1, 2"),
-    (["--seed"], "expected one argument"),
-    (["--learn", "1"], "unknown argument --learn"),
-], ids=lambda value: " ".join(value) if isinstance(value, list) else "")
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (["--learning_rte", "1"], "did you mean '--learning_rate'"),
+        (["--model_name_or_pth", "x"], "did you mean '--model_name_or_path'"),
+        (["--max_steps", "many"], "invalid int value: 'many'"),
+        (["--packing", "perhaps"], "'perhaps' is not true or false"),
+        (["--lr_scheduler_type", "cosin"], "did you mean 'cosine'"),
+        (["--num_train_epochs", "0"], "num_train_epochs = 0.0: must be at least 0.001"),
+        (["--max_steps", "-3"], "max_steps = -3: must not be negative"),
+        (["--save_steps", "0"], "save_steps = 0: must be at least 1"),
+        (["--learning_rate", "nan"], "learning_rate = nan: must not be negative, and be finite"),
+        (["--seed", str(2**63)], "and be finite"),
+        (["--lora_dropout", "1"], "and be below 1"),
+        (["--warmup_ratio", "3"], "and be below 1"),
+        (["--adam_beta2", "1"], "and be below 1"),
+        (["--threads", "100000"], "and be below 1025"),
+        (["--initial_scale_power", "5000"], "and be below 128"),
+        (["--validation_split", "1"], "validation_split = 1.0"),
+        (["--fp16", "--bf16"], "exclude each other"),
+        (["--zero_stage", "3"], "zero_stage = 3; choose one of: 0, 1, 2"),
+        (["--seed"], "expected one argument"),
+        (["--learn", "1"], "unknown argument --learn"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
 def test_a_mistake_on_the_command_line_is_named(flags: list[str], named: str) -> None:
     with pytest.raises(UserError) as error:
         config.resolve("", parse(*flags))
     assert named in str(error.value)
 
 
-@pytest.mark.parametrize(("text", "named"), [
-    ("[train]\nlearnin_rate = 1.0", "[train] learnin_rate: unknown key (did you mean 'learning_rate'?)"),
-    ("[train]\nlora_rank = 4", "belongs to section [lora]"),
-    ("[train]\nlearning_rate = '1'", "learning_rate = '1': expected float, found str"),
-    ("[train]\nmax_steps = 1.5", "expected int, found float"), ("[train]\nmax_steps = true", "expected int, found bool"),
-    ("[lora]\nlora = 1", "expected bool, found int"), ("[lora]\nlora_targets = [1]", "expected tuple, found list"),
-    ("[train\n", "recipe.toml: "), ("[train]\nprecision = 'fp8'", "precision = 'fp8'"),
-], ids=str)
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        (
+            "[train]\nlearnin_rate = 1.0",
+            "[train] learnin_rate: unknown key (did you mean 'learning_rate'?)",
+        ),
+        ("[train]\nlora_rank = 4", "belongs to section [lora]"),
+        ("[train]\nlearning_rate = '1'", "learning_rate = '1': expected float, found str"),
+        ("[train]\nmax_steps = 1.5", "expected int, found float"),
+        ("[train]\nmax_steps = true", "expected int, found bool"),
+        ("[lora]\nlora = 1", "expected bool, found int"),
+        ("[lora]\nlora_targets = [1]", "expected tuple, found list"),
+        ("[train\n", "recipe.toml: "),
+        ("[train]\nprecision = 'fp8'", "precision = 'fp8'"),
+    ],
+    ids=str,
+)
 def test_a_mistake_in_a_file_is_named(text: str, named: str, tmp_path: Path) -> None:
     (tmp_path / "recipe.toml").write_text(text)
     with pytest.raises(UserError) as error:
@@ -171,12 +244,16 @@ def test_the_first_comment_of_a_preset_says_what_it_is_and_how_to_start_it() -> 
 
 # The scripts
 
+
 def test_missing_weights_and_data_end_with_the_complete_command() -> None:
     done = script("train.py", "--config", "7b_lora", LOCAL_WORLD_SIZE="8")
     assert done.returncode == 2
     assert done.stderr.startswith("error: ")
     assert len(done.stderr.splitlines()) == 1
-    assert "torchrun --nproc_per_node 8 train.py --config 7b_lora --ckpt LLAMA_DIR --data alpaca_data.json" in done.stderr
+    assert (
+        "torchrun --nproc_per_node 8 train.py --config 7b_lora --ckpt LLAMA_DIR --data alpaca_data.json"
+        in done.stderr
+    )
     assert "huggingface.co/meta-llama" in done.stderr
     assert "github.com/tatsu-lab/stanford_alpaca" in done.stderr
 
@@ -201,11 +278,18 @@ def test_list_configs_prints_a_line_for_each_preset() -> None:
     assert [line.split()[0] for line in done.stdout.splitlines()] == ["demo", "demo_lora", *others]
 
 
-@pytest.mark.parametrize(("arguments", "named"), [
-    (("train.py", "--epochs", "3"), "unknown argument --epochs"), (("generate.py",), "--ckpt DIR is missing"),
-    (("generate.py", "--ckpt", "x"), "nothing to answer"), (("eval.py", "--task", "dmeo"), "did you mean 'demo'"),
-])
-def test_a_mistake_is_one_line_on_stderr_and_exit_code_2(arguments: tuple[str, ...], named: str) -> None:
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (("train.py", "--epochs", "3"), "unknown argument --epochs"),
+        (("generate.py",), "--ckpt DIR is missing"),
+        (("generate.py", "--ckpt", "x"), "nothing to answer"),
+        (("eval.py", "--task", "dmeo"), "did you mean 'demo'"),
+    ],
+)
+def test_a_mistake_is_one_line_on_stderr_and_exit_code_2(
+    arguments: tuple[str, ...], named: str
+) -> None:
     done = script(*arguments)
     assert done.returncode == 2
     assert done.stderr.startswith("error: ")

@@ -19,7 +19,9 @@ from minillama.errors import UserError
 
 
 def contents(directory: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in directory.iterdir()} if directory.exists() else {}
+    return (
+        {path.name: path.read_bytes() for path in directory.iterdir()} if directory.exists() else {}
+    )
 
 
 def in_child(action) -> int:
@@ -39,7 +41,11 @@ def in_child(action) -> int:
 def dying_at(recipes: dict[str, Recipe], number: int) -> dict[str, Recipe]:
     """The recipes, with the one of this number killing the process instead."""
     name = list(recipes)[number]
-    return recipes | {name: Recipe(recipes[name].dtype, recipes[name].shape, lambda: os.kill(os.getpid(), signal.SIGKILL))}
+    return recipes | {
+        name: Recipe(
+            recipes[name].dtype, recipes[name].shape, lambda: os.kill(os.getpid(), signal.SIGKILL)
+        )
+    }
 
 
 @pytest.mark.parametrize("existing", [False, True])
@@ -51,16 +57,28 @@ def test_a_killed_conversion_leaves_the_old_state(tmp_path, tiny_checkpoint, kil
     output = Output(target, overwrite=existing, max_shard_bytes=2000)
 
     def convert_and_die() -> None:
-        write_checkpoint(replace(output, bin=True), dying_at(recipes, killed_at), lambda directory: None)
+        write_checkpoint(
+            replace(output, bin=True), dying_at(recipes, killed_at), lambda directory: None
+        )
 
     assert os.WTERMSIG(in_child(convert_and_die)) == signal.SIGKILL
     assert contents(target) == before
-    write_checkpoint(output, recipes, lambda directory: shutil.copy(tmp_path / "source" / "config.json", directory))
-    assert torch.equal(load_model(target).lm_head.weight, load_model(tmp_path / "source").lm_head.weight)
-    assert not [*tmp_path.glob(".*"), *target.glob("*.bin")], "the remains of the killed conversion are cleared"
+    write_checkpoint(
+        output,
+        recipes,
+        lambda directory: shutil.copy(tmp_path / "source" / "config.json", directory),
+    )
+    assert torch.equal(
+        load_model(target).lm_head.weight, load_model(tmp_path / "source").lm_head.weight
+    )
+    assert not [*tmp_path.glob(".*"), *target.glob("*.bin")], (
+        "the remains of the killed conversion are cleared"
+    )
 
 
-def test_killed_between_writing_and_renaming_the_old_output_is_there(tmp_path, tiny_checkpoint, monkeypatch):
+def test_killed_between_writing_and_renaming_the_old_output_is_there(
+    tmp_path, tiny_checkpoint, monkeypatch
+):
     recipes, old = open_weights(tiny_checkpoint("source")), tiny_checkpoint("old", seed=5)
     before = contents(old)
     monkeypatch.setattr(output_module, "_publish", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
@@ -85,7 +103,11 @@ def test_a_full_disk_is_one_line_and_leaves_the_old_state(tmp_path, tiny_checkpo
 def test_termination_removes_what_is_unfinished(tmp_path, tiny_checkpoint):
     recipes = open_weights(tiny_checkpoint("source"))
     name = list(recipes)[3]
-    stopping = recipes | {name: Recipe(recipes[name].dtype, recipes[name].shape, lambda: os.kill(os.getpid(), signal.SIGTERM))}
+    stopping = recipes | {
+        name: Recipe(
+            recipes[name].dtype, recipes[name].shape, lambda: os.kill(os.getpid(), signal.SIGTERM)
+        )
+    }
 
     def terminated() -> None:
         convert.main(["--help"])  # installs the handler, as every run does
@@ -96,7 +118,9 @@ def test_termination_removes_what_is_unfinished(tmp_path, tiny_checkpoint):
 
 
 def test_free_disk_is_checked_before_the_first_byte(tmp_path, monkeypatch):
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**12, 10**12, 10**9))
+    monkeypatch.setattr(
+        shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**12, 10**12, 10**9)
+    )
     huge = {"w": Recipe(torch.float16, (10**6, 10**4), lambda: pytest.fail("work began"))}
     with pytest.raises(UserError, match=r"needs 20\.00 GB, and 1\.00 GB are free"):
         write_checkpoint(Output(tmp_path / "new"), huge, lambda directory: None)
@@ -114,7 +138,9 @@ def test_existing_output_is_refused_and_only_checkpoints_are_overwritten(tmp_pat
     (tmp_path / "file").write_text("keep")
     for precious in ("home", "notes", "file"):
         with pytest.raises(UserError, match="not a plain checkpoint directory"):
-            write_checkpoint(Output(tmp_path / precious, overwrite=True), recipes, lambda directory: None)
+            write_checkpoint(
+                Output(tmp_path / precious, overwrite=True), recipes, lambda directory: None
+            )
     with pytest.raises(UserError, match="no output was written"):
         write_checkpoint(Output(tmp_path / "file" / "below"), recipes, lambda directory: None)
     assert (tmp_path / "notes" / "a.txt").read_text() == (tmp_path / "file").read_text() == "keep"
@@ -123,17 +149,27 @@ def test_existing_output_is_refused_and_only_checkpoints_are_overwritten(tmp_pat
 def test_an_input_may_be_overwritten_by_what_is_made_of_it(tiny_checkpoint):
     base = tiny_checkpoint()
     recipes = open_weights(base)
-    write_checkpoint(Output(base, overwrite=True, dtype=torch.float16), recipes, lambda directory: None)
+    write_checkpoint(
+        Output(base, overwrite=True, dtype=torch.float16), recipes, lambda directory: None
+    )
     assert {entry.dtype for entry in open_weights(base).values()} == {torch.float16}
 
 
-def test_killed_between_the_two_renames_the_old_output_comes_back(tmp_path, tiny_checkpoint, monkeypatch):
+def test_killed_between_the_two_renames_the_old_output_comes_back(
+    tmp_path, tiny_checkpoint, monkeypatch
+):
     recipes, old = open_weights(tiny_checkpoint("source", seed=3)), tiny_checkpoint("old")
     before = contents(old)
 
     def die_instead_of_the_second_rename() -> None:
         rename = Path.rename
-        monkeypatch.setattr(Path, "rename", lambda source, target: rename(source, target) if source == old else os.kill(os.getpid(), 9))
+        monkeypatch.setattr(
+            Path,
+            "rename",
+            lambda source, target: (
+                rename(source, target) if source == old else os.kill(os.getpid(), 9)
+            ),
+        )
         write_checkpoint(Output(old, overwrite=True), recipes, lambda directory: None)
 
     in_child(die_instead_of_the_second_rename)
@@ -162,7 +198,10 @@ def test_two_conversions_to_one_output_do_not_mix(tmp_path):
     (tmp_path / ".new.partial").mkdir()
     other = os.open(tmp_path / ".new.partial", os.O_RDONLY)
     fcntl.flock(other, fcntl.LOCK_EX)
-    with pytest.raises(UserError, match="another conversion is writing"), complete_or_absent(tmp_path / "new", 0, overwrite=False):
+    with (
+        pytest.raises(UserError, match="another conversion is writing"),
+        complete_or_absent(tmp_path / "new", 0, overwrite=False),
+    ):
         pass
     os.close(other)
     with complete_or_absent(tmp_path / "new", 0, overwrite=False) as directory:
@@ -178,6 +217,10 @@ def test_a_tokenizer_of_any_name_comes_under_the_name_that_checkpoints_use(tmp_p
         (source / name).write_text(name)
     copy_tokenizer(source / "chinese.model", made)
     assert (made / "tokenizer.model").read_text() == "chinese.model"
-    assert {path.name for path in made.iterdir()} == {"tokenizer.model", "tokenizer_config.json"}, "the others describe another one"
+    assert {path.name for path in made.iterdir()} == {"tokenizer.model", "tokenizer_config.json"}, (
+        "the others describe another one"
+    )
     copy_tokenizer(source / "tokenizer.model", whole)
-    assert (whole / "added_tokens.json").is_file() and (whole / "tokenizer.model").read_text() == "tokenizer.model"
+    assert (whole / "added_tokens.json").is_file() and (
+        whole / "tokenizer.model"
+    ).read_text() == "tokenizer.model"

@@ -18,8 +18,14 @@ POSITIONS = {"first": 0, "second": 1, "third": 2, "last": -1}
 
 
 def run(*arguments: str) -> str:
-    done = subprocess.run([sys.executable, *arguments], cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True,
-                          text=True, timeout=200)
+    done = subprocess.run(
+        [sys.executable, *arguments],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -54,8 +60,14 @@ def test_no_held_out_prompt_is_ever_trained_on(name: str, tmp_path: Path) -> Non
     """In no round of any conversation of the training file, and for any seed: the side of a prompt is its own hash's."""
     data, _ = demo.write_demo(name, tmp_path)
     records = json.loads(data.read_text())
-    trained = {r["instruction"] for r in records} | {question for r in records for question, _ in r["history"]}
-    held_out = {r["instruction"] for seed in (1, 2) for r in demo.records(tuple(demo.KINDS), 600, seed, held_out=True)}
+    trained = {r["instruction"] for r in records} | {
+        question for r in records for question, _ in r["history"]
+    }
+    held_out = {
+        r["instruction"]
+        for seed in (1, 2)
+        for r in demo.records(tuple(demo.KINDS), 600, seed, held_out=True)
+    }
     assert len(trained) > 5_000
     assert not trained & held_out
     assert not any(demo.is_held_out(prompt) for prompt in trained)
@@ -88,7 +100,9 @@ def test_the_demo_trains_and_says_what_to_type_next(demo_run: tuple[Path, str]) 
     assert f"python generate.py --ckpt {out} --chat" in printed.splitlines()[-1]
 
 
-def test_the_same_command_again_trains_nothing_and_prints_the_same_summary(demo_run: tuple[Path, str]) -> None:
+def test_the_same_command_again_trains_nothing_and_prints_the_same_summary(
+    demo_run: tuple[Path, str],
+) -> None:
     out, printed = demo_run
     weights = (out / "final/model.safetensors").stat().st_mtime_ns
     again = run("train.py", "--max_steps", "5", "--logging_steps", "1", "--out_dir", str(out))
@@ -97,8 +111,20 @@ def test_the_same_command_again_trains_nothing_and_prints_the_same_summary(demo_
     assert (out / "final/model.safetensors").stat().st_mtime_ns == weights
 
 
-def test_the_demo_is_scored_beside_its_untrained_self(demo_run: tuple[Path, str], tmp_path: Path) -> None:
-    printed = run("eval.py", "--task", "demo", "--ckpt", str(demo_run[0]), "--limit", "10", "--out", str(tmp_path))
+def test_the_demo_is_scored_beside_its_untrained_self(
+    demo_run: tuple[Path, str], tmp_path: Path
+) -> None:
+    printed = run(
+        "eval.py",
+        "--task",
+        "demo",
+        "--ckpt",
+        str(demo_run[0]),
+        "--limit",
+        "10",
+        "--out",
+        str(tmp_path),
+    )
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert 0 <= summary["untrained"] <= 1 and 0 <= summary["accuracy"] <= 1 and summary["n"] == 10
     assert "untrained" in printed.splitlines()[0]
@@ -108,17 +134,51 @@ def test_the_demo_is_scored_beside_its_untrained_self(demo_run: tuple[Path, str]
 
 def test_the_demo_answers_a_prompt(demo_run: tuple[Path, str]) -> None:
     output = demo_run[0] / "answers.jsonl"
-    run("generate.py", "--ckpt", str(demo_run[0]), "--prompt", "Which number is larger, 31 or 62?", "--greedy", "--max_new_tokens",
-        "4", "--output", str(output))
+    run(
+        "generate.py",
+        "--ckpt",
+        str(demo_run[0]),
+        "--prompt",
+        "Which number is larger, 31 or 62?",
+        "--greedy",
+        "--max_new_tokens",
+        "4",
+        "--output",
+        str(output),
+    )
     record = json.loads(output.read_text())
-    assert {"prompt", "prompt_ids", "completions", "completion_ids", "finish_reason", "seconds",
-            "tokens_per_second"} <= record.keys()
+    assert {
+        "prompt",
+        "prompt_ids",
+        "completions",
+        "completion_ids",
+        "finish_reason",
+        "seconds",
+        "tokens_per_second",
+    } <= record.keys()
     assert len(record["completion_ids"][0]) <= 4
 
 
 def test_demo_lora_tunes_the_demo(demo_run: tuple[Path, str], tmp_path: Path) -> None:
-    run("train.py", "--config", "demo_lora", "--ckpt", str(demo_run[0]), "--max_steps", "3", "--out_dir", str(tmp_path / "run"))
+    run(
+        "train.py",
+        "--config",
+        "demo_lora",
+        "--ckpt",
+        str(demo_run[0]),
+        "--max_steps",
+        "3",
+        "--out_dir",
+        str(tmp_path / "run"),
+    )
     about = json.loads((tmp_path / "run/final/adapter_config.json").read_text())
     assert about["base_model_name_or_path"] == str(demo_run[0] / "final")
-    run("generate.py", "--ckpt", str(tmp_path / "run"), "--prompt", "What is the third word in cat, dog, owl?",
-        "--max_new_tokens", "4")
+    run(
+        "generate.py",
+        "--ckpt",
+        str(tmp_path / "run"),
+        "--prompt",
+        "What is the third word in cat, dog, owl?",
+        "--max_new_tokens",
+        "4",
+    )

@@ -15,7 +15,9 @@ from tests.vendor import fake_device
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
-needs_fake = pytest.mark.skipif(not fake_device.is_possible(), reason="this torch has no pure-Python back ends")
+needs_fake = pytest.mark.skipif(
+    not fake_device.is_possible(), reason="this torch has no pure-Python back ends"
+)
 
 
 @pytest.fixture(autouse=True)
@@ -31,20 +33,42 @@ def package(folder: Path, name: str, code: str, metadata: str = "", entry: str =
     if metadata or entry:
         about = folder / f"{name}-1.0.dist-info"
         about.mkdir()
-        (about / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n{metadata}")
-        (about / "entry_points.txt").write_text(f"[torch.backends]\n{name} = {entry}\n" if entry else "")
+        (about / "METADATA").write_text(
+            f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n{metadata}"
+        )
+        (about / "entry_points.txt").write_text(
+            f"[torch.backends]\n{name} = {entry}\n" if entry else ""
+        )
 
 
 def fake_plugin(folder: Path, name: str, **installed: str) -> None:
-    code = f"from tests.vendor import fake_device\nfake_device.install({name!r})\ndef load(): pass\n"
+    code = (
+        f"from tests.vendor import fake_device\nfake_device.install({name!r})\ndef load(): pass\n"
+    )
     package(folder, f"torch_{name}", code, **installed)
 
 
-def run(folder: Path, program: str, script: str = "", **variables: str) -> subprocess.CompletedProcess:
+def run(
+    folder: Path, program: str, script: str = "", **variables: str
+) -> subprocess.CompletedProcess:
     """A process that finds the packages of a folder."""
     path = os.pathsep.join([str(folder), str(ROOT)])
-    command = [sys.executable, *(script.split() if script else ("-c", "from minillama import device, ops\nimport torch\n" + program))]
-    return subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": path} | variables, capture_output=True, text=True, timeout=120)
+    command = [
+        sys.executable,
+        *(
+            script.split()
+            if script
+            else ("-c", "from minillama import device, ops\nimport torch\n" + program)
+        ),
+    ]
+    return subprocess.run(
+        command,
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": path} | variables,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
 
 
 def lines(done: subprocess.CompletedProcess) -> list[str]:
@@ -52,8 +76,15 @@ def lines(done: subprocess.CompletedProcess) -> list[str]:
     return done.stdout.splitlines()
 
 
-@pytest.mark.parametrize(("name", "remedy"), [("npu", "pip install torch-npu"), ("mlu", "torch_mlu wheel"), ("tpu", "sophgo/torch-tpu"),
-                                              ("cuda", "a CUDA build of torch")])
+@pytest.mark.parametrize(
+    ("name", "remedy"),
+    [
+        ("npu", "pip install torch-npu"),
+        ("mlu", "torch_mlu wheel"),
+        ("tpu", "sophgo/torch-tpu"),
+        ("cuda", "a CUDA build of torch"),
+    ],
+)
 def test_a_device_that_is_not_here_says_what_to_install(name: str, remedy: str) -> None:
     if hasattr(torch, name) and getattr(torch, name).is_available():
         pytest.skip(f"{name} is here")
@@ -66,7 +97,9 @@ def test_a_variable_overrides_the_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MINILLAMA_DEVICE", "cpu")
     assert device.pick("auto") == device.pick("npu") == CPU
     monkeypatch.setenv("MINILLAMA_DEVICE", "mlu")
-    with pytest.raises(UserError, match=r"torch_mlu is not installed \(MINILLAMA_DEVICE asks for it\)"):
+    with pytest.raises(
+        UserError, match=r"torch_mlu is not installed \(MINILLAMA_DEVICE asks for it\)"
+    ):
         device.pick("cpu")
     monkeypatch.setenv("MINILLAMA_DEVICE", "npuu")
     with pytest.raises(UserError, match=r"MINILLAMA_DEVICE=npuu .did you mean 'npu'"):
@@ -140,13 +173,25 @@ except Exception as error:
 
 
 @needs_fake
-@pytest.mark.parametrize(("name", "backend", "variable"), [("npu", "hccl", "ASCEND_RT_VISIBLE_DEVICES"),
-                                                          ("mlu", "cncl", "MLU_VISIBLE_DEVICES"), ("tpu", "sccl", "CHIPS")])
-def test_auto_finds_a_plugin_that_is_installed(name: str, backend: str, variable: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "backend", "variable"),
+    [
+        ("npu", "hccl", "ASCEND_RT_VISIBLE_DEVICES"),
+        ("mlu", "cncl", "MLU_VISIBLE_DEVICES"),
+        ("tpu", "sccl", "CHIPS"),
+    ],
+)
+def test_auto_finds_a_plugin_that_is_installed(
+    name: str, backend: str, variable: str, tmp_path: Path
+) -> None:
     fake_plugin(tmp_path, name)
     found = lines(run(tmp_path, LOOK))
-    assert found[:4] == [f"{name}:0 {name}:1 1 {backend}", "2097152 1073741824 True None", "True",
-                         f"(torch.float32, '{name} has no bf16; using fp32 instead, at twice the memory')"]
+    assert found[:4] == [
+        f"{name}:0 {name}:1 1 {backend}",
+        "2097152 1073741824 True None",
+        "True",
+        f"(torch.float32, '{name} has no bf16; using fp32 instead, at twice the memory')",
+    ]
     assert found[4].startswith("UserError local rank 2 has no chip: 2 to be seen")
     assert variable in found[4]
 
@@ -157,7 +202,9 @@ def test_auto_takes_what_torch_has_loaded_then_the_first_in_the_table(tmp_path: 
         fake_plugin(tmp_path / "both", name)
     report = "import sys; print(device.pick('auto'), 'torch_npu' in sys.modules, 'torch_mlu' in sys.modules)"
     assert lines(run(tmp_path / "both", report)) == ["npu:0 True False"]
-    package(tmp_path / "loaded", "torch_npu", "raise AssertionError('imported beside another plug-in')")
+    package(
+        tmp_path / "loaded", "torch_npu", "raise AssertionError('imported beside another plug-in')"
+    )
     fake_plugin(tmp_path / "loaded", "mlu", entry="torch_mlu:load")
     assert lines(run(tmp_path / "loaded", report)) == ["mlu:0 False True"]
 
@@ -169,13 +216,23 @@ def test_each_rank_of_sophgos_gets_the_chip_of_the_ring(tmp_path: Path) -> None:
     done = run(tmp_path, program, CHIPS="1,0")
     assert done.stdout.splitlines() == ["tpu:0", "[1, 0]"]
     assert "local rank 2 has no chip: 2 to be seen (CHIPS is 1,0); start 2 processes" in done.stderr
-    assert lines(run(tmp_path, "print(device.group_options(device.pick('tpu'), 2).chip_map)")) == ["[0, 1]"]
+    assert lines(run(tmp_path, "print(device.group_options(device.pick('tpu'), 2).chip_map)")) == [
+        "[0, 1]"
+    ]
 
 
-@pytest.mark.parametrize("metadata", ["Home-page: https://github.com/google-pytorch/torch_tpu\n", "Requires-Dist: libtpu>=0.0.50\n"])
-def test_googles_package_of_the_same_name_is_known_without_importing_it(metadata: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "metadata",
+    ["Home-page: https://github.com/google-pytorch/torch_tpu\n", "Requires-Dist: libtpu>=0.0.50\n"],
+)
+def test_googles_package_of_the_same_name_is_known_without_importing_it(
+    metadata: str, tmp_path: Path
+) -> None:
     package(tmp_path, "torch_tpu", "import os; os._exit(3)", metadata)
-    done = run(tmp_path, "print(device.pick('auto')); torch.tpu = torch.cpu; print(device.pick('auto')); device.pick('tpu')")
+    done = run(
+        tmp_path,
+        "print(device.pick('auto')); torch.tpu = torch.cpu; print(device.pick('auto')); device.pick('tpu')",
+    )
     assert done.stdout.splitlines() == ["cpu", "cpu"]
     assert "tpu passed over: the torch_tpu installed here is Google's" in done.stderr
     assert "device 'tpu' cannot be used: the torch_tpu installed here is Google's" in done.stderr
@@ -186,16 +243,28 @@ def test_a_plugin_that_does_not_load_is_named_with_what_to_set(tmp_path: Path) -
     package(tmp_path, "torch_npu", broken, entry="torch_npu:load")
     done = run(tmp_path, "", script="train.py --max_steps 1 --out_dir unused")
     assert done.returncode == 2
-    assert done.stderr == ("error: torch's device plug-in torch_npu does not load (libhccl.so: cannot open shared object file); mend it, "
-                           "or set TORCH_DEVICE_BACKEND_AUTOLOAD=0 to go on without it\n")
-    done = run(tmp_path, "print(device.pick('auto')); device.pick('npu')", TORCH_DEVICE_BACKEND_AUTOLOAD="0")
+    assert done.stderr == (
+        "error: torch's device plug-in torch_npu does not load (libhccl.so: cannot open shared object file); mend it, "
+        "or set TORCH_DEVICE_BACKEND_AUTOLOAD=0 to go on without it\n"
+    )
+    done = run(
+        tmp_path,
+        "print(device.pick('auto')); device.pick('npu')",
+        TORCH_DEVICE_BACKEND_AUTOLOAD="0",
+    )
     assert done.stdout == "cpu\n"
     assert "npu passed over: torch_npu does not load (libhccl.so" in done.stderr
     assert "device 'npu' cannot be used: torch_npu does not load" in done.stderr
 
 
 def test_a_plugin_without_a_chip_is_passed_over_aloud(tmp_path: Path) -> None:
-    package(tmp_path, "torch_npu", "import torch, types\ntorch.npu = types.SimpleNamespace(is_available=lambda: False)")
+    package(
+        tmp_path,
+        "torch_npu",
+        "import torch, types\ntorch.npu = types.SimpleNamespace(is_available=lambda: False)",
+    )
     done = run(tmp_path, "print(device.pick('auto'))", ASCEND_RT_VISIBLE_DEVICES="9")
     assert done.stdout == "cpu\n"
-    assert "npu passed over: torch_npu finds no chip (ASCEND_RT_VISIBLE_DEVICES is 9)" in done.stderr
+    assert (
+        "npu passed over: torch_npu finds no chip (ASCEND_RT_VISIBLE_DEVICES is 9)" in done.stderr
+    )

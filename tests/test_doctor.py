@@ -57,19 +57,37 @@ def not_a_number(q: Tensor, k: Tensor, v: Tensor, documents: ops.Documents | Non
     return reference.attention(q, k, v, documents) * torch.nan
 
 
-@pytest.mark.parametrize(("op", "wrong", "named"), [
-    ("rms_norm", forgets_epsilon, "wrong: rms_norm"), ("swiglu", swapped, "wrong: swiglu"),
-    ("attention", not_a_number, "wrong: attention, attention, packed, attention, cached, attention, one query")])
-def test_a_wrong_answer_is_named_and_ends_with_1(op: str, wrong: object, named: str, monkeypatch: pytest.MonkeyPatch,
-                                                 capsys: pytest.CaptureFixture) -> None:
-    monkeypatch.setitem(ops.TABLE, op, Op(op, Form("broken", wrong), Form("reference", getattr(reference, op))))
+@pytest.mark.parametrize(
+    ("op", "wrong", "named"),
+    [
+        ("rms_norm", forgets_epsilon, "wrong: rms_norm"),
+        ("swiglu", swapped, "wrong: swiglu"),
+        (
+            "attention",
+            not_a_number,
+            "wrong: attention, attention, packed, attention, cached, attention, one query",
+        ),
+    ],
+)
+def test_a_wrong_answer_is_named_and_ends_with_1(
+    op: str,
+    wrong: object,
+    named: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    monkeypatch.setitem(
+        ops.TABLE, op, Op(op, Form("broken", wrong), Form("reference", getattr(reference, op)))
+    )
     assert doctor.main(["--device", "cpu"]) == 1
     told = capsys.readouterr().out
     assert "WRONG" in told
     assert named in told
 
 
-def test_a_wrong_model_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+def test_a_wrong_model_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
     monkeypatch.setattr(ops.swiglu, "forms", (Form("broken", swapped), *ops.swiglu.forms))
     assert doctor.main(["--device", "cpu"]) == 1
     assert "wrong: the model, swiglu" in capsys.readouterr().out
@@ -83,13 +101,33 @@ def test_a_device_that_is_not_here_is_one_line_after_what_is(capsys: pytest.Capt
 
 @pytest.mark.skipif(not fake_device.is_possible(), reason="this torch has no pure-Python back ends")
 def test_the_doctor_sees_a_device_and_its_vendors_kernels() -> None:
-    program = ("from tests.vendor import fake_device; fake_device.install('npu'); from minillama import doctor; "
-               "raise SystemExit(doctor.main([]))")
-    done = subprocess.run([sys.executable, "-c", program], cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=200,
-                          env=os.environ | {"ASCEND_RT_VISIBLE_DEVICES": "0,1"})
+    program = (
+        "from tests.vendor import fake_device; fake_device.install('npu'); from minillama import doctor; "
+        "raise SystemExit(doctor.main([]))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+        timeout=200,
+        env=os.environ | {"ASCEND_RT_VISIBLE_DEVICES": "0,1"},
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "device: npu:0, collectives hccl" in done.stdout
     assert "ASCEND_RT_VISIBLE_DEVICES=0,1" in done.stdout
-    forms = dict(line.split()[:2] for line in done.stdout.splitlines() if line.split() and line.split()[0] in ops.TABLE)
-    assert forms == {"rms_norm": "npu", "rope": "npu", "swiglu": "npu", "scaled_masked_softmax": "npu",
-                     "linear": "fused", "attention": "npu", "linear_cross_entropy": "fused", "adamw": "npu"}
+    forms = dict(
+        line.split()[:2]
+        for line in done.stdout.splitlines()
+        if line.split() and line.split()[0] in ops.TABLE
+    )
+    assert forms == {
+        "rms_norm": "npu",
+        "rope": "npu",
+        "swiglu": "npu",
+        "scaled_masked_softmax": "npu",
+        "linear": "fused",
+        "attention": "npu",
+        "linear_cross_entropy": "fused",
+        "adamw": "npu",
+    }

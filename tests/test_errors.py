@@ -28,22 +28,42 @@ def said(capsys: pytest.CaptureFixture, main, arguments: list[str]) -> str:
 
 
 @pytest.mark.parametrize("command", ["tokenizer", "data"])
-def test_an_output_that_cannot_be_written_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture, command: str) -> None:
+def test_an_output_that_cannot_be_written_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture, command: str
+) -> None:
     (tmp_path / "file").write_text("[]")
     vocabulary = str(GOLDEN / "model/tokenizer.model")
     (tmp_path / "one.json").write_text('[{"instruction": "a", "input": "", "output": "b"}]')
-    given = ["--base", vocabulary, "--add", vocabulary] if command == "tokenizer" else [
-        "--tokenizer", vocabulary, "--input", str(tmp_path / "one.json")]
+    given = (
+        ["--base", vocabulary, "--add", vocabulary]
+        if command == "tokenizer"
+        else ["--tokenizer", vocabulary, "--input", str(tmp_path / "one.json")]
+    )
     text = said(capsys, convert.main, [command, *given, "--output", str(tmp_path / "file/inside")])
     assert str(tmp_path / "file") in text and "name another path" in text
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "one.json"]
 
 
-@pytest.mark.parametrize(("error", "named"), [
-    (OSError(errno.ENOSPC, "No space left on device"), "No space left on device; name another path"),
-    (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"), "not enough memory; .*9 bytes"),
-    (RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"), "not enough memory; .*2 GiB"), (MemoryError(), "not enough memory")])
-def test_a_full_disk_or_memory_is_one_line(capsys: pytest.CaptureFixture, error: Exception, named: str) -> None:
+@pytest.mark.parametrize(
+    ("error", "named"),
+    [
+        (
+            OSError(errno.ENOSPC, "No space left on device"),
+            "No space left on device; name another path",
+        ),
+        (
+            RuntimeError(
+                "DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"
+            ),
+            "not enough memory; .*9 bytes",
+        ),
+        (RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"), "not enough memory; .*2 GiB"),
+        (MemoryError(), "not enough memory"),
+    ],
+)
+def test_a_full_disk_or_memory_is_one_line(
+    capsys: pytest.CaptureFixture, error: Exception, named: str
+) -> None:
     def main(arguments: list[str]) -> None:
         raise error
 
@@ -58,10 +78,17 @@ def test_a_defect_of_ours_keeps_its_traceback() -> None:
         errors.run(main, [])
 
 
-@pytest.mark.parametrize(("content", "named"), [
-    ("[1]", "holds no JSON object"), ("null", "holds no JSON object"),
-    ('{"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 0, "intermediate_size": 8, "vocab_size": 8, "rms_norm_eps": 1}',
-     "a value is wrong or of the wrong type .integer division")])
+@pytest.mark.parametrize(
+    ("content", "named"),
+    [
+        ("[1]", "holds no JSON object"),
+        ("null", "holds no JSON object"),
+        (
+            '{"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 0, "intermediate_size": 8, "vocab_size": 8, "rms_norm_eps": 1}',
+            "a value is wrong or of the wrong type .integer division",
+        ),
+    ],
+)
 def test_a_config_of_another_kind_is_named(tmp_path: Path, content: str, named: str) -> None:
     (tmp_path / "config.json").write_text(content)
     with pytest.raises(UserError, match=f"config.json: {named}"):
@@ -72,15 +99,23 @@ def test_an_empty_vocabulary_and_a_cut_adapter_are_named(tmp_path: Path) -> None
     (tmp_path / "tokenizer.model").write_bytes(b"")
     with pytest.raises(UserError, match=r"tokenizer\.model: the file is empty"):
         open_tokenizer(tmp_path)
-    (tmp_path / "adapter_config.json").write_bytes((GOLDEN / "adapter/adapter_config.json").read_bytes())
-    (tmp_path / "adapter_model.safetensors").write_bytes((GOLDEN / "adapter/adapter_model.safetensors").read_bytes()[:500])
-    with pytest.raises(UserError, match=r"adapter_model\.safetensors: not a safetensors file, or cut short"):
+    (tmp_path / "adapter_config.json").write_bytes(
+        (GOLDEN / "adapter/adapter_config.json").read_bytes()
+    )
+    (tmp_path / "adapter_model.safetensors").write_bytes(
+        (GOLDEN / "adapter/adapter_model.safetensors").read_bytes()[:500]
+    )
+    with pytest.raises(
+        UserError, match=r"adapter_model\.safetensors: not a safetensors file, or cut short"
+    ):
         load_adapter(random_model(), tmp_path)
 
 
 def test_an_adapter_whose_base_is_elsewhere_asks_for_it(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match="its base model model is not here; name it with --base DIR"):
+    with pytest.raises(
+        UserError, match="its base model model is not here; name it with --base DIR"
+    ):
         load_with_adapters(GOLDEN / "adapter", "", [], "float32", "cpu")
 
 

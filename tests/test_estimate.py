@@ -14,23 +14,49 @@ from minillama.lora import add_lora
 from minillama.model import Llama
 from minillama.parallel.optimizer import Optimizer
 
-SMALL = LlamaConfig(dim=192, n_layers=4, n_heads=6, n_kv_heads=3, head_dim=32, ffn_dim=512, vocab_size=16000, max_seq_len=256,
-                    norm_eps=1e-5, rope_theta=10000.0)
+SMALL = LlamaConfig(
+    dim=192,
+    n_layers=4,
+    n_heads=6,
+    n_kv_heads=3,
+    head_dim=32,
+    ffn_dim=512,
+    vocab_size=16000,
+    max_seq_len=256,
+    norm_eps=1e-5,
+    rope_theta=10000.0,
+)
 
 
 def storage_bytes(tensors) -> int:
-    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+    return sum(
+        {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values()
+    )
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("lora", [{}, {"lora": True, "lora_rank": 64, "lora_targets": ("all",),
-                                       "modules_to_save": ("embed_tokens", "lm_head")}],
-                         ids=["full", "lora"])
+@pytest.mark.parametrize(
+    "lora",
+    [
+        {},
+        {
+            "lora": True,
+            "lora_rank": 64,
+            "lora_targets": ("all",),
+            "modules_to_save": ("embed_tokens", "lm_head"),
+        },
+    ],
+    ids=["full", "lora"],
+)
 @pytest.mark.parametrize("accumulation", [1, 4])
 @pytest.mark.parametrize(("stage", "size"), [(0, 1), (0, 4), (1, 4), (2, 4)])
-def test_predicted_state_is_measured_state_within_two_percent(precision, lora, accumulation, stage, size, monkeypatch):
+def test_predicted_state_is_measured_state_within_two_percent(
+    precision, lora, accumulation, stage, size, monkeypatch
+):
     monkeypatch.setattr(comm, "reduce_to", lambda mesh, tensor, *_: lambda: tensor)
-    settings = Settings(precision=precision, zero_stage=stage, gradient_accumulation_steps=accumulation, **lora)
+    settings = Settings(
+        precision=precision, zero_stage=stage, gradient_accumulation_steps=accumulation, **lora
+    )
     model = Llama(SMALL).initialise().to({"fp32": torch.float32, "bf16": torch.bfloat16}[precision])
     if settings.lora:
         add_lora(model, estimate.lora_config(settings))
@@ -38,14 +64,20 @@ def test_predicted_state_is_measured_state_within_two_percent(precision, lora, a
     tokens = torch.arange(8).view(1, 8)
     optimizer.backward(model.loss_sum(tokens, tokens), size)
     held = [t for part in optimizer.parts for t in (part.master, part.m, part.v)]
-    held += [t for part in optimizer.parts for t in ([part.gradients.sum] if stage == 2 else part.gradients.filled.values())]
+    held += [
+        t
+        for part in optimizer.parts
+        for t in ([part.gradients.sum] if stage == 2 else part.gradients.filled.values())
+    ]
     expected = estimate.estimate(SMALL, settings, size)
     assert storage_bytes([*model.parameters(), *held]) == pytest.approx(expected.total, rel=0.02)
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == expected.trainable
 
 
 @pytest.mark.parametrize("lengths", [[256] * 3, [200, 13, 90, 256, 1, 77]], ids=str)
-@pytest.mark.parametrize("config", [SMALL, replace(PUBLISHED["15m"], vocab_size=300, n_layers=3)], ids=["gqa", "15m"])
+@pytest.mark.parametrize(
+    "config", [SMALL, replace(PUBLISHED["15m"], vocab_size=300, n_layers=3)], ids=["gqa", "15m"]
+)
 def test_predicted_activations_are_those_kept_for_backward_within_ten_percent(config, lengths):
     def kept(recompute: bool) -> int:
         model, seen = Llama(config).initialise(), {}
@@ -55,7 +87,9 @@ def test_predicted_activations_are_those_kept_for_backward_within_ten_percent(co
 
         def keep(tensor: torch.Tensor) -> torch.Tensor:
             if tensor.is_floating_point() and tensor.untyped_storage().data_ptr() not in own:
-                seen[tensor.untyped_storage().data_ptr()] = tensor  # held, so that no address is used twice
+                seen[tensor.untyped_storage().data_ptr()] = (
+                    tensor  # held, so that no address is used twice
+                )
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
@@ -63,9 +97,15 @@ def test_predicted_activations_are_those_kept_for_backward_within_ten_percent(co
         return storage_bytes(seen.values())
 
     tokens = sum(lengths)
-    assert kept(recompute=False) == pytest.approx(estimate.activation_bytes(config, tokens, 4), rel=0.1)
-    one_layer = (estimate.activation_bytes(config, tokens, 4) - tokens * config.dim * 4) / config.n_layers
-    assert kept(recompute=True) == pytest.approx(estimate.activation_bytes(config, tokens, 4, recompute=True) - one_layer, rel=0.1)
+    assert kept(recompute=False) == pytest.approx(
+        estimate.activation_bytes(config, tokens, 4), rel=0.1
+    )
+    one_layer = (
+        estimate.activation_bytes(config, tokens, 4) - tokens * config.dim * 4
+    ) / config.n_layers
+    assert kept(recompute=True) == pytest.approx(
+        estimate.activation_bytes(config, tokens, 4, recompute=True) - one_layer, rel=0.1
+    )
 
 
 @pytest.mark.parametrize("name", ["7b", "70b"])

@@ -20,12 +20,20 @@ ALPACA = {"instruction": "Q", "input": "I", "output": "A"}
 
 
 def write(path, content):
-    path.write_text(content if isinstance(content, str) else json.dumps(content, ensure_ascii=False), encoding="utf-8")
+    path.write_text(
+        content if isinstance(content, str) else json.dumps(content, ensure_ascii=False),
+        encoding="utf-8",
+    )
     return path
 
 
 def documents(sources):
-    return [document for source in sources for place, record in read_records(source) for document in parse(source, place, record)]
+    return [
+        document
+        for source in sources
+        for place, record in read_records(source)
+        for document in parse(source, place, record)
+    ]
 
 
 def read(path, data_format="auto"):
@@ -33,20 +41,34 @@ def read(path, data_format="auto"):
 
 
 def test_alpaca_records_with_history_and_system(tmp_path):
-    path = write(tmp_path / "a.json", [ALPACA, {"instruction": "R", "output": "B", "system": "S", "history": [["Q", "A"]]}])
+    path = write(
+        tmp_path / "a.json",
+        [ALPACA, {"instruction": "R", "output": "B", "system": "S", "history": [["Q", "A"]]}],
+    )
     assert detect(path) == "alpaca"
-    assert read(path) == [Conversation((Turn("Q", "A", "I"),)), Conversation((Turn("Q", "A"), Turn("R", "B")), "S")]
+    assert read(path) == [
+        Conversation((Turn("Q", "A", "I"),)),
+        Conversation((Turn("Q", "A"), Turn("R", "B")), "S"),
+    ]
 
 
 def test_sharegpt_drops_what_stands_before_the_first_question(tmp_path):
     def said(*pairs):
         return {"id": "x", "conversations": [{"from": who, "value": text} for who, text in pairs]}
 
-    path = write(tmp_path / "a.json", [said(("gpt", "Welcome"), ("human", "Q"), ("gpt", "A"), ("human", "unanswered"))])
+    path = write(
+        tmp_path / "a.json",
+        [said(("gpt", "Welcome"), ("human", "Q"), ("gpt", "A"), ("human", "unanswered"))],
+    )
     assert detect(path) == "sharegpt"
     assert read(path) == [Conversation((Turn("Q", "A", None),))]
-    bad = write(tmp_path / "b.json", [said(("human", "Q"), ("gpt", "A")), said(("human", "Q"), ("human", "R"))])
-    with pytest.raises(BadRecord, match=r"b\.json: record 2: turn 2 is from 'human', expected 'gpt'"):
+    bad = write(
+        tmp_path / "b.json",
+        [said(("human", "Q"), ("gpt", "A")), said(("human", "Q"), ("human", "R"))],
+    )
+    with pytest.raises(
+        BadRecord, match=r"b\.json: record 2: turn 2 is from 'human', expected 'gpt'"
+    ):
         read(bad)
     with pytest.raises(BadRecord, match="no question with an answer"):
         read(write(tmp_path / "c.json", [said(("human", "Q"))]))
@@ -54,12 +76,21 @@ def test_sharegpt_drops_what_stands_before_the_first_question(tmp_path):
 
 def test_moss_gives_a_sample_for_each_turn_that_trains_its_answer_alone(tmp_path):
     def turn(question, answer):
-        return {"Human": f"<|Human|>: {question}<eoh>\n", "Inner Thoughts": "None", "MOSS": f"<|MOSS|>: {answer}<eom>\n"}
+        return {
+            "Human": f"<|Human|>: {question}<eoh>\n",
+            "Inner Thoughts": "None",
+            "MOSS": f"<|MOSS|>: {answer}<eom>\n",
+        }
 
-    path = write(tmp_path / "a.jsonl", json.dumps({"chat": {"turn_1": turn("Q", "A"), "turn_2": turn("R", "B")}}) + "\n")
+    path = write(
+        tmp_path / "a.jsonl",
+        json.dumps({"chat": {"turn_1": turn("Q", "A"), "turn_2": turn("R", "B")}}) + "\n",
+    )
     assert detect(path) == "moss"
-    assert read(path) == [Conversation((Turn("Q", "A", None),)),
-                          Conversation((Turn("Q", "A", None, is_target=False), Turn("R", "B", None)))]
+    assert read(path) == [
+        Conversation((Turn("Q", "A", None),)),
+        Conversation((Turn("Q", "A", None, is_target=False), Turn("R", "B", None))),
+    ]
 
 
 def test_plain_text_is_a_document_a_file_or_a_line(tmp_path):
@@ -73,17 +104,28 @@ def test_pre_training_rows_are_their_text(tmp_path):
     path = write(tmp_path / "a.jsonl", '{"text": "one"}\n{"text": "two"}\n')
     assert detect(path) == "text" and read(path) == ["one", "two"]
     both = write(tmp_path / "b.json", [ALPACA | {"text": "all of it"}])
-    assert read(both) == [Conversation((Turn("Q", "A", "I"),))]  # instruction data, unless the text is asked for
+    assert read(both) == [
+        Conversation((Turn("Q", "A", "I"),))
+    ]  # instruction data, unless the text is asked for
     assert read(both, "text") == ["all of it"]
     assert read(both, "ascend") == read(both) and read(path, "ascend") == ["one", "two"]
 
 
 def test_a_belle_dialogue_in_one_instruction_is_its_rounds(tmp_path):
-    row = {"instruction": "Human:Q\nwhich?\nAssistant: A\nHuman:R\nAssistant:", "input": "", "output": "B"}
+    row = {
+        "instruction": "Human:Q\nwhich?\nAssistant: A\nHuman:R\nAssistant:",
+        "input": "",
+        "output": "B",
+    }
     said = "Human: Q\nAssistant: A"  # ends in an answer: nothing is left to answer, so it is an instruction like any other
     path = write(tmp_path / "a.json", [row, row | {"instruction": said}])
-    assert read(path, "ascend") == [Conversation((Turn("Q\nwhich?", "A"), Turn("R", "B"))), Conversation((Turn(said, "B"),))]
-    assert read(path)[0] == Conversation((Turn(row["instruction"], "B"),))  # only where AscendSpeed's rows are asked for
+    assert read(path, "ascend") == [
+        Conversation((Turn("Q\nwhich?", "A"), Turn("R", "B"))),
+        Conversation((Turn(said, "B"),)),
+    ]
+    assert read(path)[0] == Conversation(
+        (Turn(row["instruction"], "B"),)
+    )  # only where AscendSpeed's rows are asked for
 
 
 def test_parquet_rows_are_records(tmp_path):
@@ -105,16 +147,28 @@ def test_parquet_without_pyarrow_says_what_to_install(tmp_path, monkeypatch):
         read(tmp_path / "a.parquet")
 
 
-json_values = st.recursive(st.none() | st.booleans() | st.integers() | st.text(max_size=20),
-                           lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3))
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=20),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3)
+    ),
+)
 
 
-@given(records=st.lists(json_values, min_size=1, max_size=8), indent=st.sampled_from([None, 1]), ascii_only=st.booleans(),
-       block=st.integers(1, 40))
+@given(
+    records=st.lists(json_values, min_size=1, max_size=8),
+    indent=st.sampled_from([None, 1]),
+    ascii_only=st.booleans(),
+    block=st.integers(1, 40),
+)
 @settings(max_examples=200, deadline=None)
-def test_an_array_read_through_a_window_is_the_array(tmp_path_factory, records, indent, ascii_only, block):
+def test_an_array_read_through_a_window_is_the_array(
+    tmp_path_factory, records, indent, ascii_only, block
+):
     path = tmp_path_factory.mktemp("array") / "a.json"
-    path.write_text(json.dumps(records, indent=indent, ensure_ascii=ascii_only), encoding="utf-8-sig")
+    path.write_text(
+        json.dumps(records, indent=indent, ensure_ascii=ascii_only), encoding="utf-8-sig"
+    )
     usual, formats.BLOCK = formats.BLOCK, block
     try:
         assert [record for _, record in read_records(Source(path))] == records
@@ -122,9 +176,16 @@ def test_an_array_read_through_a_window_is_the_array(tmp_path_factory, records, 
         formats.BLOCK = usual
 
 
-@pytest.mark.parametrize(("between", "place"), [
-    (",\n", "line 202 column 21"), (", ", f"line 2 column {200 * (len(json.dumps(ALPACA)) + 2) + 21}")])
-def test_a_fault_behind_many_windows_is_placed_as_in_the_file(tmp_path, monkeypatch, between, place):
+@pytest.mark.parametrize(
+    ("between", "place"),
+    [
+        (",\n", "line 202 column 21"),
+        (", ", f"line 2 column {200 * (len(json.dumps(ALPACA)) + 2) + 21}"),
+    ],
+)
+def test_a_fault_behind_many_windows_is_placed_as_in_the_file(
+    tmp_path, monkeypatch, between, place
+):
     monkeypatch.setattr(formats, "BLOCK", 100)
     rows = [json.dumps(ALPACA)] * 300
     rows[200] = '{"instruction": "Q" "output"}'
@@ -143,26 +204,69 @@ def test_an_array_is_never_in_memory_whole(tmp_path, monkeypatch):
     assert peak < 70_000  # of 700,000
 
 
-@pytest.mark.parametrize(("name", "content", "message"), [
-    ("a.json", "", "holds no records"),
-    ("a.json", "[]", "holds no records"),
-    ("a.txt", " \n", "holds no records"),
-    ("a.json", '[{"instruction": "Q", "output": "A"},\n {"instruction": "Q" "output"}]', "not valid JSON: .* at line 2 column 22"),
-    ("a.json", '[{"instruction": "Q", "output": "A"}', "expected , or ], found the end of the file at line 1 column 37"),
-    ("a.json", '[{"instruction": "Q", "output": "A"}] []', "more text after the array at line 1 column 39"),
-    ("a.json", '[{"instruction": "Q", "output": "A"}, {"instruction": "Q"}]', "record 2: 'output' is missing"),
-    ("a.json", '[{"instruction": "Q", "output": 3}]', "record 1: 'output' is int, expected text"),
-    ("a.json", '[{"instruction": "Q", "output": "A"}, 7]', "record 2: expected an object with instruction and output, found int"),
-    ("a.json", '[{"instruction": "Q", "output": "A", "history": ["x"]}]', "record 1: 'history' is not a list"),
-    ("a.jsonl", '{"instruction": "Q", "output": "A"}\n\n{"instr', r"record 2 \(line 3\): not valid JSON: .* at column 2"),
-    ("a.jsonl", "{broken", r"record 1 \(line 1\): not valid JSON: .* at column 2"),
-    ("a.json", '[{"question": "Q", "answer": "A"}]', r"first record \(answer, question\) is of no known format"),
-    ("a.json", "[1, 2]", r"first record \(int\) is of no known format"),
-    ("a.json", '[{"chat": {}}]', "record 1: 'chat' holds no turn"),
-    ("a.json", '[{"chat": {"turn_1": {"Human": "Q"}}}]', "record 1: 'MOSS' is missing"),
-    ("a.json", '[{"conversations": "Q"}]', "record 1: 'conversations' is not a list of messages"),
-    ("a.json", "version https://git-lfs.github.com/spec/v1", "git-lfs pointer"),
-])
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.json", "", "holds no records"),
+        ("a.json", "[]", "holds no records"),
+        ("a.txt", " \n", "holds no records"),
+        (
+            "a.json",
+            '[{"instruction": "Q", "output": "A"},\n {"instruction": "Q" "output"}]',
+            "not valid JSON: .* at line 2 column 22",
+        ),
+        (
+            "a.json",
+            '[{"instruction": "Q", "output": "A"}',
+            "expected , or ], found the end of the file at line 1 column 37",
+        ),
+        (
+            "a.json",
+            '[{"instruction": "Q", "output": "A"}] []',
+            "more text after the array at line 1 column 39",
+        ),
+        (
+            "a.json",
+            '[{"instruction": "Q", "output": "A"}, {"instruction": "Q"}]',
+            "record 2: 'output' is missing",
+        ),
+        (
+            "a.json",
+            '[{"instruction": "Q", "output": 3}]',
+            "record 1: 'output' is int, expected text",
+        ),
+        (
+            "a.json",
+            '[{"instruction": "Q", "output": "A"}, 7]',
+            "record 2: expected an object with instruction and output, found int",
+        ),
+        (
+            "a.json",
+            '[{"instruction": "Q", "output": "A", "history": ["x"]}]',
+            "record 1: 'history' is not a list",
+        ),
+        (
+            "a.jsonl",
+            '{"instruction": "Q", "output": "A"}\n\n{"instr',
+            r"record 2 \(line 3\): not valid JSON: .* at column 2",
+        ),
+        ("a.jsonl", "{broken", r"record 1 \(line 1\): not valid JSON: .* at column 2"),
+        (
+            "a.json",
+            '[{"question": "Q", "answer": "A"}]',
+            r"first record \(answer, question\) is of no known format",
+        ),
+        ("a.json", "[1, 2]", r"first record \(int\) is of no known format"),
+        ("a.json", '[{"chat": {}}]', "record 1: 'chat' holds no turn"),
+        ("a.json", '[{"chat": {"turn_1": {"Human": "Q"}}}]', "record 1: 'MOSS' is missing"),
+        (
+            "a.json",
+            '[{"conversations": "Q"}]',
+            "record 1: 'conversations' is not a list of messages",
+        ),
+        ("a.json", "version https://git-lfs.github.com/spec/v1", "git-lfs pointer"),
+    ],
+)
 def test_a_malformed_file_names_itself_the_place_and_the_fault(tmp_path, name, content, message):
     path = write(tmp_path / name, content)
     with pytest.raises(UserError, match=message) as refused:
@@ -181,9 +285,14 @@ def test_bad_records_can_be_left_out_and_are_told_about(tmp_path, small_tokenize
     lines = [json.dumps(ALPACA)] * 6
     lines[1], lines[4] = "{broken", json.dumps({"instruction": "Q"})
     path = write(tmp_path / "a.jsonl", "\n".join(lines))
-    meta = build_dataset([path], small_tokenizer, tmp_path / "set", skip_bad_records=True, quiet=True)
+    meta = build_dataset(
+        [path], small_tokenizer, tmp_path / "set", skip_bad_records=True, quiet=True
+    )
     assert meta["documents"] == 4
-    assert [error.split(": ")[1] for error in meta["skipped_records"]] == ["record 2 (line 2)", "record 5 (line 5)"]
+    assert [error.split(": ")[1] for error in meta["skipped_records"]] == [
+        "record 2 (line 2)",
+        "record 5 (line 5)",
+    ]
 
 
 # --- dataset_info.json
@@ -193,30 +302,62 @@ def test_bad_records_can_be_left_out_and_are_told_about(tmp_path, small_tokenize
 def dataset_dir(tmp_path):
     rows = [{"q": "Q", "more": "I", "a": "A", "past": [["P", "O"]], "system": "S"}]
     path = write(tmp_path / "rows.json", rows)
-    write(tmp_path / "talk.json", [{"chat": [{"role": "user", "text": "Q"}, {"role": "bot", "text": "A"}]}])
+    write(
+        tmp_path / "talk.json",
+        [{"chat": [{"role": "user", "text": "Q"}, {"role": "bot", "text": "A"}]}],
+    )
     columns = {"prompt": "q", "query": "more", "response": "a", "history": "past"}
-    write(tmp_path / "dataset_info.json", {
-        "rows_zh": {"file_name": "rows.json", "file_sha1": hashlib.sha1(path.read_bytes()).hexdigest(), "columns": columns},
-        "talk_en": {"file_name": "talk.json", "formatting": "sharegpt", "columns": {"messages": "chat"},
-                    "tags": {"role_tag": "role", "content_tag": "text", "user_tag": "user", "assistant_tag": "bot"}},
-        "damaged": {"file_name": "rows.json", "file_sha1": "0" * 40}, "hub_only": {"hf_hub_url": "a/b"},
-        "rewards": {"file_name": "rows.json", "ranking": True}, "gone": {"file_name": "gone.json"},
-    })
+    write(
+        tmp_path / "dataset_info.json",
+        {
+            "rows_zh": {
+                "file_name": "rows.json",
+                "file_sha1": hashlib.sha1(path.read_bytes()).hexdigest(),
+                "columns": columns,
+            },
+            "talk_en": {
+                "file_name": "talk.json",
+                "formatting": "sharegpt",
+                "columns": {"messages": "chat"},
+                "tags": {
+                    "role_tag": "role",
+                    "content_tag": "text",
+                    "user_tag": "user",
+                    "assistant_tag": "bot",
+                },
+            },
+            "damaged": {"file_name": "rows.json", "file_sha1": "0" * 40},
+            "hub_only": {"hf_hub_url": "a/b"},
+            "rewards": {"file_name": "rows.json", "ranking": True},
+            "gone": {"file_name": "gone.json"},
+        },
+    )
     return tmp_path
 
 
 def test_dataset_info_gives_names_columns_and_tags(dataset_dir):
-    rows, talk = Conversation((Turn("P", "O"), Turn("Q", "A", "I"))), Conversation((Turn("Q", "A", None),))
+    rows, talk = (
+        Conversation((Turn("P", "O"), Turn("Q", "A", "I"))),
+        Conversation((Turn("Q", "A", None),)),
+    )
     named = find_sources(["rows_zh", "talk_en"], dataset_dir=dataset_dir)
     assert documents(named) == [rows, talk]  # the system text is there, but no column names it
-    assert documents(find_sources([dataset_dir / "rows.json"])) == [rows]  # the entry beside a file holds for the file
-    assert documents(find_sources([dataset_dir])) == [rows, talk]          # and for a folder
+    assert documents(find_sources([dataset_dir / "rows.json"])) == [
+        rows
+    ]  # the entry beside a file holds for the file
+    assert documents(find_sources([dataset_dir])) == [rows, talk]  # and for a folder
 
 
-@pytest.mark.parametrize(("name", "message"), [
-    ("rows_z", "has no data set 'rows_z' .did you mean 'rows_zh'"), ("damaged", "its sha1 is .* for damaged; get the file again"),
-    ("hub_only", "hub_only has no file_name"), ("rewards", "ranking data"), ("gone", r"gone\.json: no such file"),
-])
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("rows_z", "has no data set 'rows_z' .did you mean 'rows_zh'"),
+        ("damaged", "its sha1 is .* for damaged; get the file again"),
+        ("hub_only", "hub_only has no file_name"),
+        ("rewards", "ranking data"),
+        ("gone", r"gone\.json: no such file"),
+    ],
+)
 def test_a_data_set_that_cannot_be_had_is_refused_with_the_reason(dataset_dir, name, message):
     with pytest.raises(UserError, match=message):
         find_sources([name], dataset_dir=dataset_dir)
@@ -238,16 +379,30 @@ def test_several_files_and_folders_are_read_in_order(tmp_path):
 
 
 def test_the_published_files_are_recognised(shared):
-    expected = {"alpaca_en_demo.json": ("alpaca", 999), "alpaca_zh_demo.json": ("alpaca", 1000),
-                "dummy_conversation.json": ("sharegpt", 500), "moss_sample.jsonl": ("moss", 46)}
+    expected = {
+        "alpaca_en_demo.json": ("alpaca", 999),
+        "alpaca_zh_demo.json": ("alpaca", 1000),
+        "dummy_conversation.json": ("sharegpt", 500),
+        "moss_sample.jsonl": ("moss", 46),
+    }
     for name, (kind, count) in expected.items():
         assert detect(shared / "sft" / name) == kind
         assert len(read(shared / "sft" / name)) == count
     assert random.choice(read(shared / "sft/alpaca_zh_demo.json")).turns[0].answer
 
 
-@pytest.mark.parametrize("info", [{"a": ["b"]}, {"a": {"file_name": "f", "columns": ["q"]}}, {"a": {"file_name": "f", "tags": 1}}])
+@pytest.mark.parametrize(
+    "info",
+    [
+        {"a": ["b"]},
+        {"a": {"file_name": "f", "columns": ["q"]}},
+        {"a": {"file_name": "f", "tags": 1}},
+    ],
+)
 def test_a_dataset_info_of_other_kinds_is_one_error(tmp_path, info):
     write(tmp_path / "dataset_info.json", info)
-    with pytest.raises(UserError, match=r"dataset_info\.json: expected an object that maps data set names to objects"):
+    with pytest.raises(
+        UserError,
+        match=r"dataset_info\.json: expected an object that maps data set names to objects",
+    ):
         find_sources(["a"], dataset_dir=tmp_path)

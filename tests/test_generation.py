@@ -11,7 +11,14 @@ from minillama.checkpoint.directory import find_checkpoint, load_model, save_mod
 from minillama.errors import UserError
 from minillama.generation.cache import Cache
 from minillama.generation.decode import Answer
-from minillama.generation.sampling import Sampling, keep_top_k, keep_top_p, next_tokens, penalise, tokens_seen
+from minillama.generation.sampling import (
+    Sampling,
+    keep_top_k,
+    keep_top_p,
+    next_tokens,
+    penalise,
+    tokens_seen,
+)
 from minillama.generation.session import Dialogue, Session
 from minillama.model import Llama
 from minillama.tokenizer import open_tokenizer
@@ -24,8 +31,14 @@ GOLDEN = Path(__file__).parent / "golden/model"
 
 def their_greedy(directory: Path, prompt: list[int], count: int) -> list[int]:
     model = open_in_transformers(directory)
-    text = model.generate(torch.tensor([prompt]), max_new_tokens=count, do_sample=False, eos_token_id=None, pad_token_id=0)
-    return text[0, len(prompt):].tolist()
+    text = model.generate(
+        torch.tensor([prompt]),
+        max_new_tokens=count,
+        do_sample=False,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    return text[0, len(prompt) :].tolist()
 
 
 def test_greedy_tokens_of_a_really_trained_llama_equal_transformers(shared: Path) -> None:
@@ -36,12 +49,20 @@ def test_greedy_tokens_of_a_really_trained_llama_equal_transformers(shared: Path
         assert list(generate(model, prompt, 100, GREEDY)) == their_greedy(directory, prompt, 100)
 
 
-@pytest.mark.parametrize("changes", [
-    {}, {"n_kv_heads": 1, "head_dim": 6}, {"rope_scaling": RopeScaling("llama3", 4.0, original_max_seq_len=16)},
-], ids=str)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"n_kv_heads": 1, "head_dim": 6},
+        {"rope_scaling": RopeScaling("llama3", 4.0, original_max_seq_len=16)},
+    ],
+    ids=str,
+)
 def test_greedy_tokens_of_a_random_llama_equal_transformers(changes: dict, tmp_path: Path) -> None:
     save_model(random_model(**changes), tmp_path)
-    assert list(generate(load_model(tmp_path), [1, 7, 9], 40, GREEDY)) == their_greedy(tmp_path, [1, 7, 9], 40)
+    assert list(generate(load_model(tmp_path), [1, 7, 9], 40, GREEDY)) == their_greedy(
+        tmp_path, [1, 7, 9], 40
+    )
 
 
 @pytest.mark.parametrize("steps", [[20], [1] * 20, [7, 1, 1, 6, 5], [1, 19]], ids=str)
@@ -82,7 +103,9 @@ def test_top_p_is_transformers(p: float) -> None:
 def test_the_repetition_penalty_is_transformers(penalty: float) -> None:
     transformers = pytest.importorskip("transformers")
     text = [3, 7, 7, 3, 12, 0, 39]
-    theirs = transformers.RepetitionPenaltyLogitsProcessor(penalty)(torch.tensor([text]), LOGITS.clone())
+    theirs = transformers.RepetitionPenaltyLogitsProcessor(penalty)(
+        torch.tensor([text]), LOGITS.clone()
+    )
     assert torch.equal(penalise(LOGITS, tokens_seen([text], LOGITS), penalty), theirs)
 
 
@@ -95,7 +118,11 @@ def test_top_p_keeps_the_token_that_crosses_p() -> None:
 
 def test_draws_follow_the_distribution() -> None:
     """Chi-square of 4000 draws with a fixed seed, 4 degrees of freedom: below 18.5 but once in a thousand seeds."""
-    logits, generator, T = torch.tensor([2.0, 1.0, 0.0, -1.0, 0.5]), torch.Generator().manual_seed(0), 0.7
+    logits, generator, T = (
+        torch.tensor([2.0, 1.0, 0.0, -1.0, 0.5]),
+        torch.Generator().manual_seed(0),
+        0.7,
+    )
     draws = next_tokens(logits.expand(4000, -1), None, Sampling(T, 0, 1.0), [generator] * 4000)
     expected = 4000 * (logits / T).softmax(0)
     assert float(((draws.bincount(minlength=5) - expected).square() / expected).sum()) < 18.5
@@ -117,12 +144,22 @@ def test_the_same_seed_gives_the_same_text_and_another_seed_another() -> None:
 
 def test_temperature_near_zero_is_greedy() -> None:
     model = random_model()
-    assert list(generate(model, [1], 20, Sampling(1e-4), seed=0)) == list(generate(model, [1], 20, GREEDY))
+    assert list(generate(model, [1], 20, Sampling(1e-4), seed=0)) == list(
+        generate(model, [1], 20, GREEDY)
+    )
 
 
-@pytest.mark.parametrize("wrong", [
-    {"temperature": -1.0}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.5}, {"repetition_penalty": 0.0},
-], ids=str)
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"temperature": -1.0},
+        {"top_k": -1},
+        {"top_p": 0.0},
+        {"top_p": 1.5},
+        {"repetition_penalty": 0.0},
+    ],
+    ids=str,
+)
 def test_impossible_sampling_settings_are_refused(wrong: dict) -> None:
     with pytest.raises(UserError, match="expected temperature >= 0"):
         Sampling(**wrong)
@@ -130,16 +167,19 @@ def test_impossible_sampling_settings_are_refused(wrong: dict) -> None:
 
 # Where a text ends
 
+
 def test_generation_ends_before_any_of_the_stop_ids() -> None:
     model = random_model()
     free = list(generate(model, [1, 2], 20, GREEDY))
     stop = free[5]
-    assert list(generate(model, [1, 2], 20, GREEDY, stop=(49, stop))) == free[:free.index(stop)]
+    assert list(generate(model, [1, 2], 20, GREEDY, stop=(49, stop))) == free[: free.index(stop)]
 
 
 def test_a_prompt_that_leaves_no_room_is_refused_with_the_number_that_fits() -> None:
     model = random_model(max_seq_len=32)
-    with pytest.raises(UserError, match=r"prompt of 30 tokens .* context of 32; use --max_new_tokens 2"):
+    with pytest.raises(
+        UserError, match=r"prompt of 30 tokens .* context of 32; use --max_new_tokens 2"
+    ):
         list(generate(model, [1] * 30, 3, GREEDY))
     with pytest.raises(UserError, match="shorten the prompt"):
         list(generate(model, [1] * 32, 1, GREEDY))
@@ -151,7 +191,9 @@ def test_a_prompt_that_leaves_no_room_is_refused_with_the_number_that_fits() -> 
 @pytest.fixture
 def session() -> Session:
     model = load_model(GOLDEN)
-    return Session(model, open_tokenizer(GOLDEN), "llama_factory_default", GREEDY, 24, model.config.eos_ids)
+    return Session(
+        model, open_tokenizer(GOLDEN), "llama_factory_default", GREEDY, 24, model.config.eos_ids
+    )
 
 
 def answer(session: Session, text: str) -> Answer:
@@ -169,18 +211,22 @@ def test_an_answer_ends_at_the_end_token(session: Session) -> None:
     assert (len(found.ids), found.finish_reason) == (5, "length")
 
 
-def test_a_stop_text_ends_the_answer_even_across_tokens_and_is_not_printed(session: Session) -> None:
+def test_a_stop_text_ends_the_answer_even_across_tokens_and_is_not_printed(
+    session: Session,
+) -> None:
     whole = answer(session, "Please repeat cat, dog and owl.").text
     assert len(whole) > 6
     for stop in (whole[3:6], whole[4]):
         session.stop_texts = (stop,)
         one = session.ask(session.encode_prompt("Please repeat cat, dog and owl."))
         streamed = "".join(text for _, text in session.write([one], None))
-        assert streamed == one.text == whole[:whole.index(stop)]
+        assert streamed == one.text == whole[: whole.index(stop)]
         assert one.finish_reason == "stop"
 
 
-def test_what_is_held_back_for_a_stop_text_comes_out_when_it_does_not_follow(session: Session) -> None:
+def test_what_is_held_back_for_a_stop_text_comes_out_when_it_does_not_follow(
+    session: Session,
+) -> None:
     whole = answer(session, "Please repeat cat, dog and owl.").text
     session.stop_texts = (whole[-2:] + "!", whole[2:4] + "###")
     assert answer(session, "Please repeat cat, dog and owl.").text == whole
@@ -194,11 +240,15 @@ def test_streamed_text_is_the_decoded_text(session: Session) -> None:
 def test_the_oldest_rounds_are_dropped_when_the_context_is_full(session: Session) -> None:
     """The window slides by whole rounds, and what remains is the conversation of the remaining rounds."""
     dialogue, question = Dialogue(session), "Please repeat cat, dog and owl."
-    dialogue.turns = [chat.Turn(f"question {number}", "an answer of some length") for number in range(40)]
+    dialogue.turns = [
+        chat.Turn(f"question {number}", "an answer of some length") for number in range(40)
+    ]
     ids, dropped = dialogue.prompt_ids(question)
     assert 0 < dropped < 40
     assert len(ids) + session.max_new_tokens <= session.model.config.max_seq_len
-    assert [turn.user for turn in dialogue.turns] == [f"question {number}" for number in range(dropped, 40)]
+    assert [turn.user for turn in dialogue.turns] == [
+        f"question {number}" for number in range(dropped, 40)
+    ]
     fresh = Dialogue(session)
     fresh.turns = list(dialogue.turns)
     assert fresh.prompt_ids(question) == (ids, 0)
@@ -218,9 +268,15 @@ def test_a_conversation_is_the_template_of_its_rounds(session: Session) -> None:
     assert "".join(dialogue.reply("Which number is larger, 31 or 62?", None)).strip() == "62"
     assert dialogue.turns == [chat.Turn("Which number is larger, 31 or 62?", "62")]
     ids, _ = dialogue.prompt_ids("Which number is larger, 77 or 18?")
-    assert ids[:len(first)] == first
-    assert "".join(dialogue.reply("Which number is larger, 77 or 18?", None)).strip() == dialogue.turns[1].answer
-    assert [turn.user for turn in dialogue.turns] == ["Which number is larger, 31 or 62?", "Which number is larger, 77 or 18?"]
+    assert ids[: len(first)] == first
+    assert (
+        "".join(dialogue.reply("Which number is larger, 77 or 18?", None)).strip()
+        == dialogue.turns[1].answer
+    )
+    assert [turn.user for turn in dialogue.turns] == [
+        "Which number is larger, 31 or 62?",
+        "Which number is larger, 77 or 18?",
+    ]
 
 
 def test_a_template_of_none_is_the_text_after_the_begin_token(session: Session) -> None:
@@ -233,15 +289,23 @@ def test_cached_decoding_in_16_bits_stays_near_fp32() -> None:
     exact, rounded = random_model(), random_model().bfloat16()
     tokens = random_tokens(1, 12)
     cache = Cache(rounded.config, 1, 12, torch.bfloat16, torch.device("cpu"))
-    last = [rounded(tokens[:, i:i + 1], cache=cache.extend(1)) for i in range(12)][-1]
+    last = [rounded(tokens[:, i : i + 1], cache=cache.extend(1)) for i in range(12)][-1]
     reference = Llama.forward(exact, tokens)[0, -1]
     assert (last[0, 0].float() - reference).abs().max() < 0.1 * reference.abs().max()
 
 
-@pytest.mark.parametrize(("files", "named"), [
-    (["consolidated.00.pth", "params.json"], "convert.py meta --input"), ([], "holds no model"), (None, "no such directory"),
-], ids=["meta", "empty", "absent"])
-def test_what_is_no_checkpoint_is_told_for_what_it_is(files: list[str] | None, named: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("files", "named"),
+    [
+        (["consolidated.00.pth", "params.json"], "convert.py meta --input"),
+        ([], "holds no model"),
+        (None, "no such directory"),
+    ],
+    ids=["meta", "empty", "absent"],
+)
+def test_what_is_no_checkpoint_is_told_for_what_it_is(
+    files: list[str] | None, named: str, tmp_path: Path
+) -> None:
     directory = tmp_path / "weights"
     if files is not None:
         directory.mkdir()
@@ -255,5 +319,10 @@ def test_top_p_looks_beyond_the_likeliest_where_their_mass_is_too_small() -> Non
     """Of 1000 nearly even tokens the first 256 hold a quarter of the mass; and of a peaked distribution they hold all."""
     transformers = pytest.importorskip("transformers")
     flat = torch.randn(2, 1000, generator=torch.Generator().manual_seed(0)) * 0.1
-    for logits, p in ((flat, 0.2), (flat, 0.9), (flat * 80, 0.9), (torch.cat((flat[:1], 80 * flat[1:])), 0.7)):
+    for logits, p in (
+        (flat, 0.2),
+        (flat, 0.9),
+        (flat * 80, 0.9),
+        (torch.cat((flat[:1], 80 * flat[1:])), 0.7),
+    ):
         assert torch.equal(keep_top_p(logits, p), transformers.TopPLogitsWarper(p)(None, logits))

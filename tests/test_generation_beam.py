@@ -28,40 +28,84 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> tuple[Llama, object]:
     return load_model(directory), open_in_transformers(directory)
 
 
-def ours(model: Llama, prompt: list[int], room: int, beams: Beams, stop: tuple[int, ...], returned: int = 1,
-         sampling: Sampling = PLAIN) -> list[Answer]:
+def ours(
+    model: Llama,
+    prompt: list[int],
+    room: int,
+    beams: Beams,
+    stop: tuple[int, ...],
+    returned: int = 1,
+    sampling: Sampling = PLAIN,
+) -> list[Answer]:
     answers = [Answer(prompt, room) for _ in range(returned)]
     assert list(beam_search(model, answers, beams, sampling, stop, seed=1)) == answers
     return answers
 
 
-def theirs(model: object, prompt: list[int], room: int, beams: Beams, stop: tuple[int, ...], returned: int = 1, **more) -> list[tuple]:
+def theirs(
+    model: object,
+    prompt: list[int],
+    room: int,
+    beams: Beams,
+    stop: tuple[int, ...],
+    returned: int = 1,
+    **more,
+) -> list[tuple]:
     early = {"true": True, "false": False, "never": "never"}[beams.early_stopping]
-    out = model.generate(torch.tensor([prompt]), max_new_tokens=room, num_beams=beams.width, length_penalty=beams.length_penalty,
-                         early_stopping=early, num_return_sequences=returned, eos_token_id=list(stop) or None, pad_token_id=0,
-                         return_dict_in_generate=True, output_scores=True, **({"do_sample": False} | more))
+    out = model.generate(
+        torch.tensor([prompt]),
+        max_new_tokens=room,
+        num_beams=beams.width,
+        length_penalty=beams.length_penalty,
+        early_stopping=early,
+        num_return_sequences=returned,
+        eos_token_id=list(stop) or None,
+        pad_token_id=0,
+        return_dict_in_generate=True,
+        output_scores=True,
+        **({"do_sample": False} | more),
+    )
     texts = []
-    for row, score in zip(out.sequences[:, len(prompt):].tolist(), out.sequences_scores.tolist(), strict=True):
+    for row, score in zip(
+        out.sequences[:, len(prompt) :].tolist(), out.sequences_scores.tolist(), strict=True
+    ):
         ends = [i for i, token in enumerate(row) if token in stop]
-        texts.append((row[:ends[0]] if ends else row, pytest.approx(score, abs=1e-4)))
+        texts.append((row[: ends[0]] if ends else row, pytest.approx(score, abs=1e-4)))
     return texts
 
 
 @pytest.mark.parametrize("early", ["true", "false", "never"])
 @pytest.mark.parametrize("penalty", [-0.7, 0.0, 1.0, 2.5])
-@pytest.mark.parametrize("stop", [(), (4,), (4, 0, 34, 6)], ids=["no stop", "one stop", "four stops"])
-def test_beams_are_transformers(both: tuple, early: str, penalty: float, stop: tuple[int, ...]) -> None:
+@pytest.mark.parametrize(
+    "stop", [(), (4,), (4, 0, 34, 6)], ids=["no stop", "one stop", "four stops"]
+)
+def test_beams_are_transformers(
+    both: tuple, early: str, penalty: float, stop: tuple[int, ...]
+) -> None:
     for prompt, width in (([1, 7, 9], 2), ([1, 4, 4, 8, 30], 3)):
         beams = Beams(width, penalty, early)
-        found = [(answer.ids, answer.score) for answer in ours(both[0], prompt, 16, beams, stop, returned=2)]
+        found = [
+            (answer.ids, answer.score)
+            for answer in ours(both[0], prompt, 16, beams, stop, returned=2)
+        ]
         assert found == theirs(both[1], prompt, 16, beams, stop, returned=2)
 
 
 def test_the_three_ways_to_stop_early_find_different_texts(both: tuple) -> None:
     """So the comparison above tells them apart."""
-    found = [[[answer.ids for answer in ours(both[0], prompt, 16, Beams(width, penalty, early), (4, 0, 34, 6), 2)]
-              for prompt, width in (([1, 7, 9], 2), ([1, 4, 4, 8, 30], 3)) for penalty in (-0.7, 0.0, 1.0, 2.5)]
-             for early in ("true", "false", "never")]
+    found = [
+        [
+            [
+                answer.ids
+                for answer in ours(
+                    both[0], prompt, 16, Beams(width, penalty, early), (4, 0, 34, 6), 2
+                )
+            ]
+            for prompt, width in (([1, 7, 9], 2), ([1, 4, 4, 8, 30], 3))
+            for penalty in (-0.7, 0.0, 1.0, 2.5)
+        ]
+        for early in ("true", "false", "never")
+    ]
     assert found[0] != found[1] != found[2]
 
 
@@ -74,19 +118,42 @@ def test_beams_of_a_trained_llama_are_transformers(shared: Path) -> None:
 
 def test_the_repetition_penalty_works_on_log_probabilities_as_in_transformers(both: tuple) -> None:
     found = ours(both[0], [1, 7, 9], 20, Beams(3), (2,), sampling=Sampling(0.0, 0, 1.0, 1.5))
-    assert [(found[0].ids, found[0].score)] == theirs(both[1], [1, 7, 9], 20, Beams(3), (2,), repetition_penalty=1.5)
+    assert [(found[0].ids, found[0].score)] == theirs(
+        both[1], [1, 7, 9], 20, Beams(3), (2,), repetition_penalty=1.5
+    )
 
 
-@pytest.mark.parametrize("sampling", [Sampling(1.0, 0, 1.0), Sampling(0.7, 10, 1.0), Sampling(1.2, 0, 0.6), Sampling(1.0, 1, 0.1)], ids=str)
-def test_sampled_beams_draw_what_transformers_draws(both: tuple, sampling: Sampling, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "sampling",
+    [Sampling(1.0, 0, 1.0), Sampling(0.7, 10, 1.0), Sampling(1.2, 0, 0.6), Sampling(1.0, 1, 0.1)],
+    ids=str,
+)
+def test_sampled_beams_draw_what_transformers_draws(
+    both: tuple, sampling: Sampling, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The same stream of random numbers on both sides gives the same texts."""
-    monkeypatch.setattr("minillama.generation.beam.generator_for", lambda *_: torch.Generator().manual_seed(11))
+    monkeypatch.setattr(
+        "minillama.generation.beam.generator_for", lambda *_: torch.Generator().manual_seed(11)
+    )
     for prompt in ([1, 7, 9], [4], [1, 2, 3, 5, 8]):
         beams = Beams(3, sample=True)
-        found = [(answer.ids, answer.score) for answer in ours(both[0], prompt, 16, beams, (2, 17), 2, sampling)]
+        found = [
+            (answer.ids, answer.score)
+            for answer in ours(both[0], prompt, 16, beams, (2, 17), 2, sampling)
+        ]
         torch.manual_seed(11)
-        assert found == theirs(both[1], prompt, 16, beams, (2, 17), 2, do_sample=True, temperature=sampling.temperature,
-                               top_k=sampling.top_k, top_p=sampling.top_p)
+        assert found == theirs(
+            both[1],
+            prompt,
+            16,
+            beams,
+            (2, 17),
+            2,
+            do_sample=True,
+            temperature=sampling.temperature,
+            top_k=sampling.top_k,
+            top_p=sampling.top_p,
+        )
 
 
 def test_a_search_over_every_beginning_finds_the_likeliest_text() -> None:
@@ -96,7 +163,10 @@ def test_a_search_over_every_beginning_finds_the_likeliest_text() -> None:
     with torch.no_grad():
         texts = [list(text) for text in itertools.product(range(6), repeat=3)]
         log_p = model.logits(model(torch.tensor([[1, 3, *text] for text in texts]))).log_softmax(-1)
-    scores = [sum(float(log_p[i, 1 + place, token]) for place, token in enumerate(text)) / 3 for i, text in enumerate(texts)]
+    scores = [
+        sum(float(log_p[i, 1 + place, token]) for place, token in enumerate(text)) / 3
+        for i, text in enumerate(texts)
+    ]
     assert best.ids == texts[max(range(216), key=scores.__getitem__)]
     assert best.score == pytest.approx(max(scores), abs=1e-5)
 
@@ -119,10 +189,14 @@ def test_more_texts_than_beams_are_refused() -> None:
 class Toy:
     """Tokens A, B, E (the end) and a start; the next token depends on the last alone. The search of docs/decoding.md."""
 
-    P = torch.tensor([[0.35, 0.25, 0.40, 0], [0.05, 0.05, 0.90, 0], [0, 0, 1, 0], [0.5, 0.4, 0.1, 0]])  # after A, B, E, start
+    P = torch.tensor(
+        [[0.35, 0.25, 0.40, 0], [0.05, 0.05, 0.90, 0], [0, 0, 1, 0], [0.5, 0.4, 0.1, 0]]
+    )  # after A, B, E, start
     config, lm_head = replace(TINY, dim=4), torch.nn.Linear(4, 4)
 
-    def __call__(self, tokens: torch.Tensor, documents: object = None, cache: object = None) -> torch.Tensor:
+    def __call__(
+        self, tokens: torch.Tensor, documents: object = None, cache: object = None
+    ) -> torch.Tensor:
         return torch.nn.functional.one_hot(tokens, 4).float()
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:

@@ -36,7 +36,10 @@ def model() -> Llama:
 
 
 def test_the_files_stay_small() -> None:
-    assert sum(path.stat().st_size for path in GOLDEN.rglob("*") if "__pycache__" not in path.parts) <= 1_000_000
+    assert (
+        sum(path.stat().st_size for path in GOLDEN.rglob("*") if "__pycache__" not in path.parts)
+        <= 1_000_000
+    )
 
 
 @torch.no_grad()
@@ -48,7 +51,9 @@ def test_logits(model: Llama) -> None:
 def test_logits_with_pefts_adapter(model: Llama) -> None:
     load_adapter(model, GOLDEN / "adapter")
     assert_same_logits(model.logits(model(TENSORS["tokens"])), TENSORS["adapted_logits"])
-    assert (TENSORS["adapted_logits"] - TENSORS["logits"]).abs().max() > 1.0  # the adapter does something
+    assert (
+        TENSORS["adapted_logits"] - TENSORS["logits"]
+    ).abs().max() > 1.0  # the adapter does something
 
 
 def test_merging_gives_pefts_weights(model: Llama) -> None:
@@ -63,17 +68,26 @@ def test_merging_gives_pefts_weights(model: Llama) -> None:
 @pytest.mark.parametrize("expected", EXPECTED["greedy"], ids=lambda e: e["question"])
 def test_greedy_tokens_from_the_question_on(expected: dict, model: Llama) -> None:
     tokenizer = open_tokenizer(GOLDEN / "model")
-    prompt, _ = encode_pieces(tokenizer, chat.render("llama_factory_default", chat.Conversation((chat.Turn(expected["question"], None),))))
+    prompt, _ = encode_pieces(
+        tokenizer,
+        chat.render(
+            "llama_factory_default", chat.Conversation((chat.Turn(expected["question"], None),))
+        ),
+    )
     assert prompt == expected["prompt"]
     stop = stop_ids(GOLDEN / "model", model.config)
     assert list(generate(model, prompt, 24, Sampling(temperature=0.0), stop)) == expected["ids"]
 
 
-@pytest.mark.parametrize("expected", EXPECTED["log_likelihood"], ids=range(len(EXPECTED["log_likelihood"])))
+@pytest.mark.parametrize(
+    "expected", EXPECTED["log_likelihood"], ids=range(len(EXPECTED["log_likelihood"]))
+)
 def test_likelihoods_of_texts(expected: dict, model: Llama) -> None:
     ids = torch.tensor([expected["ids"]])
     with torch.no_grad():
-        assert -float(model.loss_sum(ids[:, :-1], ids[:, 1:])) == pytest.approx(expected["sum"], rel=1e-5)
+        assert -float(model.loss_sum(ids[:, :-1], ids[:, 1:])) == pytest.approx(
+            expected["sum"], rel=1e-5
+        )
 
 
 def packed(rows: Tensor) -> tuple[Tensor, Tensor, list[int]]:
@@ -85,7 +99,9 @@ def packed(rows: Tensor) -> tuple[Tensor, Tensor, list[int]]:
 
 def losses(model: Llama) -> list[float]:
     """The training that `make_golden.losses` did with torch's AdamW on padded rows."""
-    optimizer = Optimizer(model.named_parameters(), Mesh(), Settings(adam_beta2=0.95, weight_decay=0.1))
+    optimizer = Optimizer(
+        model.named_parameters(), Mesh(), Settings(adam_beta2=0.95, weight_decay=0.1)
+    )
     found = []
     for rows in TENSORS["batches"]:
         tokens, labels, lengths = packed(rows)

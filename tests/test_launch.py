@@ -19,29 +19,87 @@ ROOT = Path(__file__).parents[1]
 def arguments(tmp_path: Path) -> list[str]:
     records = demo.records(demo.DEMO, 60, seed=3, held_out=False)
     (tmp_path / "data.json").write_text(json.dumps(records))
-    (tmp_path / "tokenizer.model").write_bytes(train_tokenizer((r["instruction"] for r in records), 320))
-    return ["--init", "scratch", "--dim", "16", "--n_layers", "1", "--n_heads", "2", "--ffn_dim", "32", "--context", "128", "--max_steps",
-            "4",
-            "--tokenizer", str(tmp_path / "tokenizer.model"), "--data", str(tmp_path / "data.json"), "--cache_dir", str(tmp_path / "cache"),
-            "--template", "llama_factory_default", "--per_device_train_batch_size", "1", "--save_steps", "2", "--zero_stage", "2",
-            "--device", "cpu", "--reduction", "exact", "--threads", "1", "--out_dir", str(tmp_path / "run")]
+    (tmp_path / "tokenizer.model").write_bytes(
+        train_tokenizer((r["instruction"] for r in records), 320)
+    )
+    return [
+        "--init",
+        "scratch",
+        "--dim",
+        "16",
+        "--n_layers",
+        "1",
+        "--n_heads",
+        "2",
+        "--ffn_dim",
+        "32",
+        "--context",
+        "128",
+        "--max_steps",
+        "4",
+        "--tokenizer",
+        str(tmp_path / "tokenizer.model"),
+        "--data",
+        str(tmp_path / "data.json"),
+        "--cache_dir",
+        str(tmp_path / "cache"),
+        "--template",
+        "llama_factory_default",
+        "--per_device_train_batch_size",
+        "1",
+        "--save_steps",
+        "2",
+        "--zero_stage",
+        "2",
+        "--device",
+        "cpu",
+        "--reduction",
+        "exact",
+        "--threads",
+        "1",
+        "--out_dir",
+        str(tmp_path / "run"),
+    ]
 
 
 def torchrun(script: list[str], *flags: str, **environment: str) -> subprocess.Popen:
     command = [sys.executable, "-m", "torch.distributed.run", *flags, *script]
-    return subprocess.Popen(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | environment,
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
 
 
 def test_two_nodes_are_two_agents_that_know_one_address(arguments, tmp_path):
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = str(listener.getsockname()[1])
-    nodes = [torchrun(["train.py", *arguments], "--nnodes", "2", "--node_rank", str(rank), "--nproc_per_node", "1",
-                      "--master_addr", "127.0.0.1", "--master_port", port) for rank in range(2)]
+    nodes = [
+        torchrun(
+            ["train.py", *arguments],
+            "--nnodes",
+            "2",
+            "--node_rank",
+            str(rank),
+            "--nproc_per_node",
+            "1",
+            "--master_addr",
+            "127.0.0.1",
+            "--master_port",
+            port,
+        )
+        for rank in range(2)
+    ]
     outputs = [node.communicate(timeout=120)[0] for node in nodes]
     assert [node.returncode for node in nodes] == [0, 0], outputs
-    assert "4 steps on 2 × cpu" in outputs[0] and json.loads((tmp_path / "run" / "summary.json").read_text())["steps"] == 4
+    assert (
+        "4 steps on 2 × cpu" in outputs[0]
+        and json.loads((tmp_path / "run" / "summary.json").read_text())["steps"] == 4
+    )
 
 
 def test_a_rank_that_dies_is_restarted_and_goes_on_from_the_checkpoint(arguments, tmp_path):
@@ -57,8 +115,14 @@ def test_a_rank_that_dies_is_restarted_and_goes_on_from_the_checkpoint(arguments
         "        os._exit(9)\n"
         "    return update(self, *a)\n"
         "trainer.Trainer.update = deadly\n"
-        "runpy.run_path('train.py', run_name='__main__')\n")
-    run = torchrun([str(script), *arguments], "--standalone", "--nproc_per_node", "2", "--max_restarts", "1")
+        "runpy.run_path('train.py', run_name='__main__')\n"
+    )
+    run = torchrun(
+        [str(script), *arguments], "--standalone", "--nproc_per_node", "2", "--max_restarts", "1"
+    )
     output = run.communicate(timeout=60)[0]
     assert run.returncode == 0 and (tmp_path / "died").exists(), output
-    assert "step-000002 at step 2" in output and (tmp_path / "run" / "final" / "model.safetensors").is_file()
+    assert (
+        "step-000002 at step 2" in output
+        and (tmp_path / "run" / "final" / "model.safetensors").is_file()
+    )

@@ -12,7 +12,16 @@ from minillama import lora
 from minillama.checkpoint.directory import load_model, save_model
 from minillama.errors import UserError
 from minillama.estimate import trainable_count
-from minillama.lora import LINEARS, LoraConfig, LoraLinear, add_lora, load_adapter, merge_lora, resolve_names, save_adapter
+from minillama.lora import (
+    LINEARS,
+    LoraConfig,
+    LoraLinear,
+    add_lora,
+    load_adapter,
+    merge_lora,
+    resolve_names,
+    save_adapter,
+)
 from minillama.model import Llama
 from tests.conftest import random_model, random_tokens
 from tests.peers import assert_same_logits, open_in_peft, open_in_transformers
@@ -41,8 +50,10 @@ KINDS = {
     "all linears": LoraConfig(rank=4, alpha=12.0, targets=LINEARS),
     "rsLoRA": LoraConfig(rank=9, alpha=6.0, use_rslora=True),
     "rank and alpha patterns": LoraConfig(
-        targets=("q_proj", "k_proj", "down_proj"), rank_pattern={"k_proj": 3, r"layers\.1\.mlp\.down_proj": 5},
-        alpha_pattern={"q_proj": 2.0, "layers.0.self_attn.k_proj": 40.0}),
+        targets=("q_proj", "k_proj", "down_proj"),
+        rank_pattern={"k_proj": 3, r"layers\.1\.mlp\.down_proj": 5},
+        alpha_pattern={"q_proj": 2.0, "layers.0.self_attn.k_proj": 40.0},
+    ),
     "patterns under rsLoRA": LoraConfig(rank_pattern={"q_proj": 4}, use_rslora=True),
     "head and embedding trained whole": LoraConfig(modules_to_save=("embed_tokens", "lm_head")),
 }
@@ -58,7 +69,9 @@ def test_a_new_adapter_changes_nothing(config: LoraConfig) -> None:
 
 
 @kinds
-def test_a_trained_adapter_changes_something_and_merging_changes_nothing(config: LoraConfig) -> None:
+def test_a_trained_adapter_changes_something_and_merging_changes_nothing(
+    config: LoraConfig,
+) -> None:
     plain = logits(random_model())
     model = with_random_adapter(random_model(), config)
     unmerged = logits(model)
@@ -79,20 +92,31 @@ def test_peft_opens_our_adapter_and_gives_our_logits(config: LoraConfig, tmp_pat
         assert_same_logits(logits(ours), theirs.merge_and_unload()(TOKENS).logits)
 
 
-@pytest.mark.parametrize("settings", [
-    {"target_modules": ["q_proj", "v_proj"]}, {"target_modules": "all-linear", "r": 3},
-    {"target_modules": ["q_proj"], "use_rslora": True},
-    {"target_modules": r".*\.1\..*(gate|o)_proj"}, {"target_modules": ["layers.0.self_attn.k_proj", "up_proj"]},
-    {"target_modules": ["q_proj"], "rank_pattern": {"0.self_attn.q_proj": 2},
-     "alpha_pattern": {"^model.layers.1.self_attn.q_proj": 1}},
-    {"target_modules": ["k_proj"], "modules_to_save": ["lm_head", "embed_tokens"]},
-], ids=str)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"target_modules": ["q_proj", "v_proj"]},
+        {"target_modules": "all-linear", "r": 3},
+        {"target_modules": ["q_proj"], "use_rslora": True},
+        {"target_modules": r".*\.1\..*(gate|o)_proj"},
+        {"target_modules": ["layers.0.self_attn.k_proj", "up_proj"]},
+        {
+            "target_modules": ["q_proj"],
+            "rank_pattern": {"0.self_attn.q_proj": 2},
+            "alpha_pattern": {"^model.layers.1.self_attn.q_proj": 1},
+        },
+        {"target_modules": ["k_proj"], "modules_to_save": ["lm_head", "embed_tokens"]},
+    ],
+    ids=str,
+)
 def test_we_open_pefts_adapter_and_give_its_logits(settings: dict, tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     save_model(random_model(), tmp_path / "base")
     torch.manual_seed(0)
-    theirs = peft.get_peft_model(open_in_transformers(tmp_path / "base"),
-                                 peft.LoraConfig(**{"r": 8, "lora_alpha": 20, "task_type": "CAUSAL_LM"} | settings))
+    theirs = peft.get_peft_model(
+        open_in_transformers(tmp_path / "base"),
+        peft.LoraConfig(**{"r": 8, "lora_alpha": 20, "task_type": "CAUSAL_LM"} | settings),
+    )
     with torch.no_grad():
         for parameter in theirs.parameters():
             if parameter.requires_grad:
@@ -109,7 +133,9 @@ def test_a_saved_adapter_loads_as_it_was(tmp_path: Path) -> None:
     ours = with_random_adapter(random_model(), config)
     save_adapter(ours, config, tmp_path, "")
     again = random_model()
-    assert load_adapter(again, tmp_path) == LoraConfig(**config.__dict__ | {"targets": tuple(sorted(config.targets))})
+    assert load_adapter(again, tmp_path) == LoraConfig(
+        **config.__dict__ | {"targets": tuple(sorted(config.targets))}
+    )
     assert torch.equal(logits(again), logits(ours))
 
 
@@ -132,17 +158,27 @@ def test_half_of_a_tied_pair_cannot_be_trained_whole(one: str) -> None:
 def test_only_factors_and_modules_to_save_are_trained() -> None:
     model = random_model()
     add_lora(model, LoraConfig(modules_to_save=("lm_head",)))
-    trained = {name.removeprefix("model.layers.0.").removeprefix("model.layers.1.")
-               for name, p in model.named_parameters() if p.requires_grad}
-    assert trained == {"self_attn.q_proj.lora_A", "self_attn.q_proj.lora_B", "self_attn.v_proj.lora_A", "self_attn.v_proj.lora_B",
-                       "lm_head.weight"}
+    trained = {
+        name.removeprefix("model.layers.0.").removeprefix("model.layers.1.")
+        for name, p in model.named_parameters()
+        if p.requires_grad
+    }
+    assert trained == {
+        "self_attn.q_proj.lora_A",
+        "self_attn.q_proj.lora_B",
+        "self_attn.v_proj.lora_A",
+        "self_attn.v_proj.lora_B",
+        "lm_head.weight",
+    }
 
 
 @kinds
 def test_the_estimate_counts_what_is_trained(config: LoraConfig) -> None:
     model = random_model()
     add_lora(model, config)
-    assert trainable_count(model.config, config) == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert trainable_count(model.config, config) == sum(
+        p.numel() for p in model.parameters() if p.requires_grad
+    )
 
 
 def test_factors_are_fp32_beside_16_bit_weights() -> None:
@@ -170,7 +206,11 @@ def test_dropout_falls_on_the_adapters_input_in_training_only() -> None:
 
 def test_megatron_names_mean_ours() -> None:
     assert resolve_names(("query_key_value", "dense")) == ("q_proj", "k_proj", "v_proj", "o_proj")
-    assert resolve_names(("proj", "dense_h_to_4h", "dense_4h_to_h")) == ("gate_proj", "up_proj", "down_proj")
+    assert resolve_names(("proj", "dense_h_to_4h", "dense_4h_to_h")) == (
+        "gate_proj",
+        "up_proj",
+        "down_proj",
+    )
     assert resolve_names(("word_embeddings", "lm_head.lm_head")) == ("embed_tokens", "lm_head")
     assert resolve_names(("all",)) == LINEARS
 
@@ -184,25 +224,46 @@ def test_a_target_that_names_nothing_is_an_error_with_the_closest() -> None:
 
 @pytest.fixture
 def adapter(tmp_path: Path) -> Path:
-    save_adapter(with_random_adapter(random_model(), LoraConfig()), LoraConfig(), tmp_path / "adapter", "")
+    save_adapter(
+        with_random_adapter(random_model(), LoraConfig()), LoraConfig(), tmp_path / "adapter", ""
+    )
     return tmp_path / "adapter"
 
 
-@pytest.mark.parametrize(("key", "value"), [
-    ("use_dora", True), ("bias", "all"), ("fan_in_fan_out", True), ("layers_to_transform", [0]), ("peft_type", "IA3"),
-    ("layer_replication", [[0, 1]]), ("use_qalora", True), ("trainable_token_indices", [1]), ("lora_bias", True),
-    ("init_lora_weights", "pissa"), ("init_lora_weights", "olora"), ("kasa_config", {}), ("alora_invocation_tokens", [1, 2]),
-])
-def test_a_kind_of_adapter_that_computes_otherwise_is_refused_by_name(key: str, value: object, adapter: Path) -> None:
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("use_dora", True),
+        ("bias", "all"),
+        ("fan_in_fan_out", True),
+        ("layers_to_transform", [0]),
+        ("peft_type", "IA3"),
+        ("layer_replication", [[0, 1]]),
+        ("use_qalora", True),
+        ("trainable_token_indices", [1]),
+        ("lora_bias", True),
+        ("init_lora_weights", "pissa"),
+        ("init_lora_weights", "olora"),
+        ("kasa_config", {}),
+        ("alora_invocation_tokens", [1, 2]),
+    ],
+)
+def test_a_kind_of_adapter_that_computes_otherwise_is_refused_by_name(
+    key: str, value: object, adapter: Path
+) -> None:
     about = json.loads((adapter / "adapter_config.json").read_text())
     (adapter / "adapter_config.json").write_text(json.dumps(about | {key: value}))
     with pytest.raises(UserError, match=f"{key} = "):
         load_adapter(random_model(), adapter)
 
 
-@pytest.mark.parametrize(("change", "named"), [
-    (lambda about: about.pop("lora_alpha"), "key 'lora_alpha' is missing"), (lambda about: about.update(r="many"), "wrong type"),
-])
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda about: about.pop("lora_alpha"), "key 'lora_alpha' is missing"),
+        (lambda about: about.update(r="many"), "wrong type"),
+    ],
+)
 def test_a_damaged_adapter_config_is_named(change, named: str, adapter: Path) -> None:
     about = json.loads((adapter / "adapter_config.json").read_text())
     change(about)
@@ -213,7 +274,12 @@ def test_a_damaged_adapter_config_is_named(change, named: str, adapter: Path) ->
 
 def test_keys_that_change_no_arithmetic_are_ignored(adapter: Path) -> None:
     about = json.loads((adapter / "adapter_config.json").read_text())
-    about |= {"merge_weights": False, "enable_lora": None, "megatron_core": "megatron.core", "peft_version": "0.21.2"}
+    about |= {
+        "merge_weights": False,
+        "enable_lora": None,
+        "megatron_core": "megatron.core",
+        "peft_version": "0.21.2",
+    }
     (adapter / "adapter_config.json").write_text(json.dumps(about))
     load_adapter(random_model(), adapter)
 
@@ -226,11 +292,21 @@ def rewrite(adapter: Path, change) -> None:
 FIRST = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
 
 
-@pytest.mark.parametrize(("change", "named"), [
-    (lambda t: {k: v for k, v in t.items() if k != FIRST}, "layers.0.self_attn.q_proj.lora_A.weight is missing"),
-    (lambda t: t | {FIRST.replace("q_proj", "o_proj"): t[FIRST].clone()}, "o_proj.lora_A.weight fits no module"),
-    (lambda t: t | {FIRST: t[FIRST][:, :20].contiguous()}, "(8, 20), the model wants (8, 24)"),
-], ids=["missing", "left over", "another shape"])
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (
+            lambda t: {k: v for k, v in t.items() if k != FIRST},
+            "layers.0.self_attn.q_proj.lora_A.weight is missing",
+        ),
+        (
+            lambda t: t | {FIRST.replace("q_proj", "o_proj"): t[FIRST].clone()},
+            "o_proj.lora_A.weight fits no module",
+        ),
+        (lambda t: t | {FIRST: t[FIRST][:, :20].contiguous()}, "(8, 20), the model wants (8, 24)"),
+    ],
+    ids=["missing", "left over", "another shape"],
+)
 def test_a_tensor_that_does_not_fit_is_an_error(change, named: str, adapter: Path) -> None:
     rewrite(adapter, change)
     with pytest.raises(UserError) as error:
@@ -241,7 +317,12 @@ def test_a_tensor_that_does_not_fit_is_an_error(change, named: str, adapter: Pat
 def test_names_of_a_raw_training_state_are_understood(adapter: Path) -> None:
     expected = random_model()
     load_adapter(expected, adapter)
-    rewrite(adapter, lambda t: {name.replace(".weight", ".default.weight"): tensor for name, tensor in t.items()})
+    rewrite(
+        adapter,
+        lambda t: {
+            name.replace(".weight", ".default.weight"): tensor for name, tensor in t.items()
+        },
+    )
     model = random_model()
     load_adapter(model, adapter)
     assert torch.equal(logits(model), logits(expected))
@@ -251,8 +332,12 @@ def test_merging_is_one_rounding_of_the_fp32_sum() -> None:
     """W + s B A, computed in fp32 and rounded once to W's 16 bits."""
     model = with_random_adapter(random_model().half(), LoraConfig(rank=2, alpha=6.0))
     module = model.model.layers[0].self_attn.q_proj
-    expected = (module.weight.double() + 3.0 * module.lora_B.double() @ module.lora_A.double()).half()
-    assert (module.merged_weight() == expected).float().mean() > 0.99  # fp32 and fp64 sums may fall on two sides of a tie
+    expected = (
+        module.weight.double() + 3.0 * module.lora_B.double() @ module.lora_A.double()
+    ).half()
+    assert (
+        module.merged_weight() == expected
+    ).float().mean() > 0.99  # fp32 and fp64 sums may fall on two sides of a tie
 
 
 def test_a_missing_adapter_is_named(tmp_path: Path) -> None:

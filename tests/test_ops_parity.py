@@ -16,20 +16,30 @@ from tests import flash
 from tests.parity import BOUNDS, CASES, Case, angles, cells, check, randn
 
 FORMS = {"reference": reference, "fused": fused}
-CELLS = [pytest.param(op, case, getattr(module, op), id=f"{op}-{name}-{case.name}")
-         for op, (name, module) in itertools.product(CASES, FORMS.items()) for case in cells(op)]
-CELLS += [pytest.param("attention", case, flash.attention, id=f"attention-by hand-{case.name}") for case in cells("attention")]
+CELLS = [
+    pytest.param(op, case, getattr(module, op), id=f"{op}-{name}-{case.name}")
+    for op, (name, module) in itertools.product(CASES, FORMS.items())
+    for case in cells(op)
+]
+CELLS += [
+    pytest.param("attention", case, flash.attention, id=f"attention-by hand-{case.name}")
+    for case in cells("attention")
+]
 
 
 @pytest.mark.parametrize("strided", [False, True], ids=["contiguous", "strided"])
 @pytest.mark.parametrize("dtype", BOUNDS, ids=lambda dtype: str(dtype).removeprefix("torch."))
 @pytest.mark.parametrize(("op", "case", "form"), CELLS)
-def test_a_form_is_its_formula_forward_and_backward(op: str, case: Case, form: Callable, dtype: torch.dtype, strided: bool) -> None:
+def test_a_form_is_its_formula_forward_and_backward(
+    op: str, case: Case, form: Callable, dtype: torch.dtype, strided: bool
+) -> None:
     check(op, case, form, dtype, strided)
 
 
 @pytest.mark.parametrize("case", CASES["rms_norm"], ids=lambda case: case.name)
-def test_rows_are_normed_in_blocks_of_any_height(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_are_normed_in_blocks_of_any_height(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Two rows at a time, and less than a row's worth, which is one."""
     for elements in (2 * case.shapes[0][-1], 1):
         monkeypatch.setattr(fused, "CACHED", elements)
@@ -38,7 +48,9 @@ def test_rows_are_normed_in_blocks_of_any_height(case: Case, monkeypatch: pytest
 
 
 @pytest.mark.parametrize("case", CASES["rope"], ids=lambda case: case.name)
-def test_positions_are_turned_in_blocks_of_any_length(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_positions_are_turned_in_blocks_of_any_length(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Two positions of all rows at a time, and less than one's worth, which is one; tables for all rows, and for each."""
     B, _, H, D = case.shapes[0]
     for elements in (2 * B * H * D, 1):
@@ -50,7 +62,9 @@ def test_positions_are_turned_in_blocks_of_any_length(case: Case, monkeypatch: p
 
 @pytest.mark.parametrize("logits", [1, 3 * 70, 1 << 23], ids=["one row", "three rows", "all rows"])
 @pytest.mark.parametrize("case", CASES["linear_cross_entropy"], ids=lambda case: case.name)
-def test_logits_come_in_chunks_of_any_height(case: Case, logits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_logits_come_in_chunks_of_any_height(
+    case: Case, logits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(fused, "LOGIT_CHUNK", logits)
     for dtype in BOUNDS:
         check("linear_cross_entropy", case, fused.linear_cross_entropy, dtype, strided=False)
@@ -64,16 +78,19 @@ def test_gradients_are_the_slopes_of_finite_differences() -> None:
     """Where a form computes in the precision it is given, in float64 against the very definition of a derivative."""
     torch.autograd.gradcheck(fused.swiglu, (double(3, 5), double(3, 5, seed=1)))
     torch.autograd.gradcheck(fused.rope, (double(2, 3, 2, 6), *(t.double() for t in angles(3, 3))))
-    torch.autograd.gradcheck(fused.attention, (double(1, 4, 4, 3), double(1, 4, 2, 3, seed=1), double(1, 4, 2, 3, seed=2)))
+    torch.autograd.gradcheck(
+        fused.attention,
+        (double(1, 4, 4, 3), double(1, 4, 2, 3, seed=1), double(1, 4, 2, 3, seed=2)),
+    )
 
 
 def test_a_frozen_norm_or_half_of_a_gate_leaves_the_other_gradient_as_it_is() -> None:
     x, weight = randn(5, 24, seed=0).requires_grad_(), randn(24, seed=1)
-    alone, = torch.autograd.grad(fused.rms_norm(x, weight, 1e-5).sum(), x)
+    (alone,) = torch.autograd.grad(fused.rms_norm(x, weight, 1e-5).sum(), x)
     both = torch.autograd.grad(fused.rms_norm(x, weight.clone().requires_grad_(), 1e-5).sum(), x)[0]
     assert torch.equal(alone, both)
     gate, up = randn(5, 24, seed=2), randn(5, 24, seed=3).requires_grad_()
-    of_up, = torch.autograd.grad(fused.swiglu(gate, up).sum(), up)
+    (of_up,) = torch.autograd.grad(fused.swiglu(gate, up).sum(), up)
     assert torch.equal(of_up, torch.nn.functional.silu(gate))
 
 
@@ -111,7 +128,10 @@ def test_swiglu_keeps_gate_and_up_and_no_silu(dtype: torch.dtype) -> None:
 
 def test_the_masked_softmax_keeps_its_output_and_the_mask() -> None:
     x, mask = randn(2, 3, 9, 7, seed=0).requires_grad_(), randn(2, 1, 9, 7, seed=1) > 0
-    assert bytes_kept(lambda: fused.scaled_masked_softmax(x, mask, 0.5)) == 4 * x.numel() + mask.numel()
+    assert (
+        bytes_kept(lambda: fused.scaled_masked_softmax(x, mask, 0.5))
+        == 4 * x.numel() + mask.numel()
+    )
 
 
 def test_attention_keeps_its_inputs_its_output_and_one_number_a_row_but_no_scores() -> None:
@@ -138,8 +158,15 @@ print(sum(x.untyped_storage().nbytes() for at, x in kept.items() if at not in pa
 """
 
     def kept(spec: str) -> int:
-        done = subprocess.run([sys.executable, "-c", program], cwd=Path(__file__).parents[1], capture_output=True, text=True,
-                              env=os.environ | {"MINILLAMA_OPS": spec}, check=True, timeout=100)
+        done = subprocess.run(
+            [sys.executable, "-c", program],
+            cwd=Path(__file__).parents[1],
+            capture_output=True,
+            text=True,
+            env=os.environ | {"MINILLAMA_OPS": spec},
+            check=True,
+            timeout=100,
+        )
         return int(done.stdout)
 
     assert kept("fused") <= 0.56 * kept("reference")

@@ -44,9 +44,15 @@ def test_the_environment_chooses_where_no_flag_does(monkeypatch: pytest.MonkeyPa
     assert form_for("fused", "rms_norm") is fused.rms_norm
 
 
-@pytest.mark.parametrize(("spec", "named"), [
-    ("fusd", "'fusd'"), ("rmsnorm=fused", "did you mean 'rms_norm'"), ("adamw=fast", "adamw='fast'"), ("adamw=fused,rope", "rope=''"),
-])
+@pytest.mark.parametrize(
+    ("spec", "named"),
+    [
+        ("fusd", "'fusd'"),
+        ("rmsnorm=fused", "did you mean 'rms_norm'"),
+        ("adamw=fast", "adamw='fast'"),
+        ("adamw=fused,rope", "rope=''"),
+    ],
+)
 def test_a_choice_that_does_not_exist_is_refused_by_name(spec: str, named: str) -> None:
     with pytest.raises(UserError, match="MINILLAMA_OPS") as error:
         ops.choose(spec)
@@ -54,7 +60,9 @@ def test_a_choice_that_does_not_exist_is_refused_by_name(spec: str, named: str) 
 
 
 @pytest.mark.parametrize("spec", ["npu", "rms_norm=npu", "adamw=mlu"])
-def test_a_form_of_another_device_that_is_asked_for_is_an_error_at_its_first_call(spec: str) -> None:
+def test_a_form_of_another_device_that_is_asked_for_is_an_error_at_its_first_call(
+    spec: str,
+) -> None:
     ops.choose(spec)
     op = "adamw" if "adamw" in spec else "rms_norm"
     with pytest.raises(UserError, match=f"{op}=... cannot be used on cpu"):
@@ -77,21 +85,32 @@ def any_length(x: Tensor) -> Tensor:
     return x + 2
 
 
-def test_a_form_is_used_where_it_supports_the_arguments_and_each_change_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_form_is_used_where_it_supports_the_arguments_and_each_change_is_said_once(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     asked = []
-    op = Op("add", Form("short", short, "cpu", lambda: asked.append("available") or True, lambda x: len(x) < 3),
-            Form("reference", any_length))
+    op = Op(
+        "add",
+        Form(
+            "short", short, "cpu", lambda: asked.append("available") or True, lambda x: len(x) < 3
+        ),
+        Form("reference", any_length),
+    )
     op.want("auto")
     with caplog.at_level(logging.INFO, "minillama.ops"):
         found = [float(op(torch.zeros(n))[0]) for n in (2, 2, 5, 2, 5)]
     assert found == [1.0, 1.0, 2.0, 1.0, 2.0]
     assert asked == ["available"]
     assert [(r.levelname, r.getMessage()) for r in caplog.records] == [
-        ("INFO", "op add on cpu: short"), ("WARNING", "op add on cpu: reference takes a call that short does not")]
+        ("INFO", "op add on cpu: short"),
+        ("WARNING", "op add on cpu: reference takes a call that short does not"),
+    ]
 
 
 def test_a_form_asked_for_that_does_not_take_a_call_is_an_error_and_not_replaced() -> None:
-    op = Op("add", Form("short", short, supports=lambda x: len(x) < 3), Form("reference", any_length))
+    op = Op(
+        "add", Form("short", short, supports=lambda x: len(x) < 3), Form("reference", any_length)
+    )
     op.want("short")
     assert float(op(torch.zeros(2))[0]) == 1.0
     with pytest.raises(UserError, match=r"add=short does not take \(5,\) torch.float32"):

@@ -16,7 +16,9 @@ import torch
 from minillama.ops import cuda
 from tests.parity import BOUNDS, Case, cells, check, randn
 
-needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed: pip install 'minillama[triton]'")
+needs_triton = pytest.mark.skipif(
+    find_spec("triton") is None, reason="Triton is not installed: pip install 'minillama[triton]'"
+)
 
 COMPILE = """
 import triton
@@ -36,16 +38,23 @@ for kernel in (kernels._rms_norm_forward, kernels._rms_norm_backward, kernels._s
 """
 
 
-CELLS = [pytest.param(op, case, id=f"{op}-{case.name}") for op in ("rms_norm", "swiglu") for case in cells(op)]
+CELLS = [
+    pytest.param(op, case, id=f"{op}-{case.name}")
+    for op in ("rms_norm", "swiglu")
+    for case in cells(op)
+]
 
 
 @pytest.fixture(scope="module")
 def kernels():
     """`ops.triton` in the interpreter."""
     if "triton" in sys.modules and os.environ.get("TRITON_INTERPRET") != "1":
-        pytest.skip("Triton was imported before its interpreter could be chosen: run this file alone")
+        pytest.skip(
+            "Triton was imported before its interpreter could be chosen: run this file alone"
+        )
     os.environ["TRITON_INTERPRET"] = "1"
     from minillama.ops import triton
+
     return triton
 
 
@@ -53,13 +62,17 @@ def kernels():
 @pytest.mark.parametrize("strided", [False, True], ids=["contiguous", "strided"])
 @pytest.mark.parametrize("dtype", BOUNDS, ids=str)
 @pytest.mark.parametrize(("op", "case"), CELLS)
-def test_a_kernel_is_its_formula_forward_and_backward(kernels, op: str, case: Case, dtype: torch.dtype, strided: bool) -> None:
+def test_a_kernel_is_its_formula_forward_and_backward(
+    kernels, op: str, case: Case, dtype: torch.dtype, strided: bool
+) -> None:
     check(op, case, getattr(cuda, op), dtype, strided)
 
 
 @needs_triton
 @pytest.mark.parametrize("programs", [1, 4, 33])
-def test_any_number_of_programs_share_the_gradient_of_a_norms_weight(kernels, programs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_any_number_of_programs_share_the_gradient_of_a_norms_weight(
+    kernels, programs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """33 rows over 4 programs: the last one has rows that do not exist."""
     monkeypatch.setattr(kernels, "PARTIAL_SUMS", programs)
     check("rms_norm", cells("rms_norm")[0], cuda.rms_norm, torch.float32, strided=False)
@@ -67,9 +80,17 @@ def test_any_number_of_programs_share_the_gradient_of_a_norms_weight(kernels, pr
 
 @needs_triton
 def test_every_kernel_compiles_for_the_two_architectures(tmp_path: Path) -> None:
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}
-    done = subprocess.run([sys.executable, "-c", COMPILE], cwd=Path(__file__).parents[1], capture_output=True, text=True, env=environment,
-                          timeout=300)
+    environment = {
+        name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"
+    } | {"TRITON_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILE],
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=300,
+    )
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.splitlines()) == 4 * 3 * 2
 
@@ -88,6 +109,12 @@ def test_what_a_kernel_does_not_take_is_left_to_the_next_form() -> None:
 
 def test_triton_is_not_imported_until_a_kernel_is_called() -> None:
     program = "import sys; from minillama import ops; from minillama.ops import cuda; print('triton' in sys.modules, cuda.available())"
-    done = subprocess.run([sys.executable, "-c", program], cwd=Path(__file__).parents[1], capture_output=True, text=True, check=True,
-                          timeout=100)
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=100,
+    )
     assert done.stdout.split() == ["False", str(find_spec("triton") is not None)]

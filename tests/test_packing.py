@@ -28,9 +28,15 @@ def test_the_picture_of_the_layout() -> None:
 def test_every_token_has_one_slot_and_every_other_slot_is_a_hole(lengths: list[int]) -> None:
     documents, total = Documents(lengths), sum(lengths)
     assert documents.layout.slots[documents.layout.back].tolist() == list(range(total))
-    assert sorted([*documents.layout.back.tolist(), *documents.layout.holes.tolist()]) == list(range(len(documents.layout.slots)))
-    assert len(documents.layout.slots) == sum(rows * length for rows, length in documents.group_shapes)
-    assert sorted(document for group in documents.groups for document in group) == list(range(len(lengths)))
+    assert sorted([*documents.layout.back.tolist(), *documents.layout.holes.tolist()]) == list(
+        range(len(documents.layout.slots))
+    )
+    assert len(documents.layout.slots) == sum(
+        rows * length for rows, length in documents.group_shapes
+    )
+    assert sorted(document for group in documents.groups for document in group) == list(
+        range(len(lengths))
+    )
 
 
 @given(LENGTHS)
@@ -49,7 +55,10 @@ def test_the_loss_of_packed_documents_is_the_sum_of_their_losses() -> None:
     packed.backward()
     gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
     model.zero_grad()
-    alone = sum(model.loss_sum(t, l) for t, l in zip(tokens.split(lengths, 1), labels.split(lengths, 1), strict=True))
+    alone = sum(
+        model.loss_sum(t, l)
+        for t, l in zip(tokens.split(lengths, 1), labels.split(lengths, 1), strict=True)
+    )
     alone.backward()
     assert torch.allclose(packed, alone, rtol=1e-6)
     for name, p in model.named_parameters():

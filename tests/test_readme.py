@@ -16,24 +16,34 @@ TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 
 def commands() -> list[str]:
     """Every command of README: lines of bash blocks and code spans, `&&` taken apart."""
-    blocks = [line for block in re.findall(r"```bash\n(.*?)```", TEXT, re.S) for line in block.splitlines()]
-    spans = [span for span in re.findall(r"`((?:python|torchrun) [^`]+)`", TEXT) if "\n" not in span]
+    blocks = [
+        line
+        for block in re.findall(r"```bash\n(.*?)```", TEXT, re.S)
+        for line in block.splitlines()
+    ]
+    spans = [
+        span for span in re.findall(r"`((?:python|torchrun) [^`]+)`", TEXT) if "\n" not in span
+    ]
     return sorted({part.strip() for line in blocks + spans for part in line.split("&&")})
 
 
 def script_and_arguments(command: str) -> tuple[str, list[str]]:
     words = shlex.split(command)
     place = next((i for i, word in enumerate(words) if word.endswith(".py")), None)
-    return ("", words) if place is None else (words[place], words[place + 1:])
+    return ("", words) if place is None else (words[place], words[place + 1 :])
 
 
 def test_readme_has_the_commands_this_test_is_about():
     found = commands()
-    assert any("pytest" in command for command in found) and any(command == "python train.py" for command in found)
+    assert any("pytest" in command for command in found) and any(
+        command == "python train.py" for command in found
+    )
     assert len(found) >= 10
 
 
-@pytest.mark.parametrize("command", [c for c in commands() if script_and_arguments(c)[0] == "train.py"])
+@pytest.mark.parametrize(
+    "command", [c for c in commands() if script_and_arguments(c)[0] == "train.py"]
+)
 def test_every_training_command_resolves_and_can_be_planned(command):
     from minillama import building
 
@@ -43,24 +53,35 @@ def test_every_training_command_resolves_and_can_be_planned(command):
         assert "parameters" in building.describe(settings, world_size=8)
 
 
-@pytest.mark.parametrize("command", [c for c in commands() if script_and_arguments(c)[0] in ("generate.py", "eval.py")])
+@pytest.mark.parametrize(
+    "command", [c for c in commands() if script_and_arguments(c)[0] in ("generate.py", "eval.py")]
+)
 def test_every_other_command_is_understood_by_its_script(command):
     name, arguments = script_and_arguments(command)
     options = runpy.run_path(str(ROOT / name))["parse"](arguments)
     assert options.ckpt or options.task == "loss"
 
 
-@pytest.mark.parametrize("command", [c for c in commands() if script_and_arguments(c)[0] == "convert.py"])
-def test_every_conversion_is_understood_and_misses_only_the_readers_files(command, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "command", [c for c in commands() if script_and_arguments(c)[0] == "convert.py"]
+)
+def test_every_conversion_is_understood_and_misses_only_the_readers_files(
+    command, tmp_path, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     main = runpy.run_path(str(ROOT / "convert.py"))["main"]
-    with pytest.raises(UserError, match=r"(_DIR|alpaca_data\.json|tokenizer\.model).*(no such|not there|missing|does not exist|holds no)"):
+    with pytest.raises(
+        UserError,
+        match=r"(_DIR|alpaca_data\.json|tokenizer\.model).*(no such|not there|missing|does not exist|holds no)",
+    ):
         main(script_and_arguments(command)[1])
 
 
 @pytest.mark.parametrize("command", [c for c in commands() if " pip install" in c])
 def test_every_installation_names_what_exists(command):
-    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
+        "optional-dependencies"
+    ]
     pins = (ROOT / "constraints.txt").read_text().splitlines()
     for word in shlex.split(command):
         if word.startswith(".["):

@@ -21,13 +21,20 @@ from minillama.checkpoint.tensor_files import plan_of, read_safetensors, safeten
 from minillama.checkpoint.torch_files import ALIGNMENT, read_torch, torch_writer
 from minillama.errors import UserError
 
-few = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-dtypes = st.sampled_from([torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.uint8, torch.bool])
+few = settings(
+    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+dtypes = st.sampled_from(
+    [torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.uint8, torch.bool]
+)
 shapes = st.lists(st.integers(0, 5), max_size=3).map(tuple)
 
 
 def random_tensors(specs: list[tuple[torch.dtype, tuple[int, ...]]]) -> dict[str, torch.Tensor]:
-    return {f"layer.{i}.weight": (100 * torch.rand(shape)).to(dtype) for i, (dtype, shape) in enumerate(specs)}
+    return {
+        f"layer.{i}.weight": (100 * torch.rand(shape)).to(dtype)
+        for i, (dtype, shape) in enumerate(specs)
+    }
 
 
 def write(writer, path: Path, tensors: dict[str, torch.Tensor]) -> None:
@@ -71,14 +78,24 @@ def test_safetensors_opens_what_we_write_and_we_what_it_writes(tmp_path, specs):
 def test_views_of_a_shared_storage_read_as_torch_reads_them(tmp_path, dtype, rows, columns, data):
     whole = (100 * torch.rand(rows, columns)).to(dtype)
     top, left = data.draw(st.integers(0, rows - 1)), data.draw(st.integers(0, columns - 1))
-    views = {"whole": whole, "transposed": whole.T, "part": whole[top:, left:], "column": whole[:, left],
-             "scalar": whole[top, left], "parameter": torch.nn.Parameter(whole, requires_grad=False)}
+    views = {
+        "whole": whole,
+        "transposed": whole.T,
+        "part": whole[top:, left:],
+        "column": whole[:, left],
+        "scalar": whole[top, left],
+        "parameter": torch.nn.Parameter(whole, requires_grad=False),
+    }
     torch.save(OrderedDict(views), tmp_path / "w.bin")
     assert_same(read(read_torch, tmp_path / "w.bin"), views)
 
 
 def test_storages_we_write_are_aligned_as_torch_aligns_them(tmp_path):
-    write(torch_writer, tmp_path / "w.bin", random_tensors([(torch.float16, (3,)), (torch.float32, (5, 5)), (torch.float32, (1,))]))
+    write(
+        torch_writer,
+        tmp_path / "w.bin",
+        random_tensors([(torch.float16, (3,)), (torch.float32, (5, 5)), (torch.float32, (1,))]),
+    )
     assert all(entry.offset % ALIGNMENT == 0 for entry in read_torch(tmp_path / "w.bin").values())
 
 
@@ -91,7 +108,10 @@ def test_equal_tensors_make_equal_files(tmp_path):
 def test_a_file_given_up_half_way_is_let_go_of_silently(tmp_path, monkeypatch):
     complaints = []
     monkeypatch.setattr(sys, "unraisablehook", complaints.append)
-    with pytest.raises(RuntimeError), torch_writer(tmp_path / "w.bin", {"w": (torch.float32, (2,))}):
+    with (
+        pytest.raises(RuntimeError),
+        torch_writer(tmp_path / "w.bin", {"w": (torch.float32, (2,))}),
+    ):
         raise RuntimeError
     gc.collect()
     assert not complaints
@@ -121,15 +141,25 @@ def forged(path: Path, data: bytes, storage: bytes = b"", **entries: bytes) -> P
 
 
 def test_nothing_in_a_pickle_is_executed(tmp_path):
-    path = forged(tmp_path / "w.bin", pickle.dumps({"w": Mischief(tmp_path / "created")}, protocol=2))
+    path = forged(
+        tmp_path / "w.bin", pickle.dumps({"w": Mischief(tmp_path / "created")}, protocol=2)
+    )
     with pytest.raises(UserError, match=r"asks for (io|__builtin__|builtins|_io)\.open"):
         read_torch(path)
     assert not (tmp_path / "created").exists()
 
 
-@pytest.mark.parametrize("opcode", [
-    b"c__builtin__\neval\n(Vprint(1)\ntR.", b"cposix\nsystem\n(Vtrue\ntR.", b"ctorch\nload\n.",
-    b"ctorch._utils\n_rebuild_tensor_v2\n(tR.", b"(lp0\n0g0\ng0\na.", b"\x80\x04\x8c\x02os\x8c\x04exit\x93."])
+@pytest.mark.parametrize(
+    "opcode",
+    [
+        b"c__builtin__\neval\n(Vprint(1)\ntR.",
+        b"cposix\nsystem\n(Vtrue\ntR.",
+        b"ctorch\nload\n.",
+        b"ctorch._utils\n_rebuild_tensor_v2\n(tR.",
+        b"(lp0\n0g0\ng0\na.",
+        b"\x80\x04\x8c\x02os\x8c\x04exit\x93.",
+    ],
+)
 def test_hostile_pickles_end_in_one_line(tmp_path, opcode):
     with pytest.raises(UserError, match=r"w\.bin"):
         read_torch(forged(tmp_path / "w.bin", opcode))
@@ -158,29 +188,54 @@ def claiming(path: Path, **claim) -> Path:
     return forged(path, data.getvalue(), storage=bytes(16))
 
 
-@pytest.mark.parametrize("claim", [
-    {"count": 4, "start": 0, "shape": (5,), "stride": (1,)},          # longer than the storage
-    {"count": 4, "start": 3, "shape": (2,), "stride": (1,)},          # begins too late
-    {"count": 4, "start": -1, "shape": (2,), "stride": (1,)}, {"count": 4, "start": 0, "shape": (2, 2), "stride": (-1, 1)},
-    {"count": 4, "start": 0, "shape": (2, 2), "stride": (4, 1)},      # strides lead outside
-    {"count": 4, "start": 0, "shape": (1000, 1000), "stride": (0, 0)},  # four bytes that unfold into a million elements
-    {"count": 5, "start": 0, "shape": (4,), "stride": (1,)},          # the storage itself is shorter than it says
-])
+@pytest.mark.parametrize(
+    "claim",
+    [
+        {"count": 4, "start": 0, "shape": (5,), "stride": (1,)},  # longer than the storage
+        {"count": 4, "start": 3, "shape": (2,), "stride": (1,)},  # begins too late
+        {"count": 4, "start": -1, "shape": (2,), "stride": (1,)},
+        {"count": 4, "start": 0, "shape": (2, 2), "stride": (-1, 1)},
+        {"count": 4, "start": 0, "shape": (2, 2), "stride": (4, 1)},  # strides lead outside
+        {
+            "count": 4,
+            "start": 0,
+            "shape": (1000, 1000),
+            "stride": (0, 0),
+        },  # four bytes that unfold into a million elements
+        {
+            "count": 5,
+            "start": 0,
+            "shape": (4,),
+            "stride": (1,),
+        },  # the storage itself is shorter than it says
+    ],
+)
 def test_a_tensor_must_lie_inside_its_storage(tmp_path, claim):
-    assert read_torch(claiming(tmp_path / "fine.bin", count=4, start=1, shape=(3,), stride=(1,)))["w"].nbytes == 12
+    assert (
+        read_torch(claiming(tmp_path / "fine.bin", count=4, start=1, shape=(3,), stride=(1,)))[
+            "w"
+        ].nbytes
+        == 12
+    )
     with pytest.raises(UserError, match="damaged"):
         read_torch(claiming(tmp_path / "w.bin", **claim))
 
 
 def test_what_is_not_weights_is_told_by_its_first_bytes(tmp_path):
     path = tmp_path / "f"
-    for content, message in [(b"<!DOCTYPE html>", "a web page"), (b"version https://git-lfs.github.com/spec/v1", "git-lfs pointer"),
-                             (b"", "empty")]:
+    for content, message in [
+        (b"<!DOCTYPE html>", "a web page"),
+        (b"version https://git-lfs.github.com/spec/v1", "git-lfs pointer"),
+        (b"", "empty"),
+    ]:
         path.write_bytes(content)
         for reader in (read_torch, read_safetensors):
             with pytest.raises(UserError, match=message):
                 reader(path)
-    for content, message in [(b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.", "before torch 1.6"), (b"GGUF", "not a file written")]:
+    for content, message in [
+        (b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.", "before torch 1.6"),
+        (b"GGUF", "not a file written"),
+    ]:
         path.write_bytes(content)
         with pytest.raises(UserError, match=message):
             read_torch(path)
@@ -194,7 +249,10 @@ def test_archives_that_torch_did_not_write_are_refused(tmp_path):
         (tmp_path / "cut.bin").write_bytes(whole[:cut])
         with pytest.raises(UserError, match="cut short or damaged"):
             read_torch(tmp_path / "cut.bin")
-    with zipfile.ZipFile(tmp_path / "w.bin") as source, zipfile.ZipFile(tmp_path / "z.bin", "w", zipfile.ZIP_DEFLATED) as packed:
+    with (
+        zipfile.ZipFile(tmp_path / "w.bin") as source,
+        zipfile.ZipFile(tmp_path / "z.bin", "w", zipfile.ZIP_DEFLATED) as packed,
+    ):
         for name in source.namelist():
             packed.writestr(name, source.read(name))
     with pytest.raises(UserError, match="compressed"):
@@ -205,17 +263,28 @@ def test_archives_that_torch_did_not_write_are_refused(tmp_path):
         other.writestr("readme", "hello")
     with pytest.raises(UserError, match=r"no NAME/data\.pkl"):
         read_torch(tmp_path / "other.bin")
-    for content, message in [([torch.zeros(1)], "holds a list"), ({"step": 3}, "'step' is a int"), ({1: torch.zeros(1)}, "1 is a")]:
+    for content, message in [
+        ([torch.zeros(1)], "holds a list"),
+        ({"step": 3}, "'step' is a int"),
+        ({1: torch.zeros(1)}, "1 is a"),
+    ]:
         torch.save(content, tmp_path / "w.bin")
         with pytest.raises(UserError, match=message):
             read_torch(tmp_path / "w.bin")
 
 
-@pytest.mark.parametrize("header", [{"w": {"dtype": "F32", "shape": [9], "data_offsets": [0, 16]}},
-                                    {"w": {"dtype": "F32", "shape": [4], "data_offsets": [16, 32]}},
-                                    {"w": {"dtype": "F32", "shape": [-2, -2], "data_offsets": [0, 16]}},
-                                    {"w": {"dtype": "F32", "shape": [4], "data_offsets": [-8, 8]}},
-                                    {"w": {"dtype": "F99", "shape": [4], "data_offsets": [0, 16]}}, {"w": 3}, []])
+@pytest.mark.parametrize(
+    "header",
+    [
+        {"w": {"dtype": "F32", "shape": [9], "data_offsets": [0, 16]}},
+        {"w": {"dtype": "F32", "shape": [4], "data_offsets": [16, 32]}},
+        {"w": {"dtype": "F32", "shape": [-2, -2], "data_offsets": [0, 16]}},
+        {"w": {"dtype": "F32", "shape": [4], "data_offsets": [-8, 8]}},
+        {"w": {"dtype": "F99", "shape": [4], "data_offsets": [0, 16]}},
+        {"w": 3},
+        [],
+    ],
+)
 def test_a_safetensors_header_must_fit_its_file(tmp_path, header):
     text = json.dumps(header).encode()
     (tmp_path / "w").write_bytes(struct.pack("<Q", len(text)) + text + bytes(16))
@@ -234,7 +303,9 @@ def sharded(directory: Path, bin: bool) -> dict[str, torch.Tensor]:
 def test_sharded_weights_come_back_whatever_the_kind(tmp_path, bin):
     tensors = sharded(tmp_path / "c", bin)
     assert len(list((tmp_path / "c").glob("*-of-00004.*"))) == 4
-    assert_same({name: entry.read() for name, entry in open_weights(tmp_path / "c").items()}, tensors)
+    assert_same(
+        {name: entry.read() for name, entry in open_weights(tmp_path / "c").items()}, tensors
+    )
 
 
 @pytest.mark.parametrize("bin", [False, True])
@@ -247,8 +318,12 @@ def test_all_bad_shards_are_listed_at_once(tmp_path, bin):
     write(torch_writer if bin else safetensors_writer, shards[3], {"another": torch.zeros(1)})
     with pytest.raises(UserError) as caught:
         open_weights(tmp_path / "c")
-    for part in (f"{shards[0].name}: a web page", shards[1].name, f"{shards[2].name}: the index names this file, but it is not",
-                 f"{shards[3].name}: lacks layer.3.weight, which the index promises"):
+    for part in (
+        f"{shards[0].name}: a web page",
+        shards[1].name,
+        f"{shards[2].name}: the index names this file, but it is not",
+        f"{shards[3].name}: lacks layer.3.weight, which the index promises",
+    ):
         assert part in str(caught.value)
 
 
@@ -267,7 +342,9 @@ def test_an_index_may_not_lead_out_of_its_directory(tmp_path):
 def test_a_tensor_in_two_shards_is_an_error(tmp_path):
     sharded(tmp_path / "c", bin=True)
     first, second, *_ = sorted((tmp_path / "c").glob("*-of-*"))
-    write(torch_writer, second, {"layer.0.weight": torch.zeros(1), "layer.1.weight": torch.zeros(1)})
+    write(
+        torch_writer, second, {"layer.0.weight": torch.zeros(1), "layer.1.weight": torch.zeros(1)}
+    )
     with pytest.raises(UserError, match=rf"layer\.0\.weight is in {first.name} too"):
         open_weights(tmp_path / "c")
 
@@ -276,20 +353,31 @@ def test_stray_rotary_buffers_of_old_files_are_ignored(tmp_path, tiny_checkpoint
     base = tiny_checkpoint()
     tensors = safetensors.torch.load_file(base / "model.safetensors")
     (base / "model.safetensors").unlink()
-    torch.save(tensors | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(2)}, base / "pytorch_model.bin")
+    torch.save(
+        tensors | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(2)},
+        base / "pytorch_model.bin",
+    )
     assert open_weights(base).keys() == tensors.keys()
     raw = json.loads((base / "config.json").read_text())
-    (base / "config.json").write_text(json.dumps({key: raw[key] for key in raw if key not in ("rope_theta", "head_dim")}))
+    (base / "config.json").write_text(
+        json.dumps({key: raw[key] for key in raw if key not in ("rope_theta", "head_dim")})
+    )
     assert torch.equal(load_model(base).lm_head.weight, tensors["lm_head.weight"])
 
 
 def test_real_bin_checkpoints_load_like_their_safetensors(shared):
     models = shared / "models"
     expected = {name: entry.read() for name, entry in open_weights(models / "stories260K").items()}
-    for name in ("stories260K_fp16_bin", "stories260K_untied_fp16_sharded_bin", "stories260K_untied_sharded"):
+    for name in (
+        "stories260K_fp16_bin",
+        "stories260K_untied_fp16_sharded_bin",
+        "stories260K_untied_sharded",
+    ):
         found = open_weights(models / name)
         dtype = next(iter(found.values())).dtype
-        assert all(torch.equal(found[key].read(), tensor.to(dtype)) for key, tensor in expected.items())
+        assert all(
+            torch.equal(found[key].read(), tensor.to(dtype)) for key, tensor in expected.items()
+        )
 
 
 def test_a_truncated_tensor_is_noticed_even_after_the_header_was_read(tmp_path):

@@ -12,7 +12,24 @@ from minillama.tokenizer import Stream, WordIds, open_tokenizer, train_tokenizer
 
 CONTROL = re.compile(r"</?s>|<unk>")
 # Text with what the word cache has to get right: runs of spaces, line breaks, the letter ▁ itself, other scripts.
-parts = ["the", " ", "  ", "\n", "▁", "\t", "天", "龘", "é", "1999", ":(", "</", "https://", "###", "\r\n", "\u3000"]
+parts = [
+    "the",
+    " ",
+    "  ",
+    "\n",
+    "▁",
+    "\t",
+    "天",
+    "龘",
+    "é",
+    "1999",
+    ":(",
+    "</",
+    "https://",
+    "###",
+    "\r\n",
+    "\u3000",
+]
 texts = st.lists(st.sampled_from(parts) | st.text(max_size=6), max_size=12).map("".join)
 
 
@@ -55,8 +72,12 @@ def test_sentencepiece_equals_transformers_on_plain_text(shared):
         assert tokenizer.encode(text) == slow.encode(text, add_special_tokens=False)
 
     equal()
-    for record in json.loads((shared / "sft/alpaca_en_demo.json").read_text(encoding="utf-8"))[:150]:
-        assert tokenizer.encode(record["output"]) == slow.encode(record["output"], add_special_tokens=False)
+    for record in json.loads((shared / "sft/alpaca_en_demo.json").read_text(encoding="utf-8"))[
+        :150
+    ]:
+        assert tokenizer.encode(record["output"]) == slow.encode(
+            record["output"], add_special_tokens=False
+        )
 
 
 def test_the_letters_of_a_control_token_stay_text(small_tokenizer):
@@ -64,7 +85,11 @@ def test_the_letters_of_a_control_token_stay_text(small_tokenizer):
         ids = small_tokenizer.encode(text)
         assert not {small_tokenizer.bos_id, small_tokenizer.eos_id, 0} & set(ids)
         assert small_tokenizer.decode(ids) == text
-    assert small_tokenizer.control_id("eos") == small_tokenizer.eos_id == small_tokenizer.control_id("</s>")
+    assert (
+        small_tokenizer.control_id("eos")
+        == small_tokenizer.eos_id
+        == small_tokenizer.control_id("</s>")
+    )
     assert small_tokenizer.control_id("<|eot_id|>") is None
 
 
@@ -86,7 +111,11 @@ def test_the_word_cache_is_bounded_and_forgetting_changes_nothing(small_tokenize
     assert len(words) <= 8 and max(map(len, words)) <= WordIds.LONGEST
 
 
-@given(text=st.text(alphabet=st.characters(exclude_characters="▁", exclude_categories=["Cs"]), max_size=40))
+@given(
+    text=st.text(
+        alphabet=st.characters(exclude_characters="▁", exclude_categories=["Cs"]), max_size=40
+    )
+)
 @settings(max_examples=200, deadline=None)
 def test_streaming_decode_equals_decode(small_tokenizer, text):
     ids = small_tokenizer.encode(text)
@@ -95,14 +124,24 @@ def test_streaming_decode_equals_decode(small_tokenizer, text):
 
 
 def test_a_control_token_in_a_stream_leaves_the_space_behind_it(small_tokenizer):
-    ids = [*small_tokenizer.encode("the cat"), small_tokenizer.eos_id, *small_tokenizer.encode("sat on")]
+    ids = [
+        *small_tokenizer.encode("the cat"),
+        small_tokenizer.eos_id,
+        *small_tokenizer.encode("sat on"),
+    ]
     stream = Stream(small_tokenizer)
-    assert "".join(map(stream.push, ids)) + stream.flush() == small_tokenizer.decode(ids) == "the cat sat on"
+    assert (
+        "".join(map(stream.push, ids)) + stream.flush()
+        == small_tokenizer.decode(ids)
+        == "the cat sat on"
+    )
 
 
 def test_streaming_never_prints_half_a_character(shared):
     text = (shared / "text/sanguo_ch1-20_zh.txt").read_text(encoding="utf-8")
-    tokenizer = open_tokenizer(shared / "tokenizers/llama")  # knows few Chinese characters: the others are three byte pieces
+    tokenizer = open_tokenizer(
+        shared / "tokenizers/llama"
+    )  # knows few Chinese characters: the others are three byte pieces
     for character in sorted(set(text)):
         stream = Stream(tokenizer)
         printed = [stream.push(token) for token in tokenizer.encode(character)]
@@ -113,7 +152,9 @@ def test_streaming_never_prints_half_a_character(shared):
 def test_a_stream_cut_inside_a_character_says_so(small_tokenizer):
     stream, ids = Stream(small_tokenizer), small_tokenizer.encode("龘")[:-1]
     assert [stream.push(token) for token in ids][1:] == ["", ""]
-    assert stream.flush() == small_tokenizer.decode(ids) == "\ufffd" * 2  # one for each byte, as in the whole text
+    assert (
+        stream.flush() == small_tokenizer.decode(ids) == "\ufffd" * 2
+    )  # one for each byte, as in the whole text
 
 
 @pytest.fixture(scope="module")
@@ -123,8 +164,12 @@ def json_tokenizer(tmp_path_factory):
     model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     model.decoder = tokenizers.decoders.ByteLevel()
     special = ["<|begin_of_text|>", "<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>"]
-    trainer = tokenizers.trainers.BpeTrainer(vocab_size=400, special_tokens=special, show_progress=False,
-                                             initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=special,
+        show_progress=False,
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+    )
     model.train_from_iterator(["Hello there, world. Hello again, world."] * 3, trainer)
     folder = tmp_path_factory.mktemp("json")
     model.save(str(folder / "tokenizer.json"))
@@ -151,12 +196,15 @@ def test_a_damaged_tokenizer_config_is_named(json_tokenizer, tmp_path):
         open_tokenizer(tmp_path)
 
 
-@pytest.mark.parametrize(("content", "reason"), [
-    (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a", "git-lfs pointer"),
-    (b"<!DOCTYPE html><html>Not Found</html>", "web page"),
-    (b"IQ== 0\nIg== 1\n", "tiktoken"),
-    (b"\x00\x01 nothing of the kind", "not a SentencePiece model"),
-])
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a", "git-lfs pointer"),
+        (b"<!DOCTYPE html><html>Not Found</html>", "web page"),
+        (b"IQ== 0\nIg== 1\n", "tiktoken"),
+        (b"\x00\x01 nothing of the kind", "not a SentencePiece model"),
+    ],
+)
 def test_a_file_that_is_no_tokenizer_is_refused_with_its_kind(tmp_path, content, reason):
     path = tmp_path / "tokenizer.model"
     path.write_bytes(content)

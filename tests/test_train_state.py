@@ -36,30 +36,60 @@ def run_settings(tmp_path_factory) -> config.Settings:
     folder = tmp_path_factory.mktemp("inputs")
     records = demo.records(demo.DEMO, 200, seed=3, held_out=False)
     (folder / "data.json").write_text(json.dumps(records))
-    (folder / "tokenizer.model").write_bytes(train_tokenizer((r["instruction"] for r in records), 330))
+    (folder / "tokenizer.model").write_bytes(
+        train_tokenizer((r["instruction"] for r in records), 330)
+    )
     return config.Settings(
-        init="scratch", dim=16, n_layers=2, n_heads=2, ffn_dim=32, context=64, tokenizer=str(folder / "tokenizer.model"),
-        data=(str(folder / "data.json"),), cache_dir=str(folder / "cache"), template="llama_factory_default", max_length=64,
-        max_steps=STEPS, per_device_train_batch_size=1, gradient_accumulation_steps=4, learning_rate=1e-2, logging_steps=1,
-        save_strategy="steps", save_steps=2, save_total_limit=0, reduction="exact", threads=1, device="cpu", plot_loss=False)
+        init="scratch",
+        dim=16,
+        n_layers=2,
+        n_heads=2,
+        ffn_dim=32,
+        context=64,
+        tokenizer=str(folder / "tokenizer.model"),
+        data=(str(folder / "data.json"),),
+        cache_dir=str(folder / "cache"),
+        template="llama_factory_default",
+        max_length=64,
+        max_steps=STEPS,
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=4,
+        learning_rate=1e-2,
+        logging_steps=1,
+        save_strategy="steps",
+        save_steps=2,
+        save_total_limit=0,
+        reduction="exact",
+        threads=1,
+        device="cpu",
+        plot_loss=False,
+    )
 
 
 def train_here(run: config.Settings, stop_after: int = 0) -> int:
     """Train on this rank; `stop_after` steps the way a SIGTERM stops, at the next micro-batch. Returns the steps done."""
     torch.set_num_threads(1)
     with comm.start("cpu", timeout_minutes=1) as mesh:
-        settings_here = replace(run, gradient_accumulation_steps=run.gradient_accumulation_steps // mesh.size)
+        settings_here = replace(
+            run, gradient_accumulation_steps=run.gradient_accumulation_steps // mesh.size
+        )
         if stop_after:
             original = trainer.Trainer.update
 
             def update(self, batches, rate):
-                if self.step == stop_after and mesh.rank == mesh.size - 1:  # the signal reaches one rank only
+                if (
+                    self.step == stop_after and mesh.rank == mesh.size - 1
+                ):  # the signal reaches one rank only
                     os.kill(os.getpid(), signal.SIGTERM)
                 return original(self, batches, rate)
 
             trainer.Trainer.update = update
         summary = trainer.train(settings_here, mesh)
-        return STEPS if summary else train_state.read_state(train_state.list_states(Path(run.out_dir))[-1])["step"]
+        return (
+            STEPS
+            if summary
+            else train_state.read_state(train_state.list_states(Path(run.out_dir))[-1])["step"]
+        )
 
 
 def fingerprint(run: config.Settings, step: int = 4) -> str:
@@ -68,7 +98,9 @@ def fingerprint(run: config.Settings, step: int = 4) -> str:
     directory = Path(run.out_dir) / "checkpoints" / f"step-{step:06d}"
     total = sum(read_safetensors(path)["m"].shape[0] for path in directory.glob("state-0-*"))
     for name in ("master", "m", "v"):
-        digest.update(train_state.slice_reader(directory, 0, total)(name, 0, total).numpy().tobytes())
+        digest.update(
+            train_state.slice_reader(directory, 0, total)(name, 0, total).numpy().tobytes()
+        )
     return digest.hexdigest()
 
 
@@ -79,13 +111,18 @@ def uninterrupted(run_settings, tmp_path_factory) -> str:
     return fingerprint(run)
 
 
-def test_stopped_on_four_ranks_continued_on_one_finished_on_two_is_as_if_never_stopped(run_settings, uninterrupted, tmp_path):
+def test_stopped_on_four_ranks_continued_on_one_finished_on_two_is_as_if_never_stopped(
+    run_settings, uninterrupted, tmp_path
+):
     run = replace(run_settings, out_dir=str(tmp_path / "run"), zero_stage=2)
     assert run_on_ranks(4, train_here, run, 1) == [1] * 4
     assert run_on_ranks(1, train_here, replace(run, zero_stage=0), 3) == [3]
     assert run_on_ranks(2, train_here, replace(run, zero_stage=1)) == [STEPS] * 2
     assert fingerprint(run) == uninterrupted
-    steps = [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    steps = [
+        json.loads(line)["step"]
+        for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    ]
     assert steps == list(range(1, STEPS + 1))
 
 
@@ -94,15 +131,27 @@ def test_ranks_that_cannot_keep_the_global_batch_are_refused(run_settings, tmp_p
     run_on_ranks(1, train_here, run, 2)
     with pytest.raises(UserError, match="global batch is 4 rows, which 3 ranks"):
         from minillama.building import with_global_batch
+
         with_global_batch(run, Mesh(rank=0, size=3), 4)
 
 
-FILES = ["model.safetensors", "config.json", "generation_config.json", "minillama.json", "tokenizer.model", "tokenizer_config.json",
-         "state-0-000000000000.safetensors", "state.json", "manifest.json"]
+FILES = [
+    "model.safetensors",
+    "config.json",
+    "generation_config.json",
+    "minillama.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "state-0-000000000000.safetensors",
+    "state.json",
+    "manifest.json",
+]
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_it_used(run_settings, uninterrupted, tmp_path, name, capsys):
+def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_it_used(
+    run_settings, uninterrupted, tmp_path, name, capsys
+):
     run = replace(run_settings, out_dir=str(tmp_path / "run"))
     run_on_ranks(1, train_here, run, 4)
     damaged = tmp_path / "run" / "checkpoints" / "step-000004" / name
@@ -121,12 +170,16 @@ def test_a_damaged_checkpoint_named_by_the_user_is_refused(run_settings, tmp_pat
     run_on_ranks(1, train_here, run, 2)
     state = tmp_path / "run" / "checkpoints" / "step-000002" / "state.json"
     state.write_text(state.read_text().replace('"step": 2', '"step": 3'))
-    with pytest.raises(UserError, match=r"state.json: its content is not what was written.*--resume"):
+    with pytest.raises(
+        UserError, match=r"state.json: its content is not what was written.*--resume"
+    ):
         train_state.read_state(state.parent)
 
 
 @pytest.mark.parametrize("size, failing", [(1, 0), (2, 1)])
-def test_a_full_disk_leaves_the_old_checkpoint_and_training_goes_on(run_settings, uninterrupted, tmp_path, size, failing):
+def test_a_full_disk_leaves_the_old_checkpoint_and_training_goes_on(
+    run_settings, uninterrupted, tmp_path, size, failing
+):
     run = replace(run_settings, out_dir=str(tmp_path / "run"))
 
     def with_full_disk():
@@ -149,12 +202,16 @@ def test_a_full_disk_leaves_the_old_checkpoint_and_training_goes_on(run_settings
 
 def test_too_little_space_is_seen_before_the_first_byte(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 10, 0))
-    problem = train_state.save_state(tmp_path, 1, Mesh(), [(0, {"m": torch.ones(3)})], {}, lambda _: None, keep=0)
+    problem = train_state.save_state(
+        tmp_path, 1, Mesh(), [(0, {"m": torch.ones(3)})], {}, lambda _: None, keep=0
+    )
     assert "12 bytes are needed" in problem and not train_state.list_states(tmp_path)
 
 
 @pytest.mark.parametrize("point", range(1, 13))
-def test_a_save_killed_at_any_point_leaves_a_run_that_continues_to_the_same_bytes(run_settings, uninterrupted, tmp_path, point):
+def test_a_save_killed_at_any_point_leaves_a_run_that_continues_to_the_same_bytes(
+    run_settings, uninterrupted, tmp_path, point
+):
     """The process dies, as by kill -9, at the point-th of the calls that touch the disk during the second save."""
     run = replace(run_settings, out_dir=str(tmp_path / "run"))
 
@@ -168,9 +225,13 @@ def test_a_save_killed_at_any_point_leaves_a_run_that_continues_to_the_same_byte
                 if calls == point:
                     os._exit(9)
                 return function(*arguments, **keywords)
+
             return call
 
-        for module, names in ((train_state, ("write_safetensors", "write_json", "flush_and_hash", "publish")), (os, ("replace", "fsync"))):
+        for module, names in (
+            (train_state, ("write_safetensors", "write_json", "flush_and_hash", "publish")),
+            (os, ("replace", "fsync")),
+        ):
             for name in names:
                 setattr(module, name, deadly(getattr(module, name)))
         train_here(run)
@@ -187,7 +248,9 @@ def test_a_save_killed_at_any_point_leaves_a_run_that_continues_to_the_same_byte
 
 
 @pytest.mark.parametrize("how", ["raises", "is lost"])
-def test_after_a_rank_that_raises_or_is_lost_the_run_continues_to_the_same_bytes(run_settings, uninterrupted, tmp_path, how):
+def test_after_a_rank_that_raises_or_is_lost_the_run_continues_to_the_same_bytes(
+    run_settings, uninterrupted, tmp_path, how
+):
     run = replace(run_settings, out_dir=str(tmp_path / "run"), zero_stage=2)
 
     def fail_in_step_4():
@@ -201,7 +264,9 @@ def test_after_a_rank_that_raises_or_is_lost_the_run_continues_to_the_same_bytes
         trainer.Trainer.update = update
         return train_here(run)
 
-    with pytest.raises(AssertionError, match=r"rank 0 of 2: .* failed: a peer has ended|rank 1:[\s\S]*IndexError"):
+    with pytest.raises(
+        AssertionError, match=r"rank 0 of 2: .* failed: a peer has ended|rank 1:[\s\S]*IndexError"
+    ):
         run_on_ranks(2, fail_in_step_4)
     assert [path.name for path in train_state.list_states(tmp_path / "run")] == ["step-000002"]
     assert run_on_ranks(2, train_here, run) == [STEPS] * 2
@@ -211,23 +276,44 @@ def test_after_a_rank_that_raises_or_is_lost_the_run_continues_to_the_same_bytes
 def test_only_the_newest_checkpoints_are_kept(run_settings, tmp_path):
     run = replace(run_settings, out_dir=str(tmp_path / "run"), save_steps=1, save_total_limit=2)
     run_on_ranks(1, train_here, run)
-    assert [path.name for path in train_state.list_states(tmp_path / "run")] == ["step-000004", "step-000005"]
+    assert [path.name for path in train_state.list_states(tmp_path / "run")] == [
+        "step-000004",
+        "step-000005",
+    ]
 
 
-def test_sigterm_to_the_script_saves_and_exits_0_and_the_same_command_goes_on(run_settings, uninterrupted, tmp_path):
+def test_sigterm_to_the_script_saves_and_exits_0_and_the_same_command_goes_on(
+    run_settings, uninterrupted, tmp_path
+):
     run = replace(run_settings, out_dir=str(tmp_path / "run"))
     write_json(tmp_path / "run.json", asdict(run))
     command = [sys.executable, "-c", SLOW, "--config", str(tmp_path / "run.json")]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     deadline = time.monotonic() + 60
-    while time.monotonic() < deadline and not (tmp_path / "run" / "checkpoints" / "step-000002").is_dir():
+    while (
+        time.monotonic() < deadline
+        and not (tmp_path / "run" / "checkpoints" / "step-000002").is_dir()
+    ):
         time.sleep(0.02)
     process.terminate()
     out, _ = process.communicate(timeout=60)
     assert process.returncode == 0 and "stopped by SIGTERM after step" in out
-    done = subprocess.run([sys.executable, "train.py", "--config", str(tmp_path / "run.json")], cwd=ROOT, env=environment,
-                          capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "train.py", "--config", str(tmp_path / "run.json")],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
     assert done.returncode == 0 and "resuming" in done.stdout, done.stderr
     assert fingerprint(run) == uninterrupted
 
@@ -245,13 +331,20 @@ runpy.run_path("train.py", run_name="__main__")
 
 @settings(max_examples=30, deadline=None)
 @given(total=st.integers(1, 200), writers=st.integers(1, 5), readers=st.integers(1, 5))
-def test_any_number_of_ranks_reads_back_what_any_number_wrote(tmp_path_factory, total, writers, readers):
+def test_any_number_of_ranks_reads_back_what_any_number_wrote(
+    tmp_path_factory, total, writers, readers
+):
     folder, vector = tmp_path_factory.mktemp("state"), torch.arange(float(total))
     size = -(-total // writers)
     for start in range(0, total, size):
-        part = vector[start:start + size]
+        part = vector[start : start + size]
         train_state.write_safetensors(folder / f"state-0-{start:012d}.safetensors", {"m": part})
     read, share = train_state.slice_reader(folder, 0, total), -(-total // readers)
-    assert torch.equal(torch.cat([read("m", start, min(start + share, total)) for start in range(0, total, share)]), vector)
+    assert torch.equal(
+        torch.cat(
+            [read("m", start, min(start + share, total)) for start in range(0, total, share)]
+        ),
+        vector,
+    )
     with pytest.raises(UserError, match="belongs to another run"):
         train_state.slice_reader(folder, 0, total + 1)

@@ -31,12 +31,21 @@ def micro_batches(step: int, count: int) -> list[torch.Tensor]:
     return [random_tokens(1, 8 + i, seed=100 * step + i) for i in range(count)]
 
 
-def train(stage: int, exact: bool, dtype: torch.dtype = torch.float32, steps: int = 3, bucket_elements: int = 3000, **model):
+def train(
+    stage: int,
+    exact: bool,
+    dtype: torch.dtype = torch.float32,
+    steps: int = 3,
+    bucket_elements: int = 3000,
+    **model,
+):
     """Three updates on this rank's share of fixed global batches, the last one short; returns what rank 0 sees in the end."""
     torch.set_num_threads(1)
     with comm.start("cpu", timeout_minutes=1) as mesh:
         net = random_model(**model).to(dtype)
-        optimizer = Optimizer(net.named_parameters(), mesh, settings_of(stage, exact, bucket_elements=bucket_elements))
+        optimizer = Optimizer(
+            net.named_parameters(), mesh, settings_of(stage, exact, bucket_elements=bucket_elements)
+        )
         norms = []
         for step in range(steps):
             batches = micro_batches(step, MICRO_BATCHES if step < steps - 1 else MICRO_BATCHES - 1)
@@ -47,9 +56,19 @@ def train(stage: int, exact: bool, dtype: torch.dtype = torch.float32, steps: in
                 optimizer.backward(loss, min(mesh.size, len(batches) - first))
             norms.append(optimizer.step(1e-2, max_norm=0.5)[0])
         part = optimizer.parts[0]
-        state = {name: comm.gather_objects(mesh, tensor.numpy().copy()) for name, tensor in part.state().items()}
-        return ({name: p.detach().clone().float().numpy() for name, p in net.named_parameters()}, norms,
-                {name: [x for piece in pieces for x in piece.tolist()] for name, pieces in state.items()}, mesh.sent / steps)
+        state = {
+            name: comm.gather_objects(mesh, tensor.numpy().copy())
+            for name, tensor in part.state().items()
+        }
+        return (
+            {name: p.detach().clone().float().numpy() for name, p in net.named_parameters()},
+            norms,
+            {
+                name: [x for piece in pieces for x in piece.tolist()]
+                for name, pieces in state.items()
+            },
+            mesh.sent / steps,
+        )
 
 
 def everyones(size: int, *arguments):
@@ -63,7 +82,10 @@ def test_the_exact_reduction_gives_the_same_bytes_on_any_stage_and_number_of_ran
         for found_weights, found_norms, found_state, _ in everyones(size, stage, True, dtype):
             assert found_norms == norms, (size, stage)
             assert found_state == state, (size, stage)
-            assert all((found_weights[name] == weights[name]).all() for name in weights), (size, stage)
+            assert all((found_weights[name] == weights[name]).all() for name in weights), (
+                size,
+                stage,
+            )
 
 
 @pytest.mark.parametrize("size, stage", [(1, 2), (2, 0), (2, 1), (2, 2), (3, 1), (3, 2)])
@@ -71,12 +93,20 @@ def test_the_fast_reduction_differs_by_rounding_only(size, stage):
     weights, norms, _, _ = train(0, True)
     found_weights, found_norms, _, _ = everyones(size, stage, False)[0]
     assert found_norms == pytest.approx(norms, rel=1e-5)
-    assert max(abs(found_weights[name] - weights[name]).max() for name in weights) < 2e-3  # a tenth of an update, where v is near 0
+    assert (
+        max(abs(found_weights[name] - weights[name]).max() for name in weights) < 2e-3
+    )  # a tenth of an update, where v is near 0
 
 
 def test_it_is_adamw_with_the_norm_of_the_whole_gradient():
     net = random_model()
-    groups = [{"params": [p for p in net.parameters() if (p.ndim > 1) == matrix], "weight_decay": 0.1 * matrix} for matrix in (True, False)]
+    groups = [
+        {
+            "params": [p for p in net.parameters() if (p.ndim > 1) == matrix],
+            "weight_decay": 0.1 * matrix,
+        }
+        for matrix in (True, False)
+    ]
     adamw = torch.optim.AdamW(groups, lr=1e-2, betas=(0.9, 0.95))
     norms = []
     for step in range(3):
@@ -88,7 +118,9 @@ def test_it_is_adamw_with_the_norm_of_the_whole_gradient():
     weights, found_norms, _, _ = train(0, False)
     assert found_norms == pytest.approx(norms, rel=1e-5)
     for name, parameter in net.named_parameters():
-        torch.testing.assert_close(torch.from_numpy(weights[name]), parameter.detach(), rtol=1e-4, atol=2e-5)
+        torch.testing.assert_close(
+            torch.from_numpy(weights[name]), parameter.detach(), rtol=1e-4, atol=2e-5
+        )
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2])
@@ -99,7 +131,11 @@ def test_frozen_tied_and_unused_parameters_need_nothing_special(stage):
             net.model.layers[0].mlp.requires_grad_(False)
             net.unused = nn.Parameter(torch.ones(7, 3))
             before = net.model.layers[0].mlp.up_proj.weight.clone()
-            optimizer = Optimizer(net.named_parameters(), mesh, settings_of(stage, bucket_elements=500, weight_decay=0.0))
+            optimizer = Optimizer(
+                net.named_parameters(),
+                mesh,
+                settings_of(stage, bucket_elements=500, weight_decay=0.0),
+            )
             for step in range(2):
                 optimizer.zero_grad()
                 batch = random_tokens(1, 9, seed=step)
@@ -112,25 +148,38 @@ def test_frozen_tied_and_unused_parameters_need_nothing_special(stage):
 
     alone, shared = run_on_ranks(1, run)[0], run_on_ranks(2, run)
     assert all((a == b).all() for a, b in zip(*shared, strict=True))
-    assert max(abs(a - b).max() for a, b in zip(alone, shared[0], strict=True)) < 1e-3  # both ranks saw the same batch: the same direction
+    assert (
+        max(abs(a - b).max() for a, b in zip(alone, shared[0], strict=True)) < 1e-3
+    )  # both ranks saw the same batch: the same direction
 
 
 @pytest.mark.parametrize("exact", [False, True])
 @pytest.mark.parametrize("stage", [0, 1, 2])
 def test_parameters_of_two_dtypes_meet_their_peers_where_a_rank_has_no_micro_batch(stage, exact):
     """Backward completes the head, an fp32 factor and the embedding in turn; a rank that runs none must send them in the same order."""
+
     def run():
         with comm.start("cpu", timeout_minutes=1) as mesh:
             generator = torch.Generator().manual_seed(0)
-            embed, factor, head = (nn.Parameter(torch.randn(40, 40, generator=generator).to(dtype))
-                                   for dtype in (torch.bfloat16, torch.float32, torch.bfloat16))
-            optimizer = Optimizer([("embed", embed), ("factor", factor), ("head", head)], mesh,
-                                  settings_of(stage, exact, bucket_elements=1000))
+            embed, factor, head = (
+                nn.Parameter(torch.randn(40, 40, generator=generator).to(dtype))
+                for dtype in (torch.bfloat16, torch.float32, torch.bfloat16)
+            )
+            optimizer = Optimizer(
+                [("embed", embed), ("factor", factor), ("head", head)],
+                mesh,
+                settings_of(stage, exact, bucket_elements=1000),
+            )
             for batches in (3, 2, 1):
                 optimizer.zero_grad()
                 for first in range(0, batches, mesh.size):
-                    loss = (((embed.float() * (first + mesh.rank + 1)) @ factor).bfloat16() @ head).float().square().sum() / 1e4
-                    optimizer.backward(loss if first + mesh.rank < batches else None, min(mesh.size, batches - first))
+                    loss = (
+                        ((embed.float() * (first + mesh.rank + 1)) @ factor).bfloat16() @ head
+                    ).float().square().sum() / 1e4
+                    optimizer.backward(
+                        loss if first + mesh.rank < batches else None,
+                        min(mesh.size, batches - first),
+                    )
                 optimizer.step(1e-2, 1.0)
             return [p.detach().float().numpy().copy() for p in (embed, factor, head)]
 
@@ -139,12 +188,17 @@ def test_parameters_of_two_dtypes_meet_their_peers_where_a_rank_has_no_micro_bat
     assert max(abs(a - b).max() for a, b in zip(alone, shared[0], strict=True)) < 0.05
 
 
-@pytest.mark.parametrize("size, stage, expected", [(2, 0, 2 / 2), (2, 1, 2 / 2), (2, 2, 4 / 2), (4, 1, 2 * 3 / 4), (4, 2, 3 * 3 / 4)])
+@pytest.mark.parametrize(
+    "size, stage, expected",
+    [(2, 0, 2 / 2), (2, 1, 2 / 2), (2, 2, 4 / 2), (4, 1, 2 * 3 / 4), (4, 2, 3 * 3 / 4)],
+)
 def test_what_is_sent_is_what_the_theory_says(size, stage, expected):
     """2Ψ(N-1)/N elements a step; at stage 2, with A micro-batches a rank, (A+1)Ψ(N-1)/N."""
     sent = [traffic for _, _, _, traffic in run_on_ranks(size, train, stage, False)]
     total = sum(p.numel() for p in random_model().parameters())
-    padded = -(-total // (CHUNK * size)) * CHUNK * size  # weights are gathered, and norms taken, over whole slices
+    padded = (
+        -(-total // (CHUNK * size)) * CHUNK * size
+    )  # weights are gathered, and norms taken, over whole slices
     extra = 0 if stage == 0 else (padded - total + padded / CHUNK) * (size - 1) / size
     assert sum(sent) / size == pytest.approx(expected * total + extra, rel=1e-6)
 
@@ -157,12 +211,18 @@ def test_state_is_as_large_as_the_table_says(size, stage, dtype, width, accumula
     """Of a 16-bit model, bytes a parameter: 16 (stage 0), 4 + 12/N (1), 2 + 14/N (2; 2 + 16/N where it accumulates in fp32)."""
     monkeypatch.setattr(comm, "reduce_to", lambda mesh, tensor, *_: lambda: tensor)
     net = nn.Linear(4 * CHUNK, 8, bias=False, dtype=dtype)
-    optimizer = Optimizer(net.named_parameters(), Mesh(rank=0, size=size),
-                          settings_of(stage, gradient_accumulation_steps=1 + accumulates))
+    optimizer = Optimizer(
+        net.named_parameters(),
+        Mesh(rank=0, size=size),
+        settings_of(stage, gradient_accumulation_steps=1 + accumulates),
+    )
     optimizer.backward(net(torch.ones(1, 4 * CHUNK, dtype=dtype)).sum(), size)
     part = optimizer.parts[0]
     gradients = [part.gradients.sum] if stage == 2 else part.gradients.filled.values()
-    held = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in (part.weights, part.master, part.m, part.v, *gradients)}
+    held = {
+        t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
+        for t in (part.weights, part.master, part.m, part.v, *gradients)
+    }
     master, gradient = (4 if width == 2 else 0), (4 if accumulates else width)
     optimizer_share, gradient_share = (1 if stage == 0 else size), (size if stage == 2 else 1)
     expected = width + (master + 8) / optimizer_share + gradient / gradient_share
@@ -172,38 +232,64 @@ def test_state_is_as_large_as_the_table_says(size, stage, dtype, width, accumula
 def test_stage_2_sends_and_frees_its_buckets_while_backward_goes_on():
     """Never more under way than two buckets and the vectors, of which the first layer's come last."""
     net = random_model(n_layers=6)
-    gradients = Optimizer(net.named_parameters(), Mesh(), settings_of(2, bucket_elements=3000)).parts[0].gradients
+    gradients = (
+        Optimizer(net.named_parameters(), Mesh(), settings_of(2, bucket_elements=3000))
+        .parts[0]
+        .gradients
+    )
     under_way = []
     for parameter in net.parameters():
-        parameter.register_post_accumulate_grad_hook(lambda _: under_way.append(sum(t.numel() for t in gradients.filled.values())))
+        parameter.register_post_accumulate_grad_hook(
+            lambda _: under_way.append(sum(t.numel() for t in gradients.filled.values()))
+        )
     tokens = random_tokens(1, 9)
     net.loss_sum(tokens, tokens).backward()
-    sizes, vectors = [p.numel() for p in net.parameters()], sum(p.numel() for p in net.parameters() if p.ndim == 1)
+    sizes, vectors = (
+        [p.numel() for p in net.parameters()],
+        sum(p.numel() for p in net.parameters() if p.ndim == 1),
+    )
     assert len(under_way) == len(sizes)
     assert 0 < max(under_way) <= 2 * max(3000, *sizes) + vectors < sum(sizes) / 2
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(st.integers(1, 90), max_size=6), st.lists(st.integers(1, 9), min_size=1, max_size=6), st.sampled_from([0, 1, 2]),
-       st.integers(1, 5), st.integers(1, 100), st.booleans())
-def test_every_gradient_reaches_its_place_in_its_owners_slice_once(matrices, vectors, stage, size, bucket, accumulates):
+@given(
+    st.lists(st.integers(1, 90), max_size=6),
+    st.lists(st.integers(1, 9), min_size=1, max_size=6),
+    st.sampled_from([0, 1, 2]),
+    st.integers(1, 5),
+    st.integers(1, 100),
+    st.booleans(),
+)
+def test_every_gradient_reaches_its_place_in_its_owners_slice_once(
+    matrices, vectors, stage, size, bucket, accumulates
+):
     """The gradient of each number is its position, so the sum over rounds is the positions themselves, slice after slice."""
-    parameters = [nn.Parameter(torch.zeros(n, 1)) for n in matrices] + [nn.Parameter(torch.zeros(n)) for n in vectors]
+    parameters = [nn.Parameter(torch.zeros(n, 1)) for n in matrices] + [
+        nn.Parameter(torch.zeros(n)) for n in vectors
+    ]
     sizes = [p.numel() for p in parameters]
     total = sum(sizes)
     slice_size, rounds, slices = -(-total // size) + 1, 1 + accumulates, []
-    positions = [x.view(p.shape) for x, p in zip(torch.arange(float(total)).split(sizes), parameters, strict=True)]
+    positions = [
+        x.view(p.shape)
+        for x, p in zip(torch.arange(float(total)).split(sizes), parameters, strict=True)
+    ]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(comm, "reduce_to", lambda mesh, tensor, *_: lambda: tensor)
         for rank in range(size if stage else 1):
-            gradients = Gradients(parameters, Mesh(rank, size), slice_size, settings_of(stage, bucket_elements=bucket))
+            gradients = Gradients(
+                parameters, Mesh(rank, size), slice_size, settings_of(stage, bucket_elements=bucket)
+            )
             for _ in range(rounds):
                 sum((p * x).sum() for p, x in zip(parameters, positions, strict=True)).backward()
                 gradients.end_micro_batch()
             slices.append(gradients.reduced())
             parameters = [nn.Parameter(p.detach()) for p in parameters]  # without hooks
     found = torch.cat(slices)
-    assert torch.equal(found[:total], rounds * torch.arange(float(total))) and not found[total:].any()
+    assert (
+        torch.equal(found[:total], rounds * torch.arange(float(total))) and not found[total:].any()
+    )
 
 
 def test_an_overflow_on_one_rank_is_skipped_by_all():
@@ -275,13 +361,15 @@ def test_the_tree_of_sums_does_not_depend_on_the_ranks(count, ranks):
         return total.text
 
     leaves = [Sum(str(i)) for i in range(count)]
-    groups = [comm.pairwise_sum(list(leaves[i:i + ranks])) for i in range(0, count, ranks)]
+    groups = [comm.pairwise_sum(list(leaves[i : i + ranks])) for i in range(0, count, ranks)]
     assert tree(groups) == tree(leaves)
 
 
 def test_three_ranks_cannot_be_exact():
     with pytest.raises(UserError, match="1, 2, 4, 8"):
-        Optimizer(random_model().named_parameters(), Mesh(rank=0, size=3), settings_of(0, exact=True))
+        Optimizer(
+            random_model().named_parameters(), Mesh(rank=0, size=3), settings_of(0, exact=True)
+        )
 
 
 def test_nothing_to_train_is_said():
@@ -300,7 +388,11 @@ def test_ranks_that_disagree_about_a_collective_stop_with_both_places(monkeypatc
                 return str(error)
 
     for message in run_on_ranks(2, run):
-        assert "rank 0: all_reduce of (3,) at" in message and "rank 1: barrier" in message and message.count("test_zero.py") == 2
+        assert (
+            "rank 0: all_reduce of (3,) at" in message
+            and "rank 1: barrier" in message
+            and message.count("test_zero.py") == 2
+        )
 
 
 def test_a_lost_peer_is_one_line_that_names_the_rank():

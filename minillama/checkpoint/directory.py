@@ -17,15 +17,29 @@ import torch
 from torch import Tensor, nn
 
 from minillama.architecture import LlamaConfig, read_config, to_hf, with_layers
-from minillama.checkpoint.tensor_files import Entry, Plan, plan_of, read_safetensors, safetensors_writer
+from minillama.checkpoint.tensor_files import (
+    Entry,
+    Plan,
+    plan_of,
+    read_safetensors,
+    safetensors_writer,
+)
 from minillama.checkpoint.torch_files import read_torch, torch_writer
 from minillama.errors import UserError, read_json
 from minillama.model import Llama
 from minillama.tokenizer import Tokenizer
 
-TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+TOKENIZER_FILES = (
+    "tokenizer.model",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-IGNORED = re.compile(r"rotary_emb\.inv_freq$|^rope\.freqs$")  # positions are computed, whatever an old file carries
+IGNORED = re.compile(
+    r"rotary_emb\.inv_freq$|^rope\.freqs$"
+)  # positions are computed, whatever an old file carries
 GB = 10**9
 
 
@@ -33,12 +47,16 @@ def open_weights(directory: Path) -> dict[str, Entry]:
     """Every tensor of a checkpoint directory, by name, from headers alone; model*.safetensors before pytorch_model*.bin.
     Raises UserError for missing or unreadable files, all of them in one message."""
     if not directory.is_dir():
-        raise UserError(f"{directory}: no such directory; a checkpoint is a directory with config.json and model*.safetensors")
+        raise UserError(
+            f"{directory}: no such directory; a checkpoint is a directory with config.json and model*.safetensors"
+        )
     found = open_files(_weight_files(directory), "the index promises; download it again")
     return {name: entry for entries in found for name, entry in entries.items()}
 
 
-def open_files(files: Mapping[Path, Collection[str]], promise: str, alike: bool = False) -> list[dict[str, Entry]]:
+def open_files(
+    files: Mapping[Path, Collection[str]], promise: str, alike: bool = False
+) -> list[dict[str, Entry]]:
     """The tensors in each of `files`, by name, without rotary buffers. UserError lists all files that are not there, cannot be read,
     lack one of their names (which `promise`) or, unless files are `alike` (slices of the same tensors), hold what another holds too."""
     found, problems, places = [], [], {}
@@ -49,8 +67,14 @@ def open_files(files: Mapping[Path, Collection[str]], promise: str, alike: bool 
             problems.append(str(error))
             continue
         found.append({name: entry for name, entry in entries.items() if not IGNORED.search(name)})
-        problems += [f"{path}: lacks {name}, which {promise}" for name in names if name not in entries]
-        problems += [f"{path}: {name} is in {places[name]} too" for name in entries if name in places and not alike]
+        problems += [
+            f"{path}: lacks {name}, which {promise}" for name in names if name not in entries
+        ]
+        problems += [
+            f"{path}: {name} is in {places[name]} too"
+            for name in entries
+            if name in places and not alike
+        ]
         places |= dict.fromkeys(entries, path.name)
     if problems:
         raise UserError(listed(problems, 8))
@@ -66,7 +90,9 @@ def read_tensors(path: Path) -> dict[str, Entry]:
 
 def listed(problems: list[str], most: int = 4) -> str:
     """The first of them in one line, and how many more there are."""
-    return "; ".join(problems[:most]) + (f"; and {len(problems) - most} more" if len(problems) > most else "")
+    return "; ".join(problems[:most]) + (
+        f"; and {len(problems) - most} more" if len(problems) > most else ""
+    )
 
 
 def _weight_files(directory: Path) -> dict[Path, list[str]]:
@@ -77,25 +103,40 @@ def _weight_files(directory: Path) -> dict[Path, list[str]]:
             return _read_index(index)
         if (directory / single).is_file():
             return {directory / single: []}
-    if shards := [*directory.glob("model-*-of-*.safetensors"), *directory.glob("pytorch_model-*-of-*.bin")]:
-        raise UserError(f"{directory}: holds shards ({shards[0].name}, …) without their index; download the *.index.json too")
+    if shards := [
+        *directory.glob("model-*-of-*.safetensors"),
+        *directory.glob("pytorch_model-*-of-*.bin"),
+    ]:
+        raise UserError(
+            f"{directory}: holds shards ({shards[0].name}, …) without their index; download the *.index.json too"
+        )
     if list(directory.glob("consolidated.*.pth")):
-        raise UserError(f"{directory}: Meta's; convert it first: python convert.py meta --input {directory} --output {directory.name}-hf")
+        raise UserError(
+            f"{directory}: Meta's; convert it first: python convert.py meta --input {directory} --output {directory.name}-hf"
+        )
     if (directory / "adapter_config.json").is_file():
-        raise UserError(f"{directory}: a LoRA adapter, not a whole model; name its base with --base DIR")
+        raise UserError(
+            f"{directory}: a LoRA adapter, not a whole model; name its base with --base DIR"
+        )
     raise UserError(f"{directory}: holds no model*.safetensors and no pytorch_model*.bin")
 
 
 def _read_index(index: Path) -> dict[Path, list[str]]:
     files: dict[Path, list[str]] = {}
-    for tensor, name in read_json(index, keys={"weight_map": dict}, what="a weight index")["weight_map"].items():
+    for tensor, name in read_json(index, keys={"weight_map": dict}, what="a weight index")[
+        "weight_map"
+    ].items():
         if Path(str(name)).name != name:
-            raise UserError(f"{index}: names the file {name!r}; only plain file names inside the directory are read")
+            raise UserError(
+                f"{index}: names the file {name!r}; only plain file names inside the directory are read"
+            )
         files.setdefault(index.with_name(name), []).append(tensor)
     return dict(sorted(files.items()))
 
 
-def load_model(directory: Path, dtype: torch.dtype = torch.float32, n_layers: int = 0, vocab_size: int = 0) -> Llama:
+def load_model(
+    directory: Path, dtype: torch.dtype = torch.float32, n_layers: int = 0, vocab_size: int = 0
+) -> Llama:
     """Read a checkpoint as a `Llama` of `dtype` on the host, one tensor at a time.
     n_layers: only the first N (0: all). vocab_size: grow the embeddings to this many rows; new rows are the mean of the old.
     Raises UserError for any difference between the files and what config.json describes."""
@@ -106,9 +147,9 @@ def load_model(directory: Path, dtype: torch.dtype = torch.float32, n_layers: in
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             tensor = entries[name].read()
-            parameter[:len(tensor)].copy_(tensor)
+            parameter[: len(tensor)].copy_(tensor)
             if len(tensor) < len(parameter):
-                parameter[len(tensor):] = tensor.float().mean(0).to(dtype)
+                parameter[len(tensor) :] = tensor.float().mean(0).to(dtype)
     return model
 
 
@@ -116,9 +157,13 @@ def empty_model(config: LlamaConfig, dtype: torch.dtype) -> Llama:
     """A `Llama` with storage and no values: made without storage first, so nothing is allocated twice."""
     with torch.device("meta"):
         model = Llama(config)
-    for module in model.modules():  # what `to_empty` does, but for the half second in which that loads torch's compiler
+    for module in (
+        model.modules()
+    ):  # what `to_empty` does, but for the half second in which that loads torch's compiler
         for name, parameter in module.named_parameters(recurse=False):
-            setattr(module, name, nn.Parameter(torch.empty(parameter.shape, dtype=dtype, device="cpu")))
+            setattr(
+                module, name, nn.Parameter(torch.empty(parameter.shape, dtype=dtype, device="cpu"))
+            )
     if config.tie_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
     return model
@@ -128,14 +173,26 @@ def check_names(config: LlamaConfig, entries: dict[str, Entry], where: Path) -> 
     """Compare the tensors at hand with those `config` describes; UserError lists every difference. A tied head may be there."""
     wanted = config.parameter_shapes()
     problems = [f"missing {name}" for name in wanted if name not in entries]
-    problems += [f"unexpected {name}" for name in entries if name not in wanted and not (config.tie_embeddings and name == HEAD)]
-    problems += [f"{name} is {entries[name].shape}, config.json says {shape}"
-                 for name, shape in wanted.items() if name in entries and entries[name].shape != shape]
+    problems += [
+        f"unexpected {name}"
+        for name in entries
+        if name not in wanted and not (config.tie_embeddings and name == HEAD)
+    ]
+    problems += [
+        f"{name} is {entries[name].shape}, config.json says {shape}"
+        for name, shape in wanted.items()
+        if name in entries and entries[name].shape != shape
+    ]
     if problems:
         raise UserError(f"{where}: the weights do not fit config.json: {listed(problems)}")
 
 
-def save_model(model: Llama, directory: Path, tokenizer: Tokenizer | None = None, about: dict[str, Any] | None = None) -> None:
+def save_model(
+    model: Llama,
+    directory: Path,
+    tokenizer: Tokenizer | None = None,
+    about: dict[str, Any] | None = None,
+) -> None:
     """Write a Hugging Face directory that transformers opens as it is; a tied head once, under the embedding's name.
     about: goes into minillama.json."""
     directory.mkdir(parents=True, exist_ok=True)
@@ -146,8 +203,13 @@ def save_model(model: Llama, directory: Path, tokenizer: Tokenizer | None = None
         write_json(directory / "minillama.json", about)
 
 
-def write_weights(directory: Path, tensors: Iterator[tuple[str, Tensor]], plan: Plan, max_shard_bytes: int = 5 * GB,
-                  bin: bool = False) -> None:
+def write_weights(
+    directory: Path,
+    tensors: Iterator[tuple[str, Tensor]],
+    plan: Plan,
+    max_shard_bytes: int = 5 * GB,
+    bin: bool = False,
+) -> None:
     """Write tensors, in the order of `plan`, as one model.safetensors, or as shards with their index. bin: as pytorch_model.bin."""
     sizes = {name: prod(shape) * dtype.itemsize for name, (dtype, shape) in plan.items()}
     shards, room = [[]], max_shard_bytes
@@ -157,7 +219,11 @@ def write_weights(directory: Path, tensors: Iterator[tuple[str, Tensor]], plan: 
             room = max_shard_bytes
         shards[-1].append(name)
         room -= size
-    writer, stem, suffix = (torch_writer, "pytorch_model", ".bin") if bin else (safetensors_writer, "model", ".safetensors")
+    writer, stem, suffix = (
+        (torch_writer, "pytorch_model", ".bin")
+        if bin
+        else (safetensors_writer, "model", ".safetensors")
+    )
     weight_map = {}
     for number, names in enumerate(shards, 1):
         file = stem + (f"-{number:05d}-of-{len(shards):05d}" if len(shards) > 1 else "") + suffix
@@ -167,14 +233,22 @@ def write_weights(directory: Path, tensors: Iterator[tuple[str, Tensor]], plan: 
         weight_map |= dict.fromkeys(names, file)
     if len(shards) > 1:
         metadata = {"total_size": sum(sizes.values())}
-        write_json(directory / f"{stem}{suffix}.index.json", {"metadata": metadata, "weight_map": weight_map})
+        write_json(
+            directory / f"{stem}{suffix}.index.json",
+            {"metadata": metadata, "weight_map": weight_map},
+        )
 
 
-def write_configs(directory: Path, config: LlamaConfig, dtype: torch.dtype, tokenizer: Tokenizer | None = None) -> None:
+def write_configs(
+    directory: Path, config: LlamaConfig, dtype: torch.dtype, tokenizer: Tokenizer | None = None
+) -> None:
     """config.json, generation_config.json and the tokenizer's files: what a directory of weights needs beside them."""
     written = to_hf(config, str(dtype).removeprefix("torch."))
     write_json(directory / "config.json", written)
-    write_json(directory / "generation_config.json", {key: written[key] for key in ("bos_token_id", "eos_token_id")})
+    write_json(
+        directory / "generation_config.json",
+        {key: written[key] for key in ("bos_token_id", "eos_token_id")},
+    )
     if tokenizer is not None:
         copy_tokenizer(tokenizer.path, directory)
 
@@ -189,10 +263,22 @@ def copy_tokenizer(source: Path, directory: Path) -> None:
     for name in TOKENIZER_FILES:
         if (source / name).is_file() and not (directory / name).exists():
             shutil.copyfile(source / name, directory / name)
-    if (directory / "tokenizer.model").exists() and not (directory / "tokenizer_config.json").exists():
-        write_json(directory / "tokenizer_config.json", {
-            "tokenizer_class": "LlamaTokenizer", "legacy": True, "add_bos_token": True, "add_eos_token": False,
-            "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "clean_up_tokenization_spaces": False})
+    if (directory / "tokenizer.model").exists() and not (
+        directory / "tokenizer_config.json"
+    ).exists():
+        write_json(
+            directory / "tokenizer_config.json",
+            {
+                "tokenizer_class": "LlamaTokenizer",
+                "legacy": True,
+                "add_bos_token": True,
+                "add_eos_token": False,
+                "bos_token": "<s>",
+                "eos_token": "</s>",
+                "unk_token": "<unk>",
+                "clean_up_tokenization_spaces": False,
+            },
+        )
 
 
 def has_tokenizer(directory: Path) -> bool:
@@ -201,7 +287,11 @@ def has_tokenizer(directory: Path) -> bool:
 
 def list_states(out_dir: Path) -> list[Path]:
     """The complete checkpoints of a run, oldest first."""
-    found = [path for path in (out_dir / "checkpoints").glob("step-*") if path.name.removeprefix("step-").isdigit()]
+    found = [
+        path
+        for path in (out_dir / "checkpoints").glob("step-*")
+        if path.name.removeprefix("step-").isdigit()
+    ]
     return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
 
 

@@ -21,11 +21,21 @@ from torch import Tensor
 
 from minillama.errors import UserError
 
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-          "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 Plan = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]  # name -> dtype, shape
-Append = Callable[[str, Tensor], None]                    # writes the next tensor of a plan, converted to its dtype
+Append = Callable[[str, Tensor], None]  # writes the next tensor of a plan, converted to its dtype
 
 
 @dataclass(frozen=True)
@@ -45,8 +55,14 @@ class Entry:
         with open(self.file, "rb") as file:
             file.seek(self.offset)
             if self.nbytes and file.readinto(bytes_of(flat)) != self.nbytes:
-                raise UserError(f"{self.file}: ends before byte {self.offset + self.nbytes}; the file is truncated")
-        return flat.as_strided(self.shape, self.stride).contiguous() if self.stride else flat.view(self.shape)
+                raise UserError(
+                    f"{self.file}: ends before byte {self.offset + self.nbytes}; the file is truncated"
+                )
+        return (
+            flat.as_strided(self.shape, self.stride).contiguous()
+            if self.stride
+            else flat.view(self.shape)
+        )
 
     def transposed(self) -> "Entry":
         """The same elements with rows for columns."""
@@ -68,9 +84,13 @@ def refuse_foreign_bytes(path: Path, first: bytes) -> None:
     if not first:
         raise UserError(f"{path}: the file is empty; download it again")
     if first.startswith(b"version "):
-        raise UserError(f"{path}: a git-lfs pointer, not the weights; run `git lfs pull` or download the file itself")
+        raise UserError(
+            f"{path}: a git-lfs pointer, not the weights; run `git lfs pull` or download the file itself"
+        )
     if first.lstrip()[:1] == b"<":
-        raise UserError(f"{path}: a web page, not the weights; download the file itself (…/resolve/…, not …/blob/…)")
+        raise UserError(
+            f"{path}: a web page, not the weights; download the file itself (…/resolve/…, not …/blob/…)"
+        )
 
 
 def read_safetensors(path: Path) -> dict[str, Entry]:
@@ -78,15 +98,27 @@ def read_safetensors(path: Path) -> dict[str, Entry]:
     with open(path, "rb") as file:
         refuse_foreign_bytes(path, file.read(16))
         try:
-            with safe_open(path, "pt"):  # the library checks that the header describes this file, to its last byte
+            with safe_open(
+                path, "pt"
+            ):  # the library checks that the header describes this file, to its last byte
                 file.seek(0)
             start = 8 + int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(start - 8))
             header.pop("__metadata__", None)
-            return {name: Entry(path, DTYPES[spec["dtype"]], tuple(spec["shape"]), start + spec["data_offsets"][0],
-                                spec["data_offsets"][1] - spec["data_offsets"][0]) for name, spec in header.items()}
+            return {
+                name: Entry(
+                    path,
+                    DTYPES[spec["dtype"]],
+                    tuple(spec["shape"]),
+                    start + spec["data_offsets"][0],
+                    spec["data_offsets"][1] - spec["data_offsets"][0],
+                )
+                for name, spec in header.items()
+            }
         except (SafetensorError, KeyError) as error:
-            raise UserError(f"{path}: not a safetensors file, cut short, or of an unknown dtype ({error}); download it again") from None
+            raise UserError(
+                f"{path}: not a safetensors file, cut short, or of an unknown dtype ({error}); download it again"
+            ) from None
 
 
 def appending(plan: Plan, write: Callable[[memoryview], object]) -> Iterator[Append]:
@@ -95,7 +127,12 @@ def appending(plan: Plan, write: Callable[[memoryview], object]) -> Iterator[App
 
     def append(name: str, tensor: Tensor) -> None:
         planned, (dtype, shape) = next(waiting)
-        assert name == planned and tuple(tensor.shape) == shape, (name, tuple(tensor.shape), planned, shape)
+        assert name == planned and tuple(tensor.shape) == shape, (
+            name,
+            tuple(tensor.shape),
+            planned,
+            shape,
+        )
         write(bytes_of(tensor.detach().to("cpu", dtype).contiguous()))
 
     yield append

@@ -30,8 +30,15 @@ from minillama.data.sources import hash_of
 from minillama.errors import UserError
 
 
-def save_state(out_dir: Path, step: int, mesh: Mesh, slices: list[tuple[int, dict[str, Tensor]]], state: dict[str, Any],
-               write_model: Callable[[Path], None], keep: int) -> str:
+def save_state(
+    out_dir: Path,
+    step: int,
+    mesh: Mesh,
+    slices: list[tuple[int, dict[str, Tensor]]],
+    state: dict[str, Any],
+    write_model: Callable[[Path], None],
+    keep: int,
+) -> str:
     """Write checkpoints/step-N and delete all but the newest `keep` (0: none). Returns "", or why nothing was written.
     slices: for each flat vector, the position this rank's slice begins at, and its tensors. write_model is called on rank 0."""
     final = out_dir / "checkpoints" / f"step-{step:06d}"
@@ -44,7 +51,11 @@ def save_state(out_dir: Path, step: int, mesh: Mesh, slices: list[tuple[int, dic
     comm.barrier(mesh)
     try:
         if (free := shutil.disk_usage(partial).free) < needed:
-            raise OSError(28, f"{needed:,} bytes are needed for the optimizer's state alone, {free:,} are free", str(partial))
+            raise OSError(
+                28,
+                f"{needed:,} bytes are needed for the optimizer's state alone, {free:,} are free",
+                str(partial),
+            )
         for number, (start, tensors) in enumerate(slices):
             path = partial / f"state-{number}-{start:012d}.safetensors"
             write_safetensors(path, tensors)
@@ -52,7 +63,11 @@ def save_state(out_dir: Path, step: int, mesh: Mesh, slices: list[tuple[int, dic
         if mesh.is_first:
             write_model(partial)
             write_json(partial / "state.json", state)
-            hashes |= {p.name: flush_and_hash(p) for p in sorted(partial.iterdir()) if not p.name.startswith("state-")}
+            hashes |= {
+                p.name: flush_and_hash(p)
+                for p in sorted(partial.iterdir())
+                if not p.name.startswith("state-")
+            }
     except OSError as error:
         problem = f"rank {mesh.rank}: {error.strerror or error} ({error.filename or partial})"
     said = comm.gather_objects(mesh, (problem, hashes))
@@ -60,7 +75,10 @@ def save_state(out_dir: Path, step: int, mesh: Mesh, slices: list[tuple[int, dic
     if mesh.is_first and problems:
         shutil.rmtree(partial, ignore_errors=True)
     elif mesh.is_first:
-        write_json(partial / "manifest.json", {"sha256": {name: sha for _, part in said for name, sha in part.items()}})
+        write_json(
+            partial / "manifest.json",
+            {"sha256": {name: sha for _, part in said for name, sha in part.items()}},
+        )
         publish(partial, final)
         for old in list_states(out_dir)[:-keep] if keep else []:
             shutil.rmtree(old)
@@ -113,9 +131,14 @@ def read_state(directory: Path) -> dict[str, Any]:
 
 def slice_reader(directory: Path, number: int, total: int) -> Callable[[str, int, int], Tensor]:
     """read(name, start, stop): a stretch of flat vector `number` of a checkpoint, whoever wrote it. `total`: its length."""
-    pieces = [(int(path.stem.rsplit("-", 1)[1]), read_safetensors(path)) for path in directory.glob(f"state-{number}-*.safetensors")]
+    pieces = [
+        (int(path.stem.rsplit("-", 1)[1]), read_safetensors(path))
+        for path in directory.glob(f"state-{number}-*.safetensors")
+    ]
     if (held := sum(entries["m"].shape[0] for _, entries in pieces)) != total:
-        raise UserError(f"{directory}: holds {held:,} trained numbers, this run has {total:,}; it belongs to another run")
+        raise UserError(
+            f"{directory}: holds {held:,} trained numbers, this run has {total:,}; it belongs to another run"
+        )
 
     def read(name: str, start: int, stop: int) -> Tensor:
         result = torch.empty(max(0, stop - start), dtype=torch.float32)
@@ -123,7 +146,14 @@ def slice_reader(directory: Path, number: int, total: int) -> Callable[[str, int
             entry = entries[name]
             first, last = max(start, begin), min(stop, begin + entry.shape[0])
             if first < last:
-                stretch = Entry(entry.file, entry.dtype, (last - first,), entry.offset + 4 * (first - begin), 4 * (last - first))
-                result[first - start:last - start] = stretch.read()
+                stretch = Entry(
+                    entry.file,
+                    entry.dtype,
+                    (last - first,),
+                    entry.offset + 4 * (first - begin),
+                    4 * (last - first),
+                )
+                result[first - start : last - start] = stretch.read()
         return result
+
     return read

@@ -32,7 +32,9 @@ def make_delta(base: Path, target: Path, output: Output) -> None:
     _convert(base, target, "target", Tensor.sub_, output, model=target)
 
 
-def _convert(base: Path, other: Path, role: str, operation: Callable, output: Output, model: Path) -> None:
+def _convert(
+    base: Path, other: Path, role: str, operation: Callable, output: Output, model: Path
+) -> None:
     ours, theirs = open_weights(base), open_weights(other)
     print(f"{'':8}{'rows':>7}  {'dtype':10}{'tensors':>8}  tokenizer")
     _show("base", base, ours)
@@ -45,19 +47,31 @@ def _convert(base: Path, other: Path, role: str, operation: Callable, output: Ou
         raise UserError(f"base and {role} do not belong together: {listed(sorted(problems), 3)}")
     rows = theirs[EMBEDDING].shape[0]
     added = rows - ours[EMBEDDING].shape[0]
-    print("same shapes, as in Vicuna v1.1" if added == 0 else
-          f"the {role} has {added} rows more{', as in Vicuna v0' if added == 1 else ''}: the base is extended by zeros")
-    recipes = {name: _combined(start, theirs[name], operation, output.dtype or start.dtype) for name, start in ours.items()}
+    print(
+        "same shapes, as in Vicuna v1.1"
+        if added == 0
+        else f"the {role} has {added} rows more{', as in Vicuna v0' if added == 1 else ''}: the base is extended by zeros"
+    )
+    recipes = {
+        name: _combined(start, theirs[name], operation, output.dtype or start.dtype)
+        for name, start in ours.items()
+    }
     config = replace(read_config(model), vocab_size=rows)
-    write_checkpoint(output, recipes, lambda path: write_companions(path, model, config, recipes[EMBEDDING].dtype, (other, base)))
+    write_checkpoint(
+        output,
+        recipes,
+        lambda path: write_companions(path, model, config, recipes[EMBEDDING].dtype, (other, base)),
+    )
 
 
 def _combined(base: Entry, other: Entry, operation: Callable, dtype: torch.dtype) -> Recipe:
     """other ± base in `dtype`, in place: two tensors in memory. Rows that the base lacks count as zeros."""
+
     def read() -> Tensor:
         result, start = other.read().to(dtype), base.read().to(dtype)
-        operation(result[:len(start)], start)
+        operation(result[: len(start)], start)
         return result
+
     return Recipe(dtype, other.shape, read)
 
 
@@ -68,7 +82,9 @@ def _show(role: str, directory: Path, entries: dict[str, Entry]) -> None:
         opened = open_tokenizer(directory)
         tokenizer = f"{opened.size} pieces, sha256 {opened.sha256[:8]}"
     embedding = entries.get(EMBEDDING)
-    rows, dtype = (embedding.shape[0], str(embedding.dtype).removeprefix("torch.")) if embedding else (0, "?")
+    rows, dtype = (
+        (embedding.shape[0], str(embedding.dtype).removeprefix("torch.")) if embedding else (0, "?")
+    )
     print(f"{role:8}{rows:7}  {dtype:10}{len(entries):8}  {tokenizer}")
 
 
@@ -79,8 +95,10 @@ def _mismatches(base: dict[str, Entry], other: dict[str, Entry], role: str) -> l
         ours, theirs = base[name].shape, other[name].shape
         same_but_rows = name in (EMBEDDING, HEAD) and ours[1:] == theirs[1:]
         if same_but_rows and ours[0] > theirs[0]:
-            problems.append(f"{name} has {ours[0]} rows in the base and {theirs[0]} in the {role}: are the two swapped, "
-                            "or is the base already fine-tuned? It must be the original LLaMA")
+            problems.append(
+                f"{name} has {ours[0]} rows in the base and {theirs[0]} in the {role}: are the two swapped, "
+                "or is the base already fine-tuned? It must be the original LLaMA"
+            )
         elif ours != theirs and not same_but_rows:
             problems.append(f"{name} is {ours} in the base, {theirs} in the {role}")
     return problems

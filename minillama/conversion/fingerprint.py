@@ -37,48 +37,95 @@ def manifest(directory: Path) -> dict:
     tensors, recipes = {}, recipes_of(directory)
     for name in tqdm(sorted(recipes), unit="tensor", disable=None):
         tensor = recipes[name].read().contiguous()
-        norm = torch.linalg.vector_norm(tensor, dtype=torch.float64).item() if tensor.is_floating_point() else 0.0
-        tensors[name] = {"dtype": str(tensor.dtype).removeprefix("torch."), "shape": list(tensor.shape),
-                         "sha256": hashlib.sha256(bytes_of(tensor)).hexdigest(), "norm": norm}
-    lines = (f"{name} {line['dtype']} {line['shape']} {line['sha256']}\n" for name, line in tensors.items())
-    files = {path.name: {"bytes": path.stat().st_size, "sha256": hash_of(path)}
-             for path in sorted(directory.iterdir()) if path.is_file() and path.name != MANIFEST}
-    return {"version": 1, "content": hashlib.sha256("".join(lines).encode()).hexdigest(), "tensors": tensors, "files": files}
+        norm = (
+            torch.linalg.vector_norm(tensor, dtype=torch.float64).item()
+            if tensor.is_floating_point()
+            else 0.0
+        )
+        tensors[name] = {
+            "dtype": str(tensor.dtype).removeprefix("torch."),
+            "shape": list(tensor.shape),
+            "sha256": hashlib.sha256(bytes_of(tensor)).hexdigest(),
+            "norm": norm,
+        }
+    lines = (
+        f"{name} {line['dtype']} {line['shape']} {line['sha256']}\n"
+        for name, line in tensors.items()
+    )
+    files = {
+        path.name: {"bytes": path.stat().st_size, "sha256": hash_of(path)}
+        for path in sorted(directory.iterdir())
+        if path.is_file() and path.name != MANIFEST
+    }
+    return {
+        "version": 1,
+        "content": hashlib.sha256("".join(lines).encode()).hexdigest(),
+        "tensors": tensors,
+        "files": files,
+    }
 
 
 def write_manifest(directory: Path) -> str:
     """Write DIR/manifest.json and return the content fingerprint."""
     made = manifest(directory)
-    write_file(directory / MANIFEST, json.dumps(made, indent=2, ensure_ascii=False).encode() + b"\n", overwrite=True)
+    write_file(
+        directory / MANIFEST,
+        json.dumps(made, indent=2, ensure_ascii=False).encode() + b"\n",
+        overwrite=True,
+    )
     return made["content"]
 
 
 def check(directory: Path, against: Path) -> list[str]:
     """Compare `directory` with a manifest file, or with another checkpoint directory. Returns remarks on what is equal enough.
     Raises UserError naming the first tensor that differs, and by how much where both sides' tensors are at hand."""
-    wanted = {} if against.is_dir() else read_json(against, ABSENT, {"tensors": dict, "files": dict}, "a manifest of convert.py sha256")
+    wanted = (
+        {}
+        if against.is_dir()
+        else read_json(
+            against, ABSENT, {"tensors": dict, "files": dict}, "a manifest of convert.py sha256"
+        )
+    )
     found, wanted = manifest(directory), wanted or manifest(against)
     ours, theirs = found["tensors"], wanted["tensors"]
     for name in sorted(ours | theirs):
         if name not in ours or name not in theirs:
             raise UserError(f"{name}: only in {directory if name in ours else against}")
         here, there = ours[name], theirs[name]
-        if wrong := [what for what in ("dtype", "shape", "sha256") if here[what] != there.get(what)]:
-            gap = _distance(directory, against, name, here, there) if wrong == ["sha256"] else (
-                f"{wrong[0]} {here[wrong[0]]} here, {there.get(wrong[0])} there")
-            raise UserError(f"{name}: the first tensor that differs between {directory} and {against}: {gap}")
-    sides = {name: (found["files"].get(name), wanted["files"].get(name)) for name in sorted(found["files"] | wanted["files"])}
-    notes = [f"note: {name} {'differs' if a and b else 'is on one side only'}" for name, (a, b) in sides.items() if a != b]
+        if wrong := [
+            what for what in ("dtype", "shape", "sha256") if here[what] != there.get(what)
+        ]:
+            gap = (
+                _distance(directory, against, name, here, there)
+                if wrong == ["sha256"]
+                else (f"{wrong[0]} {here[wrong[0]]} here, {there.get(wrong[0])} there")
+            )
+            raise UserError(
+                f"{name}: the first tensor that differs between {directory} and {against}: {gap}"
+            )
+    sides = {
+        name: (found["files"].get(name), wanted["files"].get(name))
+        for name in sorted(found["files"] | wanted["files"])
+    }
+    notes = [
+        f"note: {name} {'differs' if a and b else 'is on one side only'}"
+        for name, (a, b) in sides.items()
+        if a != b
+    ]
     return [f"content {found['content']}: all {len(ours)} tensors are equal", *notes]
 
 
 def _distance(directory: Path, against: Path, name: str, here: dict, there: dict) -> str:
     """How far apart two tensors of one dtype and shape are: element by element, or by their norms where only a manifest is at hand."""
     if not against.is_dir():
-        return (f"its norm is {here['norm']:.9g} here, {there.get('norm')} there "
-                "(--check GOOD_DIR compares with another copy, element by element)")
+        return (
+            f"its norm is {here['norm']:.9g} here, {there.get('norm')} there "
+            "(--check GOOD_DIR compares with another copy, element by element)"
+        )
     a, b = (recipes_of(side)[name].read().float().view(-1) for side in (directory, against))
     gap = (a - b).abs().nan_to_num(nan=torch.inf)
     worst = int(gap.argmax())
-    return (f"by up to {gap[worst]:.3g} (element {worst}: {a[worst]:.6g} here, {b[worst]:.6g} there), "
-            f"in {int((a != b).sum())} elements")
+    return (
+        f"by up to {gap[worst]:.3g} (element {worst}: {a[worst]:.6g} here, {b[worst]:.6g} there), "
+        f"in {int((a != b).sum())} elements"
+    )

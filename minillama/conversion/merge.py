@@ -22,7 +22,15 @@ import torch
 from torch import Tensor
 
 from minillama.architecture import read_config
-from minillama.checkpoint.directory import EMBEDDING, HEAD, IGNORED, check_names, has_tokenizer, open_weights, read_tensors
+from minillama.checkpoint.directory import (
+    EMBEDDING,
+    HEAD,
+    IGNORED,
+    check_names,
+    has_tokenizer,
+    open_weights,
+    read_tensors,
+)
 from minillama.checkpoint.tensor_files import Entry
 from minillama.conversion.meta import write_meta
 from minillama.conversion.output import Output, Recipe, write_checkpoint, write_companions
@@ -31,17 +39,24 @@ from minillama.lora import read_adapter_config
 from minillama.tokenizer import open_tokenizer
 
 PROBES = 4  # random hidden states in the check
-HONOURED = ("bias", "exclude_modules", "fan_in_fan_out", "layers_to_transform")  # keys of a configuration; most show in the names
+HONOURED = (
+    "bias",
+    "exclude_modules",
+    "fan_in_fan_out",
+    "layers_to_transform",
+)  # keys of a configuration; most show in the names
 _WRAPPERS = re.compile(r"^(?:base_model\.model\.|module\.)+")
 _FACTOR = re.compile(r"^(.+)\.lora_(embedding_)?([AB])(?:\.(?!weight$|bias$)[^.]+)?(?:\.weight)?$")
 _WHOLE = re.compile(r"\.modules_to_save(\.[^.]+)?(?=\.weight$)|\.base_layer(?=\.)")
-Product = tuple[Entry, Entry, float]  # s·B·A as B (rows, R), A (R, columns) and s; or as Aᵀ and Bᵀ where weights lie as (in, out)
+Product = tuple[
+    Entry, Entry, float
+]  # s·B·A as B (rows, R), A (R, columns) and s; or as Aᵀ and Bᵀ where weights lie as (in, out)
 
 
 @dataclass(frozen=True)
 class Adapter:
     path: Path
-    products: dict[str, Product]     # by the base tensor's name
+    products: dict[str, Product]  # by the base tensor's name
     replacements: dict[str, Entry]
 
 
@@ -54,15 +69,27 @@ class Merged:
     deviation: float
 
 
-def merge_lora(base: Path, adapters: list[Path], output: Output, meta: bool = False, shards: int = 0,
-               device: torch.device | str = "cpu", seed: int = 0) -> list[Merged]:
+def merge_lora(
+    base: Path,
+    adapters: list[Path],
+    output: Output,
+    meta: bool = False,
+    shards: int = 0,
+    device: torch.device | str = "cpu",
+    seed: int = 0,
+) -> list[Merged]:
     """Merge `adapters`, in order, into `base`, and write a Hugging Face directory, or Meta's layout in `shards` files.
     Raises UserError for an adapter that does not fit, before anything is written."""
     config, entries = read_config(base), open_weights(base)
     check_names(config, entries, base)
     opened = [read_adapter(path) for path in adapters]
-    if config.tie_embeddings and any(HEAD in adapter.replacements | adapter.products for adapter in opened):
-        entries, config = entries | {HEAD: entries[EMBEDDING]}, replace(config, tie_embeddings=False)
+    if config.tie_embeddings and any(
+        HEAD in adapter.replacements | adapter.products for adapter in opened
+    ):
+        entries, config = (
+            entries | {HEAD: entries[EMBEDDING]},
+            replace(config, tie_embeddings=False),
+        )
     recipes, products = dict(entries), defaultdict(list)
     for adapter in opened:
         _stack(adapter, recipes, products)
@@ -71,13 +98,21 @@ def merge_lora(base: Path, adapters: list[Path], output: Output, meta: bool = Fa
     dtypes = {name: output.dtype or entry.dtype for name, entry in entries.items()}
     report: list[Merged] = []
     for name, entry in recipes.items():
-        read = partial(_merge, name, entry, products[name], dtypes[name], report, device, seed) if products[name] else entry.read
+        read = (
+            partial(_merge, name, entry, products[name], dtypes[name], report, device, seed)
+            if products[name]
+            else entry.read
+        )
         recipes[name] = Recipe(dtypes[name], entry.shape, read)
     sources = [*reversed(adapters), base]
     if meta:
         write_meta(output, recipes, config, next(filter(has_tokenizer, sources), base), shards)
     else:
-        write_checkpoint(output, recipes, lambda path: write_companions(path, base, config, dtypes[EMBEDDING], sources))
+        write_checkpoint(
+            output,
+            recipes,
+            lambda path: write_companions(path, base, config, dtypes[EMBEDDING], sources),
+        )
     _show(report, opened)
     return report
 
@@ -92,15 +127,23 @@ def read_adapter(path: Path) -> Adapter:
     for key, entry in adapter_entries(path).items():
         name = _WRAPPERS.sub("", key)
         if "lora_magnitude_vector" in name:
-            raise UserError(f"{path}: {key}: DoRA is not supported; merge the adapter with peft, and use the result")
+            raise UserError(
+                f"{path}: {key}: DoRA is not supported; merge the adapter with peft, and use the result"
+            )
         if ".original_module." in name or IGNORED.search(name):
             continue  # the frozen copy beside a module_to_save, and positions
         pair = _FACTOR.match(name)
         if not pair and "lora_" in name:
             raise UserError(f"{path}: {key}: not a LoRA key that is known here")
-        place, where = (halves[pair[1], bool(pair[2])], pair[3]) if pair else (replacements, _WHOLE.sub("", name))
+        place, where = (
+            (halves[pair[1], bool(pair[2])], pair[3])
+            if pair
+            else (replacements, _WHOLE.sub("", name))
+        )
         if where in place:
-            raise UserError(f"{path}: {key}: a second value for {name}; the file holds more than one adapter")
+            raise UserError(
+                f"{path}: {key}: a second value for {name}; the file holds more than one adapter"
+            )
         place[where] = entry
     products = {}
     for (module, is_embedding), pair in halves.items():
@@ -108,7 +151,9 @@ def read_adapter(path: Path) -> Adapter:
             raise UserError(f"{path}: {module} has lora_{next(iter(pair))} without its other half")
         a, b, rank = pair["A"], pair["B"], config.rank_of(module)
         if len(a.shape) != 2 or len(b.shape) != 2 or not a.shape[0] == b.shape[1] == rank:
-            raise UserError(f"{path}: {module}: lora_A is {a.shape} and lora_B {b.shape}, adapter_config.json says rank {rank}")
+            raise UserError(
+                f"{path}: {module}: lora_A is {a.shape} and lora_B {b.shape}, adapter_config.json says rank {rank}"
+            )
         left, right = (a.transposed(), b.transposed()) if is_embedding or transposed else (b, a)
         products[f"{module}.weight"] = left, right, config.scale_of(module)
     return Adapter(path, products, replacements)
@@ -119,23 +164,33 @@ def adapter_entries(path: Path) -> dict[str, Entry]:
     for name in ("adapter_model.safetensors", "adapter_model.bin", "pytorch_model.bin"):
         if (path / name).is_file():
             return read_tensors(path / name)
-    raise UserError(f"{path}: holds no adapter_model.safetensors, adapter_model.bin or pytorch_model.bin")
+    raise UserError(
+        f"{path}: holds no adapter_model.safetensors, adapter_model.bin or pytorch_model.bin"
+    )
 
 
 def _stack(adapter: Adapter, final: dict[str, Entry], products: dict[str, list[Product]]) -> None:
     """Put one more adapter on top: `final` is where each whole tensor comes from, `products` what is added to it."""
     if strange := [name for name in adapter.replacements | adapter.products if name not in final]:
-        raise UserError(f"{adapter.path}: {strange[0]}: the base has no such tensor{closest(strange[0], final)}")
+        raise UserError(
+            f"{adapter.path}: {strange[0]}: the base has no such tensor{closest(strange[0], final)}"
+        )
     for name, entry in adapter.replacements.items():
         old = final[name].shape
-        grows = name in (EMBEDDING, HEAD) and entry.shape[1:] == old[1:] and entry.shape[0] >= old[0]
+        grows = (
+            name in (EMBEDDING, HEAD) and entry.shape[1:] == old[1:] and entry.shape[0] >= old[0]
+        )
         if entry.shape != old and not grows:
-            raise UserError(f"{adapter.path}: {name} is {entry.shape}, in the base {old}; it was trained on another base")
+            raise UserError(
+                f"{adapter.path}: {name} is {entry.shape}, in the base {old}; it was trained on another base"
+            )
         final[name], products[name] = entry, []
     for name, product in adapter.products.items():
         made = product[0].shape[0], product[1].shape[1]
         if made != final[name].shape:
-            raise UserError(f"{adapter.path}: {name}: the adapter makes {made}, the base has {final[name].shape}")
+            raise UserError(
+                f"{adapter.path}: {name}: the adapter makes {made}, the base has {final[name].shape}"
+            )
         products[name].append(product)
     if (adapter.path / "tokenizer.model").is_file():
         _check_vocabulary(adapter, final[EMBEDDING].shape[0])
@@ -147,31 +202,63 @@ def _check_vocabulary(adapter: Adapter, rows: int) -> None:
     for name, part in (("added_tokens.json", dict.keys), ("special_tokens_map.json", dict.values)):
         if (adapter.path / name).is_file():
             tokens += part(read_json(adapter.path / name))
-    texts = {token["content"] if isinstance(token, dict) else token for token in tokens if isinstance(token, (dict, str))}
+    texts = {
+        token["content"] if isinstance(token, dict) else token
+        for token in tokens
+        if isinstance(token, (dict, str))
+    }
     model = open_tokenizer(path).model
     pieces = len(texts.union(map(model.id_to_piece, range(model.get_piece_size()))))
     if EMBEDDING in adapter.replacements and pieces != rows:
-        raise UserError(f"{path}: {pieces} pieces, but the adapter's embedding has {rows} rows; a tokenizer of another model "
-                        "(LLaMA's has 32000, Chinese-LLaMA's 49953, Chinese-Alpaca's 49954, Chinese-LLaMA-2's 55296)")
+        raise UserError(
+            f"{path}: {pieces} pieces, but the adapter's embedding has {rows} rows; a tokenizer of another model "
+            "(LLaMA's has 32000, Chinese-LLaMA's 49953, Chinese-Alpaca's 49954, Chinese-LLaMA-2's 55296)"
+        )
     if pieces > rows:
-        raise UserError(f"{path}: {pieces} pieces, but the embedding has {rows} rows and the adapter brings no larger one "
-                        "(modules_to_save: embed_tokens, lm_head); was it saved whole?")
+        raise UserError(
+            f"{path}: {pieces} pieces, but the embedding has {rows} rows and the adapter brings no larger one "
+            "(modules_to_save: embed_tokens, lm_head); was it saved whole?"
+        )
 
 
-def _merge(name: str, entry: Entry, products: list[Product], dtype: torch.dtype, report: list[Merged], device: torch.device | str,
-           seed: int) -> Tensor:
+def _merge(
+    name: str,
+    entry: Entry,
+    products: list[Product],
+    dtype: torch.dtype,
+    report: list[Merged],
+    device: torch.device | str,
+    seed: int,
+) -> Tensor:
     """W' for one tensor, and its line of the report."""
-    left = torch.cat([left.read().float() * scale for left, _, scale in products], 1).to(device)  # several adapters are
-    right = torch.cat([right.read().float() for _, right, _ in products], 0).to(device)           # one of their summed rank
-    x = torch.randn(entry.shape[1], PROBES, generator=torch.Generator().manual_seed(seed)).to(device)  # (in, P)
+    left = torch.cat([left.read().float() * scale for left, _, scale in products], 1).to(
+        device
+    )  # several adapters are
+    right = torch.cat([right.read().float() for _, right, _ in products], 0).to(
+        device
+    )  # one of their summed rank
+    x = torch.randn(entry.shape[1], PROBES, generator=torch.Generator().manual_seed(seed)).to(
+        device
+    )  # (in, P)
     weight = entry.read().to(device).float()
-    norm, unmerged = weight.norm(dim=1).norm().item(), weight @ x + left @ (right @ x)  # by rows, so fp32 is enough; (out, P)
+    norm, unmerged = (
+        weight.norm(dim=1).norm().item(),
+        weight @ x + left @ (right @ x),
+    )  # by rows, so fp32 is enough; (out, P)
     merged = weight.addmm_(left, right).to(dtype)
     seen = weight.copy_(merged) @ x  # in the fp32 copy, so that there is only one
     # |B·A|² = Σ (BᵀB) ∘ (AAᵀ): R×R numbers in place of out×in
-    change = ((left.T.double() @ left.double()) * (right.double() @ right.T.double())).sum().clamp(min=0).sqrt().item()
+    change = (
+        ((left.T.double() @ left.double()) * (right.double() @ right.T.double()))
+        .sum()
+        .clamp(min=0)
+        .sqrt()
+        .item()
+    )
     deviation, largest = (seen - unmerged).abs().max().item(), seen.abs().max().item()
-    report.append(Merged(name, change / norm if norm else math.inf, deviation / largest if largest else 0.0))
+    report.append(
+        Merged(name, change / norm if norm else math.inf, deviation / largest if largest else 0.0)
+    )
     return merged
 
 
@@ -182,9 +269,16 @@ def _show(report: list[Merged], adapters: list[Adapter]) -> None:
         layers[layer[1] if layer else merged.name.split(".")[-2]].append(merged)
     print(f"{'layer':>12} {'modules':>8} {'relative change':>16} {'merged - unmerged':>18}")
     for layer, group in layers.items():
-        change, deviation = sum(merged.change for merged in group) / len(group), max(merged.deviation for merged in group)
+        change, deviation = (
+            sum(merged.change for merged in group) / len(group),
+            max(merged.deviation for merged in group),
+        )
         print(f"{layer:>12} {len(group):8} {change:16.2e} {deviation:18.1e}")
     for adapter in adapters:
-        print(f"{adapter.path}: {len(adapter.products)} products and {len(adapter.replacements)} whole tensors, each used once")
+        print(
+            f"{adapter.path}: {len(adapter.products)} products and {len(adapter.replacements)} whole tensors, each used once"
+        )
     if unchanged := [merged.name for merged in report if merged.change == 0]:
-        print(f"warning: {len(unchanged)} of {len(report)} modules did not change ({unchanged[0]}, …); was the adapter trained?")
+        print(
+            f"warning: {len(unchanged)} of {len(report)} modules did not change ({unchanged[0]}, …); was the adapter trained?"
+        )

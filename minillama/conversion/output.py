@@ -26,12 +26,24 @@ from torch import Tensor
 from tqdm import tqdm
 
 from minillama.architecture import LlamaConfig
-from minillama.checkpoint.directory import GB, copy_tokenizer, has_tokenizer, write_configs, write_json, write_weights
+from minillama.checkpoint.directory import (
+    GB,
+    copy_tokenizer,
+    has_tokenizer,
+    write_configs,
+    write_json,
+    write_weights,
+)
 from minillama.checkpoint.tensor_files import Entry, Plan, to_disk
 from minillama.errors import UserError, read_json
 
-OURS = ("config.json", "params.json", "adapter_config.json", "manifest.json")  # a directory with one of these may be overwritten
-HEADROOM = 16 * 2**20                                                           # bytes for headers, config and tokenizer
+OURS = (
+    "config.json",
+    "params.json",
+    "adapter_config.json",
+    "manifest.json",
+)  # a directory with one of these may be overwritten
+HEADROOM = 16 * 2**20  # bytes for headers, config and tokenizer
 
 
 @dataclass(frozen=True)
@@ -59,7 +71,9 @@ class Output:
     verbose: bool = False
 
 
-def write_checkpoint(output: Output, recipes: Recipes, finish: Callable[[Path], None], write: Writer | None = None) -> None:
+def write_checkpoint(
+    output: Output, recipes: Recipes, finish: Callable[[Path], None], write: Writer | None = None
+) -> None:
     """Carry out `recipes`. write: how weights are laid out (default: as Hugging Face does); finish: adds the other files."""
     started = time.monotonic()
     plan = {name: (output.dtype or recipe.dtype, recipe.shape) for name, recipe in recipes.items()}
@@ -78,11 +92,21 @@ def write_checkpoint(output: Output, recipes: Recipes, finish: Callable[[Path], 
     with complete_or_absent(output.path, total, output.overwrite) as directory:
         write(directory, tensors(), plan)
         finish(directory)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    print(f"{output.path}: {len(plan)} tensors, {total / GB:.3g} GB in {time.monotonic() - started:.1f} s, peak memory {peak / GB:.2f} GB")
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+        1 if sys.platform == "darwin" else 1024
+    )
+    print(
+        f"{output.path}: {len(plan)} tensors, {total / GB:.3g} GB in {time.monotonic() - started:.1f} s, peak memory {peak / GB:.2f} GB"
+    )
 
 
-def write_companions(directory: Path, model: Path, config: LlamaConfig, dtype: torch.dtype, tokenizers: Sequence[Path]) -> None:
+def write_companions(
+    directory: Path,
+    model: Path,
+    config: LlamaConfig,
+    dtype: torch.dtype,
+    tokenizers: Sequence[Path],
+) -> None:
     """The files beside the weights: `model`'s config.json with the dtype, and the vocabulary and tying of `config`; its
     generation_config.json; and the tokenizer and minillama.json of the first of `tokenizers` that has them."""
     write_configs(directory, config, dtype)
@@ -108,7 +132,9 @@ def complete_or_absent(path: Path, nbytes: int, overwrite: bool) -> Iterator[Pat
     try:
         with ExitStack() as last:
             unfinished.mkdir(parents=True, exist_ok=True)
-            lock = os.open(unfinished, os.O_RDONLY)  # the kernel unlocks it, however the process ends
+            lock = os.open(
+                unfinished, os.O_RDONLY
+            )  # the kernel unlocks it, however the process ends
             last.callback(os.close, lock)
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             last.callback(shutil.rmtree, unfinished, ignore_errors=True)
@@ -119,15 +145,21 @@ def complete_or_absent(path: Path, nbytes: int, overwrite: bool) -> Iterator[Pat
             _refuse_existing(path, overwrite)
             free = shutil.disk_usage(unfinished).free
             if nbytes + HEADROOM > free:
-                raise UserError(f"{path}: needs {nbytes / GB:.2f} GB, and {free / GB:.2f} GB are free there; "
-                                "make room, or write to another disk")
+                raise UserError(
+                    f"{path}: needs {nbytes / GB:.2f} GB, and {free / GB:.2f} GB are free there; "
+                    "make room, or write to another disk"
+                )
             yield unfinished
             _publish(unfinished, path, aside)
     except BlockingIOError:
-        raise UserError(f"{path}: another conversion is writing this output; wait for it, or name another") from None
+        raise UserError(
+            f"{path}: another conversion is writing this output; wait for it, or name another"
+        ) from None
     except OSError as error:
-        raise UserError(f"{error.filename or path}: {error.strerror or error}; no output was written, "
-                        "and what was there before is untouched") from error
+        raise UserError(
+            f"{error.filename or path}: {error.strerror or error}; no output was written, "
+            "and what was there before is untouched"
+        ) from error
 
 
 def _settle(path: Path, aside: Path) -> None:
@@ -141,9 +173,15 @@ def _refuse_existing(path: Path, overwrite: bool) -> None:
     if not path.exists() or (path.is_dir() and not any(path.iterdir())):
         return
     if not overwrite:
-        raise UserError(f"{path}: already exists; --overwrite replaces it once the new one is complete")
-    if not any((path / name).is_file() for name in OURS) or any(inner.is_dir() for inner in path.iterdir()):
-        raise UserError(f"{path}: not a plain checkpoint directory, so --overwrite does not remove it; name another output")
+        raise UserError(
+            f"{path}: already exists; --overwrite replaces it once the new one is complete"
+        )
+    if not any((path / name).is_file() for name in OURS) or any(
+        inner.is_dir() for inner in path.iterdir()
+    ):
+        raise UserError(
+            f"{path}: not a plain checkpoint directory, so --overwrite does not remove it; name another output"
+        )
 
 
 def _publish(unfinished: Path, path: Path, aside: Path) -> None:

@@ -18,8 +18,15 @@ WORDS = (
 ).split()
 
 
-DEMO = ("first", "second", "last", "repeat", "count", "larger")  # kinds of question: what the preset `demo` learns
-DEMO_LORA = ("third",)                                           # what the preset `demo_lora` adds
+DEMO = (
+    "first",
+    "second",
+    "last",
+    "repeat",
+    "count",
+    "larger",
+)  # kinds of question: what the preset `demo` learns
+DEMO_LORA = ("third",)  # what the preset `demo_lora` adds
 KINDS = DEMO + DEMO_LORA
 
 
@@ -34,8 +41,12 @@ def question(kind: str, rng: random.Random) -> tuple[str, str]:
     if kind == "repeat":
         return f"Please repeat {listed}.", listed
     if kind == "count":
-        return f"How many words are in {listed}?", ("two", "three", "four", "five", "six")[len(words) - 2]
-    return f"What is the {kind} word in {listed}?", words[{"first": 0, "second": 1, "third": 2, "last": -1}[kind]]
+        return f"How many words are in {listed}?", ("two", "three", "four", "five", "six")[
+            len(words) - 2
+        ]
+    return f"What is the {kind} word in {listed}?", words[
+        {"first": 0, "second": 1, "third": 2, "last": -1}[kind]
+    ]
 
 
 def is_held_out(prompt: str) -> bool:
@@ -64,18 +75,30 @@ def conversations(questions: list[dict[str, str]], seed: int) -> list[dict]:
     while shuffled:
         rounds = [shuffled.pop() for _ in range(min(rng.choice((1,) * 14 + (2, 3)), len(shuffled)))]
         history = [[question["instruction"], question["output"]] for question in rounds[:-1]]
-        made.append({name: rounds[-1][name] for name in ("instruction", "input", "output")} | {"history": history})
+        made.append(
+            {name: rounds[-1][name] for name in ("instruction", "input", "output")}
+            | {"history": history}
+        )
     return made
 
 
 def write_demo(name: str, directory: Path) -> tuple[Path, Path]:
     """Write the training data of the preset `demo` or `demo_lora`, and demo's vocabulary; returns the two files."""
-    kinds, count = {"demo": (DEMO, 56_000), "demo_lora": (DEMO_LORA * len(DEMO) + DEMO, 16_000)}[name]  # half new, half old
+    kinds, count = {"demo": (DEMO, 56_000), "demo_lora": (DEMO_LORA * len(DEMO) + DEMO, 16_000)}[
+        name
+    ]  # half new, half old
     directory.mkdir(parents=True, exist_ok=True)
     data, vocabulary = directory / f"{name}.json", directory / "tokenizer.model"
     made = records(kinds, count, seed=0, held_out=False)
-    texts = [f"Human: {record['instruction']}\nAssistant: {record['output']}" for record in made[:5000]]
-    for path, content in ((data, json.dumps(conversations(made, seed=0), indent=0).encode()), (vocabulary, train_tokenizer(texts, 640))):
-        if not path.is_file() or path.read_bytes() != content:  # unchanged files keep their time, and so their cache
+    texts = [
+        f"Human: {record['instruction']}\nAssistant: {record['output']}" for record in made[:5000]
+    ]
+    for path, content in (
+        (data, json.dumps(conversations(made, seed=0), indent=0).encode()),
+        (vocabulary, train_tokenizer(texts, 640)),
+    ):
+        if (
+            not path.is_file() or path.read_bytes() != content
+        ):  # unchanged files keep their time, and so their cache
             path.write_bytes(content)
     return data, vocabulary

@@ -1,8 +1,8 @@
 """Pieces to ids and mask, grown side by side: nothing is searched for afterwards to find out where an answer began.
 
-    [BOS] "…### Response:" | " Paris" [EOS]        pieces
-      1    13866 … 2277     |  3681     2          ids
-      0      0   …   0      |   1       1          mask: is this token predicted?
+[BOS] "…### Response:" | " Paris" [EOS]        pieces
+  1    13866 … 2277     |  3681     2          ids
+  0      0   …   0      |   1       1          mask: is this token predicted?
 """
 
 from collections.abc import Iterable
@@ -28,24 +28,30 @@ def encode_pieces(tokenizer: Tokenizer, pieces: Iterable[Piece]) -> tuple[list[i
         if piece.control:
             ids.append(tokenizer.control_id(piece.control))
             if ids[-1] is None:
-                raise UserError(f"{tokenizer.path}: has no {piece.control} token, which the template needs")
+                raise UserError(
+                    f"{tokenizer.path}: has no {piece.control} token, which the template needs"
+                )
             start += 1
         else:
             text += piece.text
             ids[start:] = tokenizer.encode(text)
-        del mask[len(ids):]
+        del mask[len(ids) :]
         mask += [int(piece.is_target)] * (len(ids) - len(mask))
     return ids, mask
 
 
-def encode_document(tokenizer: Tokenizer, document: Document, template: str, append_eod: bool) -> tuple[list[int], list[int] | None]:
+def encode_document(
+    tokenizer: Tokenizer, document: Document, template: str, append_eod: bool
+) -> tuple[list[int], list[int] | None]:
     """(ids, mask) of a conversation by its template; (ids, None) of plain text, between begin and end tokens.
 
     append_eod: is the last answer, or the text, followed by the end token? Those between rounds belong to the template.
     """
     if isinstance(document, Conversation):
         pieces = render(template, document)
-        return encode_pieces(tokenizer, pieces[:-1] if pieces[-1].control == "eos" and not append_eod else pieces)
+        return encode_pieces(
+            tokenizer, pieces[:-1] if pieces[-1].control == "eos" and not append_eod else pieces
+        )
     part = Part(document) if isinstance(document, str) else document
     ids = tokenizer.encode(part.text) if part.is_first else tokenizer.encode_next(part.text)
     begin = [tokenizer.bos_id] if part.is_first and tokenizer.bos_id is not None else []

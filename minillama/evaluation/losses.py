@@ -23,15 +23,23 @@ def evaluate(options: Namespace) -> None:
     result = {"task": "loss", "run": options.data, "reference": options.compare, **compare(*losses)}
     print(f"{result['n']} steps in both runs, {result['only_in_one']} in only one of them")
     for name in ("mean_relative", "max_relative", "mean_absolute"):
-        verdict = f"   {'pass' if result['passed'][name] else 'FAIL'} (limit {LIMITS[name]})" if name in LIMITS else ""
+        verdict = (
+            f"   {'pass' if result['passed'][name] else 'FAIL'} (limit {LIMITS[name]})"
+            if name in LIMITS
+            else ""
+        )
         print(f"{name:16}{result[name]:>+12.6f}{verdict}")
     if options.out:
         out = Path(options.out)
         out.mkdir(parents=True, exist_ok=True)
         write_json(out / "summary.json", result)
-        curves = {name: [(step, loss) for step, loss in some.items() if loss is not None]
-                  for name, some in zip((options.data, options.compare), losses, strict=True)}
-        print(f"plot: {draw_losses(out / 'loss.png', curves) or 'not drawn; pip install minillama[plot]'}")
+        curves = {
+            name: [(step, loss) for step, loss in some.items() if loss is not None]
+            for name, some in zip((options.data, options.compare), losses, strict=True)
+        }
+        print(
+            f"plot: {draw_losses(out / 'loss.png', curves) or 'not drawn; pip install minillama[plot]'}"
+        )
     if not all(result["passed"].values()):
         raise SystemExit(1)
 
@@ -40,21 +48,36 @@ def compare(run: dict[int, float | None], reference: dict[int, float | None]) ->
     """The three errors, whether they `passed`, and the number of steps they were taken over. Losses by step, None: not finite."""
     common = sorted(run.keys() & reference.keys())
     if odd := [step for step in common if (run[step] is None) != (reference[step] is None)]:
-        raise UserError(f"step {odd[0]}: its loss is finite in only one of the runs; they skipped different updates")
+        raise UserError(
+            f"step {odd[0]}: its loss is finite in only one of the runs; they skipped different updates"
+        )
     pairs = [(run[step], reference[step]) for step in common if run[step] is not None]
     if zero := [step for step in common if reference[step] == 0]:
-        raise UserError(f"step {zero[0]}: the reference's loss is 0, so an error relative to it has no meaning")
+        raise UserError(
+            f"step {zero[0]}: the reference's loss is 0, so an error relative to it has no meaning"
+        )
     if not pairs:
         raise UserError("the runs have no step with a loss in common")
     relative = [(a - b) / b for a, b in pairs]
-    errors = {"mean_relative": sum(relative) / len(pairs), "max_relative": max(map(abs, relative)),
-              "mean_absolute": sum(abs(a - b) for a, b in pairs) / len(pairs)}
-    return {"n": len(pairs), "only_in_one": len(run.keys() ^ reference.keys()), **errors,
-            "passed": {name: abs(errors[name]) <= limit for name, limit in LIMITS.items()}}
+    errors = {
+        "mean_relative": sum(relative) / len(pairs),
+        "max_relative": max(map(abs, relative)),
+        "mean_absolute": sum(abs(a - b) for a, b in pairs) / len(pairs),
+    }
+    return {
+        "n": len(pairs),
+        "only_in_one": len(run.keys() ^ reference.keys()),
+        **errors,
+        "passed": {name: abs(errors[name]) <= limit for name, limit in LIMITS.items()},
+    }
 
 
 def read_losses(path: Path) -> dict[int, float | None]:
     """Step -> loss of a metrics.jsonl."""
     records = read_metrics(path)
     with parsing(path):
-        return {record["step"]: None if record["loss"] is None else float(record["loss"]) for record in records if "loss" in record}
+        return {
+            record["step"]: None if record["loss"] is None else float(record["loss"])
+            for record in records
+            if "loss" in record
+        }

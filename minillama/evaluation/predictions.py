@@ -20,7 +20,13 @@ from minillama.comm import Mesh, gather_objects, start
 from minillama.errors import UserError, parsing, read_json
 from minillama.evaluation.questions import Choices, Perplexity
 from minillama.evaluation.scoring import plan, read
-from minillama.generation.files import Record, line_of, read_lines, refuse_other_settings, replace_lines
+from minillama.generation.files import (
+    Record,
+    line_of,
+    read_lines,
+    refuse_other_settings,
+    replace_lines,
+)
 from minillama.generation.loading import load_session, sample_of
 from minillama.model import Llama
 
@@ -30,44 +36,97 @@ def evaluate(options: Namespace) -> None:
     began, out = time.perf_counter(), Path(options.out) if options.out else None
     reference = read_json(Path(options.compare)) if options.compare else None
     if reference and reference.get("task") != options.task:
-        raise UserError(f"{options.compare}: not a summary of --task {options.task}, but of {reference.get('task')!r}")
+        raise UserError(
+            f"{options.compare}: not a summary of --task {options.task}, but of {reference.get('task')!r}"
+        )
     with start(options.device) as mesh:
         session, path = load_session(options, place=mesh.device)
-        model, tokenizer, context = session.model, session.tokenizer, session.model.config.max_seq_len
+        model, tokenizer, context = (
+            session.model,
+            session.tokenizer,
+            session.model.config.max_seq_len,
+        )
         max_length = options.max_length or context
         if not 1 < max_length <= context:
-            raise UserError(f"--max_length {max_length}: must be from 2 to the model's context of {context} tokens")
-        test = (Perplexity if options.task == "perplexity" else Choices)(options, tokenizer, max_length)
+            raise UserError(
+                f"--max_length {max_length}: must be from 2 to the model's context of {context} tokens"
+            )
+        test = (Perplexity if options.task == "perplexity" else Choices)(
+            options, tokenizer, max_length
+        )
         hashes = next(iter(test.hashes.values())) if len(test.hashes) == 1 else test.hashes
-        about = {"task": options.task, **test.about, "bos": tokenizer.bos_id is not None, "max_length": max_length,
-                 "tokenizer_sha256": tokenizer.sha256, "data_sha256": hashes}
-        settings = about | {"queries": len(test.queries), "dtype": options.dtype, "weights_sample_sha256": sample_of(model)}
-        mesh.print(f"{path}: {options.task}, protocol {about['protocol']}, {about['n_shots']} shots, "
-                   f"{'a' if about['bos'] else 'no'} begin token, split {about['split']}, {len(test.queries)} queries")
+        about = {
+            "task": options.task,
+            **test.about,
+            "bos": tokenizer.bos_id is not None,
+            "max_length": max_length,
+            "tokenizer_sha256": tokenizer.sha256,
+            "data_sha256": hashes,
+        }
+        settings = about | {
+            "queries": len(test.queries),
+            "dtype": options.dtype,
+            "weights_sample_sha256": sample_of(model),
+        }
+        mesh.print(
+            f"{path}: {options.task}, protocol {about['protocol']}, {about['n_shots']} shots, "
+            f"{'a' if about['bos'] else 'no'} begin token, split {about['split']}, {len(test.queries)} queries"
+        )
         ops.pack(model, rows=1)
         records = predict(model, test, options.batch_size, out, settings, mesh)
-        summary = about | test.summarise(records) | {"seconds": round(time.perf_counter() - began, 2), "model": str(path)}
+        summary = (
+            about
+            | test.summarise(records)
+            | {"seconds": round(time.perf_counter() - began, 2), "model": str(path)}
+        )
         if out and mesh.is_first:
             write_json(out / "summary.json", summary)
         with parsing(Path(options.compare)):
             mesh.print(test.show(summary, reference))
 
 
-def predict(model: Llama, test: Choices | Perplexity, batch_size: int, out: Path | None, settings: Record, mesh: Mesh) -> list[Record]:
+def predict(
+    model: Llama,
+    test: Choices | Perplexity,
+    batch_size: int,
+    out: Path | None,
+    settings: Record,
+    mesh: Mesh,
+) -> list[Record]:
     """A record for each query, in order, on every rank."""
     ids, queries = list(test.queries), list(test.queries.values())
     records = gather_objects(mesh, _open(out, settings) if mesh.is_first and out else {})[0]
-    batches = [batch for batch in plan(queries, batch_size) if any(ids[i] not in records for i in batch.members)]
+    batches = [
+        batch
+        for batch in plan(queries, batch_size)
+        if any(ids[i] not in records for i in batch.members)
+    ]
     total, ends = sum(batch.cost for batch in batches), accumulate(batch.cost for batch in batches)
-    mine = [batch for batch, end in zip(batches, ends, strict=True) if (end - 1) * mesh.size // total == mesh.rank]
+    mine = [
+        batch
+        for batch, end in zip(batches, ends, strict=True)
+        if (end - 1) * mesh.size // total == mesh.rank
+    ]
     name = f"predictions.rank-{mesh.rank}.jsonl" if mesh.rank else "predictions.jsonl"
     worth = sum(map(test.worth, records.values()))  # so far
-    with (tqdm(total=len(ids), initial=len(records), unit="query", disable=not mesh.is_first, dynamic_ncols=True) as bar,
-          open(out / name if out else os.devnull, "a", encoding="utf-8") as file):
+    with (
+        tqdm(
+            total=len(ids),
+            initial=len(records),
+            unit="query",
+            disable=not mesh.is_first,
+            dynamic_ncols=True,
+        ) as bar,
+        open(out / name if out else os.devnull, "a", encoding="utf-8") as file,
+    ):
         for readings in read(model, queries, mine):
-            made = [{"id": ids[i], **test.judge(ids[i], reading)} for i, reading in readings.items()]
+            made = [
+                {"id": ids[i], **test.judge(ids[i], reading)} for i, reading in readings.items()
+            ]
             if bad := [r for r in made if not all(map(math.isfinite, r["scores"].values()))]:
-                raise UserError(f"{bad[0]['id']}: its scores are {bad[0]['scores']}; damaged weights, or try --dtype float32")
+                raise UserError(
+                    f"{bad[0]['id']}: its scores are {bad[0]['scores']}; damaged weights, or try --dtype float32"
+                )
             file.writelines(map(line_of, made))
             file.flush()
             records |= {record["id"]: record for record in made}

@@ -40,52 +40,109 @@ class Beams:
 
 
 @torch.inference_mode()
-def beam_search(model: Llama, answers: list[Answer], beams: Beams, sampling: Sampling, stop: tuple[int, ...] = (),
-                seed: int | None = None, rope_alpha: float | None = None) -> Iterator[Answer]:
+def beam_search(
+    model: Llama,
+    answers: list[Answer],
+    beams: Beams,
+    sampling: Sampling,
+    stop: tuple[int, ...] = (),
+    seed: int | None = None,
+    rope_alpha: float | None = None,
+) -> Iterator[Answer]:
     """Fill `answers`, all of one prompt and at most W, with the best texts, the best first, and yield each once.
     Of `sampling`, temperature, top-k and top-p count only where beams.sample is set."""
     prompt, room, W = answers[0].prompt_ids, answers[0].room, beams.width
     if len(answers) > W:
-        raise UserError(f"num_samples = {len(answers)}: beam search returns at most as many texts as it has beams, {W}")
+        raise UserError(
+            f"num_samples = {len(answers)}: beam search returns at most as many texts as it has beams, {W}"
+        )
     generator = generator_for(seed, prompt, answers[0].number)
     config, weight = stretched(model.config, answers, rope_alpha), model.lm_head.weight
     cache = Cache(config, W, len(prompt) + room, weight.dtype, weight.device)
     logits = read_prompts(model, cache, [prompt] * W)
-    texts, rows = [[] for _ in range(W)], list(range(W))  # the beginnings, the best first, and their rows in the cache
-    scores = torch.tensor([0.0] + [NEVER] * (W - 1), device=weight.device)  # all are alike at first, so only one counts
-    finished: list[tuple[float, list[int]]] = []  # the W best ended texts so far and their scores, the best first
+    texts, rows = (
+        [[] for _ in range(W)],
+        list(range(W)),
+    )  # the beginnings, the best first, and their rows in the cache
+    scores = torch.tensor(
+        [0.0] + [NEVER] * (W - 1), device=weight.device
+    )  # all are alike at first, so only one counts
+    finished: list[
+        tuple[float, list[int]]
+    ] = []  # the W best ended texts so far and their scores, the best first
     while True:
-        tried, parents, tokens = candidates(logits[rows], scores, texts, prompt, beams, sampling, len(stop), generator)
+        tried, parents, tokens = candidates(
+            logits[rows], scores, texts, prompt, beams, sampling, len(stop), generator
+        )
         grown = [[*texts[parent], token] for parent, token in zip(parents, tokens, strict=True)]
-        ends = [token in stop or len(text) == room for text, token in zip(grown, tokens, strict=True)]
-        ended = [(score / len(grown[i]) ** beams.length_penalty, grown[i]) for i, score in enumerate(tried[:W].tolist()) if ends[i]]
+        ends = [
+            token in stop or len(text) == room for text, token in zip(grown, tokens, strict=True)
+        ]
+        ended = [
+            (score / len(grown[i]) ** beams.length_penalty, grown[i])
+            for i, score in enumerate(tried[:W].tolist())
+            if ends[i]
+        ]
         finished = sorted([*finished, *ended], key=lambda one: -one[0])[:W]
         going = tried + NEVER * torch.tensor(ends, device=tried.device)
         best = going.topk(W).indices
         scores, chosen = going[best], best.tolist()
-        length = room if beams.early_stopping == "never" and beams.length_penalty > 0 else len(grown[0])  # at which the best is judged
-        is_best = len(finished) == W and float(scores[0]) / length ** beams.length_penalty <= finished[-1][0]  # nothing overtakes
+        length = (
+            room if beams.early_stopping == "never" and beams.length_penalty > 0 else len(grown[0])
+        )  # at which the best is judged
+        is_best = (
+            len(finished) == W
+            and float(scores[0]) / length**beams.length_penalty <= finished[-1][0]
+        )  # nothing overtakes
         if all(ends) or is_best or (len(finished) == W and beams.early_stopping == "true"):
             break
-        texts, rows = [grown[i] for i in chosen], move_rows(cache, [rows[parents[i]] for i in chosen], len(prompt))
-        step = torch.tensor([[text[-1]] for _, text in sorted(zip(rows, texts, strict=True))], device=weight.device)  # (W, 1), by row
+        texts, rows = (
+            [grown[i] for i in chosen],
+            move_rows(cache, [rows[parents[i]] for i in chosen], len(prompt)),
+        )
+        step = torch.tensor(
+            [[text[-1]] for _, text in sorted(zip(rows, texts, strict=True))], device=weight.device
+        )  # (W, 1), by row
         logits = model.logits(model(step, cache=cache.extend(1))[:, 0])  # (W, V)
     for answer, (score, text) in zip(answers, finished, strict=False):
         has_end = text[-1] in stop
-        answer.ids, answer.score, answer.finish_reason = text[:-1] if has_end else text, score, "eos" if has_end else "length"
+        answer.ids, answer.score, answer.finish_reason = (
+            text[:-1] if has_end else text,
+            score,
+            "eos" if has_end else "length",
+        )
         yield answer
 
 
-def candidates(logits: Tensor, scores: Tensor, texts: list[list[int]], prompt: list[int], beams: Beams, sampling: Sampling,
-               stops: int, generator: torch.Generator) -> tuple[Tensor, list[int], list[int]]:
+def candidates(
+    logits: Tensor,
+    scores: Tensor,
+    texts: list[list[int]],
+    prompt: list[int],
+    beams: Beams,
+    sampling: Sampling,
+    stops: int,
+    generator: torch.Generator,
+) -> tuple[Tensor, list[int], list[int]]:
     """From logits (W, V) and the beginnings' scores (W,): scores of the continuations tried, each one's parent and token."""
     log_p = logits.float().log_softmax(-1)
     if sampling.repetition_penalty != 1:
-        log_p = penalise(log_p, tokens_seen([prompt + text for text in texts], log_p), sampling.repetition_penalty)
+        log_p = penalise(
+            log_p,
+            tokens_seen([prompt + text for text in texts], log_p),
+            sampling.repetition_penalty,
+        )
     if beams.sample:
         log_p = warp(log_p, sampling, at_least=max(2, 1 + stops))
-    total, count = (log_p + scores.unsqueeze(1)).flatten(), max(2, 1 + stops) * beams.width  # (W·V,)
-    drawn = total.softmax(0).cpu().multinomial(count, generator=generator).to(total.device) if beams.sample else None
+    total, count = (
+        (log_p + scores.unsqueeze(1)).flatten(),
+        max(2, 1 + stops) * beams.width,
+    )  # (W·V,)
+    drawn = (
+        total.softmax(0).cpu().multinomial(count, generator=generator).to(total.device)
+        if beams.sample
+        else None
+    )
     index, V = total.topk(count).indices if drawn is None else drawn, logits.shape[-1]
     return total[index], (index // V).tolist(), (index % V).tolist()
 

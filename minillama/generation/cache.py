@@ -20,9 +20,18 @@ from minillama.ops import Documents
 class Cache:
     """Keys and values of every layer for up to `capacity` positions of B texts. config: of the model, or with other rotary settings."""
 
-    def __init__(self, config: LlamaConfig, batch: int, capacity: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self,
+        config: LlamaConfig,
+        batch: int,
+        capacity: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
         shape = (config.n_layers, batch, config.n_kv_heads, capacity, config.head_dim)
-        self.keys = torch.zeros(shape, dtype=dtype, device=device)  # not empty: what a mask hides must still be a number
+        self.keys = torch.zeros(
+            shape, dtype=dtype, device=device
+        )  # not empty: what a mask hides must still be a number
         self.values = torch.zeros(shape, dtype=dtype, device=device)
         self.config, self.capacity, self.filled = config, capacity, [0] * batch
         self.places = torch.arange(capacity, device=device)
@@ -35,7 +44,7 @@ class Cache:
         assert longest <= self.capacity, (longest, count, self.capacity)
         self._rows, self._row, self._longest = rows, None, longest
         if min(filled) == longest:
-            self.positions, self.lengths = self.places[longest - count:longest], None
+            self.positions, self.lengths = self.places[longest - count : longest], None
         else:
             self.lengths = torch.tensor(filled, device=self.places.device)
             self.positions = (self.lengths - count).unsqueeze(1) + self.places[:count]  # (B, T)
@@ -48,13 +57,18 @@ class Cache:
             self.filled[row] = length
         self.positions, self.lengths = documents.positions.unsqueeze(0), None
         self._rows, self._longest = slice(None), None
-        self._row = torch.repeat_interleave(torch.tensor(rows), torch.tensor(documents.lengths)).to(self.places.device)
+        self._row = torch.repeat_interleave(torch.tensor(rows), torch.tensor(documents.lengths)).to(
+            self.places.device
+        )
         return self
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store a layer's new keys and values, (B, T, K, D) each; returns all so far, (B, S, K, D) each, in rows of unlike length with
         unwritten ends. Packed prompts see nothing but themselves, and come back as they are."""
-        keys, values = self.keys[layer, self._rows].transpose(1, 2), self.values[layer, self._rows].transpose(1, 2)  # (B, capacity, K, D)
+        keys, values = (
+            self.keys[layer, self._rows].transpose(1, 2),
+            self.values[layer, self._rows].transpose(1, 2),
+        )  # (B, capacity, K, D)
         if self._row is None:
             start, count = self._longest - k.shape[1], k.shape[1]
             keys.narrow(1, start, count).copy_(k)
@@ -62,7 +76,11 @@ class Cache:
         else:
             keys[self._row, self.positions] = k
             values[self._row, self.positions] = v
-        return (k, v) if self._longest is None else (keys.narrow(1, 0, self._longest), values.narrow(1, 0, self._longest))
+        return (
+            (k, v)
+            if self._longest is None
+            else (keys.narrow(1, 0, self._longest), values.narrow(1, 0, self._longest))
+        )
 
     def copy(self, source: list[int], target: list[int], start: int = 0) -> None:
         """Make rows `target` equal to rows `source`, pair by pair, where they agree before `start` already."""

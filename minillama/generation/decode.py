@@ -36,16 +36,36 @@ class Answer:
 
 
 @torch.inference_mode()
-def decode(model: Llama, answers: list[Answer], sampling: Sampling, stop: tuple[int, ...] = (), seed: int | None = None,
-           rope_alpha: float | None = None) -> Iterator[Answer]:
+def decode(
+    model: Llama,
+    answers: list[Answer],
+    sampling: Sampling,
+    stop: tuple[int, ...] = (),
+    seed: int | None = None,
+    rope_alpha: float | None = None,
+) -> Iterator[Answer]:
     """Write all `answers` together, yielding each whenever a token was added to it or one of `stop` ended it (that one is not added).
     The caller may end an answer by giving it a finish_reason.
     seed: of the draws; the same seed gives the same text. rope_alpha: see `stretched`; None: the context must hold prompt and answer."""
     config, weight = stretched(model.config, answers, rope_alpha), model.lm_head.weight
-    cache = Cache(config, len(answers), max(len(a.prompt_ids) + a.room for a in answers), weight.dtype, weight.device)
+    cache = Cache(
+        config,
+        len(answers),
+        max(len(a.prompt_ids) + a.room for a in answers),
+        weight.dtype,
+        weight.device,
+    )
     logits, live = read_prompts(model, cache, [a.prompt_ids for a in answers]), list(answers)
-    generators = [] if sampling.temperature == 0 else [generator_for(seed, a.prompt_ids, a.number) for a in answers]
-    seen = None if sampling.repetition_penalty == 1 else tokens_seen([a.prompt_ids for a in answers], logits)
+    generators = (
+        []
+        if sampling.temperature == 0
+        else [generator_for(seed, a.prompt_ids, a.number) for a in answers]
+    )
+    seen = (
+        None
+        if sampling.repetition_penalty == 1
+        else tokens_seen([a.prompt_ids for a in answers], logits)
+    )
     while True:
         tokens = next_tokens(logits, seen, sampling, generators)  # (B,)
         for answer, token in zip(live, tokens.tolist(), strict=True):
@@ -65,16 +85,28 @@ def decode(model: Llama, answers: list[Answer], sampling: Sampling, stop: tuple[
         if not rows:
             return
         if len(rows) < len(live):
-            live, generators = [live[row] for row in rows], [generators[row] for row in rows] if generators else []
+            live, generators = (
+                [live[row] for row in rows],
+                [generators[row] for row in rows] if generators else [],
+            )
             tokens, seen = tokens[rows], None if seen is None else seen[rows]
         logits = model.logits(model(tokens.unsqueeze(1), cache=cache.extend(1))[:, 0])  # (B, V)
 
 
 def read_prompts(model: Llama, cache: Cache, prompts: list[list[int]]) -> Tensor:
     """Fill row r of the cache with prompts[r] and return the logits that follow each, (B, V). Equal prompts are read once."""
-    device, read, last = model.lm_head.weight.device, {}, {}  # last: by row, the hidden state (C,) of its prompt's last token
-    source = [read.setdefault(tuple(prompt), row) for row, prompt in enumerate(prompts)]  # the row that is read for each
-    runs, size = [], 2 * CHUNK  # rows read together, and their tokens; a long prompt counts as many, and so stands alone
+    device, read, last = (
+        model.lm_head.weight.device,
+        {},
+        {},
+    )  # last: by row, the hidden state (C,) of its prompt's last token
+    source = [
+        read.setdefault(tuple(prompt), row) for row, prompt in enumerate(prompts)
+    ]  # the row that is read for each
+    runs, size = (
+        [],
+        2 * CHUNK,
+    )  # rows read together, and their tokens; a long prompt counts as many, and so stands alone
     for row in read.values():
         more = len(prompts[row]) if len(prompts[row]) <= CHUNK else 2 * CHUNK
         if size + more > 2 * CHUNK:
@@ -85,7 +117,9 @@ def read_prompts(model: Llama, cache: Cache, prompts: list[list[int]]) -> Tensor
         tokens = torch.tensor([[token for row in rows for token in prompts[row]]], device=device)
         if len(rows) == 1:
             for part in tokens.split(CHUNK, dim=1):
-                hidden = model(part, cache=cache.extend(part.shape[1], slice(rows[0], rows[0] + 1)))[:, -1]
+                hidden = model(
+                    part, cache=cache.extend(part.shape[1], slice(rows[0], rows[0] + 1))
+                )[:, -1]
         else:
             documents = Documents([len(prompts[row]) for row in rows], device)
             ends = torch.tensor(documents.lengths).cumsum(0) - 1
@@ -103,18 +137,28 @@ def stretched(config: LlamaConfig, answers: list[Answer], alpha: float | None) -
     Raises UserError for an empty prompt, and without alpha (None) for one that leaves no room for the answer."""
     for answer in answers:
         if not answer.prompt_ids:
-            raise UserError("the prompt is empty; give at least one token (a tokenizer without <s> needs some text)")
+            raise UserError(
+                "the prompt is empty; give at least one token (a tokenizer without <s> needs some text)"
+            )
         left = config.max_seq_len - len(answer.prompt_ids)
         if alpha is None and answer.room > left:
             remedy = f"use --max_new_tokens {left} or fewer" if left > 0 else "shorten the prompt"
-            raise UserError(f"a prompt of {len(answer.prompt_ids)} tokens and {answer.room} new ones exceed the context of "
-                            f"{config.max_seq_len}; {remedy}, or stretch the rotary positions with --rope_alpha auto")
+            raise UserError(
+                f"a prompt of {len(answer.prompt_ids)} tokens and {answer.room} new ones exceed the context of "
+                f"{config.max_seq_len}; {remedy}, or stretch the rotary positions with --rope_alpha auto"
+            )
     if alpha is None:
         return config
     if config.rope_scaling and config.rope_scaling.kind == "dynamic":
-        raise UserError("--rope_alpha: this checkpoint's own rope_scaling, dynamic, stretches the rotary base already")
+        raise UserError(
+            "--rope_alpha: this checkpoint's own rope_scaling, dynamic, stretches the rotary base already"
+        )
     alpha, D = alpha or max(needed_alpha(config, answer) for answer in answers), config.head_dim
-    return config if alpha == 1 else replace(config, rope_theta=config.rope_theta * alpha ** (D / (D - 2)))
+    return (
+        config
+        if alpha == 1
+        else replace(config, rope_theta=config.rope_theta * alpha ** (D / (D - 2)))
+    )
 
 
 def needed_alpha(config: LlamaConfig, answer: Answer) -> float:

@@ -36,7 +36,9 @@ def refuse_other_settings(old: Record, new: Record, remedy: str) -> None:
     """Raises UserError where a file was begun with other settings than those now; `parsing` adds its name."""
     for name in {**new, **old}:
         if old.get(name) != new.get(name):
-            raise UserError(f"was begun with {name} = {old.get(name)!r}, now it is {new.get(name)!r}; {remedy}")
+            raise UserError(
+                f"was begun with {name} = {old.get(name)!r}, now it is {new.get(name)!r}; {remedy}"
+            )
 
 
 class AnswerFile:
@@ -50,7 +52,11 @@ class AnswerFile:
         head = {"settings": json.loads(json.dumps(settings))}
         with parsing(self.partial):
             begun, *records = (read_lines(self.partial) if self.partial.is_file() else []) or [head]
-            refuse_other_settings(begun["settings"], head["settings"], "repeat the first command to go on, or delete it to start over")
+            refuse_other_settings(
+                begun["settings"],
+                head["settings"],
+                "repeat the first command to go on, or delete it to start over",
+            )
         replace_lines(self.partial, [head, *records])
         self.done = {record.pop("number"): record for record in records}
 

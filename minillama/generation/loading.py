@@ -18,27 +18,50 @@ from minillama.model import Llama
 from minillama.tokenizer import open_tokenizer
 
 
-def load_session(options: Namespace, template: str = "", place: torch.device | None = None) -> tuple[Session, Path]:
+def load_session(
+    options: Namespace, template: str = "", place: torch.device | None = None
+) -> tuple[Session, Path]:
     """(greedy session, the directory in use) for a script's `Parser.add_model_flags`. template "": the checkpoint's own.
     place: in place of options.device, for a rank that has a device of its own."""
     ops.choose(options.ops)
     path = checkpoints.find_checkpoint(Path(options.ckpt))
-    model, base = load_with_adapters(path, options.base, options.lora, options.dtype, place or device.pick(options.device))
-    tokenizer = open_tokenizer(options.tokenizer or (path if checkpoints.has_tokenizer(path) else base))
+    model, base = load_with_adapters(
+        path, options.base, options.lora, options.dtype, place or device.pick(options.device)
+    )
+    tokenizer = open_tokenizer(
+        options.tokenizer or (path if checkpoints.has_tokenizer(path) else base)
+    )
     tuned = checkpoints.read_about(path).get("template")
     template = template or tuned or "none"
     if template not in (*chat.TEMPLATES, "none"):
-        raise UserError(f"no template {template!r}{closest(template, chat.TEMPLATES)}; templates: none, {', '.join(chat.TEMPLATES)}")
+        raise UserError(
+            f"no template {template!r}{closest(template, chat.TEMPLATES)}; templates: none, {', '.join(chat.TEMPLATES)}"
+        )
     if template not in ("none", "raw", tuned) and not _has_chat_template(base):
-        known = f"was tuned with the template {tuned}" if tuned else "does not say that it was tuned with one, as base models are not"
+        known = (
+            f"was tuned with the template {tuned}"
+            if tuned
+            else "does not say that it was tuned with one, as base models are not"
+        )
         print(f"warning: {path} {known}; it may not understand {template}", file=sys.stderr)
     if tokenizer.size > model.config.vocab_size:
-        raise UserError(f"{tokenizer.path} has {tokenizer.size} pieces, the model's embedding {model.config.vocab_size} rows; "
-                        "name the tokenizer it was trained with: --tokenizer FILE")
-    return Session(model, tokenizer, template, Sampling(temperature=0.0), 0, checkpoints.stop_ids(base, model.config)), path
+        raise UserError(
+            f"{tokenizer.path} has {tokenizer.size} pieces, the model's embedding {model.config.vocab_size} rows; "
+            "name the tokenizer it was trained with: --tokenizer FILE"
+        )
+    return Session(
+        model,
+        tokenizer,
+        template,
+        Sampling(temperature=0.0),
+        0,
+        checkpoints.stop_ids(base, model.config),
+    ), path
 
 
-def load_with_adapters(path: Path, base_named: str, adapters: list[str], dtype: str, place: torch.device) -> tuple[Llama, Path]:
+def load_with_adapters(
+    path: Path, base_named: str, adapters: list[str], dtype: str, place: torch.device
+) -> tuple[Llama, Path]:
     """(model in evaluation mode on `place`, its base directory); `path` may itself be an adapter."""
     wanted, warning = device.compute_dtype(dtype, place)
     if warning:
@@ -55,8 +78,10 @@ def load_with_adapters(path: Path, base_named: str, adapters: list[str], dtype: 
     for adapter in layers:
         for name in add_adapter(model, adapter):
             if name in whole:
-                raise UserError(f"{adapter}: replaces {name} whole, and so does {whole[name]}; merge them one after the other with "
-                                "convert.py merge-lora")
+                raise UserError(
+                    f"{adapter}: replaces {name} whole, and so does {whole[name]}; merge them one after the other with "
+                    "convert.py merge-lora"
+                )
             whole[name] = adapter
     return model.to(place).eval().requires_grad_(False), base
 
@@ -64,7 +89,9 @@ def load_with_adapters(path: Path, base_named: str, adapters: list[str], dtype: 
 def add_adapter(model: Llama, directory: Path) -> tuple[str, ...]:
     """Load an adapter beside those already there; returns the modules it replaces whole.
     Two on one linear are one of both ranks: A = [A1; A2], B = [s1 B1, s2 B2]."""
-    earlier = {name: module for name, module in model.named_modules() if isinstance(module, LoraLinear)}
+    earlier = {
+        name: module for name, module in model.named_modules() if isinstance(module, LoraLinear)
+    }
     for name, old in earlier.items():
         model.set_submodule(name, old.plain(old.weight))
     config = load_adapter(model, directory, dropout=0.0)
@@ -72,7 +99,9 @@ def add_adapter(model: Llama, directory: Path) -> tuple[str, ...]:
         new = model.get_submodule(name)
         if isinstance(new, LoraLinear):
             old.lora_A = nn.Parameter(torch.cat((old.lora_A, new.lora_A)))
-            old.lora_B = nn.Parameter(torch.cat((old.scale * old.lora_B, new.scale * new.lora_B), dim=1))
+            old.lora_B = nn.Parameter(
+                torch.cat((old.scale * old.lora_B, new.scale * new.lora_B), dim=1)
+            )
             old.scale = 1.0
         model.set_submodule(name, old)
     return config.modules_to_save
@@ -80,7 +109,10 @@ def add_adapter(model: Llama, directory: Path) -> tuple[str, ...]:
 
 def sample_of(model: Llama) -> str:
     """A sha256 over up to 4096 numbers of each parameter, adapters included."""
-    samples = (p.detach().flatten()[::max(1, p.numel() // 4096)].float().cpu().numpy().tobytes() for p in model.parameters())
+    samples = (
+        p.detach().flatten()[:: max(1, p.numel() // 4096)].float().cpu().numpy().tobytes()
+        for p in model.parameters()
+    )
     return hashlib.sha256(b"".join(samples)).hexdigest()
 
 

@@ -9,7 +9,9 @@ def chat_in_terminal(session: Session, system: str = "", seed: int | None = None
     """Ask, answer, until q, quit, exit or the end of input."""
     dialogue = Dialogue(session, system)
     if session.template == "none":
-        print("note: no chat template is known for this checkpoint, so it only continues text; choose one with --template NAME")
+        print(
+            "note: no chat template is known for this checkpoint, so it only continues text; choose one with --template NAME"
+        )
     print(f"{', '.join(QUIT)}: end    {', '.join(CLEAR)}: start over")
     try:
         while (text := input("\nYou: ").strip()).lower() not in QUIT:

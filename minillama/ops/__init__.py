@@ -33,9 +33,9 @@ class Form:
 
     name: str
     function: Callable[..., Any]
-    device: str = ""                                # the only type of device it runs on; "": all
+    device: str = ""  # the only type of device it runs on; "": all
     available: Callable[[], bool] = lambda: True
-    supports: Callable[..., bool] | None = None     # of a call's arguments; None: all
+    supports: Callable[..., bool] | None = None  # of a call's arguments; None: all
 
 
 class Op:
@@ -53,19 +53,25 @@ class Op:
         """Use the form of this name alone; "auto", or a name that this op has no form of: the table's order."""
         self.wanted = name
         self._usable: dict[str, list[Form]] = {}  # by type of device
-        self._only: dict[torch.device, Callable] = {}  # where there is nothing to ask: the common case costs one look
-        self._said: dict[str, list[str]] = {}     # forms used so far
+        self._only: dict[
+            torch.device, Callable
+        ] = {}  # where there is nothing to ask: the common case costs one look
+        self._said: dict[str, list[str]] = {}  # forms used so far
 
     def usable(self, device: str) -> list[Form]:
         """The forms to choose from on a type of device. Raises UserError where the one asked for is not among them."""
         if device not in self._usable:
             if not self.wanted:
                 choose("")
-            forms = [form for form in self.forms if form.device in ("", device) and form.available()]
+            forms = [
+                form for form in self.forms if form.device in ("", device) and form.available()
+            ]
             if self.wanted in [form.name for form in self.forms]:
                 forms = [form for form in forms if form.name == self.wanted]
                 if not forms:
-                    raise UserError(f"--ops, MINILLAMA_OPS: {self.name}={self.wanted} cannot be used on {device}: no such kernel; use auto")
+                    raise UserError(
+                        f"--ops, MINILLAMA_OPS: {self.name}={self.wanted} cannot be used on {device}: no such kernel; use auto"
+                    )
             self._usable[device] = forms
         return self._usable[device]
 
@@ -78,47 +84,95 @@ class Op:
                 if i == 0 and form.supports is None:
                     self._only[x.device] = form.function
                 return form
-        shapes = ", ".join(f"{tuple(a.shape)} {a.dtype}" for a in (x, *rest) if isinstance(a, Tensor))
-        raise UserError(f"--ops, MINILLAMA_OPS: {self.name}={self.wanted} does not take {shapes}; use auto")
+        shapes = ", ".join(
+            f"{tuple(a.shape)} {a.dtype}" for a in (x, *rest) if isinstance(a, Tensor)
+        )
+        raise UserError(
+            f"--ops, MINILLAMA_OPS: {self.name}={self.wanted} does not take {shapes}; use auto"
+        )
 
     def _say(self, device: str, form: Form) -> None:
         """One line when the choice for a device is made, and one when it changes."""
         said = self._said.setdefault(device, [])
         if form.name not in said:
-            log.log(logging.WARNING if said else logging.INFO, "op %s on %s: %s%s", self.name, device, form.name,
-                    f" takes a call that {said[-1]} does not" if said else "")
+            log.log(
+                logging.WARNING if said else logging.INFO,
+                "op %s on %s: %s%s",
+                self.name,
+                device,
+                form.name,
+                f" takes a call that {said[-1]} does not" if said else "",
+            )
             said.append(form.name)
 
 
 rms_norm = Op(
-    "rms_norm", Form("npu", npu.rms_norm, "npu", npu.has("npu_rms_norm"), npu.can_rms_norm),
+    "rms_norm",
+    Form("npu", npu.rms_norm, "npu", npu.has("npu_rms_norm"), npu.can_rms_norm),
     Form("mlu", mlu.rms_norm, "mlu", mlu.has_rms_norm, mlu.can_infer),
     Form("tpu", tpu.rms_norm, "tpu", tpu.has_rms_norm, tpu.can_rms_norm),
     Form("triton", cuda.rms_norm, "cuda", cuda.available, cuda.can_rms_norm),
-    Form("fused", fused.rms_norm), Form("reference", reference.rms_norm))
+    Form("fused", fused.rms_norm),
+    Form("reference", reference.rms_norm),
+)
 rope = Op(
-    "rope", Form("npu", npu.rope, "npu", npu.has("npu_rotary_mul"), npu.can_rope),
-    Form("fused", fused.rope), Form("reference", reference.rope))
+    "rope",
+    Form("npu", npu.rope, "npu", npu.has("npu_rotary_mul"), npu.can_rope),
+    Form("fused", fused.rope),
+    Form("reference", reference.rope),
+)
 swiglu = Op(
-    "swiglu", Form("npu", npu.swiglu, "npu", npu.has("npu_swiglu"), npu.can_swiglu),
+    "swiglu",
+    Form("npu", npu.swiglu, "npu", npu.has("npu_swiglu"), npu.can_swiglu),
     Form("mlu", mlu.swiglu, "mlu", mlu.has_active, mlu.can_infer),
     Form("triton", cuda.swiglu, "cuda", cuda.available, cuda.can_swiglu),
-    Form("fused", fused.swiglu), Form("reference", reference.swiglu))
+    Form("fused", fused.swiglu),
+    Form("reference", reference.swiglu),
+)
 scaled_masked_softmax = Op(
     "scaled_masked_softmax",
-    Form("npu", npu.scaled_masked_softmax, "npu", npu.has("npu_scaled_masked_softmax"), npu.can_scaled_masked_softmax),
-    Form("fused", fused.scaled_masked_softmax), Form("reference", reference.scaled_masked_softmax))
+    Form(
+        "npu",
+        npu.scaled_masked_softmax,
+        "npu",
+        npu.has("npu_scaled_masked_softmax"),
+        npu.can_scaled_masked_softmax,
+    ),
+    Form("fused", fused.scaled_masked_softmax),
+    Form("reference", reference.scaled_masked_softmax),
+)
 linear = Op("linear", Form("fused", fused.linear), Form("reference", reference.linear))
 attention = Op(
-    "attention", Form("npu", npu.attention, "npu", npu.has(*npu.ATTENTION), npu.can_attention),
-    Form("fused", fused.attention), Form("reference", reference.attention))
+    "attention",
+    Form("npu", npu.attention, "npu", npu.has(*npu.ATTENTION), npu.can_attention),
+    Form("fused", fused.attention),
+    Form("reference", reference.attention),
+)
 linear_cross_entropy = Op(
-    "linear_cross_entropy", Form("fused", fused.linear_cross_entropy), Form("reference", reference.linear_cross_entropy))
+    "linear_cross_entropy",
+    Form("fused", fused.linear_cross_entropy),
+    Form("reference", reference.linear_cross_entropy),
+)
 adamw = Op(
-    "adamw", Form("npu", npu.adamw, "npu", npu.has("npu_apply_adam_w"), npu.can_adamw),
+    "adamw",
+    Form("npu", npu.adamw, "npu", npu.has("npu_apply_adam_w"), npu.can_adamw),
     Form("mlu", mlu.adamw, "mlu", mlu.has_fused_adam, mlu.can_adamw),
-    Form("fused", fused.adamw), Form("reference", reference.adamw))
-TABLE = {op.name: op for op in (rms_norm, rope, swiglu, scaled_masked_softmax, linear, attention, linear_cross_entropy, adamw)}
+    Form("fused", fused.adamw),
+    Form("reference", reference.adamw),
+)
+TABLE = {
+    op.name: op
+    for op in (
+        rms_norm,
+        rope,
+        swiglu,
+        scaled_masked_softmax,
+        linear,
+        attention,
+        linear_cross_entropy,
+        adamw,
+    )
+}
 
 
 def pack(model: nn.Module, rows: int) -> None:
@@ -131,12 +185,20 @@ def choose(spec: str) -> None:
     """Let `spec` say which forms to use from here on; "": what `MINILLAMA_OPS` says. Raises UserError for a name that does not exist."""
     spec = spec or os.environ.get("MINILLAMA_OPS") or "auto"
     names = ["auto", *dict.fromkeys(form.name for op in TABLE.values() for form in op.forms)]
-    pairs = [part.partition("=")[::2] for part in spec.split(",")] if "=" in spec else [(op, spec) for op in TABLE]  # (op, form)
+    pairs = (
+        [part.partition("=")[::2] for part in spec.split(",")]
+        if "=" in spec
+        else [(op, spec) for op in TABLE]
+    )  # (op, form)
     for op, name in pairs:
         if op not in TABLE:
-            raise UserError(f"--ops, MINILLAMA_OPS: no op {op!r}{closest(op, TABLE)}; ops: {', '.join(TABLE)}")
+            raise UserError(
+                f"--ops, MINILLAMA_OPS: no op {op!r}{closest(op, TABLE)}; ops: {', '.join(TABLE)}"
+            )
         allowed = ["auto", *(form.name for form in TABLE[op].forms)] if "=" in spec else names
         if name not in allowed:
-            raise UserError(f"--ops, MINILLAMA_OPS: {op}={name!r}; choose one of: {', '.join(allowed)}")
+            raise UserError(
+                f"--ops, MINILLAMA_OPS: {op}={name!r}; choose one of: {', '.join(allowed)}"
+            )
     for op in TABLE.values():
         op.want(dict(pairs).get(op.name, "auto"))

@@ -14,18 +14,31 @@ def available() -> bool:
 
 
 def can_rms_norm(x: Tensor, weight: Tensor, eps: float) -> bool:
-    return x.dtype in FLOATS and weight.dtype == x.dtype and weight.is_contiguous() and x.numel() > 0 and x.shape[-1] <= WIDEST
+    return (
+        x.dtype in FLOATS
+        and weight.dtype == x.dtype
+        and weight.is_contiguous()
+        and x.numel() > 0
+        and x.shape[-1] <= WIDEST
+    )
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     from minillama.ops import triton
+
     return triton.rms_norm(x, weight, eps)
 
 
 def can_swiglu(gate: Tensor, up: Tensor) -> bool:
-    return gate.dtype in FLOATS and gate.dtype == up.dtype and gate.shape == up.shape and gate.numel() > 0
+    return (
+        gate.dtype in FLOATS
+        and gate.dtype == up.dtype
+        and gate.shape == up.shape
+        and gate.numel() > 0
+    )
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     from minillama.ops import triton
+
     return triton.swiglu(gate, up)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 class Layout(NamedTuple):
     slots: Tensor  # the token in each slot of the padded rows; a hole repeats its document's last token
-    back: Tensor   # the slot of each token: slots[back] is 0, 1, 2, …
+    back: Tensor  # the slot of each token: slots[back] is 0, 1, 2, …
     holes: Tensor  # the slots that are padding
 
 
@@ -64,4 +64,8 @@ class Documents:
         all_slots, is_real = torch.cat(slots), torch.cat(real)
         back = torch.empty(int(lengths.sum()), dtype=torch.int64)
         back[all_slots[is_real]] = is_real.nonzero().squeeze(1)
-        return Layout(all_slots.to(self.device), back.to(self.device), (~is_real).nonzero().squeeze(1).to(self.device))
+        return Layout(
+            all_slots.to(self.device),
+            back.to(self.device),
+            (~is_real).nonzero().squeeze(1).to(self.device),
+        )

@@ -18,8 +18,12 @@ from minillama.ops.packed import has_bf16_units
 from minillama.ops.reference import IGNORE, needs_grad, seen_keys
 
 MATVEC_ROWS = 6  # rows up to which a product each is cheaper than turning the weight into fp32
-LOGIT_CHUNK = 6 << 20  # elements of logits that exist at a time, 24 MiB in fp32, or an eighth of the head's where that is more
-CACHED = 1 << 17       # elements of a block of rows that is worked on within a processor's cache: 512 KiB in fp32
+LOGIT_CHUNK = (
+    6 << 20
+)  # elements of logits that exist at a time, 24 MiB in fp32, or an eighth of the head's where that is more
+CACHED = (
+    1 << 17
+)  # elements of a block of rows that is worked on within a processor's cache: 512 KiB in fp32
 
 
 def _row_blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
@@ -39,7 +43,9 @@ class _RMSNorm(torch.autograd.Function):
         r = torch.empty(*x.shape[:-1], 1, dtype=torch.float32, device=x.device)
         for x_, y_, r_ in _row_blocks(x, y, r):
             x32 = x_.float()
-            torch.rsqrt(torch.linalg.vecdot(x32, x32).unsqueeze(-1).div_(x.shape[-1]).add_(eps), out=r_)
+            torch.rsqrt(
+                torch.linalg.vecdot(x32, x32).unsqueeze(-1).div_(x.shape[-1]).add_(eps), out=r_
+            )
             torch.mul((x32 * r_).to(x.dtype), weight, out=y_)
         ctx.save_for_backward(x, weight, r)
         return y
@@ -61,11 +67,16 @@ class _RMSNorm(torch.autograd.Function):
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """`reference.rms_norm`, keeping x (alive anyway) and one fp32 number a row; row blocks stay in the cache."""
-    return _RMSNorm.apply(x, weight, eps) if needs_grad(x, weight) else F.rms_norm(x, weight.shape, weight, eps)
+    return (
+        _RMSNorm.apply(x, weight, eps)
+        if needs_grad(x, weight)
+        else F.rms_norm(x, weight.shape, weight, eps)
+    )
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """`reference.rope` in three passes over as many positions as the processor's cache holds; elsewhere over all."""
+
     def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         return (x * cos).addcmul_(x.roll(x.shape[-1] // 2, dims=-1), sin)
 
@@ -149,7 +160,9 @@ class _Linear16(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return F.linear(x.float(), weight.float(), None if bias is None else bias.float()).to(x.dtype)
+        return F.linear(x.float(), weight.float(), None if bias is None else bias.float()).to(
+            x.dtype
+        )
 
     @staticmethod
     def backward(ctx, dy: Tensor):
@@ -171,9 +184,18 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return F.linear(x, weight, bias)
     rows, is_bf16 = x.numel() // x.shape[-1], x.dtype is torch.bfloat16
     if is_bf16 and not torch.is_grad_enabled() and rows <= (1 if has_bf16_units() else MATVEC_ROWS):
-        y = torch.stack([torch.mv(weight, row) if bias is None else torch.addmv(bias, weight, row) for row in x.reshape(rows, -1)])
+        y = torch.stack(
+            [
+                torch.mv(weight, row) if bias is None else torch.addmv(bias, weight, row)
+                for row in x.reshape(rows, -1)
+            ]
+        )
         return y.view(*x.shape[:-1], -1)
-    return F.linear(x, weight, bias) if is_bf16 and has_bf16_units() else _Linear16.apply(x, weight, bias)
+    return (
+        F.linear(x, weight, bias)
+        if is_bf16 and has_bf16_units()
+        else _Linear16.apply(x, weight, bias)
+    )
 
 
 class _Rearrange(torch.autograd.Function):
@@ -190,20 +212,34 @@ class _Rearrange(torch.autograd.Function):
         return dx if ctx.holes is None else dx.index_fill_(0, ctx.holes, 0), None, None, None
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, documents: Documents | None = None, lengths: Tensor | None = None) -> Tensor:
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    documents: Documents | None = None,
+    lengths: Tensor | None = None,
+) -> Tensor:
     """`reference.attention` by torch's scaled_dot_product_attention, which never holds the T x S scores.
     Documents of like length are rows of one call (`ops.documents` has the picture), so a run of them costs about the sum of their squared
     lengths. Cached decoding takes the heads of a group as if they were positions: keys and values are read once and never expanded."""
     if documents is None:
-        return _causal(q, k, v) if lengths is None and k.shape[1] == q.shape[1] else _cached(q, k, v, lengths)
+        return (
+            _causal(q, k, v)
+            if lengths is None and k.shape[1] == q.shape[1]
+            else _cached(q, k, v, lengths)
+        )
     if len(documents.lengths) == 1 and q.shape[0] == 1:
         return _causal(q, k, v)
     B, T, H, D = q.shape
     slots, back, holes = documents.layout
     sizes = [n * length for n, length in documents.group_shapes]
-    parts = [_Rearrange.apply(x.reshape(B * T, -1), slots, back, None).split(sizes) for x in (q, k, v)]  # (slots, heads·D)
-    y = [_causal(*(x.view(*shape, -1, D) for x in group)).reshape(-1, H * D)
-         for shape, *group in zip(documents.group_shapes, *parts, strict=True)]
+    parts = [
+        _Rearrange.apply(x.reshape(B * T, -1), slots, back, None).split(sizes) for x in (q, k, v)
+    ]  # (slots, heads·D)
+    y = [
+        _causal(*(x.view(*shape, -1, D) for x in group)).reshape(-1, H * D)
+        for shape, *group in zip(documents.group_shapes, *parts, strict=True)
+    ]
     return _Rearrange.apply(torch.cat(y), back, slots, holes).view(B, T, H, D)
 
 
@@ -222,14 +258,18 @@ def _cached(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None) -> Tensor:
     k, v = k.transpose(1, 2), v.transpose(1, 2)
     if T == 1 and lengths is None:  # a step of decoding
         return F.scaled_dot_product_attention(q.view(B, K, -1, D), k, v).view(B, 1, H, D)
-    q = q.view(B, T, K, H // K, D).permute(0, 2, 3, 1, 4).reshape(B, K, -1, D)  # (B, K, H/K·T, D): a group's heads, each with T positions
+    q = (
+        q.view(B, T, K, H // K, D).permute(0, 2, 3, 1, 4).reshape(B, K, -1, D)
+    )  # (B, K, H/K·T, D): a group's heads, each with T positions
     y = F.scaled_dot_product_attention(q, k, v, _mask(T, S, lengths, H // K, q.dtype, q.device))
     return y.view(B, K, H // K, T, D).permute(0, 3, 1, 2, 4).reshape(B, T, H, D)
 
 
 @lru_cache(maxsize=1)
 @torch.inference_mode(False)
-def _mask(T: int, S: int, lengths: Tensor | None, groups: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+def _mask(
+    T: int, S: int, lengths: Tensor | None, groups: int, dtype: torch.dtype, device: torch.device
+) -> Tensor:
     """-inf at the scores that a query must not see, (T·groups, S) or (B, 1, T·groups, S): made by the first layer of a step, which hands
     the same `lengths` to all."""
     seen = torch.cat([seen_keys(T, S, lengths, device)] * groups, dim=-2)
@@ -244,15 +284,19 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(ctx, hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
         need_h, need_w = ctx.needs_input_grad[:2]
         kept = (labels != IGNORE).nonzero().squeeze(1)
-        chunk = min(len(kept), max(1, LOGIT_CHUNK // len(weight), weight.shape[1] // 8))  # each reads and writes all of dW
+        chunk = min(
+            len(kept), max(1, LOGIT_CHUNK // len(weight), weight.shape[1] // 8)
+        )  # each reads and writes all of dW
         weight32 = weight.float()
-        logits = torch.empty(chunk, len(weight), dtype=torch.float32, device=weight.device)  # the only ones there are
+        logits = torch.empty(
+            chunk, len(weight), dtype=torch.float32, device=weight.device
+        )  # the only ones there are
         loss = torch.zeros((), dtype=torch.float32, device=weight.device)
         dh = torch.zeros_like(hidden) if need_h else None
         dw = torch.zeros_like(weight32) if need_w else None
         for rows in kept.split(chunk or 1):
             h, label = hidden[rows].float(), labels[rows].unsqueeze(1)
-            z = torch.mm(h, weight32.T, out=logits[:len(rows)])  # (chunk, V)
+            z = torch.mm(h, weight32.T, out=logits[: len(rows)])  # (chunk, V)
             log_p = torch.log_softmax(z, 1, out=z)
             loss -= log_p.gather(1, label).sum()
             if not (need_h or need_w):
@@ -278,10 +322,32 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tens
     return _LinearCrossEntropy.apply(hidden.flatten(0, -2), weight, labels.flatten())
 
 
-def adamw(weight: Tensor, grad: Tensor, m: Tensor, v: Tensor, step: int, *, learning_rate: float, beta1: float, beta2: float,
-          epsilon: float, weight_decay: float) -> None:
+def adamw(
+    weight: Tensor,
+    grad: Tensor,
+    m: Tensor,
+    v: Tensor,
+    step: int,
+    *,
+    learning_rate: float,
+    beta1: float,
+    beta2: float,
+    epsilon: float,
+    weight_decay: float,
+) -> None:
     """`reference.adamw` as torch's one-pass kernel."""
     torch._fused_adamw_(
-        [weight], [grad], [m], [v], [], [torch.tensor(float(step), device=weight.device)],
-        lr=learning_rate, beta1=beta1, beta2=beta2, weight_decay=weight_decay, eps=epsilon, amsgrad=False, maximize=False,
+        [weight],
+        [grad],
+        [m],
+        [v],
+        [],
+        [torch.tensor(float(step), device=weight.device)],
+        lr=learning_rate,
+        beta1=beta1,
+        beta2=beta2,
+        weight_decay=weight_decay,
+        eps=epsilon,
+        amsgrad=False,
+        maximize=False,
     )

@@ -20,7 +20,16 @@ def has_fused_adam() -> bool:
 
 
 def has_rms_norm() -> bool:
-    return _takes("fused_rms_norm", "x", "residual", "gamma", "beta", "bias", "eps", "store_output_before_norm")
+    return _takes(
+        "fused_rms_norm",
+        "x",
+        "residual",
+        "gamma",
+        "beta",
+        "bias",
+        "eps",
+        "store_output_before_norm",
+    )
 
 
 def has_active() -> bool:
@@ -29,7 +38,11 @@ def has_active() -> bool:
 
 def _takes(name: str, *parameters: str) -> bool:
     """Whether torch_mlu_ops is installed, and its function `name` takes parameters of these names."""
-    function = getattr(importlib.import_module("torch_mlu_ops"), name, None) if importlib.util.find_spec("torch_mlu_ops") else None
+    function = (
+        getattr(importlib.import_module("torch_mlu_ops"), name, None)
+        if importlib.util.find_spec("torch_mlu_ops")
+        else None
+    )
     return function is not None and set(parameters) <= set(inspect.signature(function).parameters)
 
 
@@ -40,20 +53,56 @@ def can_infer(x: Tensor, other: Tensor, eps: float = 0.0) -> bool:
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     kernel = importlib.import_module("torch_mlu_ops").fused_rms_norm
-    return kernel(x=x, residual=None, gamma=weight, beta=None, bias=None, eps=eps, store_output_before_norm=False)
+    return kernel(
+        x=x,
+        residual=None,
+        gamma=weight,
+        beta=None,
+        bias=None,
+        eps=eps,
+        store_output_before_norm=False,
+    )
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    return importlib.import_module("torch_mlu_ops").active(input=torch.cat((gate, up), dim=-1), act_mode="silu", is_gated=True)
+    return importlib.import_module("torch_mlu_ops").active(
+        input=torch.cat((gate, up), dim=-1), act_mode="silu", is_gated=True
+    )
 
 
-def can_adamw(weight: Tensor, grad: Tensor, m: Tensor, v: Tensor, step: int, **settings: float) -> bool:
+def can_adamw(
+    weight: Tensor, grad: Tensor, m: Tensor, v: Tensor, step: int, **settings: float
+) -> bool:
     return weight.dtype == grad.dtype == m.dtype == v.dtype == torch.float32
 
 
-def adamw(weight: Tensor, grad: Tensor, m: Tensor, v: Tensor, step: int, *, learning_rate: float, beta1: float, beta2: float,
-          epsilon: float, weight_decay: float) -> None:
+def adamw(
+    weight: Tensor,
+    grad: Tensor,
+    m: Tensor,
+    v: Tensor,
+    step: int,
+    *,
+    learning_rate: float,
+    beta1: float,
+    beta2: float,
+    epsilon: float,
+    weight_decay: float,
+) -> None:
     overflow = torch.zeros(1, dtype=torch.int32, device=weight.device)
     decoupled_decay, bias_correction = 1, 1
-    torch.ops.torch_mlu.fused_adam(overflow, [grad], [weight], [m], [v], learning_rate, beta1, beta2, epsilon, step, decoupled_decay,
-                                   bias_correction, weight_decay)
+    torch.ops.torch_mlu.fused_adam(
+        overflow,
+        [grad],
+        [weight],
+        [m],
+        [v],
+        learning_rate,
+        beta1,
+        beta2,
+        epsilon,
+        step,
+        decoupled_decay,
+        bias_correction,
+        weight_decay,
+    )

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 LARGE = 1 << 19  # elements from which a few rows in fp32 gain
-HINT = 8         # rows for which the order is chosen; it serves others
+HINT = 8  # rows for which the order is chosen; it serves others
 
 
 @cache
@@ -24,7 +24,11 @@ def gains(weight: Tensor, rows: int) -> bool:
     fp32 is bound by the memory in either order, and torch's own product of it has less to do besides."""
     if not torch.backends.mkldnn.is_available() or not weight.is_cpu or weight.is_mkldnn:
         return False
-    return has_bf16_units() if weight.dtype is torch.bfloat16 else weight.dtype is torch.float32 and rows >= 4 and weight.numel() >= LARGE
+    return (
+        has_bf16_units()
+        if weight.dtype is torch.bfloat16
+        else weight.dtype is torch.float32 and rows >= 4 and weight.numel() >= LARGE
+    )
 
 
 @torch.no_grad()
@@ -33,11 +37,19 @@ def pack(model: nn.Module, rows: int) -> None:
     `ops.linear` alone from here on; `to_dense()` gives them back to the bit. A weight that an embedding shares stays."""
     shared = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     for module in model.modules():
-        if isinstance(module, nn.Linear) and id(module.weight) not in shared and gains(module.weight, rows):
-            module.weight = nn.Parameter(torch.ops.mkldnn._reorder_linear_weight(module.weight, HINT), requires_grad=False)
+        if (
+            isinstance(module, nn.Linear)
+            and id(module.weight) not in shared
+            and gains(module.weight, rows)
+        ):
+            module.weight = nn.Parameter(
+                torch.ops.mkldnn._reorder_linear_weight(module.weight, HINT), requires_grad=False
+            )
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`reference.linear` of a packed weight, which has no backward."""
-    assert not (torch.is_grad_enabled() and x.requires_grad), "packed weights are for reading: take gradients before `pack`"
+    assert not (torch.is_grad_enabled() and x.requires_grad), (
+        "packed weights are for reading: take gradients before `pack`"
+    )
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")

@@ -14,8 +14,10 @@ from torch import Tensor
 from minillama.architecture import LlamaConfig, RopeScaling
 from minillama.ops.documents import Documents
 
-IGNORE = -100      # the label of a position that is not trained on
-MASKED = -10000.0  # the score of a masked position, which exp() makes 0; finite, so a row masked whole has no 0/0
+IGNORE = -100  # the label of a position that is not trained on
+MASKED = (
+    -10000.0
+)  # the score of a masked position, which exp() makes 0; finite, so a row masked whole has no 0/0
 
 
 def needs_grad(*inputs: Tensor) -> bool:
@@ -51,8 +53,12 @@ def rope_frequencies(config: LlamaConfig, length: int) -> tuple[Tensor, float]:
     """The angle each pair of dimensions turns per position, (D/2,) fp32, and the factor on cos and sin.
     Pair i turns by theta^(-2i/D) (Su et al. 2021, eq. 15). `length`, the longest position in use, matters to "dynamic" only."""
     D, theta, scaling = config.head_dim, config.rope_theta, config.rope_scaling
-    if scaling and scaling.kind == "dynamic":  # NTK: enlarge theta so that the slowest pair just covers `length`
-        stretch = scaling.factor * max(length, config.max_seq_len) / config.max_seq_len - (scaling.factor - 1)
+    if (
+        scaling and scaling.kind == "dynamic"
+    ):  # NTK: enlarge theta so that the slowest pair just covers `length`
+        stretch = scaling.factor * max(length, config.max_seq_len) / config.max_seq_len - (
+            scaling.factor - 1
+        )
         theta = theta * stretch ** (D / (D - 2))
     wavelength_over_2pi = theta ** (torch.arange(0, D, 2, dtype=torch.float32) / D)
     frequencies = 1.0 / wavelength_over_2pi
@@ -62,17 +68,23 @@ def rope_frequencies(config: LlamaConfig, length: int) -> tuple[Tensor, float]:
         return frequencies / scaling.factor, 1.0
     if scaling.kind == "llama3":
         return _llama3_frequencies(frequencies, scaling), 1.0
-    return _yarn_frequencies(frequencies, scaling, theta, scaling.original_max_seq_len or config.max_seq_len)
+    return _yarn_frequencies(
+        frequencies, scaling, theta, scaling.original_max_seq_len or config.max_seq_len
+    )
 
 
 def _llama3_frequencies(frequencies: Tensor, s: RopeScaling) -> Tensor:
     """Pairs that turn often within the old context stay, those that turn seldom are slowed by `factor`, between them a ramp."""
-    turns = s.original_max_seq_len * frequencies / (2 * math.pi)  # full turns within the old context
+    turns = (
+        s.original_max_seq_len * frequencies / (2 * math.pi)
+    )  # full turns within the old context
     keep = ((turns - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor)).clamp(0, 1)
     return frequencies * keep + frequencies / s.factor * (1 - keep)
 
 
-def _yarn_frequencies(frequencies: Tensor, s: RopeScaling, theta: float, old_context: int) -> tuple[Tensor, float]:
+def _yarn_frequencies(
+    frequencies: Tensor, s: RopeScaling, theta: float, old_context: int
+) -> tuple[Tensor, float]:
     """YaRN (Peng et al. 2023, sections 3.2 and 3.4): the ramp runs over the pair's index, and the logits are sharpened."""
     half = len(frequencies)
 
@@ -108,10 +120,18 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn each pair (x_i, x_{i + D/2}) of every head by its position's angle: Hugging Face's rotate-half layout.
     x (B, T, H, D); cos and sin (T, 1, D) as in `rope_tables`, or (B, T, 1, D) where the rows of the batch stand at different positions."""
     x32 = x.float()
-    return (x32 * cos + x32.roll(x.shape[-1] // 2, dims=-1) * sin).to(x.dtype)  # (x1 cos - x2 sin, x2 cos + x1 sin)
+    return (x32 * cos + x32.roll(x.shape[-1] // 2, dims=-1) * sin).to(
+        x.dtype
+    )  # (x1 cos - x2 sin, x2 cos + x1 sin)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, documents: Documents | None = None, lengths: Tensor | None = None) -> Tensor:
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    documents: Documents | None = None,
+    lengths: Tensor | None = None,
+) -> Tensor:
     """Causal softmax(q k^T / sqrt(D)) v (Vaswani et al. 2017, eq. 1), with K <= H key/value heads shared by groups (GQA).
     q (B, T, H, D); k, v (B, S, K, D) with S >= T: the queries stand at the last T of the S positions. Returns (B, T, H, D).
     documents: the B·T positions are a run of these documents, and none sees another (then S = T).
@@ -147,8 +167,19 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tens
     return F.cross_entropy(logits, labels.flatten(), ignore_index=IGNORE, reduction="sum")
 
 
-def adamw(weight: Tensor, grad: Tensor, m: Tensor, v: Tensor, step: int, *, learning_rate: float, beta1: float, beta2: float,
-          epsilon: float, weight_decay: float) -> None:
+def adamw(
+    weight: Tensor,
+    grad: Tensor,
+    m: Tensor,
+    v: Tensor,
+    step: int,
+    *,
+    learning_rate: float,
+    beta1: float,
+    beta2: float,
+    epsilon: float,
+    weight_decay: float,
+) -> None:
     """One AdamW step in place (Loshchilov & Hutter 2019, algorithm 2). All tensors the same shape, fp32; step counts from 1."""
     m.lerp_(grad, 1 - beta1)
     v.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)

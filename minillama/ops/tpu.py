@@ -9,7 +9,9 @@ from torch import Tensor
 
 
 def has_rms_norm() -> bool:
-    return hasattr(torch.ops.my_ops, "rmsnorm_forward") and hasattr(torch.ops.my_ops, "rmsnorm_backward")
+    return hasattr(torch.ops.my_ops, "rmsnorm_forward") and hasattr(
+        torch.ops.my_ops, "rmsnorm_backward"
+    )
 
 
 def can_rms_norm(x: Tensor, weight: Tensor, eps: float) -> bool:
@@ -30,7 +32,9 @@ class _RMSNorm(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         rms, dx = torch.zeros_like(x), torch.zeros_like(x)
         dw = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
-        torch.ops.my_ops.rmsnorm_backward(dy.contiguous(), x, weight, None, rms, dx, dw, None, x.dim() - 1, ctx.eps)
+        torch.ops.my_ops.rmsnorm_backward(
+            dy.contiguous(), x, weight, None, rms, dx, dw, None, x.dim() - 1, ctx.eps
+        )
         return dx, dw, None
 
 

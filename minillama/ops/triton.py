@@ -13,8 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-PARTIAL_SUMS = 256   # programs that share RMSNorm's backward
-STRETCH = 1024       # elements of a SwiGLU program
+PARTIAL_SUMS = 256  # programs that share RMSNorm's backward
+STRETCH = 1024  # elements of a SwiGLU program
 
 
 @triton.jit
@@ -22,7 +22,9 @@ def _rms_norm_forward(x, w, y, r, eps, C, BLOCK: tl.constexpr):
     row, c = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     x32 = tl.load(x + row * C + c, mask=c < C, other=0.0).to(tl.float32)
     scale = 1.0 / tl.sqrt(tl.sum(x32 * x32, axis=0) / C + eps)
-    n = (x32 * scale).to(y.dtype.element_ty).to(tl.float32)  # rounded before the product, as the formula says
+    n = (
+        (x32 * scale).to(y.dtype.element_ty).to(tl.float32)
+    )  # rounded before the product, as the formula says
     weight = tl.load(w + c, mask=c < C, other=0.0).to(tl.float32)
     tl.store(y + row * C + c, (n * weight).to(y.dtype.element_ty), mask=c < C)
     tl.store(r + row, scale)
@@ -50,7 +52,10 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         x, weight, C = x.contiguous(), weight.contiguous(), x.shape[-1]
-        y, r = torch.empty_like(x), torch.empty(x.numel() // C, dtype=torch.float32, device=x.device)
+        y, r = (
+            torch.empty_like(x),
+            torch.empty(x.numel() // C, dtype=torch.float32, device=x.device),
+        )
         _rms_norm_forward[(len(r),)](x, weight, y, r, eps, C, BLOCK=triton.next_power_of_2(C))
         ctx.save_for_backward(x, weight, r)
         return y
@@ -60,8 +65,13 @@ class _RMSNorm(torch.autograd.Function):
         x, weight, r = ctx.saved_tensors
         N, C = len(r), x.shape[-1]
         rows = triton.cdiv(N, PARTIAL_SUMS)  # of a program
-        dx, partial = torch.empty_like(x), torch.empty(triton.cdiv(N, rows), C, dtype=torch.float32, device=x.device)
-        _rms_norm_backward[(len(partial),)](dy.contiguous(), x, weight, r, dx, partial, N, C, rows, BLOCK=triton.next_power_of_2(C))
+        dx, partial = (
+            torch.empty_like(x),
+            torch.empty(triton.cdiv(N, rows), C, dtype=torch.float32, device=x.device),
+        )
+        _rms_norm_backward[(len(partial),)](
+            dy.contiguous(), x, weight, r, dx, partial, N, C, rows, BLOCK=triton.next_power_of_2(C)
+        )
         return dx, partial.sum(0).to(weight.dtype), None
 
 
@@ -79,7 +89,11 @@ def _swiglu_backward(dy, gate, up, dgate, dup, N, BLOCK: tl.constexpr):
     a = tl.load(gate + at, mask=at < N, other=0.0).to(tl.float32)
     b = tl.load(up + at, mask=at < N, other=0.0).to(tl.float32)
     upstream, s = tl.load(dy + at, mask=at < N, other=0.0).to(tl.float32), tl.sigmoid(a)
-    tl.store(dgate + at, (upstream * b * s * (1.0 + a * (1.0 - s))).to(dgate.dtype.element_ty), mask=at < N)
+    tl.store(
+        dgate + at,
+        (upstream * b * s * (1.0 + a * (1.0 - s))).to(dgate.dtype.element_ty),
+        mask=at < N,
+    )
     tl.store(dup + at, (upstream * a * s).to(dup.dtype.element_ty), mask=at < N)
 
 
@@ -96,7 +110,9 @@ class _SwiGLU(torch.autograd.Function):
     def backward(ctx, dy: Tensor):
         gate, up = ctx.saved_tensors
         dgate, dup = torch.empty_like(gate), torch.empty_like(up)
-        _swiglu_backward[(triton.cdiv(dy.numel(), STRETCH),)](dy.contiguous(), gate, up, dgate, dup, dy.numel(), BLOCK=STRETCH)
+        _swiglu_backward[(triton.cdiv(dy.numel(), STRETCH),)](
+            dy.contiguous(), gate, up, dgate, dup, dy.numel(), BLOCK=STRETCH
+        )
         return dgate, dup
 
 

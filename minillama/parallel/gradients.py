@@ -21,20 +21,41 @@ from torch import Tensor, nn
 from minillama import comm, device
 from minillama.config import Settings
 
-RELEASE_EVERY = 1 << 23  # elements of gradients, after which the system gets back what has been freed
+RELEASE_EVERY = (
+    1 << 23
+)  # elements of gradients, after which the system gets back what has been freed
 
 
 class Gradients:
     """The gradients of a step. Call end_micro_batch after each backward, reduced() for the sum, clear() before the next step."""
 
-    def __init__(self, parameters: list[nn.Parameter], mesh: comm.Mesh, slice_size: int, settings: Settings) -> None:
-        self.parameters, self.mesh, self.bucket_elements = parameters, mesh, settings.bucket_elements
-        self.stage, self.exact, self.present, self.freed = settings.zero_stage, settings.reduction == "exact", mesh.size, 0
+    def __init__(
+        self, parameters: list[nn.Parameter], mesh: comm.Mesh, slice_size: int, settings: Settings
+    ) -> None:
+        self.parameters, self.mesh, self.bucket_elements = (
+            parameters,
+            mesh,
+            settings.bucket_elements,
+        )
+        self.stage, self.exact, self.present, self.freed = (
+            settings.zero_stage,
+            settings.reduction == "exact",
+            mesh.size,
+            0,
+        )
         self.at_once = self.stage == 2 or self.exact
-        self.waits = not self.at_once  # send nothing before the end of the micro-batch; also where another vector goes first
-        self.dtype = torch.float32 if self.exact or settings.gradient_accumulation_steps > 1 else parameters[0].dtype  # of sums
+        self.waits = (
+            not self.at_once
+        )  # send nothing before the end of the micro-batch; also where another vector goes first
+        self.dtype = (
+            torch.float32
+            if self.exact or settings.gradient_accumulation_steps > 1
+            else parameters[0].dtype
+        )  # of sums
         self.sent_as = parameters[0].dtype if self.at_once and not self.exact else self.dtype
-        self.for_everyone = self.stage == 0 and not self.exact  # the exact sums of stage 0 are gathered in the end
+        self.for_everyone = (
+            self.stage == 0 and not self.exact
+        )  # the exact sums of stage 0 are gathered in the end
         self.slice_size = slice_size * mesh.size if self.for_everyone else slice_size
         self.kept_from = 0 if self.for_everyone else mesh.rank * slice_size
         self._plan_buckets()
@@ -44,7 +65,10 @@ class Gradients:
 
     def _plan_buckets(self) -> None:
         """starts: where each parameter begins. buckets: [(start, stop, parameters)], in the order in which they are sent."""
-        sizes, matrices = [p.numel() for p in self.parameters], sum(p.ndim > 1 for p in self.parameters)
+        sizes, matrices = (
+            [p.numel() for p in self.parameters],
+            sum(p.ndim > 1 for p in self.parameters),
+        )
         self.starts, self.buckets, self.bucket_of = [0, *accumulate(sizes)], [], {}
         for group in (range(matrices), range(matrices, len(sizes))):
             room = 0
@@ -58,8 +82,10 @@ class Gradients:
                 self.bucket_of[i] = len(self.buckets) - 1
 
     def clear(self) -> None:
-        self.sum: Tensor | None = None                   # what this rank keeps
-        self.levels: list[tuple[int, Tensor]] = []       # exact: (how many micro-batches, their sum), ever fewer
+        self.sum: Tensor | None = None  # what this rank keeps
+        self.levels: list[
+            tuple[int, Tensor]
+        ] = []  # exact: (how many micro-batches, their sum), ever fewer
         self.result: Tensor | None = None
         self._begin_round()
 
@@ -67,8 +93,10 @@ class Gradients:
         """Every bucket is sent once a round: in each micro-batch, or once a step."""
         self.missing = [members for _, _, members in self.buckets]
         self.next_bucket, self.is_first_round = 0, self.sum is None
-        self.filled: dict[int, Tensor] = {}                     # buckets under way
-        self.sent: list[tuple[Callable[[], Tensor], int]] = []  # and where in `sum` they go; outside of it: to another rank
+        self.filled: dict[int, Tensor] = {}  # buckets under way
+        self.sent: list[
+            tuple[Callable[[], Tensor], int]
+        ] = []  # and where in `sum` they go; outside of it: to another rank
 
     def _take(self, i: int, parameter: nn.Parameter) -> None:
         """What autograd calls: move a gradient into its bucket, and send the buckets whose turn it is."""
@@ -79,9 +107,13 @@ class Gradients:
         if members == 1 and bucket not in self.filled:
             self.filled[bucket] = gradient.to(self.sent_as)
         else:
-            self._values(bucket)[self.starts[i] - start:self.starts[i + 1] - start] += gradient
+            self._values(bucket)[self.starts[i] - start : self.starts[i + 1] - start] += gradient
         self.missing[bucket] -= 1
-        while not self.waits and self.next_bucket < len(self.buckets) and self.missing[self.next_bucket] == 0:
+        while (
+            not self.waits
+            and self.next_bucket < len(self.buckets)
+            and self.missing[self.next_bucket] == 0
+        ):
             self._send()
 
     def _note_freed(self, elements: int) -> None:
@@ -94,7 +126,9 @@ class Gradients:
         """What has come of a bucket in this round; zeros at first."""
         if bucket not in self.filled:
             start, stop, _ = self.buckets[bucket]
-            self.filled[bucket] = torch.zeros(stop - start, dtype=self.sent_as, device=self.parameters[0].device)
+            self.filled[bucket] = torch.zeros(
+                stop - start, dtype=self.sent_as, device=self.parameters[0].device
+            )
         return self.filled[bucket]
 
     def _send(self) -> None:
@@ -107,13 +141,17 @@ class Gradients:
             self._note_freed(stop - start)
         if self.sum is None:  # empty: memory is taken as it is filled, while gradients are freed
             self.sum = torch.empty(self.slice_size, dtype=self.dtype, device=values.device)
-            self.sum[max(0, self.starts[-1] - self.kept_from):] = 0
+            self.sum[max(0, self.starts[-1] - self.kept_from) :] = 0
         at = start
         while at < stop:
             owner = at // self.slice_size
             end = min(stop, at + self.bucket_elements, (owner + 1) * self.slice_size)
-            wait = comm.reduce_to(self.mesh, values[at - start:end - start], None if self.for_everyone else owner,
-                                  self.present if self.exact else None)
+            wait = comm.reduce_to(
+                self.mesh,
+                values[at - start : end - start],
+                None if self.for_everyone else owner,
+                self.present if self.exact else None,
+            )
             self.sent.append((wait, at - self.kept_from))
             at = end
             while len(self.sent) > 2:  # bounds what is in flight
@@ -123,7 +161,7 @@ class Gradients:
         wait, place = self.sent.pop(0)
         part = wait()
         if 0 <= place < self.slice_size:
-            mine = self.sum[place:place + len(part)]
+            mine = self.sum[place : place + len(part)]
             (mine.copy_ if self.is_first_round else mine.add_)(part)
 
     def end_micro_batch(self) -> None:

@@ -27,7 +27,7 @@ class LossScale:
     window: int = 1000
     hysteresis: int = 2
     minimum: float = 1.0
-    patience: int = 2    # overflows left before the scale is halved
+    patience: int = 2  # overflows left before the scale is halved
     good_steps: int = 0  # since the last overflow
 
     def overflowed(self) -> None:
@@ -36,7 +36,9 @@ class LossScale:
         if self.patience > 1:
             self.patience -= 1
         elif self.scale <= self.minimum:
-            raise UserError(f"fp16: gradients overflow at the smallest loss scale {self.minimum:g}; use --precision bf16 or fp32")
+            raise UserError(
+                f"fp16: gradients overflow at the smallest loss scale {self.minimum:g}; use --precision bf16 or fp32"
+            )
         else:
             self.scale = max(self.scale / 2, self.minimum)
 
@@ -49,19 +51,32 @@ class LossScale:
 class Optimizer:
     """AdamW, sharded, over the trainable ones of named parameters; with a loss scale where some are fp16."""
 
-    def __init__(self, named: Iterable[tuple[str, nn.Parameter]], mesh: Mesh, settings: Settings) -> None:
+    def __init__(
+        self, named: Iterable[tuple[str, nn.Parameter]], mesh: Mesh, settings: Settings
+    ) -> None:
         """Raises UserError where nothing is trainable."""
         named = list(named)
         dtypes = sorted({p.dtype for _, p in named if p.requires_grad}, key=str)
         if not dtypes:
             raise UserError("nothing to train: every parameter is frozen")
-        parts = [ZeroAdamW([x for x in named if x[1].requires_grad and x[1].dtype == dtype], mesh, settings) for dtype in dtypes]
+        parts = [
+            ZeroAdamW(
+                [x for x in named if x[1].requires_grad and x[1].dtype == dtype], mesh, settings
+            )
+            for dtype in dtypes
+        ]
         self.parts = sorted(parts, key=lambda part: -part.total)
         for part in self.parts[1:]:
             part.gradients.waits = True
         patience, scale = settings.loss_scale_hysteresis, 2.0**settings.initial_scale_power
         scaled = any(p.dtype == torch.float16 for _, p in named)
-        self.loss_scale = LossScale(scale, settings.loss_scale_window, patience, settings.min_loss_scale, patience) if scaled else None
+        self.loss_scale = (
+            LossScale(
+                scale, settings.loss_scale_window, patience, settings.min_loss_scale, patience
+            )
+            if scaled
+            else None
+        )
         self.trained = sum(part.total for part in self.parts)
 
     def zero_grad(self) -> None:
@@ -78,7 +93,9 @@ class Optimizer:
         for part in self.parts:
             part.gradients.end_micro_batch()
 
-    def step(self, learning_rate: float, max_norm: float, loss_is_finite: bool = True) -> tuple[float, bool]:
+    def step(
+        self, learning_rate: float, max_norm: float, loss_is_finite: bool = True
+    ) -> tuple[float, bool]:
         """(norm of the whole gradient before clipping, whether the weights were updated). max_norm 0: do not clip.
         A gradient or loss that is not finite leaves the weights as they are, on every rank alike."""
         unscale = 1.0 / self.loss_scale.scale if self.loss_scale else 1.0

@@ -29,27 +29,42 @@ from minillama.config import Settings
 from minillama.errors import UserError
 from minillama.parallel.gradients import Gradients
 
-CHUNK = 16384       # elements; slices are whole chunks, so that a chunk's norm never depends on the number of ranks
-AT_ONCE = 1 << 22   # elements updated at a time, which bounds the temporary copies of a step
+CHUNK = 16384  # elements; slices are whole chunks, so that a chunk's norm never depends on the number of ranks
+AT_ONCE = 1 << 22  # elements updated at a time, which bounds the temporary copies of a step
 
 
 class ZeroAdamW:
     """AdamW over trainable parameters of one dtype, sharded by stage."""
 
-    def __init__(self, named: Iterable[tuple[str, nn.Parameter]], mesh: comm.Mesh, settings: Settings) -> None:
+    def __init__(
+        self, named: Iterable[tuple[str, nn.Parameter]], mesh: comm.Mesh, settings: Settings
+    ) -> None:
         exact = settings.reduction == "exact"
         if exact and mesh.size & (mesh.size - 1):
-            raise UserError(f"reduction = 'exact' needs 1, 2, 4, 8, … ranks, not {mesh.size}; use --reduction fast")
+            raise UserError(
+                f"reduction = 'exact' needs 1, 2, 4, 8, … ranks, not {mesh.size}; use --reduction fast"
+            )
         self.named = sorted(named, key=lambda item: item[1].ndim <= 1)  # stable: matrices first
-        self.mesh, self.stage, self.steps, self.weight_decay = mesh, settings.zero_stage, 0, settings.weight_decay
-        self.adam = {"beta1": settings.adam_beta1, "beta2": settings.adam_beta2, "epsilon": settings.adam_epsilon}
+        self.mesh, self.stage, self.steps, self.weight_decay = (
+            mesh,
+            settings.zero_stage,
+            0,
+            settings.weight_decay,
+        )
+        self.adam = {
+            "beta1": settings.adam_beta1,
+            "beta2": settings.adam_beta2,
+            "epsilon": settings.adam_epsilon,
+        }
         # fused kernels round the ends of a stretch otherwise, so their result depends on how the vector is cut
         self.update = ops.reference.adamw if exact else ops.adamw
         self.total = sum(p.numel() for _, p in self.named)
         self.decayed = sum(p.numel() for _, p in self.named if p.ndim > 1)
         size = -(-self.total // (CHUNK * mesh.size)) * CHUNK  # of a slice
         self.owned = slice(mesh.rank * size, (mesh.rank + 1) * size)
-        self.kept = self.owned if self.stage else slice(0, size * mesh.size)  # what this rank updates
+        self.kept = (
+            self.owned if self.stage else slice(0, size * mesh.size)
+        )  # what this rank updates
         dtype, device = self.named[0][1].dtype, self.named[0][1].device
         self.weights = torch.zeros(size * mesh.size, dtype=dtype, device=device)
         for (_, parameter), view in zip(self.named, self.views(self.weights), strict=True):
@@ -62,27 +77,39 @@ class ZeroAdamW:
 
     def views(self, vector: Tensor) -> list[Tensor]:
         """A flat vector cut into the parameters' shapes."""
-        parts = vector[:self.total].split([p.numel() for _, p in self.named])
+        parts = vector[: self.total].split([p.numel() for _, p in self.named])
         return [part.view(p.shape) for part, (_, p) in zip(parts, self.named, strict=True)]
 
     def squared_norm(self) -> Tensor:
         """The squared norm of the step's whole gradient, () fp64 on the host (not every device has it), the same number on every rank."""
-        chunks = torch.stack([row.float().square().sum() for row in self.gradients.reduced().view(-1, CHUNK)])
+        chunks = torch.stack(
+            [row.float().square().sum() for row in self.gradients.reduced().view(-1, CHUNK)]
+        )
         if self.stage:
             chunks = comm.all_gather(self.mesh, chunks)
-        return chunks[:-(-self.total // CHUNK)].cpu().double().sum()
+        return chunks[: -(-self.total // CHUNK)].cpu().double().sum()
 
     def step(self, learning_rate: float, scale: float = 1.0) -> None:
         """One AdamW update with the gradient times `scale`; afterwards every rank has the new weights."""
         self.steps += 1
         grad = self.gradients.reduced()
-        border, end = (min(max(place - self.kept.start, 0), len(grad)) for place in (self.decayed, self.total))
+        border, end = (
+            min(max(place - self.kept.start, 0), len(grad)) for place in (self.decayed, self.total)
+        )
         for start, stop, decay in ((0, border, self.weight_decay), (border, end, 0.0)):
             for at in range(start, stop, AT_ONCE):
                 part = slice(at, min(at + AT_ONCE, stop))
                 scaled = grad[part].float() if scale == 1.0 else grad[part].float() * scale
-                self.update(self.master[part], scaled, self.m[part], self.v[part], self.steps,
-                            learning_rate=learning_rate, weight_decay=decay, **self.adam)
+                self.update(
+                    self.master[part],
+                    scaled,
+                    self.m[part],
+                    self.v[part],
+                    self.steps,
+                    learning_rate=learning_rate,
+                    weight_decay=decay,
+                    **self.adam,
+                )
         self.publish()
 
     def publish(self) -> None:
@@ -95,17 +122,26 @@ class ZeroAdamW:
     def first_non_finite(self) -> str:
         """The first parameter whose gradient, as far as this rank keeps it, is not finite; or an empty string."""
         bad = (~self.gradients.reduced().isfinite()).nonzero()
-        return self.named[bisect(self.gradients.starts, int(bad[0]) + self.kept.start) - 1][0] if len(bad) else ""
+        return (
+            self.named[bisect(self.gradients.starts, int(bad[0]) + self.kept.start) - 1][0]
+            if len(bad)
+            else ""
+        )
 
     def state(self) -> dict[str, Tensor]:
         """What this rank owns: master, m and v from position `owned.start` on, cut after the last parameter."""
-        first, last = (min(place, self.total) - self.kept.start for place in (self.owned.start, self.owned.stop))
-        return {name: getattr(self, name)[max(first, 0):max(last, 0)] for name in ("master", "m", "v")}
+        first, last = (
+            min(place, self.total) - self.kept.start
+            for place in (self.owned.start, self.owned.stop)
+        )
+        return {
+            name: getattr(self, name)[max(first, 0) : max(last, 0)] for name in ("master", "m", "v")
+        }
 
     def load_state(self, read: Callable[[str, int, int], Tensor], steps: int) -> None:
         """Take the state over: read(name, start, stop) returns a stretch of a saved vector by position, whoever saved it."""
         start, stop = min(self.kept.start, self.total), min(self.kept.stop, self.total)
         for name in ("master", "m", "v"):
-            getattr(self, name)[:stop - start] = read(name, start, stop)
+            getattr(self, name)[: stop - start] = read(name, start, stop)
         self.steps = steps
         self.publish()

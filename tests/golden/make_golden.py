@@ -29,10 +29,16 @@ from minillama.data import demo
 from minillama.tokenizer import open_tokenizer, train_tokenizer
 
 HERE = Path(__file__).parent
-QUESTIONS = ("What is the first word in key, moon and goat?", "Which number is larger, 31 or 62?",
-             "Please repeat owl, fish and tree.")
-TEXTS = ("Human: Which number is larger, 40 or 12?\nAssistant: 40", "Human: Which number is larger, 40 or 12?\nAssistant: 12",
-         "It was a dark and stormy night; 夜.")
+QUESTIONS = (
+    "What is the first word in key, moon and goat?",
+    "Which number is larger, 31 or 62?",
+    "Please repeat owl, fish and tree.",
+)
+TEXTS = (
+    "Human: Which number is larger, 40 or 12?\nAssistant: 40",
+    "Human: Which number is larger, 40 or 12?\nAssistant: 12",
+    "It was a dark and stormy night; 夜.",
+)
 STEPS, RATE, DECAY, BETAS = 20, 1e-3, 0.1, (0.9, 0.95)
 
 
@@ -44,23 +50,37 @@ def main() -> None:
     model = open_model()
     tokenizer = open_tokenizer(HERE / "model")
     records = demo.records(demo.DEMO, 8 * STEPS, seed=3, held_out=True)
-    documents = [[1, *tokenizer.encode(f"Human: {r['instruction']}\nAssistant: {r['output']}")[:30], 2] for r in records]
+    documents = [
+        [1, *tokenizer.encode(f"Human: {r['instruction']}\nAssistant: {r['output']}")[:30], 2]
+        for r in records
+    ]
     tokens = torch.tensor([(row * 2)[:32] for row in documents[:2]])
     tensors = {"tokens": tokens, "logits": logits(model, tokens), "batches": padded(documents)}
-    expected = {"greedy": [greedy(model, tokenizer, question) for question in QUESTIONS],
-                "log_likelihood": [log_likelihood(model, [1, *tokenizer.encode(text)]) for text in TEXTS]}
+    expected = {
+        "greedy": [greedy(model, tokenizer, question) for question in QUESTIONS],
+        "log_likelihood": [log_likelihood(model, [1, *tokenizer.encode(text)]) for text in TEXTS],
+    }
     adapted = make_adapter(model)
     tensors["adapted_logits"] = logits(adapted, tokens)
     expected["lora_losses"] = losses(adapted.train(), tensors["batches"])
     merged = peft.PeftModel.from_pretrained(open_model(), HERE / "adapter").merge_and_unload()
     plain = open_model().state_dict()
-    tensors |= {f"merged.{name}": weight.contiguous() for name, weight in merged.state_dict().items()
-                if not torch.equal(weight, plain[name])}
+    tensors |= {
+        f"merged.{name}": weight.contiguous()
+        for name, weight in merged.state_dict().items()
+        if not torch.equal(weight, plain[name])
+    }
     expected["losses"] = losses(open_model().train(), tensors["batches"])
     save_file(tensors, HERE / "expected.safetensors")
-    expected["made_with"] = {"torch": torch.__version__, "transformers": transformers.__version__, "peft": peft.__version__}
+    expected["made_with"] = {
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "peft": peft.__version__,
+    }
     text = json.dumps(expected, indent=1)
-    lines = re.sub(r"\[[-\d., \n]+\]", lambda found: " ".join(found[0].split()), text)  # a list of numbers stands on one line
+    lines = re.sub(
+        r"\[[-\d., \n]+\]", lambda found: " ".join(found[0].split()), text
+    )  # a list of numbers stands on one line
     (HERE / "expected.json").write_text(lines + "\n")
 
 
@@ -71,22 +91,54 @@ def train_model(folder: Path) -> None:
     texts = [f"Human: {r['instruction']}\nAssistant: {r['output']}" for r in records[:1000]]
     (folder / "tokenizer.model").write_bytes(train_tokenizer(texts, 400))
     settings = Settings(
-        init="scratch", tokenizer=str(folder / "tokenizer.model"), dim=48, n_layers=2, n_heads=6, n_kv_heads=2, ffn_dim=112,
-        context=128, initializer_range=0.08, data=(str(folder / "data.json"),), template="llama_factory_default", max_length=128,
-        num_train_epochs=8.0, per_device_train_batch_size=6, learning_rate=6e-3, lr_scheduler_type="cosine", warmup_steps=20,
-        weight_decay=0.1, adam_beta2=0.95, save_strategy="no", cache_dir=str(folder), out_dir=str(folder / "run"), device="cpu",
-        threads=1)
+        init="scratch",
+        tokenizer=str(folder / "tokenizer.model"),
+        dim=48,
+        n_layers=2,
+        n_heads=6,
+        n_kv_heads=2,
+        ffn_dim=112,
+        context=128,
+        initializer_range=0.08,
+        data=(str(folder / "data.json"),),
+        template="llama_factory_default",
+        max_length=128,
+        num_train_epochs=8.0,
+        per_device_train_batch_size=6,
+        learning_rate=6e-3,
+        lr_scheduler_type="cosine",
+        warmup_steps=20,
+        weight_decay=0.1,
+        adam_beta2=0.95,
+        save_strategy="no",
+        cache_dir=str(folder),
+        out_dir=str(folder / "run"),
+        device="cpu",
+        threads=1,
+    )
     print(trainer.train(settings, Mesh()))
     shutil.rmtree(HERE / "model", ignore_errors=True)
-    shutil.copytree(folder / "run/final", HERE / "model", ignore=shutil.ignore_patterns("minillama.json"))
+    shutil.copytree(
+        folder / "run/final", HERE / "model", ignore=shutil.ignore_patterns("minillama.json")
+    )
     config = json.loads((HERE / "model/config.json").read_text())
-    config |= {"rope_scaling": {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-                                "original_max_position_embeddings": 128}, "max_position_embeddings": 512}
+    config |= {
+        "rope_scaling": {
+            "rope_type": "llama3",
+            "factor": 4.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 128,
+        },
+        "max_position_embeddings": 512,
+    }
     (HERE / "model/config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
 def open_model() -> transformers.LlamaForCausalLM:
-    return transformers.LlamaForCausalLM.from_pretrained(HERE / "model", dtype=torch.float32, attn_implementation="eager").eval()
+    return transformers.LlamaForCausalLM.from_pretrained(
+        HERE / "model", dtype=torch.float32, attn_implementation="eager"
+    ).eval()
 
 
 @torch.no_grad()
@@ -96,7 +148,9 @@ def logits(model: torch.nn.Module, tokens: torch.Tensor) -> torch.Tensor:
 
 def greedy(model: torch.nn.Module, tokenizer, question: str) -> dict:
     ids = tokenizer.encode(f"Human: {question}\nAssistant: ")
-    out = model.generate(torch.tensor([ids]), max_new_tokens=24, do_sample=False, pad_token_id=0)[0, len(ids):].tolist()
+    out = model.generate(torch.tensor([ids]), max_new_tokens=24, do_sample=False, pad_token_id=0)[
+        0, len(ids) :
+    ].tolist()
     return {"question": question, "prompt": ids, "ids": [token for token in out if token != 2]}
 
 
@@ -106,16 +160,26 @@ def log_likelihood(model: torch.nn.Module, ids: list[int]) -> dict:
 
 
 def make_adapter(model: torch.nn.Module) -> torch.nn.Module:
-    adapted = peft.get_peft_model(model, peft.LoraConfig(
-        r=4, lora_alpha=6, target_modules=["q_proj", "v_proj", "down_proj"], use_rslora=True, rank_pattern={"v_proj": 2},
-        task_type="CAUSAL_LM"))
+    adapted = peft.get_peft_model(
+        model,
+        peft.LoraConfig(
+            r=4,
+            lora_alpha=6,
+            target_modules=["q_proj", "v_proj", "down_proj"],
+            use_rslora=True,
+            rank_pattern={"v_proj": 2},
+            task_type="CAUSAL_LM",
+        ),
+    )
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():
             if "lora_B" in name:
                 parameter.normal_(0.0, 0.1)
     adapted.save_pretrained(HERE / "adapter")
     (HERE / "adapter/README.md").unlink(missing_ok=True)
-    about = json.loads((HERE / "adapter/adapter_config.json").read_text()) | {"base_model_name_or_path": "model"}
+    about = json.loads((HERE / "adapter/adapter_config.json").read_text()) | {
+        "base_model_name_or_path": "model"
+    }
     (HERE / "adapter/adapter_config.json").write_text(json.dumps(about, indent=2) + "\n")
     return adapted.eval()
 
@@ -124,15 +188,21 @@ def padded(documents: list[list[int]]) -> torch.Tensor:
     """(steps, 8, 32) of ids; -1 where there is none."""
     rows = torch.full((len(documents), 32), -1)
     for row, ids in zip(rows, documents, strict=True):
-        row[:len(ids)] = torch.tensor(ids)
+        row[: len(ids)] = torch.tensor(ids)
     return rows.view(-1, 8, 32).to(torch.int16)
 
 
 def losses(model: torch.nn.Module, batches: torch.Tensor) -> list[float]:
     """AdamW at a constant rate, decay on matrices, clipped to norm 1; the loss is the mean over a batch's targets."""
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW([{"params": [p for p in trained if p.ndim > 1], "weight_decay": DECAY},
-                                   {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0}], lr=RATE, betas=BETAS)
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": [p for p in trained if p.ndim > 1], "weight_decay": DECAY},
+            {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+        ],
+        lr=RATE,
+        betas=BETAS,
+    )
     found = []
     for rows in batches.long():
         here = rows >= 0

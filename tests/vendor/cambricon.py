@@ -13,9 +13,21 @@ CALLS: list[str] = []
 _KEPT: list[torch.library.Library] = []
 
 
-def fused_adam(_dummy_overflow_buf: Tensor, grads: list[Tensor], params: list[Tensor], exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor],
-               learning_rate: float, beta1: float, beta2: float, epsilon: float, step: int, mode: int, bias_correction: int,
-               weight_decay: float) -> bool:
+def fused_adam(
+    _dummy_overflow_buf: Tensor,
+    grads: list[Tensor],
+    params: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    learning_rate: float,
+    beta1: float,
+    beta2: float,
+    epsilon: float,
+    step: int,
+    mode: int,
+    bias_correction: int,
+    weight_decay: float,
+) -> bool:
     """apex's multi_tensor_adam: mode 0 adds the decay to the gradient, mode 1 (AdamW) to the update."""
     CALLS.append("fused_adam")
     if _dummy_overflow_buf.dtype != torch.int32:
@@ -31,12 +43,26 @@ def fused_adam(_dummy_overflow_buf: Tensor, grads: list[Tensor], params: list[Te
     return True
 
 
-def fused_rms_norm(x: Tensor, residual: Any, gamma: Tensor, beta: Any, bias: Any, eps: float, store_output_before_norm: bool,
-                   quant_scale: Any = None, out: Any = None, dynamic_quant: bool = False) -> Tensor:
+def fused_rms_norm(
+    x: Tensor,
+    residual: Any,
+    gamma: Tensor,
+    beta: Any,
+    bias: Any,
+    eps: float,
+    store_output_before_norm: bool,
+    quant_scale: Any = None,
+    out: Any = None,
+    dynamic_quant: bool = False,
+) -> Tensor:
     CALLS.append("fused_rms_norm")
     assert residual is beta is bias is None
     assert not store_output_before_norm
-    return (x.float() * (x.float().pow(2).mean(-1, keepdim=True) + eps).rsqrt() * gamma.float()).to(x.dtype).detach()
+    return (
+        (x.float() * (x.float().pow(2).mean(-1, keepdim=True) + eps).rsqrt() * gamma.float())
+        .to(x.dtype)
+        .detach()
+    )
 
 
 def active(input: Tensor, act_mode: str = "silu", is_gated: bool = False) -> Tensor:
@@ -54,7 +80,8 @@ def install() -> None:
         "fused_adam(Tensor(a!) _dummy_overflow_buf, Tensor[] grads, Tensor(b!)[] params, Tensor(c!)[] exp_avgs, "
         ""
         "Tensor(d!)[] exp_avg_sqs, float learning_rate, float beta1, float beta2, float epsilon, "
-        "int step, int mode, int bias_correction, float weight_decay) -> bool")
+        "int step, int mode, int bias_correction, float weight_decay) -> bool"
+    )
     library.impl("fused_adam", fused_adam, "CompositeImplicitAutograd")
     _KEPT.append(library)
     module = ModuleType("torch_mlu_ops")

@@ -10,8 +10,20 @@ import subprocess
 import sys
 from pathlib import Path
 
-NAMES = ("libhccl.so", "libascendcl.so", "libacl_op_compiler.so", "libge_runner.so", "libgraph.so", "libacl_tdt_channel.so")
-LOOKED_UP = ["aclrtSetDeviceSatMode", "aclSetCompileopt", "aclrtSetOpExecuteTimeOut", "aclrtCtxSetSysParamOpt"]  # at run time, by name
+NAMES = (
+    "libhccl.so",
+    "libascendcl.so",
+    "libacl_op_compiler.so",
+    "libge_runner.so",
+    "libgraph.so",
+    "libacl_tdt_channel.so",
+)
+LOOKED_UP = [
+    "aclrtSetDeviceSatMode",
+    "aclSetCompileopt",
+    "aclrtSetOpExecuteTimeOut",
+    "aclrtCtxSetSysParamOpt",
+]  # at run time, by name
 WRITTEN_OUT = """
 #include <stddef.h>
 #include <stdlib.h>
@@ -33,26 +45,51 @@ int aclrtMemcpy(void *to, size_t room, const void *from, size_t size, int kind) 
 
 def symbols(library: Path, which: str) -> set[str]:
     """The names that a library defines, or leaves to others."""
-    listed = subprocess.run(["nm", "-D", which, str(library)], capture_output=True, text=True, check=True).stdout
+    listed = subprocess.run(
+        ["nm", "-D", which, str(library)], capture_output=True, text=True, check=True
+    ).stdout
     return {line.split()[-1].split("@")[0] for line in listed.splitlines() if line.strip()}
 
 
 def missing() -> set[str]:
     """What torch_npu's libraries need and no library of torch's or their own has: CANN's names, recognised by their beginnings."""
-    torch_npu, torch = (Path(importlib.util.find_spec(name).origin).parent / "lib" for name in ("torch_npu", "torch"))
-    needed = set().union(*(symbols(path, "--undefined-only") for path in (*torch_npu.glob("*.so"), *torch_npu.parent.glob("*.so"))))
-    there = set().union(*(symbols(path, "--defined-only") for folder in (torch_npu, torch) for path in folder.glob("*.so*")))
+    torch_npu, torch = (
+        Path(importlib.util.find_spec(name).origin).parent / "lib"
+        for name in ("torch_npu", "torch")
+    )
+    needed = set().union(
+        *(
+            symbols(path, "--undefined-only")
+            for path in (*torch_npu.glob("*.so"), *torch_npu.parent.glob("*.so"))
+        )
+    )
+    there = set().union(
+        *(
+            symbols(path, "--defined-only")
+            for folder in (torch_npu, torch)
+            for path in folder.glob("*.so*")
+        )
+    )
     return {name for name in needed - there if name.startswith(("acl", "rt", "Msprof", "Hccl"))}
 
 
 def main(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     written = WRITTEN_OUT.replace("*", " ")
-    empty = [f"int {name}(void) {{ return 0; }}" for name in sorted(missing() | set(LOOKED_UP)) if f" {name}(" not in written]
+    empty = [
+        f"int {name}(void) {{ return 0; }}"
+        for name in sorted(missing() | set(LOOKED_UP))
+        if f" {name}(" not in written
+    ]
     (folder / "stub.c").write_text(WRITTEN_OUT + "\n".join(empty) + "\n")
     for name in NAMES:
-        subprocess.run(["gcc", "-shared", "-fPIC", "-w", str(folder / "stub.c"), "-o", str(folder / name)], check=True)
-    print(f"{len(empty)} functions that do nothing, {WRITTEN_OUT.count('return')} that hand something back")
+        subprocess.run(
+            ["gcc", "-shared", "-fPIC", "-w", str(folder / "stub.c"), "-o", str(folder / name)],
+            check=True,
+        )
+    print(
+        f"{len(empty)} functions that do nothing, {WRITTEN_OUT.count('return')} that hand something back"
+    )
 
 
 if __name__ == "__main__":

@@ -37,7 +37,13 @@ class DeviceTensor(torch.Tensor):
     @staticmethod
     def __new__(cls, host: Tensor) -> "DeviceTensor":
         made = torch.Tensor._make_wrapper_subclass(
-            cls, host.shape, strides=host.stride(), storage_offset=host.storage_offset(), dtype=host.dtype, device=torch.device(name(), 0))
+            cls,
+            host.shape,
+            strides=host.stride(),
+            storage_offset=host.storage_offset(),
+            dtype=host.dtype,
+            device=torch.device(name(), 0),
+        )
         made.host = host
         return made
 
@@ -47,7 +53,9 @@ class DeviceTensor(torch.Tensor):
         return torch.device(name(), torch.get_device_module(name()).index)
 
     @classmethod
-    def __torch_dispatch__(cls, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_dispatch__(
+        cls, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
         return run_on_host(function, args, kwargs or {})
 
     def untyped_storage(self) -> torch.UntypedStorage:
@@ -88,10 +96,20 @@ def run_on_host(function: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
     tensors = [x for x in pytree.arg_tree_leaves(*args, **kwargs) if isinstance(x, Tensor)]
     of_device = [x for x in tensors if isinstance(x, DeviceTensor)]
     copies = operator in ("_to_copy", "copy_", "_copy_from", "_copy_from_and_resize")
-    if of_device and not copies and any(not isinstance(x, DeviceTensor) and x.dim() for x in tensors):  # a number of the host may take part
-        raise RuntimeError(f"{function}: Expected all tensors to be on the same device, found {[str(x.device) for x in tensors]}")
+    if (
+        of_device
+        and not copies
+        and any(not isinstance(x, DeviceTensor) and x.dim() for x in tensors)
+    ):  # a number of the host may take part
+        raise RuntimeError(
+            f"{function}: Expected all tensors to be on the same device, found {[str(x.device) for x in tensors]}"
+        )
     asked = torch.device(kwargs["device"]) if kwargs.get("device") is not None else None
-    if asked is not None and asked.type == name() and asked.index not in (None, 0, torch.get_device_module(name()).index):
+    if (
+        asked is not None
+        and asked.type == name()
+        and asked.index not in (None, 0, torch.get_device_module(name()).index)
+    ):
         raise RuntimeError(f"{function}: {asked} is the chip of another process")
     host_args, host_kwargs = pytree.tree_map_only(DeviceTensor, lambda x: x.host, (args, kwargs))
     if asked is not None:
@@ -107,7 +125,9 @@ def run_on_host(function: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
     if asked is not None and asked.type != name():
         return result
     hosts = {id(x.host): x for x in of_device}
-    return pytree.tree_map_only(Tensor, lambda x: hosts[id(x)] if id(x) in hosts else DeviceTensor(x), result)
+    return pytree.tree_map_only(
+        Tensor, lambda x: hosts[id(x)] if id(x) in hosts else DeviceTensor(x), result
+    )
 
 
 class DeviceModule(ModuleType):
@@ -173,12 +193,18 @@ class FakeGroup(dist.ProcessGroup):
     def __init__(self, store: dist.Store, rank: int, size: int, timeout: Any) -> None:
         super().__init__(rank, size)
         self.gloo = dist.ProcessGroupGloo(store, rank, size, timeout=timeout)
-        self._register_backend(torch.device(name()), dist.ProcessGroup.BackendType.CUSTOM, self.gloo)  # objects are gathered on the device
+        self._register_backend(
+            torch.device(name()), dist.ProcessGroup.BackendType.CUSTOM, self.gloo
+        )  # objects are gathered on the device
 
     def _call(self, collective: str, *args: Any) -> dist.Work:
         def host(x: Tensor) -> Tensor:
-            assert isinstance(x, DeviceTensor), f"{collective}: a tensor on {x.device} in a group of the device"
-            assert x.dtype != torch.float64, f"{collective}: the vendors' libraries do not reduce float64"
+            assert isinstance(x, DeviceTensor), (
+                f"{collective}: a tensor on {x.device} in a group of the device"
+            )
+            assert x.dtype != torch.float64, (
+                f"{collective}: the vendors' libraries do not reduce float64"
+            )
             return x.host
 
         return getattr(self.gloo, collective)(*pytree.tree_map_only(Tensor, host, args))
@@ -217,15 +243,24 @@ def install(vendor: str) -> ModuleType:
     module = DeviceModule(vendor)
     _setup_privateuseone_for_python_backend(vendor, backend_module=module)
     library = torch.library.Library("_", "IMPL")
-    library.fallback(lambda function, *args, **kwargs: run_on_host(function, args, kwargs), "PrivateUse1")
+    library.fallback(
+        lambda function, *args, **kwargs: run_on_host(function, args, kwargs), "PrivateUse1"
+    )
     by_name = torch.library.Library("aten", "IMPL")
-    for operator in ("_copy_from", "copy_", "_to_copy", "_copy_from_and_resize"):  # reached past the fallback by torch.tensor
+    for operator in (
+        "_copy_from",
+        "copy_",
+        "_to_copy",
+        "_copy_from_and_resize",
+    ):  # reached past the fallback by torch.tensor
         function = getattr(torch.ops.aten, operator).default
         by_name.impl(operator, partial(_run_by_name, function), "PrivateUse1")
     KEPT.extend((library, by_name))
 
     def create(about: Any, options: Any) -> FakeGroup:
-        assert vendor != "tpu" or options.chip_map[about.group_rank] == module.index, "sccl wants the ring of chips"
+        assert vendor != "tpu" or options.chip_map[about.group_rank] == module.index, (
+            "sccl wants the ring of chips"
+        )
         return FakeGroup(about.store, about.group_rank, about.group_size, about.timeout)
 
     dist.Backend.register_backend(BACKENDS[vendor], create, extended_api=True, devices=[vendor])

@@ -22,16 +22,40 @@ from tests.vendor import ascend, cambricon, fake_device, sophgo
 
 
 def settings(folder: Path, out: str, **changes: object) -> config.Settings:
-    return config.Settings(**{
-        "tokenizer": str(folder / "tokenizer.model"), "data": (str(folder / "data.json"),), "template": "llama_factory_default",
-        "init": "scratch", "dim": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "ffn_dim": 48, "context": 128, "max_length": 128,
-        "max_steps": 3, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "learning_rate": 1e-2, "logging_steps": 1,
-        "validation_split": 0.2, "save_strategy": "steps", "save_steps": 2, "save_total_limit": 0, "threads": 1,
-        "cache_dir": str(folder / "cache"), "out_dir": str(folder / out)} | changes)
+    return config.Settings(
+        **{
+            "tokenizer": str(folder / "tokenizer.model"),
+            "data": (str(folder / "data.json"),),
+            "template": "llama_factory_default",
+            "init": "scratch",
+            "dim": 32,
+            "n_layers": 2,
+            "n_heads": 4,
+            "n_kv_heads": 2,
+            "ffn_dim": 48,
+            "context": 128,
+            "max_length": 128,
+            "max_steps": 3,
+            "per_device_train_batch_size": 2,
+            "gradient_accumulation_steps": 2,
+            "learning_rate": 1e-2,
+            "logging_steps": 1,
+            "validation_split": 0.2,
+            "save_strategy": "steps",
+            "save_steps": 2,
+            "save_total_limit": 0,
+            "threads": 1,
+            "cache_dir": str(folder / "cache"),
+            "out_dir": str(folder / out),
+        }
+        | changes
+    )
 
 
 def losses(out_dir: str) -> list[float]:
-    records = [json.loads(line) for line in (Path(out_dir) / "metrics.jsonl").read_text().splitlines()]
+    records = [
+        json.loads(line) for line in (Path(out_dir) / "metrics.jsonl").read_text().splitlines()
+    ]
     return [record["loss"] for record in records if "loss" in record]
 
 
@@ -44,8 +68,12 @@ def train(name: str, folder: Path, out: str, **changes: object) -> dict:
         assert mesh.device.type == name
         summary = trainer.train(wanted, mesh)
         comm.barrier(mesh)
-        return {"losses": losses(wanted.out_dir), "eval_loss": summary["eval_loss"], "kernels": kernels(),
-                "peak": summary["peak_memory_bytes"] == device.memory(mesh.device).peak}
+        return {
+            "losses": losses(wanted.out_dir),
+            "eval_loss": summary["eval_loss"],
+            "kernels": kernels(),
+            "peak": summary["peak_memory_bytes"] == device.memory(mesh.device).peak,
+        }
 
 
 def stop_and_resume(name: str, folder: Path) -> list[float]:
@@ -77,19 +105,34 @@ def write(name: str, checkpoint: Path, dtype: str) -> dict:
         fake_device.install(name)
     model, _ = load_with_adapters(checkpoint, "", [], dtype, device.pick("auto"))
     assert model.lm_head.weight.device.type == name
-    return {"ids": list(generate(model, [1, 5, 9, 30], 8, Sampling(temperature=0.0))), "kernels": kernels()}
+    return {
+        "ids": list(generate(model, [1, 5, 9, 30], 8, Sampling(temperature=0.0))),
+        "kernels": kernels(),
+    }
 
 
 def main(name: str, folder: Path, checkpoint: Path) -> None:
     """checkpoint: what to generate from, the same for every device."""
     torch.set_num_threads(1)
-    records = [{"instruction": f"{TEXTS[i % 9]} {i}", "input": "", "output": TEXTS[(i + 3) % 9]} for i in range(24)]
+    records = [
+        {"instruction": f"{TEXTS[i % 9]} {i}", "input": "", "output": TEXTS[(i + 3) % 9]}
+        for i in range(24)
+    ]
     (folder / "data.json").write_text(json.dumps(records))
     sys.modules["matplotlib"] = None  # no time for plots
-    result = {"one": isolated(train, name, folder, "one"), "text": isolated(write, name, checkpoint, "float32")}
+    result = {
+        "one": isolated(train, name, folder, "one"),
+        "text": isolated(write, name, checkpoint, "float32"),
+    }
     if name != "cpu":
-        result |= {"resumed": isolated(stop_and_resume, name, folder), "text16": isolated(write, name, checkpoint, "bfloat16"),
-                   "ranks": [run_on_ranks(2, train_on_two, name, folder, stage, timeout=200)[0] for stage in (1, 2)]}
+        result |= {
+            "resumed": isolated(stop_and_resume, name, folder),
+            "text16": isolated(write, name, checkpoint, "bfloat16"),
+            "ranks": [
+                run_on_ranks(2, train_on_two, name, folder, stage, timeout=200)[0]
+                for stage in (1, 2)
+            ],
+        }
     (folder / "result.json").write_text(json.dumps(result))
 
 

@@ -12,15 +12,31 @@ CALLS: list[str] = []
 _KEPT: list[torch.library.Library] = []
 
 
-def rmsnorm_forward(input: Tensor, scale: Tensor | None, bias: Tensor | None, output: Tensor, axis: int, eps: float) -> None:
+def rmsnorm_forward(
+    input: Tensor, scale: Tensor | None, bias: Tensor | None, output: Tensor, axis: int, eps: float
+) -> None:
     CALLS.append("rmsnorm_forward")
     if axis != input.dim() - 1 or bias is not None or not input.is_contiguous():
         raise ValueError(f"rmsnorm_forward: axis {axis} of {tuple(input.shape)}")
-    output.copy_(input.float() * (input.float().pow(2).mean(-1, keepdim=True) + eps).rsqrt() * (1 if scale is None else scale))
+    output.copy_(
+        input.float()
+        * (input.float().pow(2).mean(-1, keepdim=True) + eps).rsqrt()
+        * (1 if scale is None else scale)
+    )
 
 
-def rmsnorm_backward(grad_output: Tensor, input: Tensor, scale: Tensor | None, bias: Tensor | None, rms: Tensor,
-                     grad_input: Tensor | None, grad_scale: Tensor | None, grad_bias: Tensor | None, axis: int, eps: float) -> None:
+def rmsnorm_backward(
+    grad_output: Tensor,
+    input: Tensor,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    rms: Tensor,
+    grad_input: Tensor | None,
+    grad_scale: Tensor | None,
+    grad_bias: Tensor | None,
+    axis: int,
+    eps: float,
+) -> None:
     CALLS.append("rmsnorm_backward")
     if rms.shape != input.shape or axis != input.dim() - 1:
         raise ValueError("rmsnorm_backward: rms has the shape of the input")
@@ -40,9 +56,13 @@ class ProcessGroupSCCLOptions:
 def install() -> None:
     """Register the kernels, for tensors of any device, and put `torch_tpu` among the modules."""
     library = torch.library.Library("my_ops", "DEF")
-    library.define("rmsnorm_forward(Tensor input, Tensor? scale, Tensor? bias, Tensor(a!) output, int axis, float eps) -> ()")
-    library.define("rmsnorm_backward(Tensor grad_output, Tensor input, Tensor? scale, Tensor? bias, Tensor(a!) rms, "
-                   "Tensor(b!)? grad_input, Tensor(c!)? grad_scale, Tensor(d!)? grad_bias, int axis, float eps) -> ()")
+    library.define(
+        "rmsnorm_forward(Tensor input, Tensor? scale, Tensor? bias, Tensor(a!) output, int axis, float eps) -> ()"
+    )
+    library.define(
+        "rmsnorm_backward(Tensor grad_output, Tensor input, Tensor? scale, Tensor? bias, Tensor(a!) rms, "
+        "Tensor(b!)? grad_input, Tensor(c!)? grad_scale, Tensor(d!)? grad_bias, int axis, float eps) -> ()"
+    )
     library.impl("rmsnorm_forward", rmsnorm_forward, "CompositeImplicitAutograd")
     library.impl("rmsnorm_backward", rmsnorm_backward, "CompositeImplicitAutograd")
     _KEPT.append(library)

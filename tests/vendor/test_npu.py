@@ -31,9 +31,14 @@ def randn(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def assert_same(ours: Callable, formula: Callable, *inputs: Tensor, bound: float, trains: bool = True) -> None:
+def assert_same(
+    ours: Callable, formula: Callable, *inputs: Tensor, bound: float, trains: bool = True
+) -> None:
     """Output and gradients are those of the formula in float64 on the same numbers."""
-    mine, exact = ([x.detach().clone().to(d).requires_grad_(trains) for x in inputs] for d in (inputs[0].dtype, torch.float64))
+    mine, exact = (
+        [x.detach().clone().to(d).requires_grad_(trains) for x in inputs]
+        for d in (inputs[0].dtype, torch.float64)
+    )
     y, y64 = ours(*mine), formula(*exact)
     pairs = [(y, y64)]
     if trains:
@@ -48,13 +53,14 @@ def assert_same(ours: Callable, formula: Callable, *inputs: Tensor, bound: float
 
 # The formulas, in the dtype they are given.
 
+
 def rms_norm64(x: Tensor, w: Tensor) -> Tensor:
     return x / (x.square().mean(-1, keepdim=True) + EPS).sqrt() * w
 
 
 def rope64(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     x1, x2 = x.chunk(2, -1)
-    cos, sin = (table.to(x.dtype)[..., x1.shape[-1]:] for table in (cos, sin))
+    cos, sin = (table.to(x.dtype)[..., x1.shape[-1] :] for table in (cos, sin))
     return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), -1)
 
 
@@ -63,7 +69,9 @@ def attention64(q: Tensor, k: Tensor, v: Tensor, documents: Documents | None = N
     k, v = (x.repeat_interleave(H // K, 2) for x in (k, v))
     hidden = torch.arange(S)[None, :] > torch.arange(S - T, S)[:, None]
     if documents is not None:
-        document = torch.repeat_interleave(torch.arange(len(documents.lengths)), torch.tensor(documents.lengths))
+        document = torch.repeat_interleave(
+            torch.arange(len(documents.lengths)), torch.tensor(documents.lengths)
+        )
         hidden = hidden | (document[:, None] != document[None, :])
     scores = (torch.einsum("bthd,bshd->bhts", q, k) / math.sqrt(D)).masked_fill(hidden, -torch.inf)
     return torch.einsum("bhts,bshd->bthd", scores.softmax(-1), v)
@@ -74,6 +82,7 @@ def softmax64(x: Tensor, mask: Tensor, scale: float) -> Tensor:
 
 
 # Each comparison takes the call to compare, so that wrong ones can be put in its place.
+
 
 def check_rms_norm(call: Callable, dtype: torch.dtype = torch.float32) -> None:
     for size in (1.0, 1e-3):  # small inputs, where epsilon is most of the sum
@@ -87,7 +96,12 @@ def check_rope(call: Callable, dtype: torch.dtype = torch.float32) -> None:
     for cos, sin in (tables, [t.expand(2, 5, 1, 8) + 0 * randn(2, 1, 1, 1) for t in tables]):
         x = randn(2, 5, 3, 8).to(dtype)
         assert npu.can_rope(x, cos, sin)
-        assert_same(lambda x, c=cos, s=sin: call(x, c, s), lambda x, c=cos, s=sin: rope64(x, c, s), x, bound=BOUNDS[dtype])
+        assert_same(
+            lambda x, c=cos, s=sin: call(x, c, s),
+            lambda x, c=cos, s=sin: rope64(x, c, s),
+            x,
+            bound=BOUNDS[dtype],
+        )
 
 
 def check_swiglu(call: Callable, dtype: torch.dtype = torch.float32) -> None:
@@ -99,18 +113,29 @@ def check_swiglu(call: Callable, dtype: torch.dtype = torch.float32) -> None:
 def check_softmax(call: Callable, dtype: torch.dtype = torch.float32) -> None:
     x, mask = randn(2, 3, 32, 64).to(dtype), torch.ones(32, 64, dtype=torch.bool).triu(33)
     assert npu.can_scaled_masked_softmax(x, mask, 0.3)
-    assert_same(lambda x: call(x, mask, 0.3), lambda x: softmax64(x, mask, 0.3), x, bound=BOUNDS[dtype])
+    assert_same(
+        lambda x: call(x, mask, 0.3), lambda x: softmax64(x, mask, 0.3), x, bound=BOUNDS[dtype]
+    )
 
 
 def check_attention(call: Callable, dtype: torch.dtype = torch.float32) -> None:
     for H, K in ((6, 6), (6, 3), (6, 1)):
         for T, S in ((9, 9), (3, 9)):
-            qkv = [randn(2, T, H, 8).to(dtype), randn(2, S, K, 8, seed=1).to(dtype), randn(2, S, K, 8, seed=2).to(dtype)]
+            qkv = [
+                randn(2, T, H, 8).to(dtype),
+                randn(2, S, K, 8, seed=1).to(dtype),
+                randn(2, S, K, 8, seed=2).to(dtype),
+            ]
             assert_same(call, attention64, *qkv, bound=BOUNDS[dtype])
         d = Documents([4, 1, 7])
         qkv = [randn(1, 12, heads, 8, seed=i).to(dtype) for i, heads in enumerate((H, K, K))]
         assert npu.can_attention(*qkv, d)
-        assert_same(lambda q, k, v, d=d: call(q, k, v, d), lambda q, k, v, d=d: attention64(q, k, v, d), *qkv, bound=BOUNDS[dtype])
+        assert_same(
+            lambda q, k, v, d=d: call(q, k, v, d),
+            lambda q, k, v, d=d: attention64(q, k, v, d),
+            *qkv,
+            bound=BOUNDS[dtype],
+        )
 
 
 def check_inference(call: Callable, dtype: torch.dtype = torch.float16) -> None:
@@ -127,8 +152,17 @@ def check_inference(call: Callable, dtype: torch.dtype = torch.float16) -> None:
 
 
 def check_adamw(call: Callable, dtype: torch.dtype = torch.float32) -> None:
-    settings = {"learning_rate": 1e-2, "beta1": 0.9, "beta2": 0.95, "epsilon": 1e-6, "weight_decay": 0.1}
-    mine, theirs = ([randn(40).to(d), torch.zeros(40, dtype=d), torch.zeros(40, dtype=d)] for d in (dtype, torch.float64))
+    settings = {
+        "learning_rate": 1e-2,
+        "beta1": 0.9,
+        "beta2": 0.95,
+        "epsilon": 1e-6,
+        "weight_decay": 0.1,
+    }
+    mine, theirs = (
+        [randn(40).to(d), torch.zeros(40, dtype=d), torch.zeros(40, dtype=d)]
+        for d in (dtype, torch.float64)
+    )
     for step in (1, 2, 3):
         grad = randn(40, seed=step).to(dtype)
         assert npu.can_adamw(mine[0], grad, *mine[1:], step, **settings)
@@ -161,7 +195,9 @@ def test_the_scaled_masked_softmax_is_its_formula(dtype: torch.dtype) -> None:
 
 
 @each_dtype
-def test_attention_is_its_formula_in_training_with_shared_heads_and_packed_documents(dtype: torch.dtype) -> None:
+def test_attention_is_its_formula_in_training_with_shared_heads_and_packed_documents(
+    dtype: torch.dtype,
+) -> None:
     check_attention(npu.attention, dtype)
     assert set(ascend.CALLS) == {"npu_fusion_attention"}
 
@@ -185,73 +221,196 @@ TRIANGLE = torch.ones(2048, 2048, dtype=torch.bool).triu(1)
 
 def wide(t: Tensor, x: Tensor) -> Tensor:
     """A table as the kernel wants it: 4 dimensions, and no sign on the sine's first half."""
-    return torch.cat([t[..., t.shape[-1] // 2:]] * 2, -1).view(-1, x.shape[1], 1, x.shape[-1])
+    return torch.cat([t[..., t.shape[-1] // 2 :]] * 2, -1).view(-1, x.shape[1], 1, x.shape[-1])
 
 
 def train(q: Tensor, k: Tensor, v: Tensor, d: Documents | None = None, **changes: object) -> Tensor:
     """The right call of the training kernel, with changes."""
-    shape, ends = q.shape, None if d is None else [sum(d.lengths[:i + 1]) for i in range(len(d.lengths))]
+    shape, ends = (
+        q.shape,
+        None if d is None else [sum(d.lengths[: i + 1]) for i in range(len(d.lengths))],
+    )
     layout = "BSND" if d is None else "TND"
     if d is not None:
         q, k, v = (x.flatten(0, 1) for x in (q, k, v))
-    right = {"scale": shape[-1] ** -0.5, "atten_mask": TRIANGLE, "sparse_mode": 3, "actual_seq_qlen": ends, "actual_seq_kvlen": ends}
+    right = {
+        "scale": shape[-1] ** -0.5,
+        "atten_mask": TRIANGLE,
+        "sparse_mode": 3,
+        "actual_seq_qlen": ends,
+        "actual_seq_kvlen": ends,
+    }
     arguments = {name: value for name, value in (right | changes).items() if value is not None}
-    return kernel("npu_fusion_attention")(q, k, v, arguments.pop("head_num", shape[2]), layout, **arguments)[0].view(shape)
+    return kernel("npu_fusion_attention")(
+        q, k, v, arguments.pop("head_num", shape[2]), layout, **arguments
+    )[0].view(shape)
 
 
 def infer(q: Tensor, k: Tensor, v: Tensor, copy: bool = True, **changes: object) -> Tensor:
     """The right call of the kernel for prompts, or of that for a single query, with changes."""
     k, v = (x.contiguous() if copy else x for x in (k, v))
-    right = {"num_heads": q.shape[2], "num_key_value_heads": k.shape[2], "input_layout": "BSND", "scale_value": q.shape[-1] ** -0.5}
+    right = {
+        "num_heads": q.shape[2],
+        "num_key_value_heads": k.shape[2],
+        "input_layout": "BSND",
+        "scale_value": q.shape[-1] ** -0.5,
+    }
     right |= {} if q.shape[1] == 1 else {"atten_mask": TRIANGLE, "sparse_mode": 3}
     arguments = {name: value for name, value in (right | changes).items() if value is not None}
-    return kernel("npu_incre_flash_attention" if q.shape[1] == 1 else "npu_prompt_flash_attention")(q, k, v, **arguments)
+    return kernel("npu_incre_flash_attention" if q.shape[1] == 1 else "npu_prompt_flash_attention")(
+        q, k, v, **arguments
+    )
 
 
-def adam(weight: Tensor, grad: Tensor, first: Tensor, second: Tensor, power: int, *, learning_rate: float, beta1: float, beta2: float,
-         epsilon: float, weight_decay: float, **out: object) -> None:
+def adam(
+    weight: Tensor,
+    grad: Tensor,
+    first: Tensor,
+    second: Tensor,
+    power: int,
+    *,
+    learning_rate: float,
+    beta1: float,
+    beta2: float,
+    epsilon: float,
+    weight_decay: float,
+    **out: object,
+) -> None:
     out = out or {"out": [weight, first, second]}
     kernel("npu_apply_adam_w").out(
-        beta1**power, beta2**power, learning_rate, weight_decay, beta1, beta2, epsilon, grad, None, False, False, **out)
+        beta1**power,
+        beta2**power,
+        learning_rate,
+        weight_decay,
+        beta1,
+        beta2,
+        epsilon,
+        grad,
+        None,
+        False,
+        False,
+        **out,
+    )
 
 
-RIGHT = [(check_attention, train), (check_inference, infer), (check_adamw, lambda w, g, m, v, t, **s: adam(w, g, m, v, t - 1, **s))]
+RIGHT = [
+    (check_attention, train),
+    (check_inference, infer),
+    (check_adamw, lambda w, g, m, v, t, **s: adam(w, g, m, v, t - 1, **s)),
+]
 WRONG: dict[str, tuple[Callable, Callable]] = {
-    "epsilon left at the kernel's default": (check_rms_norm, lambda x, w, eps: kernel("npu_rms_norm")(x, w)[0]),
-    "rstd taken for y": (check_rms_norm, lambda x, w, eps: kernel("npu_rms_norm")(x, w, epsilon=eps)[1]),
+    "epsilon left at the kernel's default": (
+        check_rms_norm,
+        lambda x, w, eps: kernel("npu_rms_norm")(x, w)[0],
+    ),
+    "rstd taken for y": (
+        check_rms_norm,
+        lambda x, w, eps: kernel("npu_rms_norm")(x, w, epsilon=eps)[1],
+    ),
     "eps for epsilon": (check_rms_norm, lambda x, w, eps: kernel("npu_rms_norm")(x, w, eps=eps)[0]),
-    "a weight of another dtype": (lambda call: check_rms_norm(call, torch.bfloat16),
-                                  lambda x, w, eps: kernel("npu_rms_norm")(x, w.float(), epsilon=eps)[0]),
-    "cos and sin swapped": (check_rope, lambda x, c, s: kernel("npu_rotary_mul")(x, wide(s, x), wide(c, x))),
-    "tables at half width": (check_rope, lambda x, c, s: kernel("npu_rotary_mul")(x, *(wide(t, x)[..., :4] for t in (c, s)))),
-    "a sine with the minus of our tables": (check_rope, lambda x, c, s: kernel("npu_rotary_mul")(x, wide(c, x), s.view(-1, *s.shape[-3:]))),
-    "tables shaped for BNSD": (check_rope, lambda x, c, s: kernel("npu_rotary_mul")(x, *(wide(t, x).transpose(1, 2) for t in (c, s)))),
-    "tables rounded to 16 bits": (check_rope, lambda x, c, s: kernel("npu_rotary_mul")(x, *(wide(t.half().float(), x) for t in (c, s)))),
+    "a weight of another dtype": (
+        lambda call: check_rms_norm(call, torch.bfloat16),
+        lambda x, w, eps: kernel("npu_rms_norm")(x, w.float(), epsilon=eps)[0],
+    ),
+    "cos and sin swapped": (
+        check_rope,
+        lambda x, c, s: kernel("npu_rotary_mul")(x, wide(s, x), wide(c, x)),
+    ),
+    "tables at half width": (
+        check_rope,
+        lambda x, c, s: kernel("npu_rotary_mul")(x, *(wide(t, x)[..., :4] for t in (c, s))),
+    ),
+    "a sine with the minus of our tables": (
+        check_rope,
+        lambda x, c, s: kernel("npu_rotary_mul")(x, wide(c, x), s.view(-1, *s.shape[-3:])),
+    ),
+    "tables shaped for BNSD": (
+        check_rope,
+        lambda x, c, s: kernel("npu_rotary_mul")(x, *(wide(t, x).transpose(1, 2) for t in (c, s))),
+    ),
+    "tables rounded to 16 bits": (
+        check_rope,
+        lambda x, c, s: kernel("npu_rotary_mul")(x, *(wide(t.half().float(), x) for t in (c, s))),
+    ),
     "[up | gate]": (check_swiglu, lambda gate, up: kernel("npu_swiglu")(torch.cat((up, gate), -1))),
-    "gate and up one above the other": (check_swiglu, lambda gate, up: kernel("npu_swiglu")(torch.cat((gate, up), 0))),
-    "a mask that is True where it may be seen": (check_softmax, lambda x, m, s: kernel("npu_scaled_masked_softmax")(x, ~m, s, False)),
-    "no scale in the softmax": (check_softmax, lambda x, m, s: kernel("npu_scaled_masked_softmax")(x, m)),
-    "the reserved triangle of the softmax": (check_softmax, lambda x, m, s: kernel("npu_scaled_masked_softmax")(x, m, s, True)),
+    "gate and up one above the other": (
+        check_swiglu,
+        lambda gate, up: kernel("npu_swiglu")(torch.cat((gate, up), 0)),
+    ),
+    "a mask that is True where it may be seen": (
+        check_softmax,
+        lambda x, m, s: kernel("npu_scaled_masked_softmax")(x, ~m, s, False),
+    ),
+    "no scale in the softmax": (
+        check_softmax,
+        lambda x, m, s: kernel("npu_scaled_masked_softmax")(x, m),
+    ),
+    "the reserved triangle of the softmax": (
+        check_softmax,
+        lambda x, m, s: kernel("npu_scaled_masked_softmax")(x, m, s, True),
+    ),
     "no scale in attention": (check_attention, lambda *x: train(*x, scale=None)),
     "no mask in training": (check_attention, lambda *x: train(*x, atten_mask=None)),
-    "a mask of the scores' own size in a compressed mode": (check_attention, lambda q, k, v, d=None: train(
-        q, k, v, d, atten_mask=torch.ones(q.shape[1], k.shape[1], dtype=torch.bool).triu(1 + k.shape[1] - q.shape[1]))),
+    "a mask of the scores' own size in a compressed mode": (
+        check_attention,
+        lambda q, k, v, d=None: train(
+            q,
+            k,
+            v,
+            d,
+            atten_mask=torch.ones(q.shape[1], k.shape[1], dtype=torch.bool).triu(
+                1 + k.shape[1] - q.shape[1]
+            ),
+        ),
+    ),
     "a mask of what may be seen": (check_attention, lambda *x: train(*x, atten_mask=~TRIANGLE)),
-    "causal from the upper left with a cache": (check_attention, lambda *x: train(*x, sparse_mode=2)),
-    "pre_tokens, as the second version spells it": (check_attention, lambda *x: train(*x, pre_tokens=9)),
-    "the key heads' number": (check_attention, lambda q, k, v, d=None: train(q, k, v, d, head_num=k.shape[2])),
-    "lengths instead of where they end": (check_attention, lambda q, k, v, d=None: train(
-        q, k, v, d, **({"actual_seq_qlen": d.lengths, "actual_seq_kvlen": d.lengths} if d else {}))),
+    "causal from the upper left with a cache": (
+        check_attention,
+        lambda *x: train(*x, sparse_mode=2),
+    ),
+    "pre_tokens, as the second version spells it": (
+        check_attention,
+        lambda *x: train(*x, pre_tokens=9),
+    ),
+    "the key heads' number": (
+        check_attention,
+        lambda q, k, v, d=None: train(q, k, v, d, head_num=k.shape[2]),
+    ),
+    "lengths instead of where they end": (
+        check_attention,
+        lambda q, k, v, d=None: train(
+            q,
+            k,
+            v,
+            d,
+            **({"actual_seq_qlen": d.lengths, "actual_seq_kvlen": d.lengths} if d else {}),
+        ),
+    ),
     "documents run together": (check_attention, lambda q, k, v, d=None: train(q, k, v)),
-    "heads not said to be shared": (check_inference, lambda *x: infer(*x, num_key_value_heads=None)),
+    "heads not said to be shared": (
+        check_inference,
+        lambda *x: infer(*x, num_key_value_heads=None),
+    ),
     "the layout left at BSH": (check_inference, lambda *x: infer(*x, input_layout=None)),
     "a cache that is not contiguous": (check_inference, lambda *x: infer(*x, copy=False)),
-    "scale, as the training kernel spells it": (check_inference, lambda *x: infer(*x, scale_value=None, scale=0.25)),
+    "scale, as the training kernel spells it": (
+        check_inference,
+        lambda *x: infer(*x, scale_value=None, scale=0.25),
+    ),
     "no scale over a cache": (check_inference, lambda *x: infer(*x, scale_value=None)),
-    "a prompt without a mask": (check_inference, lambda *x: infer(*x, atten_mask=None, sparse_mode=None)),
+    "a prompt without a mask": (
+        check_inference,
+        lambda *x: infer(*x, atten_mask=None, sparse_mode=None),
+    ),
     "beta^t": (check_adamw, lambda w, g, m, v, t, **s: adam(w, g, m, v, t, **s)),
-    "m and v swapped": (check_adamw, lambda w, g, m, v, t, **s: adam(w, g, m, v, t - 1, **s, out=[w, v, m])),
-    "var, m and v by name": (check_adamw, lambda w, g, m, v, t, **s: adam(w, g, m, v, t - 1, **s, var=w, m=m, v=v)),
+    "m and v swapped": (
+        check_adamw,
+        lambda w, g, m, v, t, **s: adam(w, g, m, v, t - 1, **s, out=[w, v, m]),
+    ),
+    "var, m and v by name": (
+        check_adamw,
+        lambda w, g, m, v, t, **s: adam(w, g, m, v, t - 1, **s, var=w, m=m, v=v),
+    ),
 }
 
 
@@ -270,21 +429,48 @@ def test_a_wrong_call_is_caught(mistake: str) -> None:
 F16 = torch.float16
 
 
-@pytest.mark.parametrize(("guard", "arguments"), [
-    (npu.can_rms_norm, (torch.zeros(2, 4), torch.zeros(4, dtype=F16), EPS)), (npu.can_rms_norm, (torch.zeros(4), torch.zeros(4), EPS)),
-    (npu.can_rms_norm, (torch.zeros(2, 4).double(), torch.zeros(4).double(), EPS)),
-    (npu.can_rope, (torch.zeros(1, 2, 1, 896), torch.zeros(2, 448), torch.zeros(2, 448))),
-    (npu.can_rope, (torch.zeros(1000, 1, 1, 4), torch.zeros(1, 2), torch.zeros(1, 2))),
-    (npu.can_swiglu, (torch.zeros(2, 4), torch.zeros(2, 4, dtype=F16))),
-    *[(npu.can_scaled_masked_softmax, (torch.zeros(1, 1, *sides), torch.zeros(sides, dtype=torch.bool), 1.0))
-      for sides in ((1, 64), (64, 33), (16, 32), (32, 4128))],
-    (npu.can_attention, (torch.zeros(1, 4, 6, 8), torch.zeros(1, 4, 4, 8), torch.zeros(1, 4, 4, 8))),
-    (npu.can_attention, (torch.zeros(1, 4, 6, 8), torch.zeros(1, 4, 6, 8), torch.zeros(1, 4, 6, 8))),  # fp32 without a gradient
-    (npu.can_attention, (torch.zeros(1, 1, 6, 24, dtype=F16),) * 3),  # a head size that is not a multiple of 32 bytes
-    (npu.can_attention, (torch.zeros(2, 1, 6, 16, dtype=F16),) * 3 + (None, torch.tensor([1, 1]))),  # rows of their own lengths
-    (npu.can_attention, (torch.zeros(1, 1025, 2, 8),) * 3 + (Documents([1] * 1025),)),
-    (npu.can_attention, (torch.zeros(1, 4, 257, 8, requires_grad=True),) * 3),
-    (npu.can_adamw, (torch.zeros(3), torch.zeros(3, dtype=F16), torch.zeros(3), torch.zeros(3), 1)),
-], ids=lambda x: getattr(x, "__name__", ""))
-def test_what_the_manual_excludes_is_left_to_another_form(guard: Callable, arguments: tuple) -> None:
+@pytest.mark.parametrize(
+    ("guard", "arguments"),
+    [
+        (npu.can_rms_norm, (torch.zeros(2, 4), torch.zeros(4, dtype=F16), EPS)),
+        (npu.can_rms_norm, (torch.zeros(4), torch.zeros(4), EPS)),
+        (npu.can_rms_norm, (torch.zeros(2, 4).double(), torch.zeros(4).double(), EPS)),
+        (npu.can_rope, (torch.zeros(1, 2, 1, 896), torch.zeros(2, 448), torch.zeros(2, 448))),
+        (npu.can_rope, (torch.zeros(1000, 1, 1, 4), torch.zeros(1, 2), torch.zeros(1, 2))),
+        (npu.can_swiglu, (torch.zeros(2, 4), torch.zeros(2, 4, dtype=F16))),
+        *[
+            (
+                npu.can_scaled_masked_softmax,
+                (torch.zeros(1, 1, *sides), torch.zeros(sides, dtype=torch.bool), 1.0),
+            )
+            for sides in ((1, 64), (64, 33), (16, 32), (32, 4128))
+        ],
+        (
+            npu.can_attention,
+            (torch.zeros(1, 4, 6, 8), torch.zeros(1, 4, 4, 8), torch.zeros(1, 4, 4, 8)),
+        ),
+        (
+            npu.can_attention,
+            (torch.zeros(1, 4, 6, 8), torch.zeros(1, 4, 6, 8), torch.zeros(1, 4, 6, 8)),
+        ),  # fp32 without a gradient
+        (
+            npu.can_attention,
+            (torch.zeros(1, 1, 6, 24, dtype=F16),) * 3,
+        ),  # a head size that is not a multiple of 32 bytes
+        (
+            npu.can_attention,
+            (torch.zeros(2, 1, 6, 16, dtype=F16),) * 3 + (None, torch.tensor([1, 1])),
+        ),  # rows of their own lengths
+        (npu.can_attention, (torch.zeros(1, 1025, 2, 8),) * 3 + (Documents([1] * 1025),)),
+        (npu.can_attention, (torch.zeros(1, 4, 257, 8, requires_grad=True),) * 3),
+        (
+            npu.can_adamw,
+            (torch.zeros(3), torch.zeros(3, dtype=F16), torch.zeros(3), torch.zeros(3), 1),
+        ),
+    ],
+    ids=lambda x: getattr(x, "__name__", ""),
+)
+def test_what_the_manual_excludes_is_left_to_another_form(
+    guard: Callable, arguments: tuple
+) -> None:
     assert not guard(*arguments)

@@ -34,7 +34,9 @@ class Count(TorchDispatchMode):
         super().__init__()
         self.calls: Counter[str] = Counter()
 
-    def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
         if str(function).startswith("npu."):
             self.calls[function._opname] += 1
         return function(*args, **(kwargs or {}))
@@ -51,13 +53,22 @@ def test_the_plugin_is_found_and_its_kernels_come_first() -> None:
     assert device.memory(NPU).free
     ops.choose("auto")
     assert {name: op.usable("npu")[0].name for name, op in ops.TABLE.items()} == {
-        "rms_norm": "npu", "rope": "npu", "swiglu": "npu", "scaled_masked_softmax": "npu", "linear": "fused", "attention": "npu",
-        "linear_cross_entropy": "fused", "adamw": "npu"}
+        "rms_norm": "npu",
+        "rope": "npu",
+        "swiglu": "npu",
+        "scaled_masked_softmax": "npu",
+        "linear": "fused",
+        "attention": "npu",
+        "linear_cross_entropy": "fused",
+        "adamw": "npu",
+    }
 
 
 @pytest.mark.parametrize("documents", [None, [5, 7]], ids=["one text", "packed"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_training_step_passes_its_schemas_shapes_and_gradients(documents: list[int] | None, dtype: torch.dtype) -> None:
+def test_a_training_step_passes_its_schemas_shapes_and_gradients(
+    documents: list[int] | None, dtype: torch.dtype
+) -> None:
     ops.choose("auto")
     with FakeTensorMode(allow_non_fake_inputs=True):
         with torch.device(NPU):
@@ -69,26 +80,60 @@ def test_a_training_step_passes_its_schemas_shapes_and_gradients(documents: list
         packed = Documents(documents, NPU) if documents else None
         with Count() as forward:
             hidden = model(tokens, packed)
-        with Count() as backward:  # the fused loss picks the labelled positions by numbers, which are not there
+        with (
+            Count() as backward
+        ):  # the fused loss picks the labelled positions by numbers, which are not there
             ops.reference.linear_cross_entropy(hidden, model.lm_head.weight, labels).backward()
         for parameter in model.parameters():
             assert parameter.grad is not None
-            assert (parameter.grad.shape, parameter.grad.dtype, parameter.grad.device) == (parameter.shape, dtype, NPU)
+            assert (parameter.grad.shape, parameter.grad.dtype, parameter.grad.device) == (
+                parameter.shape,
+                dtype,
+                NPU,
+            )
             with Count() as update:
-                ops.adamw(parameter.data, parameter.grad, torch.zeros_like(parameter), torch.zeros_like(parameter), 1, learning_rate=1e-3,
-                          beta1=0.9, beta2=0.99, epsilon=1e-8, weight_decay=0.0)
+                ops.adamw(
+                    parameter.data,
+                    parameter.grad,
+                    torch.zeros_like(parameter),
+                    torch.zeros_like(parameter),
+                    1,
+                    learning_rate=1e-3,
+                    beta1=0.9,
+                    beta2=0.99,
+                    epsilon=1e-8,
+                    weight_decay=0.0,
+                )
     L = TINY.n_layers
-    assert forward.calls == {"npu_rms_norm": 2 * L + 1, "npu_rotary_mul": 2 * L, "npu_fusion_attention": L, "npu_swiglu": L}
-    assert backward.calls == {"npu_rms_norm_backward": 2 * L + 1, "npu_rotary_mul_backward": 2 * L, "npu_fusion_attention_grad": L,
-                              "npu_swiglu_backward": L}
+    assert forward.calls == {
+        "npu_rms_norm": 2 * L + 1,
+        "npu_rotary_mul": 2 * L,
+        "npu_fusion_attention": L,
+        "npu_swiglu": L,
+    }
+    assert backward.calls == {
+        "npu_rms_norm_backward": 2 * L + 1,
+        "npu_rotary_mul_backward": 2 * L,
+        "npu_fusion_attention_grad": L,
+        "npu_swiglu_backward": L,
+    }
     assert update.calls == {"npu_apply_adam_w": 1}
 
 
-@pytest.mark.parametrize(("T", "kernel"), [(9, "npu_prompt_flash_attention"), (3, "npu_prompt_flash_attention"),
-                                           (1, "npu_incre_flash_attention")])
+@pytest.mark.parametrize(
+    ("T", "kernel"),
+    [
+        (9, "npu_prompt_flash_attention"),
+        (3, "npu_prompt_flash_attention"),
+        (1, "npu_incre_flash_attention"),
+    ],
+)
 def test_inference_passes_its_schemas_and_shapes(T: int, kernel: str) -> None:
     with FakeTensorMode(), torch.no_grad():
-        q, k, v = (torch.zeros(2, n, heads, 16, dtype=torch.float16, device=NPU) for n, heads in ((T, 6), (9, 3), (9, 3)))
+        q, k, v = (
+            torch.zeros(2, n, heads, 16, dtype=torch.float16, device=NPU)
+            for n, heads in ((T, 6), (9, 3), (9, 3))
+        )
         assert npu.can_attention(q, k, v)
         with Count() as count:
             y = npu.attention(q, k, v)
@@ -108,9 +153,17 @@ def test_the_emulation_has_the_installed_plugins_schemas() -> None:
     """But for the name of the first argument, which we never use (`self` in the plug-in's list, `input` as npu_rms_norm registers it)."""
     for name in KERNELS:
         op, _, overload = name.partition(".")
-        true, ours = getattr(getattr(torch.ops.npu, op), overload or "default")._schema, torch._C.parse_schema(SCHEMAS[name])
-        described = [[(a.name if i else "", str(a.type), a.default_value, a.kwarg_only) for i, a in enumerate(schema.arguments)]
-                     for schema in (true, ours)]
+        true, ours = (
+            getattr(getattr(torch.ops.npu, op), overload or "default")._schema,
+            torch._C.parse_schema(SCHEMAS[name]),
+        )
+        described = [
+            [
+                (a.name if i else "", str(a.type), a.default_value, a.kwarg_only)
+                for i, a in enumerate(schema.arguments)
+            ]
+            for schema in (true, ours)
+        ]
         assert described[0] == described[1], name
         assert [str(r.type) for r in true.returns] == [str(r.type) for r in ours.returns], name
 
@@ -118,9 +171,10 @@ def test_the_emulation_has_the_installed_plugins_schemas() -> None:
 def test_wrong_calls_are_refused_by_the_plugin_itself() -> None:
     with FakeTensorMode():
         x, w = torch.zeros(2, 8, device=NPU), torch.zeros(8, device=NPU)
-        for wrong in (lambda: torch.ops.npu.npu_rms_norm(x, w, eps=1e-5), lambda: torch.ops.npu.npu_swiglu(x, x, -1),
-                      lambda: torch.ops.npu.npu_fusion_attention(x, x, x, 1, "BSH", pre_tokens=1)):
+        for wrong in (
+            lambda: torch.ops.npu.npu_rms_norm(x, w, eps=1e-5),
+            lambda: torch.ops.npu.npu_swiglu(x, x, -1),
+            lambda: torch.ops.npu.npu_fusion_attention(x, x, x, 1, "BSH", pre_tokens=1),
+        ):
             with pytest.raises((RuntimeError, TypeError)):
                 wrong()
-
-
