@@ -20,13 +20,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from minillama import errors
-from minillama.commandlines import CONVERSION
-from minillama.config import DEVICES, Parser, parse_bool
+from minillama import cli
+from minillama.cli import Parser
+from minillama.compat.flags import CONVERSION
 from minillama.errors import UserError, closest
+from minillama.train_config import DEVICES, parse_bool
 
 if TYPE_CHECKING:  # imported where it is used, so that --help and data need not load torch
-    from minillama.conversion.output import Output
+    from minillama.conversion.writer import Output
 
 
 def main(argv: list[str]) -> None:
@@ -197,7 +198,7 @@ def tokenizer(argv: list[str]) -> None:
         base="the tokenizer.model that keeps its ids",
         add="the model whose new pieces are appended",
     ).parse_args(argv)
-    from minillama.conversion.output import write_file
+    from minillama.conversion.writer import write_file
     from minillama.tokenizer import merge_vocabularies, open_tokenizer
 
     before = open_tokenizer(flags.base).size
@@ -265,7 +266,7 @@ def data(argv: list[str]) -> None:
         help="folder of the dataset_info.json that names data sets",
     )
     flags = parser.parse_args(argv)
-    from minillama.data.build import build_dataset
+    from minillama.data.tokenize import build_dataset
     from minillama.tokenizer import open_tokenizer
 
     for existing in filter(
@@ -326,7 +327,7 @@ def sha256(argv: list[str]) -> None:
         help="compare with a manifest or checkpoint; writes nothing",
     )
     flags = parser.parse_args(argv)
-    from minillama.conversion.fingerprint import check, write_manifest
+    from minillama.conversion.checksums import check, write_manifest
 
     report = (
         check(flags.directory, flags.check)
@@ -386,7 +387,7 @@ def _parser(subcommand: Callable[[list[str]], None], output: str = "", **inputs:
 
 
 def _output(flags: argparse.Namespace) -> "Output":
-    from minillama.conversion.output import Output
+    from minillama.conversion.writer import Output
     from minillama.device import DTYPES
 
     return Output(
@@ -417,4 +418,4 @@ if __name__ == "__main__":
     os.environ.setdefault(
         "THP_MEM_ALLOC_ENABLE", "1"
     )  # torch then asks for large pages, which are cleared sooner
-    errors.run(main, sys.argv[1:])
+    cli.run(main, sys.argv[1:])

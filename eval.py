@@ -2,8 +2,8 @@
 
 import sys
 
-from minillama import config, errors
-from minillama.evaluation.tasks import TASKS
+from minillama import cli, errors, train_config
+from minillama.evaluation.protocols import TASKS
 
 EXAMPLES = """
   python eval.py --task demo --ckpt runs/demo          the demo model on prompts it was never trained on
@@ -13,7 +13,7 @@ EXAMPLES = """
 
 
 def parse(arguments: list[str]):
-    parser = config.Parser(
+    parser = cli.Parser(
         prog="eval.py",
         description=__doc__ + "\n" + EXAMPLES,
         usage="python eval.py --task NAME --ckpt DIR [options]",
@@ -45,7 +45,13 @@ def parse(arguments: list[str]):
         metavar="N",
         help="solved examples before each question [the protocol's]",
     )
-    add("--subjects", type=config.parse_list, default=(), metavar="A,B", help="only these subjects")
+    add(
+        "--subjects",
+        type=train_config.parse_list,
+        default=(),
+        metavar="A,B",
+        help="only these subjects",
+    )
     add(
         "--limit",
         type=int,
@@ -122,10 +128,10 @@ def main(arguments: list[str]) -> None:
     for name, least in {"n_shots": 0, "limit": 0, "max_length": 0, "batch_size": 1}.items():
         if (value := getattr(options, name)) is not None and value < least:
             raise errors.UserError(f"--{name} {value}: must be at least {least}")
-    from minillama.evaluation import demo, losses, predictions
+    from minillama.evaluation import compare_losses, demo, runner
 
-    {"demo": demo, "loss": losses}.get(options.task, predictions).evaluate(options)
+    {"demo": demo, "loss": compare_losses}.get(options.task, runner).evaluate(options)
 
 
 if __name__ == "__main__":
-    errors.run(main, sys.argv[1:])
+    cli.run(main, sys.argv[1:])

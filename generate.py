@@ -6,8 +6,8 @@ import json
 import sys
 from pathlib import Path
 
-from minillama import config, errors
-from minillama.commandlines import GENERATION
+from minillama import cli, errors
+from minillama.compat.flags import GENERATION
 
 EXAMPLES = """
   python generate.py --ckpt runs/demo --chat
@@ -23,7 +23,7 @@ In --chat: q, quit or exit ends; clear or new starts over; Ctrl-C stops an answe
 
 
 def parse(arguments: list[str]):
-    parser = config.Parser(
+    parser = cli.Parser(
         GENERATION,
         prog="generate.py",
         description=__doc__ + "\n" + EXAMPLES,
@@ -216,7 +216,7 @@ def open_session(options):
     if options.greedy:
         said["temperature"] = 0.0
     sampling = Sampling(**said, repetition_penalty=options.repetition_penalty)
-    session, path = loading.load_session(options, options.template)
+    session, path = loading.load_engine(options, options.template)
     session.sampling, session.max_new_tokens, session.rope_alpha = (
         sampling,
         options.max_new_tokens,
@@ -269,7 +269,7 @@ def answer_prompts(session, path: Path, texts: list[str | list[int]], options) -
     """Answer all prompts; print the answers in order, or write a record for each to --output."""
     from tqdm import tqdm
 
-    from minillama.generation.files import AnswerFile
+    from minillama.generation.output_file import CompletionFile
 
     prompts = [
         text if isinstance(text, list) else session.encode_prompt(text, options.system)
@@ -282,7 +282,7 @@ def answer_prompts(session, path: Path, texts: list[str | list[int]], options) -
             f"--prompt_ids: {highest} is beyond the vocabulary of {session.model.config.vocab_size}"
         )
     file = (
-        AnswerFile(Path(options.output), settings_of(session, path, prompts, options))
+        CompletionFile(Path(options.output), settings_of(session, path, prompts, options))
         if options.output
         else None
     )
@@ -327,7 +327,7 @@ def answer_prompts(session, path: Path, texts: list[str | list[int]], options) -
 
 def settings_of(session, path: Path, prompts: list[list[int]], options) -> dict:
     """What an answer depends on: an interrupted file is continued only where all of it is the same."""
-    from minillama.generation.loading import sample_of
+    from minillama.generation.loading import weights_checksum
 
     free = {
         "ckpt",
@@ -344,7 +344,7 @@ def settings_of(session, path: Path, prompts: list[list[int]], options) -> dict:
     }
     return {
         "checkpoint": str(path),
-        "weights_sample_sha256": sample_of(session.model),
+        "weights_sample_sha256": weights_checksum(session.model),
         "prompts_sha256": hashlib.sha256(json.dumps(prompts).encode()).hexdigest(),
         **{name: value for name, value in vars(options).items() if name not in free},
         "template": session.template,
@@ -367,4 +367,4 @@ def record_of(session, text: str | list[int], answers: list) -> dict:
 
 
 if __name__ == "__main__":
-    errors.run(main, sys.argv[1:])
+    cli.run(main, sys.argv[1:])

@@ -5,7 +5,8 @@ import shlex
 import sys
 from pathlib import Path
 
-from minillama import config, deepspeed, errors
+from minillama import cli, errors, train_config
+from minillama.compat import deepspeed
 
 EXAMPLES = """
   python train.py                                    the demo: a small LLaMA from scratch, on data of its own, in two minutes
@@ -19,9 +20,9 @@ The same command continues an interrupted run. Lists are comma-separated; [brack
 Chinese-LLaMA-Alpaca and AscendSpeed (--model_name_or_path, --lora_target, …) are understood too."""
 
 
-def parse(arguments: list[str]) -> tuple[config.Settings, object]:
+def parse(arguments: list[str]) -> tuple[train_config.TrainConfig, object]:
     usage = "python train.py [--config NAME|FILE] [--KEY VALUE …]"
-    parser = config.Parser(prog="train.py", description=__doc__ + "\n" + EXAMPLES, usage=usage)
+    parser = cli.Parser(prog="train.py", description=__doc__ + "\n" + EXAMPLES, usage=usage)
     add = parser.add_argument
     add(
         "--config",
@@ -47,9 +48,9 @@ def parse(arguments: list[str]) -> tuple[config.Settings, object]:
         metavar="N",
         help="with --dry_run: plan for N ranks",
     )
-    add("--overwrite_output_dir", **config.BOOLEAN, default=False, help="empty out_dir first")
+    add("--overwrite_output_dir", **cli.BOOLEAN, default=False, help="empty out_dir first")
     add("--deepspeed", default="", metavar="FILE", help="take settings from a DeepSpeed JSON file")
-    config.add_keys(parser)
+    cli.add_keys(parser)
     found = parser.parse_args(arguments)
     if found.world_size < 1:
         raise errors.UserError(f"--world_size {found.world_size}: must be at least 1")
@@ -60,34 +61,35 @@ def parse(arguments: list[str]) -> tuple[config.Settings, object]:
     source = flags["config"] or ("" if brings_its_own else "demo")
     if found.deepspeed:
         flags = deepspeed.read(Path(found.deepspeed), found.world_size) | flags
-    return config.resolve(source, flags), found
+    return train_config.resolve(source, flags), found
 
 
 def main(arguments: list[str]) -> None:
     settings, found = parse(arguments)
     if found.list_configs:
-        for name, line in config.list_presets().items():
+        for name, line in train_config.list_presets().items():
             print(f"{name:24}{line}")
         return
-    from minillama import building, comm, trainer
+    from minillama import comm
+    from minillama.training import run, trainer
 
     if found.dry_run:
-        print(building.describe(settings, found.world_size))
+        print(run.describe(settings, found.world_size))
         return
     ranks = os.environ.get("LOCAL_WORLD_SIZE")
     launcher = f"torchrun --nproc_per_node {ranks} train.py" if ranks else "python train.py"
-    building.check_inputs(settings, shlex.join([*launcher.split(), *arguments]))
+    run.check_inputs(settings, shlex.join([*launcher.split(), *arguments]))
     if not settings.out_dir and not found.show_batch:
         raise errors.UserError("name a run directory with --out_dir runs/NAME")
-    building.refuse_what_cannot_fit(settings)
+    run.refuse_what_cannot_fit(settings)
     with comm.start(settings.device) as mesh:
         if found.show_batch:
             mesh.print(trainer.show_first_batch(settings, mesh))
             return
         summary = trainer.train(settings, mesh, found.overwrite_output_dir)
         if summary is not None:
-            mesh.print(building.closing_words(settings, summary))
+            mesh.print(run.closing_words(settings, summary))
 
 
 if __name__ == "__main__":
-    errors.run(main, sys.argv[1:])
+    cli.run(main, sys.argv[1:])

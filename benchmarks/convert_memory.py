@@ -52,8 +52,8 @@ def build_here(kind: str, model: str, directory: Path) -> None:
 
     import torch
 
-    from minillama.architecture import published, to_hf
-    from minillama.checkpoint.directory import write_json, write_weights
+    from minillama.checkpoint.hf_format import write_json, write_weights
+    from minillama.llama_config import published, to_hf
 
     config, generator = published(model), torch.Generator().manual_seed(len(directory.name))
     directory.mkdir()

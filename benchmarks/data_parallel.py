@@ -45,7 +45,7 @@ def run_rank(side: str, shape: str, tokens: int, steps: int) -> None:
     import torch
     import torch.distributed as dist
 
-    from minillama.architecture import published
+    from minillama.llama_config import published
     from minillama.model import Llama
 
     torch.set_num_threads(1)
@@ -97,12 +97,14 @@ def ours(model, side: str):
     import torch.distributed as dist
 
     from minillama.comm import Mesh
-    from minillama.config import Settings
-    from minillama.parallel.optimizer import Optimizer
+    from minillama.parallel.sharded_optimizer import ShardedOptimizer
+    from minillama.train_config import TrainConfig
 
     mesh = Mesh(dist.get_rank(), dist.get_world_size())
-    optimizer = Optimizer(
-        model.named_parameters(), mesh, Settings(zero_stage=int(side[-1]), bucket_elements=BUCKET)
+    optimizer = ShardedOptimizer(
+        model.named_parameters(),
+        mesh,
+        TrainConfig(zero_stage=int(side[-1]), bucket_elements=BUCKET),
     )
 
     def step(batch: torch.Tensor) -> float:

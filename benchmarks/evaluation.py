@@ -5,7 +5,7 @@
 
 Every side answers by the protocol `lm_eval` with the same random weights, on files, read anew in a process of its own:
 
-    minillama     `evaluation.predictions.predict`, prompts and tokens included
+    minillama     `evaluation.runner.predict`, prompts and tokens included
     lm_eval       lm-evaluation-harness's own task (mmlu, 5 shots; boolq), its installed prompts pointed at the local files, batches of 8
     plain         transformers, a question at a time, the head applied to the last position only, our prompts
 
@@ -47,9 +47,9 @@ def test_of(options: argparse.Namespace, place: Path):
 
 
 def minillama(options: argparse.Namespace, place: Path):
-    from minillama.checkpoint.directory import load_model
+    from minillama.checkpoint.hf_format import load_model
     from minillama.comm import Mesh
-    from minillama.evaluation.predictions import predict
+    from minillama.evaluation.runner import predict
 
     model = load_model(place).eval()
     return lambda: {
@@ -91,7 +91,7 @@ def lm_eval(options: argparse.Namespace, place: Path):
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
-    from minillama.evaluation.tasks import find_files, read_questions
+    from minillama.evaluation.protocols import find_files, read_questions
 
     installed, tasks = Path(harness.__file__).parent / "tasks", place / "tasks"
     tasks.mkdir()
@@ -225,8 +225,8 @@ def main() -> None:
         return
     import torch
 
-    from minillama.architecture import published
-    from minillama.checkpoint.directory import save_model
+    from minillama.checkpoint.hf_format import save_model
+    from minillama.llama_config import published
     from minillama.model import Llama
     from minillama.tokenizer import open_tokenizer
 

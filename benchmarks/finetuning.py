@@ -24,15 +24,15 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from minillama.architecture import published, to_hf
 from minillama.comm import Mesh
-from minillama.config import Settings
 from minillama.data.batches import BatchPlan, Pieces
-from minillama.data.build import open_data
+from minillama.data.tokenize import open_data
+from minillama.llama_config import published, to_hf
 from minillama.model import Llama
 from minillama.ops import IGNORE, Documents
-from minillama.parallel.optimizer import Optimizer
+from minillama.parallel.sharded_optimizer import ShardedOptimizer
 from minillama.tokenizer import open_tokenizer
+from minillama.train_config import TrainConfig
 
 ROWS, LENGTH = 4, 512
 
@@ -87,7 +87,7 @@ class Packed:
 
     def __init__(self, pieces: Pieces) -> None:
         self.model = Llama(published("15m")).initialise(torch.Generator().manual_seed(0))
-        self.optimizer = Optimizer(self.model.named_parameters(), Mesh(), Settings())
+        self.optimizer = ShardedOptimizer(self.model.named_parameters(), Mesh(), TrainConfig())
         self.plan = BatchPlan(
             pieces, rows_per_step=ROWS, rows_per_micro_batch=ROWS, seed=0, epochs=1.0
         )

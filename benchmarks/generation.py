@@ -31,11 +31,11 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from minillama import ops
-from minillama.architecture import LlamaConfig, published, to_hf
-from minillama.checkpoint.directory import save_model
+from minillama.checkpoint.hf_format import save_model
 from minillama.generation.beam import Beams, beam_search
-from minillama.generation.decode import Answer, decode
+from minillama.generation.decode import Completion, decode
 from minillama.generation.sampling import Sampling
+from minillama.llama_config import LlamaConfig, published, to_hf
 from minillama.model import Llama
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -70,13 +70,15 @@ class Ours:
             done = list(
                 beam_search(
                     self.model,
-                    [Answer(prompts[0], tokens)],
+                    [Completion(prompts[0], tokens)],
                     Beams(beams, early_stopping="never"),
                     GREEDY,
                 )
             )
         else:
-            done = list(decode(self.model, [Answer(prompt, tokens) for prompt in prompts], GREEDY))
+            done = list(
+                decode(self.model, [Completion(prompt, tokens) for prompt in prompts], GREEDY)
+            )
         assert all(len(answer.ids) == tokens for answer in done)
 
 

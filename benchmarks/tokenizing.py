@@ -45,7 +45,7 @@ def make_records(source: Path, count: int) -> list[dict[str, str]]:
 
 
 def ours(data: Path, tokenizer: Path, workers: int) -> int:
-    from minillama.data.build import build_dataset
+    from minillama.data.tokenize import build_dataset
     from minillama.tokenizer import open_tokenizer
 
     meta = build_dataset(

@@ -3,7 +3,7 @@
     python benchmarks/training.py --shape 15m --litgpt_python PYTHON
     python benchmarks/training.py --shape 110m --rounds 5 --steps 2
 
-Recipes: full training; LoRA of rank 8 on q and v; LoRA of rank 16 on all seven linears. Every side takes the same step in fp32 on the
+LazyTensors: full training; LoRA of rank 8 on q and v; LoRA of rank 16 on all seven linears. Every side takes the same step in fp32 on the
 same random tokens: forward, mean cross entropy over all positions, backward, clipping at norm 1, fused AdamW. Each measurement is a
 fresh process (so its peak is its own), sides take turns, and a first step is not counted. litgpt pins other versions of some
 packages: install it in an environment of its own (`pip install litgpt torch==2.13.0`) and name that interpreter.
@@ -36,7 +36,7 @@ PEERS = {
 
 
 def our_model(shape: str, recipe: str) -> nn.Module:
-    from minillama.architecture import published
+    from minillama.llama_config import published
     from minillama.lora import LINEARS, LoraConfig, add_lora
     from minillama.model import Llama
 
@@ -55,11 +55,11 @@ def our_model(shape: str, recipe: str) -> nn.Module:
 
 def minillama(shape: str, recipe: str) -> Callable[[Tensor], float]:
     from minillama.comm import Mesh
-    from minillama.config import Settings
-    from minillama.parallel.optimizer import Optimizer
+    from minillama.parallel.sharded_optimizer import ShardedOptimizer
+    from minillama.train_config import TrainConfig
 
     model = our_model(shape, recipe)
-    optimizer = Optimizer(model.named_parameters(), Mesh(), Settings())
+    optimizer = ShardedOptimizer(model.named_parameters(), Mesh(), TrainConfig())
 
     def step(tokens: Tensor) -> float:
         optimizer.zero_grad()
@@ -75,7 +75,7 @@ def transformers(shape: str, recipe: str) -> Callable[[Tensor], float]:
     """transformers' model, inside peft's where the recipe is a LoRA."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from minillama.architecture import published, to_hf
+    from minillama.llama_config import published, to_hf
     from minillama.lora import LINEARS
 
     torch.manual_seed(0)
@@ -102,7 +102,7 @@ def litgpt(shape: str, recipe: str) -> Callable[[Tensor], float]:
     from litgpt import lora, model
     from litgpt.utils import chunked_cross_entropy
 
-    from minillama.architecture import published
+    from minillama.llama_config import published
 
     c, rank = published(shape), RECIPES[recipe]
     settings = {

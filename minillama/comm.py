@@ -30,12 +30,12 @@ _ALL_GATHER = (
 
 @dataclass
 class Mesh:
-    """This process among its peers. sent: elements that went to them, as the theory counts: once for each rank they must reach."""
+    """This process among its peers. elements_sent: elements that went to them, as the theory counts: once for each rank they must reach."""
 
     rank: int = 0
     size: int = 1
     device: torch.device = torch.device("cpu")
-    sent: float = 0.0
+    elements_sent: float = 0.0
 
     @property
     def is_first(self) -> bool:
@@ -106,7 +106,7 @@ def _compare_calls(mesh: Mesh, call: str) -> None:
 def all_reduce_sum(mesh: Mesh, tensor: Tensor) -> Tensor:
     """Replace `tensor`, in place, by its sum over the ranks."""
     if mesh.size > 1:
-        mesh.sent += 2 * tensor.numel() * (mesh.size - 1) / mesh.size
+        mesh.elements_sent += 2 * tensor.numel() * (mesh.size - 1) / mesh.size
         _call(mesh, "all_reduce", tensor, lambda: dist.all_reduce(tensor))
     return tensor
 
@@ -125,7 +125,7 @@ def reduce_to(
     if mesh.size == 1 or owner is None:
         all_reduce_sum(mesh, tensor)
         return lambda: tensor
-    mesh.sent += tensor.numel() if mesh.rank != owner else 0
+    mesh.elements_sent += tensor.numel() if mesh.rank != owner else 0
     if pairwise_of is None:
         work = _call(mesh, "reduce", tensor, lambda: dist.reduce(tensor, owner, async_op=True))
 
@@ -162,7 +162,7 @@ def all_gather(mesh: Mesh, tensor: Tensor) -> Tensor:
 def all_gather_into(mesh: Mesh, whole: Tensor, part: Tensor) -> Tensor:
     """Fill `whole` with every rank's `part`, in rank order; `part` may be this rank's own stretch of it."""
     if mesh.size > 1:
-        mesh.sent += part.numel() * (mesh.size - 1)
+        mesh.elements_sent += part.numel() * (mesh.size - 1)
         in_place = part.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr()
         if (
             in_place and mesh.device.type == "cpu"

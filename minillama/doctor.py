@@ -19,9 +19,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from minillama import config, errors, ops
+from minillama import cli, ops, train_config
 from minillama import device as devices
-from minillama.architecture import LlamaConfig
+from minillama.llama_config import LlamaConfig
 from minillama.model import Llama
 
 PACKAGES = ("torch", "torch_npu", "torch_mlu", "torch_mlu_ops", "torch_tpu", "triton")
@@ -189,14 +189,14 @@ def describe() -> None:
 
 
 def main(arguments: list[str]) -> int:
-    parser = config.Parser(
+    parser = cli.Parser(
         prog="minillama.doctor",
         description=__doc__,
         usage="python -m minillama.doctor [--device NAME] [--dtype NAME]",
     )
-    parser.add_argument("--device", default="auto", choices=config.DEVICES, help="[auto]")
+    parser.add_argument("--device", default="auto", choices=train_config.DEVICES, help="[auto]")
     parser.add_argument(
-        "--dtype", default="float32", choices=tuple(config.PRECISIONS), help="[float32]"
+        "--dtype", default="float32", choices=tuple(train_config.PRECISIONS), help="[float32]"
     )
     parser.add_argument(
         "--ops", default="", metavar="FORM", help="forms of the ops, as MINILLAMA_OPS"
@@ -245,4 +245,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    errors.run(main, sys.argv[1:])
+    cli.run(main, sys.argv[1:])

@@ -1,14 +1,12 @@
 """What the user got wrong: one exception, one line, exit code 2.
 
 A mistake that a user can mend is a `UserError`; its text names the thing, where it is, and what to do. Everything else
-is a defect of ours and keeps its traceback. `run` is the only place that turns the first kind into `error: …`.
+is a defect of ours and keeps its traceback. `cli.run` is the only place that turns the first kind into `error: …`.
 """
 
 import difflib
 import json
-import signal
-import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -56,39 +54,3 @@ def parsing(where: Path | str = "") -> Iterator[None]:
         raise UserError(f"{place}key {error.args[0]!r} is missing") from None
     except (ArithmeticError, TypeError, ValueError) as error:
         raise UserError(f"{place}a value is wrong or of the wrong type ({error})") from None
-
-
-def run(main: Callable[[list[str]], int | None], argv: list[str]) -> None:
-    """Run a script's `main` and exit: 0 done, 2 the user's mistake (one line on stderr), 130 interrupted.
-    `--debug` anywhere in the arguments shows the traceback of a user's mistake too."""
-    debug, argv = "--debug" in argv, [word for word in argv if word != "--debug"]
-    if hasattr(signal, "SIGPIPE"):  # not on Windows
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
-    try:
-        sys.exit(main(argv) or 0)
-    except (UserError, OSError, RuntimeError, MemoryError) as error:
-        message = _message(error)
-        if debug or not message:
-            raise
-        print(f"error: {message}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
-
-
-def _message(error: Exception) -> str:
-    """One line for the user about an error the user can mend; "": it is a defect of ours."""
-    text = str(error)
-    if isinstance(error, OSError) and error.strerror:
-        return f"{f'{error.filename}: ' if error.filename else ''}{error.strerror}; name another path, or make room or rights for this one"
-    if text.startswith(
-        "Failed to load the backend extension"
-    ):  # torch imports all device plug-ins, and fails where one does
-        return (
-            f"torch's device plug-in {text.split(': ')[1].split('.')[0]} does not load ({error.__cause__}); mend it, or set "
-            "TORCH_DEVICE_BACKEND_AUTOLOAD=0 to go on without it"
-        )
-    if isinstance(error, MemoryError) or "can't allocate memory" in text or "out of memory" in text:
-        return f"not enough memory; take fewer rows or tokens at once, such as a smaller batch size or length ({text[:120]})"
-    return text if isinstance(error, UserError) else ""

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from minillama import ops
-from minillama.architecture import LlamaConfig
+from minillama.llama_config import LlamaConfig
 
 
 class KeyValueCache(Protocol):
@@ -128,7 +128,7 @@ class Decoder(nn.Module):
 
 
 class Llama(nn.Module):
-    """A LLaMA with uninitialised weights; `initialise` draws them, `checkpoint.directory.load_model` reads them."""
+    """A LLaMA with uninitialised weights; `initialise` draws them, `checkpoint.hf_format.load_model` reads them."""
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()

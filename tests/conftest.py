@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from minillama.architecture import LlamaConfig
-from minillama.checkpoint.directory import save_model
-from minillama.generation.decode import Answer, decode
+from minillama.checkpoint.hf_format import save_model
+from minillama.generation.decode import Completion, decode
 from minillama.generation.sampling import Sampling
+from minillama.llama_config import LlamaConfig
 from minillama.model import Llama
 from minillama.tokenizer import SentencePieceTokenizer, open_tokenizer, train_tokenizer
 
@@ -65,7 +65,7 @@ def generate(
     seed: int | None = None,
 ) -> Iterator[int]:
     """Yield the ids that follow `prompt`, until one of `stop` (not yielded) or max_new_tokens."""
-    answer = Answer(prompt, max_new_tokens)
+    answer = Completion(prompt, max_new_tokens)
     for _ in decode(model, [answer], sampling, stop, seed):
         if answer.finish_reason != "eos":
             yield answer.ids[-1]

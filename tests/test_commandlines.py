@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from minillama import building, deepspeed, device
+from minillama import device
+from minillama.compat import deepspeed
 from minillama.errors import UserError
-from minillama.estimate import lora_config
 from minillama.lora import LoraConfig, add_lora, save_adapter
+from minillama.training import run
+from minillama.training.dry_run import lora_config
 from tests.conftest import random_model
 
 ROOT = Path(__file__).parents[1]
@@ -186,7 +188,7 @@ def test_their_training_commands_resolve_and_can_be_planned(
 ):
     settings = resolved(text, tmp_path, tiny_checkpoint(), config)
     assert {name: getattr(settings, name) for name in expected} == expected
-    assert "parameters" in building.describe(settings, world_size=8)
+    assert "parameters" in run.describe(settings, world_size=8)
 
 
 @pytest.mark.parametrize(

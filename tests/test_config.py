@@ -10,19 +10,20 @@ from pathlib import Path
 
 import pytest
 
-from minillama import building, config
-from minillama.checkpoint.directory import write_json
-from minillama.config import KEYS, Settings
+from minillama import cli, train_config
+from minillama.checkpoint.hf_format import write_json
 from minillama.errors import UserError
-from minillama.estimate import estimate
+from minillama.train_config import KEYS, TrainConfig
+from minillama.training import run
+from minillama.training.dry_run import estimate
 
 ROOT = Path(__file__).parents[1]
 PRESETS = sorted(path.stem for path in (ROOT / "minillama/configs").glob("*.toml"))
 
 
 def parse(*flags: str) -> dict:
-    parser = config.Parser()
-    config.add_keys(parser)
+    parser = cli.Parser()
+    cli.add_keys(parser)
     return vars(parser.parse_args(list(flags)))
 
 
@@ -40,17 +41,17 @@ def script(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
 def test_a_flag_wins_over_the_preset_and_the_preset_over_the_default(tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.toml"
     recipe.write_text("[train]\nlearning_rate = 1e-3\nwarmup_ratio = 0.1\n[lora]\nlora = true\n")
-    settings = config.resolve(str(recipe), parse("--learning_rate", "5e-4"))
+    settings = train_config.resolve(str(recipe), parse("--learning_rate", "5e-4"))
     assert (settings.learning_rate, settings.warmup_ratio, settings.lora) == (5e-4, 0.1, True)
-    assert settings.weight_decay == Settings().weight_decay
+    assert settings.weight_decay == TrainConfig().weight_decay
     assert settings.out_dir == "runs/recipe"
 
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_every_preset_resolves_and_its_saved_form_replays(preset: str, tmp_path: Path) -> None:
-    settings = config.resolve(preset, parse("--seed", "7"))
+    settings = train_config.resolve(preset, parse("--seed", "7"))
     write_json(tmp_path / "train_config.json", dataclasses.asdict(settings))
-    assert config.resolve(str(tmp_path / "train_config.json"), {}) == settings
+    assert train_config.resolve(str(tmp_path / "train_config.json"), {}) == settings
 
 
 @pytest.mark.parametrize(
@@ -72,7 +73,7 @@ def test_a_plan_counts_parameters_exactly_and_allocates_nothing(
     preset: str, trainable: int
 ) -> None:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    text = building.describe(config.resolve(preset, {}), world_size=8)
+    text = run.describe(train_config.resolve(preset, {}), world_size=8)
     assert f"trained: {trainable:,}" in text
     assert (
         resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000
@@ -82,10 +83,8 @@ def test_a_plan_counts_parameters_exactly_and_allocates_nothing(
 @pytest.mark.parametrize("preset", [name for name in PRESETS if name != "demo_lora"])
 def test_every_preset_can_be_planned(preset: str) -> None:
     """demo_lora starts from the checkpoint that demo makes."""
-    settings = config.resolve(preset, {})
-    assert f"{building.model_config(settings).parameter_count():,}" in building.describe(
-        settings, 1
-    )
+    settings = train_config.resolve(preset, {})
+    assert f"{run.model_config(settings).parameter_count():,}" in run.describe(settings, 1)
 
 
 def test_the_bytes_of_a_plan_by_hand() -> None:
@@ -93,13 +92,13 @@ def test_the_bytes_of_a_plan_by_hand() -> None:
     shards the 12. LoRA: the frozen weights 2, and for each of its own numbers 4 + 4 + 8."""
     P = 6_738_415_616
     full = estimate(
-        building.model_config(config.resolve("7b_full_zero1", {})),
-        config.resolve("7b_full_zero1", {}),
+        run.model_config(train_config.resolve("7b_full_zero1", {})),
+        train_config.resolve("7b_full_zero1", {}),
         8,
     )
     assert (full.weights, full.gradients, full.optimizer) == (2 * P, 4 * P, 12 * P // 8)
-    settings = config.resolve("7b_lora", {})
-    lora = estimate(building.model_config(settings), settings, 8)
+    settings = train_config.resolve("7b_lora", {})
+    lora = estimate(run.model_config(settings), settings, 8)
     assert (lora.weights, lora.gradients, lora.optimizer) == (
         2 * P + 4 * lora.trainable,
         4 * lora.trainable,
@@ -109,10 +108,10 @@ def test_the_bytes_of_a_plan_by_hand() -> None:
 
 @pytest.mark.parametrize("preset", ["34b_lora", "70b_lora"])
 def test_models_that_every_rank_would_hold_whole_are_refused_with_the_bytes(preset: str) -> None:
-    settings = dataclasses.replace(config.resolve(preset, {}), ckpt="", init="scratch")
-    weights = estimate(building.model_config(settings), settings).weights
+    settings = dataclasses.replace(train_config.resolve(preset, {}), ckpt="", init="scratch")
+    weights = estimate(run.model_config(settings), settings).weights
     with pytest.raises(UserError, match=f"{weights:,} bytes .* tensor parallelism"):
-        building.refuse_what_cannot_fit(settings)
+        run.refuse_what_cannot_fit(settings)
 
 
 @pytest.mark.parametrize(
@@ -141,7 +140,7 @@ def test_models_that_every_rank_would_hold_whole_are_refused_with_the_bytes(pres
 def test_command_lines_of_other_systems_can_be_pasted(
     flags: list[str], key: str, value: object
 ) -> None:
-    assert getattr(config.resolve("", parse(*flags)), key) == value
+    assert getattr(train_config.resolve("", parse(*flags)), key) == value
 
 
 @pytest.mark.parametrize(
@@ -160,7 +159,7 @@ def test_a_flag_of_lora_turns_it_on_rather_than_being_ignored(
     flags: tuple[str, ...], lora: bool
 ) -> None:
     source, flags = (flags[1], flags[2:]) if "--config" in flags else ("", flags)
-    assert config.resolve(source, parse(*flags)).lora is lora
+    assert train_config.resolve(source, parse(*flags)).lora is lora
 
 
 @pytest.mark.parametrize(
@@ -191,7 +190,7 @@ def test_a_flag_of_lora_turns_it_on_rather_than_being_ignored(
 )
 def test_a_mistake_on_the_command_line_is_named(flags: list[str], named: str) -> None:
     with pytest.raises(UserError) as error:
-        config.resolve("", parse(*flags))
+        train_config.resolve("", parse(*flags))
     assert named in str(error.value)
 
 
@@ -216,19 +215,19 @@ def test_a_mistake_on_the_command_line_is_named(flags: list[str], named: str) ->
 def test_a_mistake_in_a_file_is_named(text: str, named: str, tmp_path: Path) -> None:
     (tmp_path / "recipe.toml").write_text(text)
     with pytest.raises(UserError) as error:
-        config.resolve(str(tmp_path / "recipe.toml"), {})
+        train_config.resolve(str(tmp_path / "recipe.toml"), {})
     assert named in str(error.value)
 
 
 def test_an_unknown_preset_names_the_closest() -> None:
     with pytest.raises(UserError, match="no preset or file '7b_lra' \\(did you mean '7b_lora'"):
-        config.resolve("7b_lra", {})
+        train_config.resolve("7b_lra", {})
 
 
 def test_every_key_has_a_help_and_every_alias_a_key() -> None:
     assert all(field.metadata["help"] for field in KEYS.values())
-    assert set(config.RENAMED.values()) <= KEYS.keys()
-    assert not set(config.RENAMED) & KEYS.keys()
+    assert set(train_config.RENAMED.values()) <= KEYS.keys()
+    assert not set(train_config.RENAMED) & KEYS.keys()
 
 
 def test_the_first_comment_of_a_preset_says_what_it_is_and_how_to_start_it() -> None:
@@ -260,10 +259,10 @@ def test_missing_weights_and_data_end_with_the_complete_command() -> None:
 
 def test_only_what_is_missing_is_asked_for() -> None:
     with pytest.raises(UserError) as error:
-        building.check_inputs(Settings(ckpt="llama"), "python train.py --ckpt llama")
+        run.check_inputs(TrainConfig(ckpt="llama"), "python train.py --ckpt llama")
     assert "type: python train.py --ckpt llama --data alpaca_data.json" in str(error.value)
     assert "LLAMA_DIR" not in str(error.value)
-    building.check_inputs(Settings(ckpt="llama", data=("a.json",)), "")
+    run.check_inputs(TrainConfig(ckpt="llama", data=("a.json",)), "")
 
 
 def test_dry_run_prints_the_plan() -> None:
@@ -305,5 +304,5 @@ def test_debug_shows_the_traceback() -> None:
 
 
 def test_a_saved_config_is_plain_json(tmp_path: Path) -> None:
-    write_json(tmp_path / "c.json", dataclasses.asdict(Settings()))
+    write_json(tmp_path / "c.json", dataclasses.asdict(TrainConfig()))
     assert json.loads((tmp_path / "c.json").read_text()).keys() == KEYS.keys()

@@ -149,7 +149,7 @@ def test_help_is_a_manual_and_needs_no_torch():
 )
 def test_a_mistake_is_one_line_and_exit_code_2(arguments, message, capsys):
     with pytest.raises(SystemExit) as exit:
-        convert.errors.run(convert.main, arguments)
+        convert.cli.run(convert.main, arguments)
     shown = capsys.readouterr().err
     assert (
         exit.value.code == 2

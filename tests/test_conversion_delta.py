@@ -9,9 +9,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import convert
-from minillama.checkpoint.directory import open_weights, save_model
+from minillama.checkpoint.hf_format import open_weights, save_model
 from minillama.conversion.delta import apply_delta, make_delta
-from minillama.conversion.output import Output
+from minillama.conversion.writer import Output
 from minillama.errors import UserError
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -85,7 +85,7 @@ def test_vicuna_v0_has_a_row_more_and_the_base_is_extended_by_zeros(
 @given(st.integers(0, 1000))
 def test_where_subtraction_is_exact_the_target_comes_back(tmp_path_factory, seed):
     """Multiples of 1/64 below 8: sums and differences fit fp16's eleven bits, so nothing is rounded."""
-    from minillama.architecture import LlamaConfig
+    from minillama.llama_config import LlamaConfig
     from minillama.model import Llama
 
     root, generator = tmp_path_factory.mktemp("exact"), torch.Generator().manual_seed(seed)

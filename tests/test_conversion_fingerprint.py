@@ -6,12 +6,12 @@ import pytest
 import torch
 
 import convert
-from minillama.checkpoint.directory import open_weights, write_weights
-from minillama.checkpoint.tensor_files import write_safetensors
-from minillama.conversion.fingerprint import check, manifest, write_manifest
+from minillama.checkpoint.hf_format import open_weights, write_weights
+from minillama.conversion.checksums import check, manifest, write_manifest
 from minillama.conversion.meta import hf_to_meta
-from minillama.conversion.output import Output, write_checkpoint
+from minillama.conversion.writer import Output, write_checkpoint
 from minillama.errors import UserError
+from minillama.tensor_files import write_safetensors
 
 
 def change(directory, name: str, index: int, by: float) -> None:

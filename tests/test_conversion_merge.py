@@ -7,12 +7,12 @@ import pytest
 import torch
 
 import convert
-from minillama.architecture import read_config
-from minillama.checkpoint.directory import load_model, open_weights
-from minillama.conversion.fingerprint import manifest
+from minillama.checkpoint.hf_format import load_model, open_weights
+from minillama.conversion.checksums import manifest
 from minillama.conversion.merge import merge_lora, read_adapter
-from minillama.conversion.output import Output
+from minillama.conversion.writer import Output
 from minillama.errors import UserError
+from minillama.llama_config import read_config
 
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"

@@ -11,9 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import convert
-from minillama.architecture import PUBLISHED, LlamaConfig, ffn_width, read_config
-from minillama.checkpoint.directory import open_weights, save_model
-from minillama.checkpoint.torch_files import read_torch
+from minillama.checkpoint.hf_format import open_weights, save_model
 from minillama.conversion.meta import (
     _ffn_params,
     hf_to_meta,
@@ -22,9 +20,11 @@ from minillama.conversion.meta import (
     to_halves,
     to_pairs,
 )
-from minillama.conversion.output import Output
+from minillama.conversion.writer import Output
 from minillama.errors import UserError
+from minillama.llama_config import PUBLISHED, LlamaConfig, ffn_width, read_config
 from minillama.model import Llama
+from minillama.torch_files import read_torch
 
 # 6 query and 3 key/value heads: n_heads != n_kv_heads², so a key permuted as if it had all heads cannot come out right by chance.
 TINY = LlamaConfig(

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 import convert
-from minillama.checkpoint.directory import copy_tokenizer, load_model, open_weights
-from minillama.conversion import output as output_module
-from minillama.conversion.output import Output, Recipe, complete_or_absent, write_checkpoint
+from minillama.checkpoint.hf_format import copy_tokenizer, load_model, open_weights
+from minillama.conversion import writer as output_module
+from minillama.conversion.writer import LazyTensor, Output, complete_or_absent, write_checkpoint
 from minillama.errors import UserError
 
 
@@ -38,11 +38,11 @@ def in_child(action) -> int:
     return os.waitpid(child, 0)[1]
 
 
-def dying_at(recipes: dict[str, Recipe], number: int) -> dict[str, Recipe]:
+def dying_at(recipes: dict[str, LazyTensor], number: int) -> dict[str, LazyTensor]:
     """The recipes, with the one of this number killing the process instead."""
     name = list(recipes)[number]
     return recipes | {
-        name: Recipe(
+        name: LazyTensor(
             recipes[name].dtype, recipes[name].shape, lambda: os.kill(os.getpid(), signal.SIGKILL)
         )
     }
@@ -104,7 +104,7 @@ def test_termination_removes_what_is_unfinished(tmp_path, tiny_checkpoint):
     recipes = open_weights(tiny_checkpoint("source"))
     name = list(recipes)[3]
     stopping = recipes | {
-        name: Recipe(
+        name: LazyTensor(
             recipes[name].dtype, recipes[name].shape, lambda: os.kill(os.getpid(), signal.SIGTERM)
         )
     }
@@ -121,7 +121,7 @@ def test_free_disk_is_checked_before_the_first_byte(tmp_path, monkeypatch):
     monkeypatch.setattr(
         shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**12, 10**12, 10**9)
     )
-    huge = {"w": Recipe(torch.float16, (10**6, 10**4), lambda: pytest.fail("work began"))}
+    huge = {"w": LazyTensor(torch.float16, (10**6, 10**4), lambda: pytest.fail("work began"))}
     with pytest.raises(UserError, match=r"needs 20\.00 GB, and 1\.00 GB are free"):
         write_checkpoint(Output(tmp_path / "new"), huge, lambda directory: None)
     assert not list(tmp_path.iterdir())

@@ -14,13 +14,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from minillama.data import build, formats, megatron
+from minillama.data import formats, megatron, tokenize
 from minillama.data.batches import BatchPlan, Pieces, show_batch
-from minillama.data.build import build_dataset, open_data
 from minillama.data.encode import encode_document
 from minillama.data.formats import parse, read_records
 from minillama.data.memmap import Chunk, Dataset, Writer
 from minillama.data.sources import Source
+from minillama.data.tokenize import build_dataset, open_data
 from minillama.errors import UserError
 from minillama.tokenizer import open_tokenizer, train_tokenizer
 
@@ -105,7 +105,7 @@ def test_the_index_is_offsets_from_zero_and_the_mask_is_absent_where_all_is_trai
 
 
 def test_processes_do_not_change_a_byte(tmp_path, small_tokenizer, monkeypatch):
-    monkeypatch.setattr(build, "CHUNK_RECORDS", 7)
+    monkeypatch.setattr(tokenize, "CHUNK_RECORDS", 7)
     source = write(tmp_path / "a.jsonl", alpaca(100))
     for workers in (1, 2, 3):
         build_dataset(
@@ -117,7 +117,7 @@ def test_processes_do_not_change_a_byte(tmp_path, small_tokenizer, monkeypatch):
 BUILD = """
 import sys
 from pathlib import Path
-from minillama.data.build import build_dataset
+from minillama.data.tokenize import build_dataset
 from minillama.tokenizer import open_tokenizer
 source, model, prefix = map(Path, sys.argv[1:])
 build_dataset([source], open_tokenizer(model), prefix, quiet=True, workers=2)
@@ -129,7 +129,7 @@ def test_a_long_text_read_in_parts_is_the_same_document(
     tmp_path, small_tokenizer, monkeypatch, block
 ):
     monkeypatch.setattr(formats, "BLOCK", block)
-    monkeypatch.setattr(build, "CHUNK_CHARACTERS", 2 * block)
+    monkeypatch.setattr(tokenize, "CHUNK_CHARACTERS", 2 * block)
     text = "the cat  sat\n\n on the mat 12\n▁\n" * 20 + "without an end"
     (tmp_path / "a.txt").write_text(text)
     (tmp_path / "b.txt").write_text("another\n")
@@ -158,7 +158,7 @@ def test_this_path_imports_no_torch(tmp_path, built, small_tokenizer):
 
 
 def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path, small_tokenizer, monkeypatch):
-    monkeypatch.setattr(build, "CHUNK_RECORDS", 7)
+    monkeypatch.setattr(tokenize, "CHUNK_RECORDS", 7)
     records = alpaca(100)
     records[10] = {"instruction": "no output"}
     source = write(tmp_path / "a.jsonl", records)
@@ -461,7 +461,7 @@ def test_a_damaged_megatron_index_is_refused(tmp_path, change, message):
 # --- batches
 
 
-def plan_of(prefix, **changes):
+def specs_of(prefix, **changes):
     options = {
         "max_length": 256,
         "rows_per_step": 4,
@@ -482,7 +482,7 @@ def rows(batches):
 
 
 def test_an_epoch_packs_every_document_once(built):
-    dataset, plan = Dataset(built[1]), plan_of(built[1], epochs=1.0)
+    dataset, plan = Dataset(built[1]), specs_of(built[1], epochs=1.0)
     packed = sorted(
         tuple(map(int, part))
         for step in range(plan.total_steps)
@@ -497,7 +497,7 @@ def test_every_label_is_the_next_token_of_its_own_document(built):
         tuple(ids.tolist()): mask
         for ids, mask in (document(dataset, i) for i in range(len(dataset)))
     }
-    for batch in plan_of(built[1]).micro_batches(0):
+    for batch in specs_of(built[1]).micro_batches(0):
         bounds = np.cumsum([0, *batch.lengths])
         for start, end in pairwise(bounds):
             ids, labels = batch.tokens[start:end], batch.labels[start:end]
@@ -508,8 +508,8 @@ def test_every_label_is_the_next_token_of_its_own_document(built):
 @pytest.mark.parametrize("micro", [1, 2, 4])
 def test_any_split_into_micro_batches_and_ranks_trains_on_the_same_tokens(built, micro):
     whole, split = (
-        plan_of(built[1], rows_per_micro_batch=4),
-        plan_of(built[1], rows_per_micro_batch=micro),
+        specs_of(built[1], rows_per_micro_batch=4),
+        specs_of(built[1], rows_per_micro_batch=micro),
     )
     assert whole.total_steps == split.total_steps
     for step in range(whole.total_steps):
@@ -526,12 +526,12 @@ def test_any_split_into_micro_batches_and_ranks_trains_on_the_same_tokens(built,
 
 
 def test_a_step_needs_no_memory_of_the_steps_before_it(built):
-    run = plan_of(built[1])
+    run = specs_of(built[1])
     seen = [rows(run.micro_batches(step)) for step in range(run.total_steps)]
     for step in reversed(range(run.total_steps)):
-        assert rows(plan_of(built[1]).micro_batches(step)) == seen[step]
+        assert rows(specs_of(built[1]).micro_batches(step)) == seen[step]
     assert seen != [
-        rows(plan_of(built[1], seed=4).micro_batches(step)) for step in range(run.total_steps)
+        rows(specs_of(built[1], seed=4).micro_batches(step)) for step in range(run.total_steps)
     ]
 
 
@@ -559,7 +559,7 @@ def test_prompts_that_fill_max_length_stop_the_run(built):
 
 
 def test_show_batch_marks_what_is_trained_on(built, small_tokenizer):
-    batch = plan_of(built[1], rows_per_step=1, rows_per_micro_batch=1).micro_batches(0)[0]
+    batch = specs_of(built[1], rows_per_step=1, rows_per_micro_batch=1).micro_batches(0)[0]
     text = show_batch(small_tokenizer, batch)
     assert text.count("### Response:⟦") == text.count("</s>⟧") == len(batch.lengths)
     assert "<s>Below is an instruction" in text and f"{batch.targets} trained on" in text

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from minillama.data import demo
-from minillama.report import read_metrics
+from minillama.loss_curves import read_metrics
 
 ROOT = Path(__file__).parents[1]
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six")

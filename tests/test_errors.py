@@ -8,10 +8,10 @@ import pytest
 
 import convert
 import train
-from minillama import errors
-from minillama.architecture import read_config
+from minillama import cli
 from minillama.errors import UserError
 from minillama.generation.loading import load_with_adapters
+from minillama.llama_config import read_config
 from minillama.lora import load_adapter
 from minillama.tokenizer import open_tokenizer
 from tests.conftest import random_model
@@ -21,7 +21,7 @@ GOLDEN = Path(__file__).parent / "golden"
 
 def said(capsys: pytest.CaptureFixture, main, arguments: list[str]) -> str:
     with pytest.raises(SystemExit) as ended:
-        errors.run(main, arguments)
+        cli.run(main, arguments)
     text = capsys.readouterr().err
     assert ended.value.code == 2 and text.count("error: ") == 1 and "Traceback" not in text
     return text
@@ -75,7 +75,7 @@ def test_a_defect_of_ours_keeps_its_traceback() -> None:
         raise RuntimeError("shapes do not fit")
 
     with pytest.raises(RuntimeError, match="shapes"):
-        errors.run(main, [])
+        cli.run(main, [])
 
 
 @pytest.mark.parametrize(

@@ -5,14 +5,15 @@ from dataclasses import replace
 import pytest
 import torch
 
-from minillama import comm, estimate, ops
-from minillama.architecture import PUBLISHED, LlamaConfig
-from minillama.building import recompute_activations
+from minillama import comm, ops
 from minillama.comm import Mesh
-from minillama.config import Settings
+from minillama.llama_config import PUBLISHED, LlamaConfig
 from minillama.lora import add_lora
 from minillama.model import Llama
-from minillama.parallel.optimizer import Optimizer
+from minillama.parallel.sharded_optimizer import ShardedOptimizer
+from minillama.train_config import TrainConfig
+from minillama.training import dry_run
+from minillama.training.run import recompute_activations
 
 SMALL = LlamaConfig(
     dim=192,
@@ -54,13 +55,13 @@ def test_predicted_state_is_measured_state_within_two_percent(
     precision, lora, accumulation, stage, size, monkeypatch
 ):
     monkeypatch.setattr(comm, "reduce_to", lambda mesh, tensor, *_: lambda: tensor)
-    settings = Settings(
+    settings = TrainConfig(
         precision=precision, zero_stage=stage, gradient_accumulation_steps=accumulation, **lora
     )
     model = Llama(SMALL).initialise().to({"fp32": torch.float32, "bf16": torch.bfloat16}[precision])
     if settings.lora:
-        add_lora(model, estimate.lora_config(settings))
-    optimizer = Optimizer(model.named_parameters(), Mesh(rank=0, size=size), settings)
+        add_lora(model, dry_run.lora_config(settings))
+    optimizer = ShardedOptimizer(model.named_parameters(), Mesh(rank=0, size=size), settings)
     tokens = torch.arange(8).view(1, 8)
     optimizer.backward(model.loss_sum(tokens, tokens), size)
     held = [t for part in optimizer.parts for t in (part.master, part.m, part.v)]
@@ -69,7 +70,7 @@ def test_predicted_state_is_measured_state_within_two_percent(
         for part in optimizer.parts
         for t in ([part.gradients.sum] if stage == 2 else part.gradients.filled.values())
     ]
-    expected = estimate.estimate(SMALL, settings, size)
+    expected = dry_run.estimate(SMALL, settings, size)
     assert storage_bytes([*model.parameters(), *held]) == pytest.approx(expected.total, rel=0.02)
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == expected.trainable
 
@@ -98,13 +99,13 @@ def test_predicted_activations_are_those_kept_for_backward_within_ten_percent(co
 
     tokens = sum(lengths)
     assert kept(recompute=False) == pytest.approx(
-        estimate.activation_bytes(config, tokens, 4), rel=0.1
+        dry_run.activation_bytes(config, tokens, 4), rel=0.1
     )
     one_layer = (
-        estimate.activation_bytes(config, tokens, 4) - tokens * config.dim * 4
+        dry_run.activation_bytes(config, tokens, 4) - tokens * config.dim * 4
     ) / config.n_layers
     assert kept(recompute=True) == pytest.approx(
-        estimate.activation_bytes(config, tokens, 4, recompute=True) - one_layer, rel=0.1
+        dry_run.activation_bytes(config, tokens, 4, recompute=True) - one_layer, rel=0.1
     )
 
 

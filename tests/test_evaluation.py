@@ -13,11 +13,11 @@ import torch
 from minillama import device
 from minillama.comm import Mesh, start
 from minillama.errors import UserError
-from minillama.evaluation import predictions, scoring, tables
-from minillama.evaluation.losses import compare, read_losses
+from minillama.evaluation import likelihood, report, runner
+from minillama.evaluation.compare_losses import compare, read_losses
+from minillama.evaluation.likelihood import Batch, Query, QueryResult, plan, read
+from minillama.evaluation.protocols import TASKS, find_protocol, read_questions
 from minillama.evaluation.questions import Choices, Perplexity, decide
-from minillama.evaluation.scoring import Batch, Query, Reading, plan, read
-from minillama.evaluation.tasks import TASKS, find_protocol, read_questions
 from minillama.model import Llama
 from minillama.tokenizer import Tokenizer, open_tokenizer
 from tests.conftest import random_model, random_tokens
@@ -98,7 +98,7 @@ def options(data: Path) -> Callable[..., Namespace]:
     return make
 
 
-def answers(model: Llama, queries: list[Query], batches: list[Batch]) -> list[Reading]:
+def answers(model: Llama, queries: list[Query], batches: list[Batch]) -> list[QueryResult]:
     found = {
         i: reading for readings in read(model, queries, batches) for i, reading in readings.items()
     }
@@ -241,7 +241,7 @@ def test_likelihoods_and_predictions_are_those_of_transformers_with_real_weights
 ) -> None:
     """stories260K, whose 512 pieces make several tokens of " yes" and " no": rows with continuations of different lengths."""
     transformers = pytest.importorskip("transformers")
-    from minillama.checkpoint.directory import load_model
+    from minillama.checkpoint.hf_format import load_model
 
     place = shared / "models/stories260K"
     ours, theirs = load_model(place).eval(), open_in_transformers(place)
@@ -258,7 +258,7 @@ def test_likelihoods_and_predictions_are_those_of_transformers_with_real_weights
         open_tokenizer(place),
         512,
     )
-    records = predictions.predict(ours, test, 8, None, {"dtype": "float32"}, Mesh())
+    records = runner.predict(ours, test, 8, None, {"dtype": "float32"}, Mesh())
     for record in records:
         query, question = test.queries[record["id"]], test.questions[record["id"]]
         if protocol in ("hendrycks", "lm_eval") and not test.notes["prompts_cut"]:
@@ -293,7 +293,7 @@ def test_likelihoods_and_predictions_are_those_of_transformers_with_real_weights
 def test_likelihoods_are_those_of_transformers_however_queries_share_and_batch(
     tiny_checkpoint: Callable, batch_size: int, changes: dict
 ) -> None:
-    from minillama.checkpoint.directory import load_model
+    from minillama.checkpoint.hf_format import load_model
 
     place = tiny_checkpoint(**changes)
     ours, theirs = load_model(place).eval(), open_in_transformers(place)
@@ -336,9 +336,9 @@ def test_scores_do_not_depend_on_batches_sharing_or_the_chunks_of_the_head(
             for value in reading.logprobs
         ]
         assert any(batch.prefix for batch in plan(queries, 8))
-        monkeypatch.setattr(scoring, "LOGIT_CHUNK", 3 * small_tokenizer.size)
+        monkeypatch.setattr(likelihood, "LOGIT_CHUNK", 3 * small_tokenizer.size)
         for batch_size in (1, 5, 100):
-            unshared = list(scoring._batches(queries, 0, list(range(len(queries))), batch_size))
+            unshared = list(likelihood._batches(queries, 0, list(range(len(queries))), batch_size))
             for batches in (plan(queries, batch_size), unshared, unshared[::-1]):
                 assert [
                     v for r in answers(model, queries, batches) for v in r.logprobs
@@ -424,7 +424,7 @@ def test_the_penalised_rule_is_that_of_transformers_logits_processors(
             )
             / 0.2
         )
-        reading = Reading(
+        reading = QueryResult(
             [0.0] * 8, [logits[0, token].item() for some in letters for token in some], 0
         )
         predicted, scores = decide(test.protocol, small_tokenizer, query, reading)
@@ -464,7 +464,7 @@ def test_what_ascend_takes_for_an_answer(task: str, written: str, predicted: str
     protocol = find_protocol(task, "ascend")[1]
     assert (
         decide(
-            protocol, Spelling(written), Query([1], [[1]] * 4), Reading([0.0] * 4, [0.0] * 4, 5)
+            protocol, Spelling(written), Query([1], [[1]] * 4), QueryResult([0.0] * 4, [0.0] * 4, 5)
         )[0]
         == predicted
     )
@@ -472,7 +472,7 @@ def test_what_ascend_takes_for_an_answer(task: str, written: str, predicted: str
 
 def test_equal_scores_go_to_yes_at_ascend_and_to_no_at_lm_eval() -> None:
     for name, predicted in (("ascend", "yes"), ("lm_eval", "no")):
-        protocol, tie = find_protocol("boolq", name)[1], Reading([-1.0] * 2, [0.0] * 2, 0)
+        protocol, tie = find_protocol("boolq", name)[1], QueryResult([-1.0] * 2, [0.0] * 2, 0)
         assert decide(protocol, Spelling(""), Query([1], [[1]] * 2), tie)[0] == predicted
 
 
@@ -528,9 +528,7 @@ def test_shots_are_dropped_before_a_question_is_cut(
 def run(
     model: Llama, test: Choices, out: Path | None, mesh: Mesh | None = None, **settings
 ) -> list[dict]:
-    return predictions.predict(
-        model, test, 4, out, {"dtype": "float32", **settings}, mesh or Mesh()
-    )
+    return runner.predict(model, test, 4, out, {"dtype": "float32", **settings}, mesh or Mesh())
 
 
 def test_an_interrupted_run_goes_on_and_its_file_is_that_of_an_uninterrupted_one(
@@ -554,7 +552,7 @@ def test_an_interrupted_run_goes_on_and_its_file_is_that_of_an_uninterrupted_one
             computed.extend(readings)
             yield readings
 
-    monkeypatch.setattr(predictions, "read", stopping)
+    monkeypatch.setattr(runner, "read", stopping)
     with pytest.raises(KeyboardInterrupt):
         run(model, test, tmp_path / "stopped")
     kept = (tmp_path / "stopped/predictions.jsonl").read_text().splitlines()
@@ -567,7 +565,7 @@ def test_an_interrupted_run_goes_on_and_its_file_is_that_of_an_uninterrupted_one
             computed.extend(readings)
             yield readings
 
-    monkeypatch.setattr(predictions, "read", counting)
+    monkeypatch.setattr(runner, "read", counting)
     assert run(model, test, tmp_path / "stopped") == whole
     assert (tmp_path / "stopped/predictions.jsonl").read_bytes() == expected
     assert sorted(computed) == list(range(len(whole)))  # nothing twice
@@ -589,9 +587,9 @@ def test_predictions_of_other_settings_are_refused(
 
 def test_another_model_is_told_by_its_weights(small_tokenizer: Tokenizer) -> None:
     assert (
-        predictions.sample_of(random_model(0))
-        == predictions.sample_of(random_model(0))
-        != predictions.sample_of(random_model(1))
+        runner.weights_checksum(random_model(0))
+        == runner.weights_checksum(random_model(0))
+        != runner.weights_checksum(random_model(1))
     )
 
 
@@ -609,7 +607,7 @@ def test_two_ranks_share_the_questions_and_write_the_file_of_one(
                 computed.extend(readings)
                 yield readings
 
-        predictions.read = counting
+        runner.read = counting
         torch.set_num_threads(1)
         with start("cpu") as mesh:
             return computed, run(model, test, tmp_path / "two", mesh)
@@ -651,7 +649,7 @@ def records(subject: str, right: int, wrong: int) -> list[dict]:
 
 
 def test_a_table_worked_by_hand() -> None:
-    summary = tables.summarise(
+    summary = report.summarise(
         records("anatomy", 3, 1) + records("astronomy", 6, 10),
         {"STEM": "astronomy", "Other": "anatomy", "None": "law"},
         {"anatomy": "a" * 64, "astronomy": "b" * 64},
@@ -670,7 +668,7 @@ def test_a_table_worked_by_hand() -> None:
         summary["groups"].keys() == {"STEM", "Other"}
         and summary["groups"]["STEM"]["accuracy"] == 6 / 16
     )
-    printed = tables.table(
+    printed = report.table(
         summary | {"max_length": 9, "shots_dropped": 2, "prompts_cut": 1}
     ).splitlines()
     assert [line.split()[0] for line in printed[1:7]] == [
@@ -688,9 +686,9 @@ def test_a_table_worked_by_hand() -> None:
 @pytest.mark.parametrize(("right", "warned"), [(75, True), (68, True), (60, False), (95, False)])
 def test_a_score_near_the_baseline_is_warned_about(right: int, warned: bool) -> None:
     """Of 100 answers 75 are A; two standard errors are some 9 %."""
-    summary = tables.summarise(records("anatomy", right, 100 - right), {}, {"anatomy": ""})
+    summary = report.summarise(records("anatomy", right, 100 - right), {}, {"anatomy": ""})
     assert (
-        "warning" in tables.table(summary | {"max_length": 9, "shots_dropped": 0, "prompts_cut": 0})
+        "warning" in report.table(summary | {"max_length": 9, "shots_dropped": 0, "prompts_cut": 0})
     ) == warned
 
 
@@ -701,12 +699,12 @@ def test_compared_subjects_are_in_order_of_their_difference() -> None:
             for name, n in zip(("anatomy", "astronomy", "virology"), right, strict=True)
             for r in records(name, n, 10 - n)
         ]
-        return tables.summarise(
+        return report.summarise(
             some, {}, dict.fromkeys(("anatomy", "astronomy", "virology"), "")
         ) | {"max_length": 9, "shots_dropped": 0, "prompts_cut": 0}
 
     printed = [
-        line.split() for line in tables.table(summary(5, 9, 5), summary(4, 5, 8)).splitlines()
+        line.split() for line in report.table(summary(5, 9, 5), summary(4, 5, 8)).splitlines()
     ]
     assert printed[0][-3:-1] == ["reference", "difference"]
     assert [(line[0], *line[5:7]) for line in printed[1:4]] == [
@@ -817,7 +815,7 @@ def test_perplexity_is_transformers_loss_over_windows_that_predict_each_token_on
     tiny_checkpoint: Callable,
     options: Callable,
 ) -> None:
-    from minillama.checkpoint.directory import load_model
+    from minillama.checkpoint.hf_format import load_model
 
     place = tiny_checkpoint(vocab_size=small_tokenizer.size, max_seq_len=1000)
     text = words(1, 150)
@@ -1038,7 +1036,7 @@ def test_a_rank_loads_the_model_onto_its_own_chip_and_no_other(
 def test_an_adapter_is_scored_as_its_merged_model(
     main: Callable, checkpoint: Path, data: Path, tmp_path: Path
 ) -> None:
-    from minillama.checkpoint.directory import load_model
+    from minillama.checkpoint.hf_format import load_model
     from minillama.lora import LoraConfig, add_lora, merge_lora, save_adapter
 
     config, model = LoraConfig(rank=2), load_model(checkpoint)

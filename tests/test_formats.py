@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from minillama.chat import Conversation, Turn
 from minillama.data import formats
-from minillama.data.build import build_dataset
 from minillama.data.formats import BadRecord, Source, detect, parse, read_records
 from minillama.data.sources import find_sources
+from minillama.data.tokenize import build_dataset
 from minillama.errors import UserError
 
 ALPACA = {"instruction": "Q", "input": "I", "output": "A"}

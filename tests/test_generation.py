@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from minillama import chat
-from minillama.architecture import RopeScaling
-from minillama.checkpoint.directory import find_checkpoint, load_model, save_model
+from minillama.checkpoint.hf_format import find_checkpoint, load_model, save_model
 from minillama.errors import UserError
 from minillama.generation.cache import Cache
-from minillama.generation.decode import Answer
+from minillama.generation.decode import Completion
+from minillama.generation.engine import ChatSession, Engine
 from minillama.generation.sampling import (
     Sampling,
     keep_top_k,
@@ -19,7 +19,7 @@ from minillama.generation.sampling import (
     penalise,
     tokens_seen,
 )
-from minillama.generation.session import Dialogue, Session
+from minillama.llama_config import RopeScaling
 from minillama.model import Llama
 from minillama.tokenizer import open_tokenizer
 from tests.conftest import generate, random_model, random_tokens
@@ -189,21 +189,21 @@ def test_a_prompt_that_leaves_no_room_is_refused_with_the_number_that_fits() -> 
 
 
 @pytest.fixture
-def session() -> Session:
+def session() -> Engine:
     model = load_model(GOLDEN)
-    return Session(
+    return Engine(
         model, open_tokenizer(GOLDEN), "llama_factory_default", GREEDY, 24, model.config.eos_ids
     )
 
 
-def answer(session: Session, text: str) -> Answer:
+def answer(session: Engine, text: str) -> Completion:
     """The whole answer to one prompt."""
     one = session.ask(session.encode_prompt(text))
     list(session.write([one], None))
     return one
 
 
-def test_an_answer_ends_at_the_end_token(session: Session) -> None:
+def test_an_answer_ends_at_the_end_token(session: Engine) -> None:
     found = answer(session, "Which number is larger, 31 or 62?")
     assert (found.text.strip(), found.finish_reason) == ("62", "eos")
     session.stop_ids, session.max_new_tokens = (), 5
@@ -212,7 +212,7 @@ def test_an_answer_ends_at_the_end_token(session: Session) -> None:
 
 
 def test_a_stop_text_ends_the_answer_even_across_tokens_and_is_not_printed(
-    session: Session,
+    session: Engine,
 ) -> None:
     whole = answer(session, "Please repeat cat, dog and owl.").text
     assert len(whole) > 6
@@ -225,21 +225,21 @@ def test_a_stop_text_ends_the_answer_even_across_tokens_and_is_not_printed(
 
 
 def test_what_is_held_back_for_a_stop_text_comes_out_when_it_does_not_follow(
-    session: Session,
+    session: Engine,
 ) -> None:
     whole = answer(session, "Please repeat cat, dog and owl.").text
     session.stop_texts = (whole[-2:] + "!", whole[2:4] + "###")
     assert answer(session, "Please repeat cat, dog and owl.").text == whole
 
 
-def test_streamed_text_is_the_decoded_text(session: Session) -> None:
+def test_streamed_text_is_the_decoded_text(session: Engine) -> None:
     found = answer(session, "Please repeat cat, dog and owl.")
     assert found.text == session.tokenizer.decode(found.ids)
 
 
-def test_the_oldest_rounds_are_dropped_when_the_context_is_full(session: Session) -> None:
+def test_the_oldest_rounds_are_dropped_when_the_context_is_full(session: Engine) -> None:
     """The window slides by whole rounds, and what remains is the conversation of the remaining rounds."""
-    dialogue, question = Dialogue(session), "Please repeat cat, dog and owl."
+    dialogue, question = ChatSession(session), "Please repeat cat, dog and owl."
     dialogue.turns = [
         chat.Turn(f"question {number}", "an answer of some length") for number in range(40)
     ]
@@ -249,21 +249,21 @@ def test_the_oldest_rounds_are_dropped_when_the_context_is_full(session: Session
     assert [turn.user for turn in dialogue.turns] == [
         f"question {number}" for number in range(dropped, 40)
     ]
-    fresh = Dialogue(session)
+    fresh = ChatSession(session)
     fresh.turns = list(dialogue.turns)
     assert fresh.prompt_ids(question) == (ids, 0)
 
 
-def test_a_question_longer_than_the_context_is_refused(session: Session) -> None:
+def test_a_question_longer_than_the_context_is_refused(session: Engine) -> None:
     with pytest.raises(UserError, match="this question alone has"):
-        Dialogue(session).prompt_ids("cat " * 600)
-    dialogue = Dialogue(session)
+        ChatSession(session).prompt_ids("cat " * 600)
+    dialogue = ChatSession(session)
     assert list(dialogue.reply("cat " * 600, None)) == [""]
     assert "this question alone has" in dialogue.note and dialogue.turns == []
 
 
-def test_a_conversation_is_the_template_of_its_rounds(session: Session) -> None:
-    dialogue = Dialogue(session)
+def test_a_conversation_is_the_template_of_its_rounds(session: Engine) -> None:
+    dialogue = ChatSession(session)
     first, _ = dialogue.prompt_ids("Which number is larger, 31 or 62?")
     assert "".join(dialogue.reply("Which number is larger, 31 or 62?", None)).strip() == "62"
     assert dialogue.turns == [chat.Turn("Which number is larger, 31 or 62?", "62")]
@@ -279,7 +279,7 @@ def test_a_conversation_is_the_template_of_its_rounds(session: Session) -> None:
     ]
 
 
-def test_a_template_of_none_is_the_text_after_the_begin_token(session: Session) -> None:
+def test_a_template_of_none_is_the_text_after_the_begin_token(session: Engine) -> None:
     session.template = "none"
     assert session.encode_prompt("cat") == [1, *session.tokenizer.encode("cat")]
 

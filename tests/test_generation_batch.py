@@ -7,17 +7,17 @@ import torch
 from torch import nn
 
 from minillama import ops
-from minillama.architecture import RopeScaling
-from minillama.checkpoint.directory import load_model
+from minillama.checkpoint.hf_format import load_model
 from minillama.errors import UserError
 from minillama.generation import decode as decoding
 from minillama.generation.beam import Beams
 from minillama.generation.cache import Cache
-from minillama.generation.decode import Answer, decode, needed_alpha, read_prompts, stretched
+from minillama.generation.decode import Completion, decode, read_prompts, rope_alpha_for, scale_rope
+from minillama.generation.engine import Engine
 from minillama.generation.sampling import Sampling
-from minillama.generation.session import Session
+from minillama.llama_config import RopeScaling
 from minillama.model import Llama
-from minillama.ops import Documents, fused, packed, reference
+from minillama.ops import Documents, fused, packed_weights, reference
 from minillama.tokenizer import open_tokenizer
 from tests.conftest import TINY, generate, random_model, random_tokens
 
@@ -32,8 +32,8 @@ def together(
     sampling: Sampling,
     stop: tuple[int, ...] = (),
     seed: int | None = 3,
-) -> list[Answer]:
-    answers = [Answer(prompt, room) for prompt in prompts]
+) -> list[Completion]:
+    answers = [Completion(prompt, room) for prompt in prompts]
     assert all(answer in answers for answer in decode(model, answers, sampling, stop, seed))
     return answers
 
@@ -109,7 +109,7 @@ def test_equal_prompts_are_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
             read.append(tokens.numel()) or forward(self, tokens, *rest, **named)
         ),
     )
-    answers = [Answer([1, 7, 9], 3, number) for number in range(4)]
+    answers = [Completion([1, 7, 9], 3, number) for number in range(4)]
     list(decode(model, answers, SAMPLED, seed=1))
     assert read == [3, 4, 4]
     assert len({tuple(answer.ids) for answer in answers}) > 1, "each sample has draws of its own"
@@ -126,13 +126,15 @@ def test_a_finished_row_costs_nothing_more(monkeypatch: pytest.MonkeyPatch) -> N
             rows.append(len(tokens)) or forward(self, tokens, *rest, **named)
         ),
     )
-    list(decode(model, [Answer([1, 2], 2), Answer([3, 4, 5], 5), Answer([6], 5)], GREEDY))
+    list(
+        decode(model, [Completion([1, 2], 2), Completion([3, 4, 5], 5), Completion([6], 5)], GREEDY)
+    )
     assert rows == [1, 3, 2, 2, 2]  # the first is the prompts' one run
 
 
 def test_a_caller_ends_a_text_by_giving_it_a_reason() -> None:
     model = random_model()
-    answers = [Answer([1, 7, 9], 10), Answer([4], 10)]
+    answers = [Completion([1, 7, 9], 10), Completion([4], 10)]
     for answer in decode(model, answers, GREEDY):
         if answer is answers[0] and len(answer.ids) == 3:
             answer.finish_reason = "stop"
@@ -183,7 +185,7 @@ def test_ntk_raises_the_rotary_base_to_the_published_values(alpha: float, base: 
     from dataclasses import replace
 
     config = replace(TINY, head_dim=128)
-    assert stretched(config, [Answer([1])], alpha).rope_theta == pytest.approx(base, abs=0.01)
+    assert scale_rope(config, [Completion([1])], alpha).rope_theta == pytest.approx(base, abs=0.01)
 
 
 @pytest.mark.parametrize(
@@ -195,8 +197,8 @@ def test_alpha_follows_from_the_length_as_in_chinese_llama_alpaca_2(
     from dataclasses import replace
 
     config = replace(TINY, max_seq_len=4096)
-    assert needed_alpha(config, Answer([1] * (length - 50), 50)) == alpha
-    assert stretched(config, [Answer([1] * (length - 50), 50)], 0).rope_theta == pytest.approx(
+    assert rope_alpha_for(config, Completion([1] * (length - 50), 50)) == alpha
+    assert scale_rope(config, [Completion([1] * (length - 50), 50)], 0).rope_theta == pytest.approx(
         config.rope_theta * alpha ** (config.head_dim / (config.head_dim - 2))
     )
 
@@ -210,24 +212,26 @@ def test_a_text_beyond_the_context_is_one_of_a_model_with_the_raised_base() -> N
         UserError,
         match=r"exceed the context of 16; use --max_new_tokens 4 or fewer, .*--rope_alpha auto",
     ):
-        list(decode(model, [Answer(prompt, 20)], GREEDY))
-    answer = Answer(prompt, 20)
+        list(decode(model, [Completion(prompt, 20)], GREEDY))
+    answer = Completion(prompt, 20)
     list(decode(model, [answer], GREEDY, rope_alpha=0))
     raised = random_model(max_seq_len=16, rope_theta=TINY.rope_theta * (32 / 8 - 1) ** (4 / 2))
     with torch.no_grad():
         logits = raised.logits(raised(torch.tensor([prompt + answer.ids])))[0]
     assert answer.ids == logits[11:-1].argmax(-1).tolist()
-    short = Answer(prompt, 4)
+    short = Completion(prompt, 4)
     list(decode(model, [short], GREEDY, rope_alpha=0))
     assert short.ids == list(generate(model, prompt, 4, GREEDY)), (
-        "within the context nothing is stretched"
+        "within the context nothing is scale_rope"
     )
     assert replace(model.config) == model.config
 
 
 def test_ntk_goes_on_top_of_position_interpolation() -> None:
     model = random_model(rope_scaling=RopeScaling("linear", 4.0))
-    assert stretched(model.config, [Answer([1])], 2.0).rope_scaling == model.config.rope_scaling
+    assert (
+        scale_rope(model.config, [Completion([1])], 2.0).rope_scaling == model.config.rope_scaling
+    )
 
 
 def test_logits_that_are_no_numbers_are_an_error_and_not_a_text() -> None:
@@ -259,8 +263,8 @@ def test_every_form_of_the_linear_is_its_formula_rounded_once(
     exact = x.double() @ weight.double().T + (b.double() if bias else 0)
     as_it_is, shuffled = nn.Linear(64, 48), nn.Linear(64, 48)
     as_it_is.weight = shuffled.weight = nn.Parameter(weight, requires_grad=False)
-    monkeypatch.setattr(packed, "gains", lambda weight, rows: True)
-    packed.pack(shuffled, rows)
+    monkeypatch.setattr(packed_weights, "gains", lambda weight, rows: True)
+    packed_weights.pack(shuffled, rows)
     assert shuffled.weight.is_mkldnn
     assert torch.equal(shuffled.weight.to_dense(), weight)
     for linear in (as_it_is, shuffled):
@@ -285,8 +289,8 @@ def test_every_form_of_the_linear_is_its_formula_rounded_once(
 def test_weights_are_packed_where_the_rows_and_the_processor_gain(
     dtype: torch.dtype, rows: int, units: bool, packs: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(packed, "has_bf16_units", lambda: units)
-    monkeypatch.setattr(packed, "LARGE", TINY.dim**2 + 1)
+    monkeypatch.setattr(packed_weights, "has_bf16_units", lambda: units)
+    monkeypatch.setattr(packed_weights, "LARGE", TINY.dim**2 + 1)
     model = random_model().to(dtype)
     model.lm_head.weight = model.model.embed_tokens.weight
     layer, embedding = model.model.layers[0], model.lm_head.weight
@@ -302,7 +306,7 @@ def test_weights_are_packed_where_the_rows_and_the_processor_gain(
 def test_packed_weights_give_the_same_texts_and_are_for_the_fused_linear_only(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(packed, "LARGE", 1)
+    monkeypatch.setattr(packed_weights, "LARGE", 1)
     model = random_model()
     try:
         ops.choose("reference")
@@ -357,7 +361,7 @@ def test_a_session_packs_for_as_many_texts_as_it_writes(monkeypatch: pytest.Monk
     packed_for = []
     monkeypatch.setattr(ops, "pack", lambda model, rows: packed_for.append(rows))
     tokenizer = open_tokenizer(Path(__file__).parent / "golden/model")
-    session = Session(random_model(), tokenizer, "none", GREEDY, 3, ())
+    session = Engine(random_model(), tokenizer, "none", GREEDY, 3, ())
     for beams, count in ((None, 1), (None, 4), (Beams(3), 1)):
         session.beams = beams
         list(session.write([session.ask([1, 5]) for _ in range(count)], seed=0))
@@ -387,4 +391,4 @@ def test_attention_over_rows_of_unlike_length_is_attention_over_each(T: int, att
 def test_a_checkpoint_that_stretches_its_base_itself_is_not_stretched_twice() -> None:
     model = random_model(rope_scaling=RopeScaling("dynamic", 2.0))
     with pytest.raises(UserError, match="rope_scaling, dynamic, stretches"):
-        stretched(model.config, [Answer([1])], 2.0)
+        scale_rope(model.config, [Completion([1])], 2.0)

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from minillama.checkpoint.directory import load_model, save_model
+from minillama.checkpoint.hf_format import load_model, save_model
 from minillama.errors import UserError
 from minillama.generation.beam import Beams, beam_search, move_rows
 from minillama.generation.cache import Cache
-from minillama.generation.decode import Answer
+from minillama.generation.decode import Completion
 from minillama.generation.sampling import Sampling
 from minillama.model import Llama
 from tests.conftest import TINY, random_model
@@ -36,8 +36,8 @@ def ours(
     stop: tuple[int, ...],
     returned: int = 1,
     sampling: Sampling = PLAIN,
-) -> list[Answer]:
-    answers = [Answer(prompt, room) for _ in range(returned)]
+) -> list[Completion]:
+    answers = [Completion(prompt, room) for _ in range(returned)]
     assert list(beam_search(model, answers, beams, sampling, stop, seed=1)) == answers
     return answers
 

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from minillama.checkpoint.directory import load_model
+from minillama.checkpoint.hf_format import load_model
 from minillama.errors import UserError
-from minillama.generation import session as sessions
-from minillama.generation.files import AnswerFile, read_lines
+from minillama.generation import engine as sessions
+from minillama.generation.output_file import CompletionFile, read_lines
 from minillama.generation.sampling import Sampling
 from minillama.lora import LoraConfig, add_lora, merge_lora, save_adapter
 from minillama.tokenizer import open_tokenizer
@@ -148,7 +148,7 @@ def test_an_interrupted_run_goes_on_and_ends_as_if_it_had_not_been(
         "2",
     )
     whole = run(*command, output=tmp_path / "whole.jsonl")
-    write, began, out = sessions.Session.write, [], tmp_path / "part.jsonl"
+    write, began, out = sessions.Engine.write, [], tmp_path / "part.jsonl"
 
     def interrupted(self, answers, seed):
         began.append(len(answers))
@@ -157,7 +157,7 @@ def test_an_interrupted_run_goes_on_and_ends_as_if_it_had_not_been(
                 raise KeyboardInterrupt
             yield step
 
-    monkeypatch.setattr(sessions.Session, "write", interrupted)
+    monkeypatch.setattr(sessions.Engine, "write", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run(*command, output=out)
     done = len((tmp_path / "part.jsonl.partial").read_text().splitlines()) - 1
@@ -168,7 +168,7 @@ def test_an_interrupted_run_goes_on_and_ends_as_if_it_had_not_been(
         file.write('{"number": 3, "comple')  # killed in the middle of a line
     began.clear()
     monkeypatch.setattr(
-        sessions.Session,
+        sessions.Engine,
         "write",
         lambda self, answers, seed: began.append(len(answers)) or write(self, answers, seed),
     )
@@ -189,10 +189,10 @@ def test_a_separator_of_unicode_within_a_text_ends_no_line(tmp_path: Path) -> No
             "--prompt_file", str(tmp_path / name), "--greedy", output=tmp_path / f"{name}.out"
         )
         assert [record["prompt"] for record in records] == asked
-    file = AnswerFile(tmp_path / "b.jsonl", {"seed": 1})
+    file = CompletionFile(tmp_path / "b.jsonl", {"seed": 1})
     for number, text in enumerate(asked):
         file.add(number, {"prompt": text})
-    assert AnswerFile(tmp_path / "b.jsonl", {"seed": 1}).done == {
+    assert CompletionFile(tmp_path / "b.jsonl", {"seed": 1}).done == {
         number: {"prompt": text} for number, text in enumerate(asked)
     }
 
@@ -202,7 +202,7 @@ def test_finished_answers_survive_an_end_at_any_time(
     call: str, tmp_path: Path, monkeypatch
 ) -> None:
     """Killed while the file is opened again, or put in order."""
-    file = AnswerFile(tmp_path / "b.jsonl", {"seed": 1})
+    file = CompletionFile(tmp_path / "b.jsonl", {"seed": 1})
     for number in (1, 0):
         file.add(number, {"prompt": str(number)})
 
@@ -211,13 +211,13 @@ def test_finished_answers_survive_an_end_at_any_time(
             path.write_bytes(b"half a li")
         raise KeyboardInterrupt
 
-    for act in (lambda: AnswerFile(tmp_path / "b.jsonl", {"seed": 1}), file.finish):
+    for act in (lambda: CompletionFile(tmp_path / "b.jsonl", {"seed": 1}), file.finish):
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             patch.setattr(Path, "write_text", killed) if call == "write_text" else patch.setattr(
                 os, "replace", killed
             )
             act()
-        assert AnswerFile(tmp_path / "b.jsonl", {"seed": 1}).done == {
+        assert CompletionFile(tmp_path / "b.jsonl", {"seed": 1}).done == {
             0: {"prompt": "0"},
             1: {"prompt": "1"},
         }
@@ -253,10 +253,12 @@ def test_a_partial_file_of_other_weights_at_the_same_place_is_refused(tmp_path: 
     namespace = runpy.run_path(str(ROOT / "generate.py"))
     options = namespace["parse"]([*TEMPLATE, "--greedy"])
     session, path = namespace["open_session"](options)
-    AnswerFile(tmp_path / "a.jsonl", namespace["settings_of"](session, path, [[1]], options))
+    CompletionFile(tmp_path / "a.jsonl", namespace["settings_of"](session, path, [[1]], options))
     session.model.model.norm.weight[0] += 1
     with pytest.raises(UserError, match="was begun with weights_sample_sha256"):
-        AnswerFile(tmp_path / "a.jsonl", namespace["settings_of"](session, path, [[1]], options))
+        CompletionFile(
+            tmp_path / "a.jsonl", namespace["settings_of"](session, path, [[1]], options)
+        )
 
 
 def test_ctrl_c_keeps_what_was_written_and_exits_130(shared: Path) -> None:
@@ -294,7 +296,7 @@ def test_ctrl_c_keeps_what_was_written_and_exits_130(shared: Path) -> None:
 
 
 def test_what_an_unstreamed_text_had_when_interrupted_is_printed(monkeypatch, capsys) -> None:
-    write = sessions.Session.write
+    write = sessions.Engine.write
 
     def interrupted(self, answers, seed):
         for n, step in enumerate(write(self, answers, seed)):
@@ -302,7 +304,7 @@ def test_what_an_unstreamed_text_had_when_interrupted_is_printed(monkeypatch, ca
                 raise KeyboardInterrupt
             yield step
 
-    monkeypatch.setattr(sessions.Session, "write", interrupted)
+    monkeypatch.setattr(sessions.Engine, "write", interrupted)
     with pytest.raises(KeyboardInterrupt):
         MAIN([*TEMPLATE, "--prompt", QUESTIONS[1], "--greedy"])
     assert 0 < len(capsys.readouterr().out.strip()) < 20
@@ -547,15 +549,15 @@ def test_line_breaks_other_than_the_line_feed_belong_to_a_prompt_and_to_an_answe
     ]
     MAIN(words)
     assert json.loads((tmp_path / "a.jsonl").read_text(encoding="utf-8"))["prompt"] == "a\u2028b"
-    file = AnswerFile(tmp_path / "b.jsonl", {})
+    file = CompletionFile(tmp_path / "b.jsonl", {})
     file.add(0, {"completions": ["a\u2028b\x85"]})
-    assert AnswerFile(tmp_path / "b.jsonl", {}).done == {0: {"completions": ["a\u2028b\x85"]}}
+    assert CompletionFile(tmp_path / "b.jsonl", {}).done == {0: {"completions": ["a\u2028b\x85"]}}
 
 
 def test_a_damaged_file_of_unfinished_answers_is_named(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl.partial").write_text("junk\n")
     with pytest.raises(UserError, match=r"a\.jsonl\.partial: a value is wrong"):
-        AnswerFile(tmp_path / "a.jsonl", {})
+        CompletionFile(tmp_path / "a.jsonl", {})
 
 
 def test_a_system_text_reaches_a_prompt_as_it_reaches_a_conversation(tmp_path: Path) -> None:
@@ -599,9 +601,9 @@ def test_a_conversation_in_the_terminal(tmp_path: Path) -> None:
 def test_batches_hold_prompts_of_like_length_the_longest_first(monkeypatch) -> None:
     namespace = runpy.run_path(str(ROOT / "generate.py"))
     session, _ = namespace["open_session"](namespace["parse"]([*TEMPLATE, "--greedy"]))
-    sizes, write = [], sessions.Session.write
+    sizes, write = [], sessions.Engine.write
     monkeypatch.setattr(
-        sessions.Session,
+        sessions.Engine,
         "write",
         lambda self, answers, seed: (
             sizes.append([len(a.prompt_ids) for a in answers]) or write(self, answers, seed)

@@ -12,16 +12,16 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from minillama import chat
-from minillama.checkpoint.directory import load_model, stop_ids
+from minillama.checkpoint.hf_format import load_model, stop_ids
 from minillama.comm import Mesh
-from minillama.config import Settings
 from minillama.data.encode import encode_pieces
 from minillama.generation.sampling import Sampling
 from minillama.lora import load_adapter, merge_lora
 from minillama.model import Llama
 from minillama.ops import IGNORE, Documents
-from minillama.parallel.optimizer import Optimizer
+from minillama.parallel.sharded_optimizer import ShardedOptimizer
 from minillama.tokenizer import open_tokenizer
+from minillama.train_config import TrainConfig
 from tests.conftest import generate
 from tests.peers import assert_same_logits
 
@@ -99,8 +99,8 @@ def packed(rows: Tensor) -> tuple[Tensor, Tensor, list[int]]:
 
 def losses(model: Llama) -> list[float]:
     """The training that `make_golden.losses` did with torch's AdamW on padded rows."""
-    optimizer = Optimizer(
-        model.named_parameters(), Mesh(), Settings(adam_beta2=0.95, weight_decay=0.1)
+    optimizer = ShardedOptimizer(
+        model.named_parameters(), Mesh(), TrainConfig(adam_beta2=0.95, weight_decay=0.1)
     )
     found = []
     for rows in TENSORS["batches"]:

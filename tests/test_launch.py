@@ -107,7 +107,7 @@ def test_a_rank_that_dies_is_restarted_and_goes_on_from_the_checkpoint(arguments
     script.write_text(
         "import os, pathlib, runpy, sys\n"
         f"sys.path.insert(0, {str(ROOT)!r})\n"
-        "from minillama import trainer\n"
+        "from minillama.training import trainer\n"
         f"mark, update = pathlib.Path({str(tmp_path / 'died')!r}), trainer.Trainer.update\n"
         "def deadly(self, *a):\n"
         "    if self.step == 3 and self.mesh.rank == 1 and not mark.exists():\n"

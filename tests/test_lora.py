@@ -9,9 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from minillama import lora
-from minillama.checkpoint.directory import load_model, save_model
+from minillama.checkpoint.hf_format import load_model, save_model
 from minillama.errors import UserError
-from minillama.estimate import trainable_count
 from minillama.lora import (
     LINEARS,
     LoraConfig,
@@ -23,6 +22,7 @@ from minillama.lora import (
     save_adapter,
 )
 from minillama.model import Llama
+from minillama.training.dry_run import trainable_count
 from tests.conftest import random_model, random_tokens
 from tests.peers import assert_same_logits, open_in_peft, open_in_transformers
 

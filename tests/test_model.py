@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from minillama import ops
-from minillama.architecture import (
+from minillama.checkpoint.hf_format import load_model, save_model
+from minillama.errors import UserError
+from minillama.llama_config import (
     PUBLISHED,
     RopeScaling,
     ffn_width,
@@ -19,8 +21,6 @@ from minillama.architecture import (
     to_hf,
     with_layers,
 )
-from minillama.checkpoint.directory import load_model, save_model
-from minillama.errors import UserError
 from tests.conftest import TINY, random_model, random_tokens
 from tests.peers import assert_same_logits, open_in_transformers
 

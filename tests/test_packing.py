@@ -15,7 +15,7 @@ def test_positions_restart_in_each_document() -> None:
 
 
 def test_the_picture_of_the_layout() -> None:
-    """The worked example of `ops.documents`, where three lengths within 16 of each other share one group of three rows."""
+    """The worked example of `ops.packing`, where three lengths within 16 of each other share one group of three rows."""
     documents = Documents([5, 2, 4])
     assert documents.group_shapes == [(3, 5)]
     assert documents.layout.slots.tolist() == [0, 1, 2, 3, 4, 7, 8, 9, 10, 10, 5, 6, 6, 6, 6]

@@ -16,10 +16,10 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from minillama.checkpoint.directory import load_model, open_weights, write_weights
-from minillama.checkpoint.tensor_files import plan_of, read_safetensors, safetensors_writer
-from minillama.checkpoint.torch_files import ALIGNMENT, read_torch, torch_writer
+from minillama.checkpoint.hf_format import load_model, open_weights, write_weights
 from minillama.errors import UserError
+from minillama.tensor_files import read_safetensors, safetensors_writer, specs_of
+from minillama.torch_files import ALIGNMENT, read_torch, torch_writer
 
 few = settings(
     max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
@@ -38,7 +38,7 @@ def random_tensors(specs: list[tuple[torch.dtype, tuple[int, ...]]]) -> dict[str
 
 
 def write(writer, path: Path, tensors: dict[str, torch.Tensor]) -> None:
-    with writer(path, plan_of(tensors)) as append:
+    with writer(path, specs_of(tensors)) as append:
         for name, tensor in tensors.items():
             append(name, tensor)
 
@@ -295,7 +295,7 @@ def test_a_safetensors_header_must_fit_its_file(tmp_path, header):
 def sharded(directory: Path, bin: bool) -> dict[str, torch.Tensor]:
     tensors = random_tensors([(torch.float16, (8, 8))] * 4)
     directory.mkdir()
-    write_weights(directory, iter(tensors.items()), plan_of(tensors), 200, bin)
+    write_weights(directory, iter(tensors.items()), specs_of(tensors), 200, bin)
     return tensors
 
 

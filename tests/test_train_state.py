@@ -16,14 +16,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minillama import comm, config, trainer
+from minillama import comm, train_config
 from minillama.checkpoint import train_state
-from minillama.checkpoint.directory import write_json
-from minillama.checkpoint.tensor_files import read_safetensors
+from minillama.checkpoint.hf_format import write_json
 from minillama.comm import Mesh
 from minillama.data import demo
 from minillama.errors import UserError
+from minillama.tensor_files import read_safetensors
 from minillama.tokenizer import train_tokenizer
+from minillama.training import trainer
 from tests.ranks import run_on_ranks
 
 ROOT = Path(__file__).parents[1]
@@ -31,7 +32,7 @@ STEPS = 6
 
 
 @pytest.fixture(scope="module")
-def run_settings(tmp_path_factory) -> config.Settings:
+def run_settings(tmp_path_factory) -> train_config.TrainConfig:
     """A run of six steps, four micro-batches each, of a model with a few thousand numbers."""
     folder = tmp_path_factory.mktemp("inputs")
     records = demo.records(demo.DEMO, 200, seed=3, held_out=False)
@@ -39,7 +40,7 @@ def run_settings(tmp_path_factory) -> config.Settings:
     (folder / "tokenizer.model").write_bytes(
         train_tokenizer((r["instruction"] for r in records), 330)
     )
-    return config.Settings(
+    return train_config.TrainConfig(
         init="scratch",
         dim=16,
         n_layers=2,
@@ -66,7 +67,7 @@ def run_settings(tmp_path_factory) -> config.Settings:
     )
 
 
-def train_here(run: config.Settings, stop_after: int = 0) -> int:
+def train_here(run: train_config.TrainConfig, stop_after: int = 0) -> int:
     """Train on this rank; `stop_after` steps the way a SIGTERM stops, at the next micro-batch. Returns the steps done."""
     torch.set_num_threads(1)
     with comm.start("cpu", timeout_minutes=1) as mesh:
@@ -92,7 +93,7 @@ def train_here(run: config.Settings, stop_after: int = 0) -> int:
         )
 
 
-def fingerprint(run: config.Settings, step: int = 4) -> str:
+def fingerprint(run: train_config.TrainConfig, step: int = 4) -> str:
     """Of the final weights, and of the optimizer's state at a step: position by position, whoever wrote which file."""
     digest = hashlib.sha256((Path(run.out_dir) / "final" / "model.safetensors").read_bytes())
     directory = Path(run.out_dir) / "checkpoints" / f"step-{step:06d}"
@@ -130,7 +131,7 @@ def test_ranks_that_cannot_keep_the_global_batch_are_refused(run_settings, tmp_p
     run = replace(run_settings, out_dir=str(tmp_path / "run"))
     run_on_ranks(1, train_here, run, 2)
     with pytest.raises(UserError, match="global batch is 4 rows, which 3 ranks"):
-        from minillama.building import with_global_batch
+        from minillama.training.run import with_global_batch
 
         with_global_batch(run, Mesh(rank=0, size=3), 4)
 
@@ -321,7 +322,7 @@ def test_sigterm_to_the_script_saves_and_exits_0_and_the_same_command_goes_on(
 # train.py with steps slow enough to be interrupted
 SLOW = """
 import runpy, sys, time
-from minillama import trainer
+from minillama.training import trainer
 update = trainer.Trainer.update
 trainer.Trainer.update = lambda self, *a: (time.sleep(0.3), update(self, *a))[1]
 sys.argv[0] = "train.py"

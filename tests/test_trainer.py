@@ -10,22 +10,24 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from minillama import building, comm, deepspeed, trainer
-from minillama.architecture import published
-from minillama.building import recompute_activations
-from minillama.checkpoint.directory import load_model, save_model
-from minillama.checkpoint.tensor_files import read_safetensors
+from minillama import comm
+from minillama.checkpoint.hf_format import load_model, save_model
 from minillama.comm import Mesh
-from minillama.config import Settings
+from minillama.compat import deepspeed
 from minillama.data import demo
 from minillama.data.batches import Batch
 from minillama.errors import UserError
-from minillama.estimate import training_flops
+from minillama.llama_config import published
 from minillama.lora import load_adapter
+from minillama.loss_curves import read_metrics, smoothed
 from minillama.ops import IGNORE
-from minillama.parallel.optimizer import Optimizer
-from minillama.report import read_metrics, smoothed
+from minillama.parallel.sharded_optimizer import ShardedOptimizer
+from minillama.tensor_files import read_safetensors
 from minillama.tokenizer import open_tokenizer, train_tokenizer
+from minillama.train_config import TrainConfig
+from minillama.training import run, trainer
+from minillama.training.dry_run import training_flops
+from minillama.training.run import recompute_activations
 from tests.conftest import random_model, random_tokens
 from tests.peers import assert_same_logits, open_in_peft, open_in_transformers
 from tests.ranks import run_on_ranks
@@ -49,10 +51,10 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def settings_for(inputs: Path, tmp_path: Path) -> Callable[..., Settings]:
+def settings_for(inputs: Path, tmp_path: Path) -> Callable[..., TrainConfig]:
     """Settings of a small run in a folder of its own; keywords change them."""
 
-    def make(**changes) -> Settings:
+    def make(**changes) -> TrainConfig:
         standard = {
             "ckpt": str(inputs / "base"),
             "data": (str(inputs / "alpaca.json"),),
@@ -67,7 +69,7 @@ def settings_for(inputs: Path, tmp_path: Path) -> Callable[..., Settings]:
             "save_strategy": "no",
             "device": "cpu",
         }
-        return Settings(**standard | changes)
+        return TrainConfig(**standard | changes)
 
     return make
 
@@ -100,7 +102,7 @@ def weights_of(directory: Path) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("warmup", [{"warmup_ratio": 0.03}, {"warmup_steps": 7}, {}], ids=str)
 def test_the_learning_rate_is_transformers(kind: str, function: str, warmup: dict) -> None:
     transformers = pytest.importorskip("transformers")
-    settings, total = Settings(lr_scheduler_type=kind, learning_rate=2e-5, **warmup), 103
+    settings, total = TrainConfig(lr_scheduler_type=kind, learning_rate=2e-5, **warmup), 103
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=2e-5)
     steps = (
         {"num_warmup_steps": settings.warmup_steps or math.ceil(total * settings.warmup_ratio)}
@@ -119,13 +121,13 @@ def test_the_learning_rate_is_transformers(kind: str, function: str, warmup: dic
 
 def test_warmup_is_rounded_up_and_the_first_update_is_at_zero() -> None:
     """ceil(100 x 0.021) = 3 updates at 0, 1/3 and 2/3 of the peak, then the peak."""
-    settings = Settings(learning_rate=3.0, warmup_ratio=0.021, lr_scheduler_type="cosine")
+    settings = TrainConfig(learning_rate=3.0, warmup_ratio=0.021, lr_scheduler_type="cosine")
     assert [trainer.learning_rate(step, 100, settings) for step in range(4)] == [0.0, 1.0, 2.0, 3.0]
 
 
 @pytest.mark.parametrize("kind", ["linear", "cosine"])
 def test_schedules_end_at_min_learning_rate(kind: str) -> None:
-    settings = Settings(learning_rate=1.0, min_learning_rate=0.1, lr_scheduler_type=kind)
+    settings = TrainConfig(learning_rate=1.0, min_learning_rate=0.1, lr_scheduler_type=kind)
     rates = [trainer.learning_rate(step, 10, settings) for step in range(11)]
     assert rates[0] == 1.0
     assert rates[10] == pytest.approx(0.1)
@@ -135,19 +137,19 @@ def test_schedules_end_at_min_learning_rate(kind: str) -> None:
 # The optimizer
 
 
-def flat_adamw(model: torch.nn.Module, weight_decay: float = 0.1) -> Optimizer:
-    return Optimizer(
+def flat_adamw(model: torch.nn.Module, weight_decay: float = 0.1) -> ShardedOptimizer:
+    return ShardedOptimizer(
         model.named_parameters(),
         MESH,
-        Settings(adam_beta2=0.95, weight_decay=weight_decay, gradient_accumulation_steps=2),
+        TrainConfig(adam_beta2=0.95, weight_decay=weight_decay, gradient_accumulation_steps=2),
     )
 
 
-def flat_weights(optimizer: Optimizer) -> torch.Tensor:
+def flat_weights(optimizer: ShardedOptimizer) -> torch.Tensor:
     return optimizer.parts[0].master[: optimizer.trained]
 
 
-def flat_gradient(optimizer: Optimizer) -> torch.Tensor:
+def flat_gradient(optimizer: ShardedOptimizer) -> torch.Tensor:
     return optimizer.parts[0].gradients.reduced()[: optimizer.trained]
 
 
@@ -211,7 +213,7 @@ def test_16_bit_weights_have_fp32_masters_that_remember_small_updates() -> None:
 
 
 def test_16_bit_training_follows_a_float32_copy_of_its_masters() -> None:
-    """Gradients taken at the rounded weights, updates made in fp32: torch's AdamW on fp32 copies does the same."""
+    """GradientReducer taken at the rounded weights, updates made in fp32: torch's AdamW on fp32 copies does the same."""
     ours = random_model().bfloat16()
     flat = flat_adamw(ours)
     masters = [p.detach().float().clone().requires_grad_() for _, p in flat.parts[0].named]
@@ -595,8 +597,8 @@ def test_a_device_that_does_not_tell_its_memory_still_ends_with_words() -> None:
         "seconds": 1.0,
         "tokens_per_second": 9.0,
     }
-    assert "peak memory not told" in building.closing_words(
-        Settings(out_dir="runs/a"), summary | {"peak_memory_bytes": None}
+    assert "peak memory not told" in run.closing_words(
+        TrainConfig(out_dir="runs/a"), summary | {"peak_memory_bytes": None}
     )
 
 
@@ -793,7 +795,7 @@ def test_rows_longer_than_the_context_are_refused(settings_for: Callable) -> Non
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "LoRA"])
 def test_a_real_llama_learns_real_instructions(lora: bool, shared: Path, tmp_path: Path) -> None:
     base, train_file = shared / "models/stories260K", shared / "sft/alpaca_en_demo.json"
-    settings = Settings(
+    settings = TrainConfig(
         ckpt=str(base),
         data=(str(train_file),),
         validation_split=0.04,
@@ -857,7 +859,7 @@ def test_smoothing_starts_at_the_first_loss_and_follows_the_rest() -> None:
 # Ranks
 
 
-def train_on_this_rank(settings: Settings) -> dict:
+def train_on_this_rank(settings: TrainConfig) -> dict:
     with comm.start("cpu", timeout_minutes=1) as mesh:
         return trainer.train(settings, mesh)
 
@@ -889,9 +891,9 @@ def test_two_ranks_train_on_the_same_global_batch_as_one(
     assert first["tokens"] == expected["tokens"]
 
 
-def train_in_fp16(settings: Settings, overflows: set[int]) -> dict | str:
+def train_in_fp16(settings: TrainConfig, overflows: set[int]) -> dict | str:
     """Train in fp16, which our ops can do on the processor too; in these steps the gradient of rank 1 overflows, its loss does not."""
-    building.compute_dtype = lambda precision, where: (torch.float16, "")
+    run.compute_dtype = lambda precision, where: (torch.float16, "")
     original = trainer.Trainer.__init__
 
     def poisoned(self: trainer.Trainer, *arguments) -> None:

@@ -11,19 +11,19 @@ from torch import nn
 
 from minillama import comm
 from minillama.comm import Mesh
-from minillama.config import Settings
 from minillama.errors import UserError
-from minillama.parallel.gradients import Gradients
-from minillama.parallel.optimizer import LossScale, Optimizer
+from minillama.parallel.reducer import GradientReducer
+from minillama.parallel.sharded_optimizer import LossScale, ShardedOptimizer
 from minillama.parallel.zero import CHUNK
+from minillama.train_config import TrainConfig
 from tests.conftest import random_model, random_tokens
 from tests.ranks import run_on_ranks
 
 MICRO_BATCHES = 6
-SETTINGS = Settings(adam_beta2=0.95, weight_decay=0.1, gradient_accumulation_steps=2)
+SETTINGS = TrainConfig(adam_beta2=0.95, weight_decay=0.1, gradient_accumulation_steps=2)
 
 
-def settings_of(stage: int, exact: bool = False, **changes) -> Settings:
+def settings_of(stage: int, exact: bool = False, **changes) -> TrainConfig:
     return replace(SETTINGS, zero_stage=stage, reduction="exact" if exact else "fast", **changes)
 
 
@@ -43,7 +43,7 @@ def train(
     torch.set_num_threads(1)
     with comm.start("cpu", timeout_minutes=1) as mesh:
         net = random_model(**model).to(dtype)
-        optimizer = Optimizer(
+        optimizer = ShardedOptimizer(
             net.named_parameters(), mesh, settings_of(stage, exact, bucket_elements=bucket_elements)
         )
         norms = []
@@ -67,7 +67,7 @@ def train(
                 name: [x for piece in pieces for x in piece.tolist()]
                 for name, pieces in state.items()
             },
-            mesh.sent / steps,
+            mesh.elements_sent / steps,
         )
 
 
@@ -131,7 +131,7 @@ def test_frozen_tied_and_unused_parameters_need_nothing_special(stage):
             net.model.layers[0].mlp.requires_grad_(False)
             net.unused = nn.Parameter(torch.ones(7, 3))
             before = net.model.layers[0].mlp.up_proj.weight.clone()
-            optimizer = Optimizer(
+            optimizer = ShardedOptimizer(
                 net.named_parameters(),
                 mesh,
                 settings_of(stage, bucket_elements=500, weight_decay=0.0),
@@ -165,7 +165,7 @@ def test_parameters_of_two_dtypes_meet_their_peers_where_a_rank_has_no_micro_bat
                 nn.Parameter(torch.randn(40, 40, generator=generator).to(dtype))
                 for dtype in (torch.bfloat16, torch.float32, torch.bfloat16)
             )
-            optimizer = Optimizer(
+            optimizer = ShardedOptimizer(
                 [("embed", embed), ("factor", factor), ("head", head)],
                 mesh,
                 settings_of(stage, exact, bucket_elements=1000),
@@ -211,7 +211,7 @@ def test_state_is_as_large_as_the_table_says(size, stage, dtype, width, accumula
     """Of a 16-bit model, bytes a parameter: 16 (stage 0), 4 + 12/N (1), 2 + 14/N (2; 2 + 16/N where it accumulates in fp32)."""
     monkeypatch.setattr(comm, "reduce_to", lambda mesh, tensor, *_: lambda: tensor)
     net = nn.Linear(4 * CHUNK, 8, bias=False, dtype=dtype)
-    optimizer = Optimizer(
+    optimizer = ShardedOptimizer(
         net.named_parameters(),
         Mesh(rank=0, size=size),
         settings_of(stage, gradient_accumulation_steps=1 + accumulates),
@@ -233,7 +233,7 @@ def test_stage_2_sends_and_frees_its_buckets_while_backward_goes_on():
     """Never more under way than two buckets and the vectors, of which the first layer's come last."""
     net = random_model(n_layers=6)
     gradients = (
-        Optimizer(net.named_parameters(), Mesh(), settings_of(2, bucket_elements=3000))
+        ShardedOptimizer(net.named_parameters(), Mesh(), settings_of(2, bucket_elements=3000))
         .parts[0]
         .gradients
     )
@@ -278,7 +278,7 @@ def test_every_gradient_reaches_its_place_in_its_owners_slice_once(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(comm, "reduce_to", lambda mesh, tensor, *_: lambda: tensor)
         for rank in range(size if stage else 1):
-            gradients = Gradients(
+            gradients = GradientReducer(
                 parameters, Mesh(rank, size), slice_size, settings_of(stage, bucket_elements=bucket)
             )
             for _ in range(rounds):
@@ -297,7 +297,7 @@ def test_an_overflow_on_one_rank_is_skipped_by_all():
         with comm.start("cpu", timeout_minutes=1) as mesh:
             net = nn.Linear(3, 2, bias=False)
             nn.init.ones_(net.weight)
-            optimizer = Optimizer(net.named_parameters(), mesh, settings_of(1))
+            optimizer = ShardedOptimizer(net.named_parameters(), mesh, settings_of(1))
             optimizer.loss_scale = LossScale(scale=8.0, patience=1)
             x = torch.full((1, 3), math.inf if mesh.rank == 1 else 1.0)
             optimizer.zero_grad()
@@ -327,7 +327,7 @@ def test_the_loss_scale_halves_after_its_hysteresis_and_doubles_after_its_window
 def test_a_scaled_loss_makes_the_same_update():
     def update(loss_scale):
         net = random_model()
-        optimizer = Optimizer(net.named_parameters(), Mesh(), SETTINGS)
+        optimizer = ShardedOptimizer(net.named_parameters(), Mesh(), SETTINGS)
         optimizer.loss_scale = loss_scale
         batch = random_tokens(1, 9)
         optimizer.backward(net.loss_sum(batch, batch.roll(-1, 1)), 1)
@@ -351,7 +351,7 @@ def test_the_tree_of_sums_does_not_depend_on_the_ranks(count, ranks):
             return Sum(f"({self.text}+{other.text})")
 
     def tree(leaves: list[Sum]) -> str:
-        counter = Gradients.__new__(Gradients)
+        counter = GradientReducer.__new__(GradientReducer)
         counter.levels = []
         for leaf in leaves:
             counter._carry(1, leaf)
@@ -367,14 +367,14 @@ def test_the_tree_of_sums_does_not_depend_on_the_ranks(count, ranks):
 
 def test_three_ranks_cannot_be_exact():
     with pytest.raises(UserError, match="1, 2, 4, 8"):
-        Optimizer(
+        ShardedOptimizer(
             random_model().named_parameters(), Mesh(rank=0, size=3), settings_of(0, exact=True)
         )
 
 
 def test_nothing_to_train_is_said():
     with pytest.raises(UserError, match="every parameter is frozen"):
-        Optimizer(random_model().requires_grad_(False).named_parameters(), Mesh(), SETTINGS)
+        ShardedOptimizer(random_model().requires_grad_(False).named_parameters(), Mesh(), SETTINGS)
 
 
 def test_ranks_that_disagree_about_a_collective_stop_with_both_places(monkeypatch):

@@ -23,11 +23,11 @@ import torch
 from torch import Tensor
 
 from minillama import comm
-from minillama.checkpoint.directory import list_states, write_json
-from minillama.checkpoint.tensor_files import Entry, read_safetensors, to_disk, write_safetensors
+from minillama.checkpoint.hf_format import list_states, write_json
 from minillama.comm import Mesh
 from minillama.data.sources import hash_of
 from minillama.errors import UserError
+from minillama.tensor_files import TensorRef, read_safetensors, to_disk, write_safetensors
 
 
 def save_state(
@@ -146,7 +146,7 @@ def slice_reader(directory: Path, number: int, total: int) -> Callable[[str, int
             entry = entries[name]
             first, last = max(start, begin), min(stop, begin + entry.shape[0])
             if first < last:
-                stretch = Entry(
+                stretch = TensorRef(
                     entry.file,
                     entry.dtype,
                     (last - first,),

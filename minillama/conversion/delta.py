@@ -14,11 +14,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from minillama.architecture import read_config
-from minillama.checkpoint.directory import EMBEDDING, HEAD, has_tokenizer, listed, open_weights
-from minillama.checkpoint.tensor_files import Entry
-from minillama.conversion.output import Output, Recipe, write_checkpoint, write_companions
+from minillama.checkpoint.hf_format import EMBEDDING, HEAD, has_tokenizer, listed, open_weights
+from minillama.conversion.writer import LazyTensor, Output, write_checkpoint, write_companions
 from minillama.errors import UserError
+from minillama.llama_config import read_config
+from minillama.tensor_files import TensorRef
 from minillama.tokenizer import open_tokenizer
 
 
@@ -64,7 +64,9 @@ def _convert(
     )
 
 
-def _combined(base: Entry, other: Entry, operation: Callable, dtype: torch.dtype) -> Recipe:
+def _combined(
+    base: TensorRef, other: TensorRef, operation: Callable, dtype: torch.dtype
+) -> LazyTensor:
     """other ± base in `dtype`, in place: two tensors in memory. Rows that the base lacks count as zeros."""
 
     def read() -> Tensor:
@@ -72,10 +74,10 @@ def _combined(base: Entry, other: Entry, operation: Callable, dtype: torch.dtype
         operation(result[: len(start)], start)
         return result
 
-    return Recipe(dtype, other.shape, read)
+    return LazyTensor(dtype, other.shape, read)
 
 
-def _show(role: str, directory: Path, entries: dict[str, Entry]) -> None:
+def _show(role: str, directory: Path, entries: dict[str, TensorRef]) -> None:
     """A line for a side: what one would look at to see that both belong together."""
     tokenizer = "tokenizer.json" if has_tokenizer(directory) else "none"
     if (directory / "tokenizer.model").is_file():
@@ -88,7 +90,7 @@ def _show(role: str, directory: Path, entries: dict[str, Entry]) -> None:
     print(f"{role:8}{rows:7}  {dtype:10}{len(entries):8}  {tokenizer}")
 
 
-def _mismatches(base: dict[str, Entry], other: dict[str, Entry], role: str) -> list[str]:
+def _mismatches(base: dict[str, TensorRef], other: dict[str, TensorRef], role: str) -> list[str]:
     problems = [f"the {role} lacks {name}" for name in base if name not in other]
     problems += [f"the base lacks {name}" for name in other if name not in base]
     for name in base.keys() & other.keys():

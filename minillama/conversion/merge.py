@@ -21,8 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from minillama.architecture import read_config
-from minillama.checkpoint.directory import (
+from minillama.checkpoint.hf_format import (
     EMBEDDING,
     HEAD,
     IGNORED,
@@ -31,11 +30,12 @@ from minillama.checkpoint.directory import (
     open_weights,
     read_tensors,
 )
-from minillama.checkpoint.tensor_files import Entry
 from minillama.conversion.meta import write_meta
-from minillama.conversion.output import Output, Recipe, write_checkpoint, write_companions
+from minillama.conversion.writer import LazyTensor, Output, write_checkpoint, write_companions
 from minillama.errors import UserError, closest, read_json
+from minillama.llama_config import read_config
 from minillama.lora import read_adapter_config
+from minillama.tensor_files import TensorRef
 from minillama.tokenizer import open_tokenizer
 
 PROBES = 4  # random hidden states in the check
@@ -49,7 +49,7 @@ _WRAPPERS = re.compile(r"^(?:base_model\.model\.|module\.)+")
 _FACTOR = re.compile(r"^(.+)\.lora_(embedding_)?([AB])(?:\.(?!weight$|bias$)[^.]+)?(?:\.weight)?$")
 _WHOLE = re.compile(r"\.modules_to_save(\.[^.]+)?(?=\.weight$)|\.base_layer(?=\.)")
 Product = tuple[
-    Entry, Entry, float
+    TensorRef, TensorRef, float
 ]  # s·B·A as B (rows, R), A (R, columns) and s; or as Aᵀ and Bᵀ where weights lie as (in, out)
 
 
@@ -57,7 +57,7 @@ Product = tuple[
 class Adapter:
     path: Path
     products: dict[str, Product]  # by the base tensor's name
-    replacements: dict[str, Entry]
+    replacements: dict[str, TensorRef]
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ def merge_lora(
             if products[name]
             else entry.read
         )
-        recipes[name] = Recipe(dtypes[name], entry.shape, read)
+        recipes[name] = LazyTensor(dtypes[name], entry.shape, read)
     sources = [*reversed(adapters), base]
     if meta:
         write_meta(output, recipes, config, next(filter(has_tokenizer, sources), base), shards)
@@ -122,8 +122,8 @@ def read_adapter(path: Path) -> Adapter:
     Raises UserError for what is not LoRA, for DoRA, and for a key that is neither half of a pair nor a whole tensor."""
     config, _ = read_adapter_config(path, HONOURED)
     transposed = read_json(path / "adapter_config.json").get("fan_in_fan_out")
-    halves: dict[tuple[str, bool], dict[str, Entry]] = defaultdict(dict)
-    replacements: dict[str, Entry] = {}
+    halves: dict[tuple[str, bool], dict[str, TensorRef]] = defaultdict(dict)
+    replacements: dict[str, TensorRef] = {}
     for key, entry in adapter_entries(path).items():
         name = _WRAPPERS.sub("", key)
         if "lora_magnitude_vector" in name:
@@ -159,7 +159,7 @@ def read_adapter(path: Path) -> Adapter:
     return Adapter(path, products, replacements)
 
 
-def adapter_entries(path: Path) -> dict[str, Entry]:
+def adapter_entries(path: Path) -> dict[str, TensorRef]:
     """The tensors of an adapter directory, under the names they have in its file."""
     for name in ("adapter_model.safetensors", "adapter_model.bin", "pytorch_model.bin"):
         if (path / name).is_file():
@@ -169,7 +169,9 @@ def adapter_entries(path: Path) -> dict[str, Entry]:
     )
 
 
-def _stack(adapter: Adapter, final: dict[str, Entry], products: dict[str, list[Product]]) -> None:
+def _stack(
+    adapter: Adapter, final: dict[str, TensorRef], products: dict[str, list[Product]]
+) -> None:
     """Put one more adapter on top: `final` is where each whole tensor comes from, `products` what is added to it."""
     if strange := [name for name in adapter.replacements | adapter.products if name not in final]:
         raise UserError(
@@ -223,7 +225,7 @@ def _check_vocabulary(adapter: Adapter, rows: int) -> None:
 
 def _merge(
     name: str,
-    entry: Entry,
+    entry: TensorRef,
     products: list[Product],
     dtype: torch.dtype,
     report: list[Merged],

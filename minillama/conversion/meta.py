@@ -9,7 +9,7 @@ rotates the first half of a head against the second, so the rows of each query a
 Scores are dot products within a head, so one reordering of both q and k changes nothing, provided k is cut into its own
 n_kv_heads and not into n_heads. Values are not rotated, so v and o stay.
 
-Left out on purpose: LLaMA 3.1's stretched rotary frequencies, whose numbers Meta's files do not hold.
+Left out on purpose: LLaMA 3.1's scale_rope rotary frequencies, whose numbers Meta's files do not hold.
 """
 
 from collections.abc import Iterator, Sequence
@@ -21,9 +21,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from minillama.architecture import LlamaConfig, ffn_width, read_config
-from minillama.checkpoint import directory as checkpoints
-from minillama.checkpoint.directory import (
+from minillama.checkpoint import hf_format as checkpoints
+from minillama.checkpoint.hf_format import (
     EMBEDDING,
     check_names,
     has_tokenizer,
@@ -31,11 +30,12 @@ from minillama.checkpoint.directory import (
     open_weights,
     write_json,
 )
-from minillama.checkpoint.tensor_files import Entry, Plan, plan_of
-from minillama.checkpoint.torch_files import torch_writer
-from minillama.conversion.output import Output, Recipe, Recipes, write_checkpoint
+from minillama.conversion.writer import LazyTensor, LazyTensors, Output, write_checkpoint
 from minillama.errors import UserError, read_json
+from minillama.llama_config import LlamaConfig, ffn_width, read_config
+from minillama.tensor_files import TensorRef, TensorSpecs, specs_of
 from minillama.tokenizer import open_tokenizer
+from minillama.torch_files import torch_writer
 
 # Hugging Face's name: Meta's name, and the axis along which Meta cuts it (None: every shard holds all of it)
 OUTER = {
@@ -99,7 +99,7 @@ def meta_to_hf(source: Path, output: Output, tokenizer: str = "", max_seq_len: i
     )
 
 
-def read_meta(directory: Path) -> tuple[LlamaConfig, Recipes]:
+def read_meta(directory: Path) -> tuple[LlamaConfig, LazyTensors]:
     """The config that params.json and the shapes give, and the recipes of all tensors under Hugging Face's names.
     Raises UserError for damaged or missing files, all at once, and for weights that do not fit params.json."""
     if not (paths := sorted(directory.glob("consolidated.*.pth"))):
@@ -166,7 +166,7 @@ def _read_params(path: Path) -> dict:
     return params
 
 
-def _whole(name: str, parts: list[Entry], axis: int | None, heads: int) -> Recipe:
+def _whole(name: str, parts: list[TensorRef], axis: int | None, heads: int) -> LazyTensor:
     """The parts laid end to end along `axis`, read one at a time; q and k (by heads) in Hugging Face's rotary order."""
     kinds = {
         (part.dtype, *(size for i, size in enumerate(part.shape) if i != axis)) for part in parts
@@ -196,7 +196,7 @@ def _whole(name: str, parts: list[Entry], axis: int | None, heads: int) -> Recip
                 place.copy_(part.read())
         return to_halves(tensor, heads) if heads else tensor
 
-    return Recipe(parts[0].dtype, shape, read)
+    return LazyTensor(parts[0].dtype, shape, read)
 
 
 def _config(params: dict, vocab_size: int, ffn_dim: int, where: Path) -> LlamaConfig:
@@ -256,7 +256,7 @@ def hf_to_meta(source: Path, output: Output, shards: int = 0) -> None:
 
 
 def write_meta(
-    output: Output, recipes: Recipes, config: LlamaConfig, companions: Path, shards: int = 0
+    output: Output, recipes: LazyTensors, config: LlamaConfig, companions: Path, shards: int = 0
 ) -> None:
     """Write `recipes`, whole tensors under Hugging Face's names, as `shards` consolidated files and params.json.
     companions: the directory whose tokenizer is copied. Raises UserError for what Meta's layout cannot say."""
@@ -293,7 +293,7 @@ def _write_shards(
     shards: int,
     directory: Path,
     tensors: Iterator[tuple[str, Tensor]],
-    plan: Plan,
+    plan: TensorSpecs,
 ) -> None:
     """Write every tensor once into all files, each its slice. A vocabulary that does not divide leaves its rest to the last."""
     table = _names(config.n_layers)
@@ -311,7 +311,7 @@ def _write_shards(
         for name, (dtype, shape) in plan.items()
     }
     plans = [
-        plan_of({name: parts[shard] for name, parts in empty.items()}) for shard in range(shards)
+        specs_of({name: parts[shard] for name, parts in empty.items()}) for shard in range(shards)
     ]
     with ExitStack() as files:
         appends = [

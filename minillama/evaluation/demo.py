@@ -8,13 +8,13 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from minillama.checkpoint.directory import write_json
+from minillama.checkpoint.hf_format import write_json
 from minillama.data import demo
 from minillama.errors import UserError, closest
-from minillama.evaluation.predictions import write
-from minillama.evaluation.tables import row
-from minillama.generation.loading import load_session
-from minillama.generation.session import Session
+from minillama.evaluation.report import row
+from minillama.evaluation.runner import write
+from minillama.generation.engine import Engine
+from minillama.generation.loading import load_engine
 from minillama.model import Llama
 
 
@@ -25,7 +25,7 @@ def evaluate(options: Namespace) -> None:
             f"no subject {unknown[0]!r}{closest(unknown[0], demo.KINDS)}; subjects: {', '.join(demo.KINDS)}"
         )
     began, limit = time.perf_counter(), options.limit or 300
-    session, path = load_session(options)
+    session, path = load_engine(options)
     session.max_new_tokens = 16
     kinds = options.subjects or demo.DEMO + (
         demo.DEMO_LORA if (path / "adapter_config.json").is_file() else ()
@@ -68,7 +68,7 @@ def evaluate(options: Namespace) -> None:
 
 
 def score(
-    session: Session, kinds: tuple[str, ...], questions: int, batch_size: int, label: str
+    session: Engine, kinds: tuple[str, ...], questions: int, batch_size: int, label: str
 ) -> tuple[dict[str, dict], list[dict]]:
     """(a `tables.row` for each kind of question and one named `total`, a prediction for each held-out prompt): exact match, greedy."""
     records = list(demo.records(kinds, questions, seed=1, held_out=True))

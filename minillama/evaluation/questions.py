@@ -12,9 +12,9 @@ from pathlib import Path
 from minillama.data.formats import read_records
 from minillama.data.sources import Source, hash_of
 from minillama.errors import UserError
-from minillama.evaluation import tables
-from minillama.evaluation.scoring import Query, Reading
-from minillama.evaluation.tasks import (
+from minillama.evaluation import report
+from minillama.evaluation.likelihood import Query, QueryResult
+from minillama.evaluation.protocols import (
     TASKS,
     Protocol,
     find_files,
@@ -22,7 +22,7 @@ from minillama.evaluation.tasks import (
     read_questions,
     read_shots,
 )
-from minillama.generation.files import Record
+from minillama.generation.output_file import Record
 from minillama.tokenizer import Tokenizer
 
 PENALTY, TEMPERATURE = 1.1, 0.2  # of Chinese-LLaMA-Alpaca's generation
@@ -31,7 +31,7 @@ PENALTY, TEMPERATURE = 1.1, 0.2  # of Chinese-LLaMA-Alpaca's generation
 class Choices:
     """A test: questions under a protocol, and the queries they become, both by id."""
 
-    measure, show = "accuracy", staticmethod(tables.table)
+    measure, show = "accuracy", staticmethod(report.table)
 
     def __init__(self, options: Namespace, tokenizer: Tokenizer, max_length: int) -> None:
         self.task, self.tokenizer, self.max_length, self.questions, self.queries = (
@@ -74,7 +74,7 @@ class Choices:
         self.notes["example_prompt"] = self.notes["example_prompt"] or prompt
         return query
 
-    def judge(self, id: str, reading: Reading) -> Record:
+    def judge(self, id: str, reading: QueryResult) -> Record:
         """The record of an answer."""
         predicted, scores = decide(self.protocol, self.tokenizer, self.queries[id], reading)
         return {
@@ -89,7 +89,7 @@ class Choices:
 
     def summarise(self, records: list[Record]) -> Record:
         return (
-            tables.summarise(records, TASKS[self.task].get("groups", {}), self.hashes) | self.notes
+            report.summarise(records, TASKS[self.task].get("groups", {}), self.hashes) | self.notes
         )
 
 
@@ -127,7 +127,7 @@ class Perplexity:
         if not self.queries:
             raise UserError(f"{path}: its texts are empty")
 
-    def judge(self, id: str, reading: Reading) -> Record:
+    def judge(self, id: str, reading: QueryResult) -> Record:
         return {
             "tokens": len(self.queries[id].continuations[0]),
             "scores": {"text": reading.logprobs[0]},
@@ -178,7 +178,7 @@ def continuations(protocol: Protocol, tokenizer: Tokenizer, prompt: str) -> list
 
 
 def decide(
-    protocol: Protocol, tokenizer: Tokenizer, query: Query, reading: Reading
+    protocol: Protocol, tokenizer: Tokenizer, query: Query, reading: QueryResult
 ) -> tuple[str, dict[str, float]]:
     """(the answer taken, "" for none; a score for each choice)."""
     values, n = reading.logprobs, len(protocol.choices)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from minillama.errors import UserError
 from minillama.generation.cache import Cache
-from minillama.generation.decode import Answer, read_prompts, stretched
+from minillama.generation.decode import Completion, read_prompts, scale_rope
 from minillama.generation.sampling import Sampling, generator_for, penalise, tokens_seen, warp
 from minillama.model import Llama
 
@@ -42,13 +42,13 @@ class Beams:
 @torch.inference_mode()
 def beam_search(
     model: Llama,
-    answers: list[Answer],
+    answers: list[Completion],
     beams: Beams,
     sampling: Sampling,
     stop: tuple[int, ...] = (),
     seed: int | None = None,
     rope_alpha: float | None = None,
-) -> Iterator[Answer]:
+) -> Iterator[Completion]:
     """Fill `answers`, all of one prompt and at most W, with the best texts, the best first, and yield each once.
     Of `sampling`, temperature, top-k and top-p count only where beams.sample is set."""
     prompt, room, W = answers[0].prompt_ids, answers[0].room, beams.width
@@ -57,7 +57,7 @@ def beam_search(
             f"num_samples = {len(answers)}: beam search returns at most as many texts as it has beams, {W}"
         )
     generator = generator_for(seed, prompt, answers[0].number)
-    config, weight = stretched(model.config, answers, rope_alpha), model.lm_head.weight
+    config, weight = scale_rope(model.config, answers, rope_alpha), model.lm_head.weight
     cache = Cache(config, W, len(prompt) + room, weight.dtype, weight.device)
     logits = read_prompts(model, cache, [prompt] * W)
     texts, rows = (

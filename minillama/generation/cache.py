@@ -13,7 +13,7 @@ A row that is done is dropped: the last row moves into its place, and the next s
 import torch
 from torch import Tensor
 
-from minillama.architecture import LlamaConfig
+from minillama.llama_config import LlamaConfig
 from minillama.ops import Documents
 
 

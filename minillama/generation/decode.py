@@ -11,10 +11,10 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from minillama.architecture import LlamaConfig
 from minillama.errors import UserError
 from minillama.generation.cache import Cache
 from minillama.generation.sampling import Sampling, generator_for, next_tokens, tokens_seen
+from minillama.llama_config import LlamaConfig
 from minillama.model import Llama
 from minillama.ops import Documents
 
@@ -22,7 +22,7 @@ CHUNK = 512  # tokens of a long prompt read at a time
 
 
 @dataclass
-class Answer:
+class Completion:
     """What comes of a prompt; filled while it is written."""
 
     prompt_ids: list[int]
@@ -38,16 +38,16 @@ class Answer:
 @torch.inference_mode()
 def decode(
     model: Llama,
-    answers: list[Answer],
+    answers: list[Completion],
     sampling: Sampling,
     stop: tuple[int, ...] = (),
     seed: int | None = None,
     rope_alpha: float | None = None,
-) -> Iterator[Answer]:
+) -> Iterator[Completion]:
     """Write all `answers` together, yielding each whenever a token was added to it or one of `stop` ended it (that one is not added).
     The caller may end an answer by giving it a finish_reason.
-    seed: of the draws; the same seed gives the same text. rope_alpha: see `stretched`; None: the context must hold prompt and answer."""
-    config, weight = stretched(model.config, answers, rope_alpha), model.lm_head.weight
+    seed: of the draws; the same seed gives the same text. rope_alpha: see `scale_rope`; None: the context must hold prompt and answer."""
+    config, weight = scale_rope(model.config, answers, rope_alpha), model.lm_head.weight
     cache = Cache(
         config,
         len(answers),
@@ -130,7 +130,7 @@ def read_prompts(model: Llama, cache: Cache, prompts: list[list[int]]) -> Tensor
     return model.logits(torch.stack([last[row] for row in source]))
 
 
-def stretched(config: LlamaConfig, answers: list[Answer], alpha: float | None) -> LlamaConfig:
+def scale_rope(config: LlamaConfig, answers: list[Completion], alpha: float | None) -> LlamaConfig:
     """`config` with its rotary base raised to theta * alpha^(D/(D-2)): positions beyond the context become slow turns within it
     ("NTK-aware" scaling). alpha 0: what the longest answer needs, L / (context / 2) - 1 as Chinese-LLaMA-Alpaca-2 has it, where L is
     prompt and room, and 1 within the context. Fixed before the first token: keys in the cache are never turned again.
@@ -153,7 +153,7 @@ def stretched(config: LlamaConfig, answers: list[Answer], alpha: float | None) -
         raise UserError(
             "--rope_alpha: this checkpoint's own rope_scaling, dynamic, stretches the rotary base already"
         )
-    alpha, D = alpha or max(needed_alpha(config, answer) for answer in answers), config.head_dim
+    alpha, D = alpha or max(rope_alpha_for(config, answer) for answer in answers), config.head_dim
     return (
         config
         if alpha == 1
@@ -161,7 +161,7 @@ def stretched(config: LlamaConfig, answers: list[Answer], alpha: float | None) -
     )
 
 
-def needed_alpha(config: LlamaConfig, answer: Answer) -> float:
-    """The alpha that `stretched` finds for one answer."""
+def rope_alpha_for(config: LlamaConfig, answer: Completion) -> float:
+    """The alpha that `scale_rope` finds for one answer."""
     length = len(answer.prompt_ids) + answer.room
     return 2 * length / config.max_seq_len - 1 if length > config.max_seq_len else 1.0

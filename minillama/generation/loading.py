@@ -9,18 +9,18 @@ import torch
 from torch import nn
 
 from minillama import chat, device, ops
-from minillama.checkpoint import directory as checkpoints
+from minillama.checkpoint import hf_format as checkpoints
 from minillama.errors import UserError, closest, read_json
+from minillama.generation.engine import Engine
 from minillama.generation.sampling import Sampling
-from minillama.generation.session import Session
 from minillama.lora import LoraLinear, load_adapter, read_adapter_config
 from minillama.model import Llama
 from minillama.tokenizer import open_tokenizer
 
 
-def load_session(
+def load_engine(
     options: Namespace, template: str = "", place: torch.device | None = None
-) -> tuple[Session, Path]:
+) -> tuple[Engine, Path]:
     """(greedy session, the directory in use) for a script's `Parser.add_model_flags`. template "": the checkpoint's own.
     place: in place of options.device, for a rank that has a device of its own."""
     ops.choose(options.ops)
@@ -49,7 +49,7 @@ def load_session(
             f"{tokenizer.path} has {tokenizer.size} pieces, the model's embedding {model.config.vocab_size} rows; "
             "name the tokenizer it was trained with: --tokenizer FILE"
         )
-    return Session(
+    return Engine(
         model,
         tokenizer,
         template,
@@ -107,7 +107,7 @@ def add_adapter(model: Llama, directory: Path) -> tuple[str, ...]:
     return config.modules_to_save
 
 
-def sample_of(model: Llama) -> str:
+def weights_checksum(model: Llama) -> str:
     """A sha256 over up to 4096 numbers of each parameter, adapters included."""
     samples = (
         p.detach().flatten()[:: max(1, p.numel() // 4096)].float().cpu().numpy().tobytes()

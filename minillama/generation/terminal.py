@@ -1,13 +1,13 @@
 """A conversation in the terminal."""
 
-from minillama.generation.session import Dialogue, Session
+from minillama.generation.engine import ChatSession, Engine
 
 QUIT, CLEAR = ("q", "quit", "exit"), ("clear", "new")
 
 
-def chat_in_terminal(session: Session, system: str = "", seed: int | None = None) -> None:
+def chat_in_terminal(session: Engine, system: str = "", seed: int | None = None) -> None:
     """Ask, answer, until q, quit, exit or the end of input."""
-    dialogue = Dialogue(session, system)
+    dialogue = ChatSession(session, system)
     if session.template == "none":
         print(
             "note: no chat template is known for this checkpoint, so it only continues text; choose one with --template NAME"
@@ -24,7 +24,7 @@ def chat_in_terminal(session: Session, system: str = "", seed: int | None = None
         print()
 
 
-def _answer(dialogue: Dialogue, text: str, seed: int | None) -> None:
+def _answer(dialogue: ChatSession, text: str, seed: int | None) -> None:
     print("Answer: ", end="", flush=True)
     try:
         for piece in dialogue.reply(text, seed):

@@ -13,11 +13,11 @@ from typing import Any
 
 from minillama import chat
 from minillama.errors import UserError
+from minillama.generation.engine import ChatSession, Engine
 from minillama.generation.sampling import Sampling
-from minillama.generation.session import Dialogue, Session
 
 
-def serve(session: Session, system: str, seed: int | None, host: str, port: int) -> None:
+def serve(session: Engine, system: str, seed: int | None, host: str, port: int) -> None:
     """Serve the page until Ctrl-C."""
     server = build_page(session, system, seed)
     try:
@@ -45,7 +45,7 @@ def serve(session: Session, system: str, seed: int | None, host: str, port: int)
         server.close(verbose=False)
 
 
-def build_page(session: Session, system: str, seed: int | None) -> Any:
+def build_page(session: Engine, system: str, seed: int | None) -> Any:
     """The page as gradio's Blocks. Raises UserError where gradio is not installed."""
     os.environ.update(GRADIO_ANALYTICS_ENABLED="False", HF_HUB_DISABLE_TELEMETRY="1")
     try:
@@ -93,7 +93,7 @@ def build_page(session: Session, system: str, seed: int | None) -> Any:
             most: float,
         ) -> Iterator[tuple]:
             sampling = Sampling(temperature, int(top_k), top_p, penalty)
-            dialogue = Dialogue(
+            dialogue = ChatSession(
                 replace(session, template=template, sampling=sampling, max_new_tokens=int(most)),
                 system,
             )

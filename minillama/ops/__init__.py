@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from minillama.errors import UserError, closest
-from minillama.ops import cuda, fused, mlu, npu, packed, reference, tpu
-from minillama.ops.documents import Documents
+from minillama.ops import cuda, fused, mlu, npu, packed_weights, reference, tpu
+from minillama.ops.packing import Documents
 from minillama.ops.reference import IGNORE, rope_tables
 
 __all__ = ["IGNORE", "Documents", "rope_tables"]
@@ -176,9 +176,9 @@ TABLE = {
 
 
 def pack(model: nn.Module, rows: int) -> None:
-    """Before decoding `rows` texts at a time: `packed.pack`, where the fused linear is in use. Doing it again costs nothing."""
+    """Before decoding `rows` texts at a time: `packed_weights.pack`, where the fused linear is in use. Doing it again costs nothing."""
     if linear.usable("cpu")[0].name == "fused":
-        packed.pack(model, rows)
+        packed_weights.pack(model, rows)
 
 
 def choose(spec: str) -> None:

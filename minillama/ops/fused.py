@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minillama.ops import packed, reference
-from minillama.ops.documents import Documents
-from minillama.ops.packed import has_bf16_units
+from minillama.ops import packed_weights, reference
+from minillama.ops.packed_weights import has_bf16_units
+from minillama.ops.packing import Documents
 from minillama.ops.reference import IGNORE, needs_grad, seen_keys
 
 MATVEC_ROWS = 6  # rows up to which a product each is cheaper than turning the weight into fp32
@@ -177,9 +177,9 @@ class _Linear16(torch.autograd.Function):
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`reference.linear`; of 16-bit data on a processor without units for it, fp32 products rounded once: many times faster.
-    Decoding (no gradient, few rows) is bound by reading the weight: see `ops.packed`, and a product for each row reads no slower."""
+    Decoding (no gradient, few rows) is bound by reading the weight: see `ops.packed_weights`, and a product for each row reads no slower."""
     if weight.is_mkldnn:
-        return packed.linear(x, weight, bias)
+        return packed_weights.linear(x, weight, bias)
     if x.dtype is torch.float32 or not x.is_cpu:
         return F.linear(x, weight, bias)
     rows, is_bf16 = x.numel() // x.shape[-1], x.dtype is torch.bfloat16
@@ -220,7 +220,7 @@ def attention(
     lengths: Tensor | None = None,
 ) -> Tensor:
     """`reference.attention` by torch's scaled_dot_product_attention, which never holds the T x S scores.
-    Documents of like length are rows of one call (`ops.documents` has the picture), so a run of them costs about the sum of their squared
+    Documents of like length are rows of one call (`ops.packing` has the picture), so a run of them costs about the sum of their squared
     lengths. Cached decoding takes the heads of a group as if they were positions: keys and values are read once and never expanded."""
     if documents is None:
         return (

@@ -13,7 +13,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from minillama.ops.documents import Documents
+from minillama.ops.packing import Documents
 from minillama.ops.reference import needs_grad
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minillama.architecture import LlamaConfig, RopeScaling
-from minillama.ops.documents import Documents
+from minillama.llama_config import LlamaConfig, RopeScaling
+from minillama.ops.packing import Documents
 
 IGNORE = -100  # the label of a position that is not trained on
 MASKED = (

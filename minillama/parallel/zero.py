@@ -25,9 +25,9 @@ import torch
 from torch import Tensor, nn
 
 from minillama import comm, ops
-from minillama.config import Settings
 from minillama.errors import UserError
-from minillama.parallel.gradients import Gradients
+from minillama.parallel.reducer import GradientReducer
+from minillama.train_config import TrainConfig
 
 CHUNK = 16384  # elements; slices are whole chunks, so that a chunk's norm never depends on the number of ranks
 AT_ONCE = 1 << 22  # elements updated at a time, which bounds the temporary copies of a step
@@ -37,7 +37,7 @@ class ZeroAdamW:
     """AdamW over trainable parameters of one dtype, sharded by stage."""
 
     def __init__(
-        self, named: Iterable[tuple[str, nn.Parameter]], mesh: comm.Mesh, settings: Settings
+        self, named: Iterable[tuple[str, nn.Parameter]], mesh: comm.Mesh, settings: TrainConfig
     ) -> None:
         exact = settings.reduction == "exact"
         if exact and mesh.size & (mesh.size - 1):
@@ -73,7 +73,7 @@ class ZeroAdamW:
         mine = self.weights[self.kept]
         self.master = mine if dtype == torch.float32 else mine.float()
         self.m, self.v = torch.zeros_like(self.master), torch.zeros_like(self.master)
-        self.gradients = Gradients([p for _, p in self.named], mesh, size, settings)
+        self.gradients = GradientReducer([p for _, p in self.named], mesh, size, settings)
 
     def views(self, vector: Tensor) -> list[Tensor]:
         """A flat vector cut into the parameters' shapes."""

@@ -22,11 +22,11 @@ import torch.nn.functional as F
 import transformers
 from safetensors.torch import save_file
 
-from minillama import trainer
 from minillama.comm import Mesh
-from minillama.config import Settings
 from minillama.data import demo
 from minillama.tokenizer import open_tokenizer, train_tokenizer
+from minillama.train_config import TrainConfig
+from minillama.training import trainer
 
 HERE = Path(__file__).parent
 QUESTIONS = (
@@ -90,7 +90,7 @@ def train_model(folder: Path) -> None:
     (folder / "data.json").write_text(json.dumps(records))
     texts = [f"Human: {r['instruction']}\nAssistant: {r['output']}" for r in records[:1000]]
     (folder / "tokenizer.model").write_bytes(train_tokenizer(texts, 400))
-    settings = Settings(
+    settings = TrainConfig(
         init="scratch",
         tokenizer=str(folder / "tokenizer.model"),
         dim=48,

@@ -13,16 +13,17 @@ from typing import Any
 
 import torch
 
-from minillama import comm, config, device, trainer
+from minillama import comm, device, train_config
 from minillama.generation.loading import load_with_adapters
 from minillama.generation.sampling import Sampling
+from minillama.training import trainer
 from tests.conftest import TEXTS, generate
 from tests.ranks import run_on_ranks
 from tests.vendor import ascend, cambricon, fake_device, sophgo
 
 
-def settings(folder: Path, out: str, **changes: object) -> config.Settings:
-    return config.Settings(
+def settings(folder: Path, out: str, **changes: object) -> train_config.TrainConfig:
+    return train_config.TrainConfig(
         **{
             "tokenizer": str(folder / "tokenizer.model"),
             "data": (str(folder / "data.json"),),

@@ -5,7 +5,7 @@ each tensor is a call, _rebuild_tensor_v2(storage key, offset, shape, stride, â€
 
 A pickle is a program: it may name any function and call it. So torch.load is not used. The unpickler below knows the few names
 that a dictionary of tensors needs and refuses every other; a tensor's "call" only notes where its bytes lie, after checking
-that they lie inside their storage. What comes out is the same table of `Entry` that a safetensors header gives.
+that they lie inside their storage. What comes out is the same table of `TensorRef` that a safetensors header gives.
 
 Left out on purpose: the format before torch 1.6, other containers than dictionaries, tensor subclasses.
 """
@@ -25,15 +25,15 @@ from typing import Any, ClassVar
 
 import torch
 
-from minillama.checkpoint.tensor_files import (
+from minillama.errors import UserError
+from minillama.tensor_files import (
     Append,
-    Entry,
-    Plan,
+    TensorRef,
+    TensorSpecs,
     appending,
     refuse_foreign_bytes,
     to_disk,
 )
-from minillama.errors import UserError
 
 STORAGES = {
     "DoubleStorage": torch.float64,
@@ -66,7 +66,7 @@ ALIGNMENT = 64  # bytes; where torch puts the beginning of a storage
 
 
 class _Unpickler(pickle.Unpickler):
-    """Builds dictionaries of `Entry` from an open archive's NAME/data.pkl. Everything a pickle may name is in `find_class`."""
+    """Builds dictionaries of `TensorRef` from an open archive's NAME/data.pkl. Everything a pickle may name is in `find_class`."""
 
     def __init__(self, path: Path, file: io.BufferedReader) -> None:
         self.path, self.file, self.archive = path, file, zipfile.ZipFile(file)
@@ -123,7 +123,7 @@ class _Unpickler(pickle.Unpickler):
 
     def _tensor(
         self, storage: Storage, start: int, shape: tuple[int, ...], stride: tuple[int, ...], *_: Any
-    ) -> Entry:
+    ) -> TensorRef:
         dtype, offset, nbytes = storage
         if len(shape) != len(stride) or not all(
             type(number) is int and 0 <= number < 2**48 for number in (start, *shape, *stride)
@@ -141,7 +141,7 @@ class _Unpickler(pickle.Unpickler):
             )
         if span < prod(shape):
             raise ValueError(f"a tensor of shape {shape}, stride {stride} whose elements overlap")
-        return Entry(
+        return TensorRef(
             self.path,
             dtype,
             tuple(shape),
@@ -151,7 +151,7 @@ class _Unpickler(pickle.Unpickler):
         )
 
 
-def read_torch(path: Path) -> dict[str, Entry]:
+def read_torch(path: Path) -> dict[str, TensorRef]:
     """The entries of a torch.save file, by name; of a training state {"module" | "model" | "state_dict": {â€¦}}, those inside.
     Raises UserError for a file of another kind, a cut one, or one whose pickle asks for anything but tensors."""
     with open(path, "rb") as file:
@@ -182,7 +182,7 @@ def read_torch(path: Path) -> dict[str, Entry]:
         content,
     )
     for name, value in content.items():
-        if not isinstance(name, str) or not isinstance(value, Entry):
+        if not isinstance(name, str) or not isinstance(value, TensorRef):
             raise UserError(f"{path}: {name!r} is a {type(value).__name__}, not a tensor")
     return dict(content)
 
@@ -197,7 +197,7 @@ class _Pickler(pickle.Pickler):
 
 
 @contextmanager
-def torch_writer(path: Path, plan: Plan) -> Iterator[Append]:
+def torch_writer(path: Path, plan: TensorSpecs) -> Iterator[Append]:
     """What torch.load(weights_only=True) opens, on the disk when the `with` block ends: a stored zip entry per tensor."""
     table, keys, tensors = io.BytesIO(), count(), {}
     for key, (name, (dtype, shape)) in enumerate(plan.items()):

@@ -20,23 +20,24 @@ from typing import Any
 import numpy as np
 import torch
 
-from minillama import building, comm, device, ops, report
-from minillama.checkpoint import directory as checkpoints
+from minillama import comm, device, loss_curves, ops
+from minillama.checkpoint import hf_format as checkpoints
 from minillama.checkpoint import train_state
-from minillama.config import Settings
 from minillama.data.batches import Batch, show_batch
 from minillama.errors import UserError
-from minillama.estimate import training_flops
 from minillama.lora import save_adapter
 from minillama.ops import Documents
-from minillama.parallel.optimizer import LossScale, Optimizer
-from minillama.signals import listening
+from minillama.parallel.sharded_optimizer import LossScale, ShardedOptimizer
 from minillama.tokenizer import Tokenizer
+from minillama.train_config import TrainConfig
+from minillama.training import metrics, run
+from minillama.training.dry_run import training_flops
+from minillama.training.signals import listening
 
 MAX_SKIPPED_IN_A_ROW = 5  # overflows of fp16 end with its smallest loss scale instead
 
 
-def learning_rate(step: int, total: int, settings: Settings) -> float:
+def learning_rate(step: int, total: int, settings: TrainConfig) -> float:
     """The rate of update `step`, counted from 0, of `total`: transformers' rule, where the first update of a warm-up is at 0.
     1. warm-up: a straight line from 0;  2. constant: stay;  3. linear or cosine: down to min_learning_rate at `total`."""
     peak, low, kind = settings.learning_rate, settings.min_learning_rate, settings.lr_scheduler_type
@@ -57,24 +58,24 @@ def learning_rate(step: int, total: int, settings: Settings) -> float:
 class Trainer:
     """A run in progress: model, optimizer, plan, and where they stand."""
 
-    def __init__(self, settings: Settings, mesh: comm.Mesh, stop: Sequence[str] = ()) -> None:
+    def __init__(self, settings: TrainConfig, mesh: comm.Mesh, stop: Sequence[str] = ()) -> None:
         self.settings, self.mesh, self.out_dir, self.stop = (
             settings,
             mesh,
             Path(settings.out_dir),
             stop,
         )
-        settings = building.with_embedded_data(settings, mesh)
+        settings = run.with_embedded_data(settings, mesh)
         device.allow_tf32(settings.tf32)
         ops.choose(settings.ops)
         if settings.threads:
             torch.set_num_threads(settings.threads)
-        self.tokenizer: Tokenizer = building.build_tokenizer(settings)
-        self.model, self.lora = building.build_model(settings, self.tokenizer, mesh)
-        self.plan, self.eval_plan, self.template = building.build_plans(
+        self.tokenizer: Tokenizer = run.build_tokenizer(settings)
+        self.model, self.lora = run.build_model(settings, self.tokenizer, mesh)
+        self.plan, self.eval_plan, self.template = run.build_plans(
             settings, self.tokenizer, self.model.config, mesh
         )
-        self.optimizer = Optimizer(self.model.named_parameters(), mesh, settings)
+        self.optimizer = ShardedOptimizer(self.model.named_parameters(), mesh, settings)
         self.step = self.tokens = self.skipped = self.skipped_in_a_row = self.saved_step = 0
         self.base = (
             str(checkpoints.find_checkpoint(Path(settings.ckpt)).resolve()) if settings.ckpt else ""
@@ -92,7 +93,7 @@ class Trainer:
         self.step = self.saved_step = state["step"]
         self.tokens, self.skipped = state["tokens"], state["skipped"]
 
-    def run(self, log: report.Report) -> dict[str, Any] | None:
+    def run(self, log: metrics.TrainingLog) -> dict[str, Any] | None:
         """Train to the last step, save final/, and return the summary; None where a signal stopped the run, its state saved."""
         settings, total, losses, durations = self.settings, self.plan.total_steps, [], []
         started_tokens, eval_loss = self.tokens, None
@@ -239,7 +240,7 @@ class Trainer:
             "peak_memory_bytes": device.memory(self.mesh.device).peak,
         }
 
-    def save_checkpoint(self, log: report.Report) -> None:
+    def save_checkpoint(self, log: metrics.TrainingLog) -> None:
         """Write checkpoints/step-N; where that fails, say so loudly and go on: the checkpoints before it are still there."""
         if self.saved_step == self.step:
             return
@@ -285,17 +286,17 @@ class Trainer:
         checkpoints.write_json(path / "minillama.json", about)
 
 
-def train(settings: Settings, mesh: comm.Mesh, overwrite: bool = False) -> dict[str, Any] | None:
+def train(settings: TrainConfig, mesh: comm.Mesh, overwrite: bool = False) -> dict[str, Any] | None:
     """Run, or go on with, the training that `settings` describe; returns the summary, which is also in out_dir/summary.json.
     None: a signal stopped the run, and its state is saved."""
-    checkpoint, finished = building.prepare_directory(settings, mesh, overwrite)
+    checkpoint, finished = run.prepare_directory(settings, mesh, overwrite)
     if finished is not None:
         mesh.print(
             f"{settings.out_dir}: this run is finished; --overwrite_output_dir starts it over"
         )
         return finished
     if checkpoint:
-        settings = building.with_global_batch(
+        settings = run.with_global_batch(
             settings, mesh, train_state.read_state(checkpoint)["rows_per_step"]
         )
     with listening() as stop:
@@ -308,7 +309,9 @@ def train(settings: Settings, mesh: comm.Mesh, overwrite: bool = False) -> dict[
             trainer.resume(checkpoint)
             mesh.print(f"resuming {checkpoint} at step {trainer.step}, {trainer.tokens:,} tokens")
         summary = trainer.run(
-            report.Report(trainer.out_dir, trainer.plan.total_steps, trainer.step, mesh.is_first)
+            metrics.TrainingLog(
+                trainer.out_dir, trainer.plan.total_steps, trainer.step, mesh.is_first
+            )
         )
         if summary is None:
             signal = stop[0] if stop else "a signal to another rank"
@@ -317,16 +320,16 @@ def train(settings: Settings, mesh: comm.Mesh, overwrite: bool = False) -> dict[
             )
         elif mesh.is_first:
             checkpoints.write_json(trainer.out_dir / "summary.json", summary)
-            report.plot_loss(trainer.out_dir, settings.plot_loss)
+            loss_curves.plot_loss(trainer.out_dir, settings.plot_loss)
         comm.barrier(mesh)
     return summary
 
 
-def show_first_batch(settings: Settings, mesh: comm.Mesh) -> str:
+def show_first_batch(settings: TrainConfig, mesh: comm.Mesh) -> str:
     """The text of step 0's first micro-batch, with the trained tokens marked."""
-    settings = building.with_embedded_data(settings, mesh)
-    tokenizer = building.build_tokenizer(settings)
-    plan, _, template = building.build_plans(
-        settings, tokenizer, building.model_config(settings, tokenizer.size), mesh
+    settings = run.with_embedded_data(settings, mesh)
+    tokenizer = run.build_tokenizer(settings)
+    plan, _, template = run.build_plans(
+        settings, tokenizer, run.model_config(settings, tokenizer.size), mesh
     )
     return f"template: {template}\n{show_batch(tokenizer, plan.micro_batches(0)[0], color=sys.stdout.isatty())}"

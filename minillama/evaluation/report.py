@@ -5,7 +5,7 @@ accuracy p of n questions has a standard error of sqrt(p (1 - p) / n); the major
 
 from collections import Counter
 
-from minillama.generation.files import Record
+from minillama.generation.output_file import Record
 
 
 def row(records: list[Record]) -> Record:

@@ -18,7 +18,7 @@ from minillama.errors import UserError, closest, parsing, read_json
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """How rotary frequencies are stretched beyond the trained context; `ops.reference.rope_frequencies` has the formulas."""
+    """How rotary frequencies are scale_rope beyond the trained context; `ops.reference.rope_frequencies` has the formulas."""
 
     kind: str
     factor: float

@@ -1,6 +1,6 @@
 """The settings of a training run: one table, and everything that follows from it.
 
-`Settings` below is the single list of keys: section, type, default and help. From it come the TOML presets' checks, the command
+`TrainConfig` below is the single list of keys: section, type, default and help. From it come the TOML presets' checks, the command
 line of train.py, its `--help`, and `train_config.json`. Precedence is default < preset < flag. A key that is not in the table,
 or a value of the wrong type, is an error with the closest name: a misspelt key never silently keeps its default.
 """
@@ -10,10 +10,10 @@ import dataclasses
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-from minillama.commandlines import HARMLESS, ONLY, RENAMED, settings_from
-from minillama.deepspeed import flattened
+from minillama.compat.deepspeed import flattened
+from minillama.compat.flags import RENAMED, settings_from
 from minillama.errors import UserError, closest, read_json
 
 PRESETS = Path(__file__).parent / "configs"
@@ -35,7 +35,7 @@ def key(
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
+class TrainConfig:
     """Every key of a run. Lists are comma-separated on the command line; 0 and "" mean what the help says."""
 
     ckpt: str = key("model", "", "start from this checkpoint, a Hugging Face LLaMA directory")
@@ -222,83 +222,7 @@ class Settings:
                 )
 
 
-KEYS = {field.name: field for field in dataclasses.fields(Settings)}
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse with this project's manners: `-` and `_` alike in flags, no abbreviations, mistakes as one UserError line."""
-
-    def __init__(self, renamed: dict[str, str] | None = None, **settings: Any) -> None:
-        self.renamed = dict(renamed or {})
-        super().__init__(
-            formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **settings
-        )
-        self.add_argument("--debug", action="store_true", help="show the traceback of an error")
-
-    def parse_known_args(
-        self, args: Sequence[str] | None = None, namespace: Any = None
-    ) -> tuple[Any, list[str]]:
-        return super().parse_known_args(
-            [_ours(word, self.renamed) if word.startswith("--") else word for word in args or ()],
-            namespace,
-        )
-
-    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
-        found, unknown = self.parse_known_args(args, namespace)
-        if unknown:
-            known = [flag for action in self._actions for flag in action.option_strings] + [
-                f"--{name}" for name in self.renamed
-            ]
-            raise UserError(
-                f"unknown argument {unknown[0]}{closest(unknown[0].split('=')[0], known)}; --help lists them all"
-            )
-        return found
-
-    def refuse(self, found: Any, reason: str, names: Sequence[str]) -> None:
-        """UserError where one of the flags `names` was given, which has no meaning for this `reason`."""
-        if given := [name for name in names if getattr(found, name) != self.get_default(name)]:
-            raise UserError(f"--{given[0]} has no meaning {reason}; leave one of them out")
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; --help lists every flag")
-
-    def add_model_flags(self) -> None:
-        """Which model to load, and how: the same flags for every script that uses one."""
-        add = self.add_argument
-        add("--ckpt", default="", metavar="DIR", help="checkpoint, run or adapter directory")
-        add(
-            "--base",
-            default="",
-            metavar="DIR",
-            help="base model of an adapter, where its own config does not say or is wrong",
-        )
-        add(
-            "--lora",
-            action="append",
-            default=[],
-            metavar="DIR",
-            help="adapter to add unmerged; may repeat",
-        )
-        add(
-            "--tokenizer",
-            default="",
-            metavar="FILE",
-            help="tokenizer.model or tokenizer.json, where the checkpoint has none",
-        )
-        add("--device", default="auto", choices=DEVICES, help="[auto]")
-        add("--dtype", default="float32", choices=tuple(PRECISIONS), help="[float32]")
-        add(
-            "--ops",
-            default="",
-            metavar="FORM",
-            help="forms of the ops: reference, fused, auto, …, or some: attention=reference",
-        )
-
-
-def _ours(word: str, renamed: dict[str, str]) -> str:
-    flag, equals, value = word[2:].partition("=")
-    name = flag.replace("-", "_")
-    return f"--{renamed.get(name, name)}{equals}{value}"
+KEYS = {field.name: field for field in dataclasses.fields(TrainConfig)}
 
 
 def parse_bool(text: str) -> bool:
@@ -314,45 +238,7 @@ def parse_list(text: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
-BOOLEAN = {
-    "nargs": "?",
-    "const": True,
-    "type": parse_bool,
-    "metavar": "true|false",
-}  # a flag that stands alone or with a value
-FLAG_OF_TYPE = {bool: BOOLEAN, tuple: {"type": parse_list, "metavar": "A,B"}} | {
-    kind: {"type": kind, "metavar": kind.__name__} for kind in (int, float, str)
-}
-
-
-def add_keys(parser: Parser) -> None:
-    """A flag for each key of `Settings`, in a group for each section, and the flags of other systems."""
-    parser.renamed |= RENAMED
-    groups = {
-        section: parser.add_argument_group(section)
-        for section in ("model", "data", "lora", "train", "parallel")
-    }
-    for name, field in KEYS.items():
-        section, help, choices = (field.metadata[part] for part in ("section", "help", "choices"))
-        named = f": {', '.join(map(str, choices))}" if choices else ""
-        shown = (
-            ",".join(field.default)
-            if isinstance(field.default, tuple)
-            else str(field.default).lower()
-        )
-        groups[section].add_argument(
-            f"--{name}",
-            **FLAG_OF_TYPE[type(field.default)],
-            default=argparse.SUPPRESS,
-            help=f"{help}{named} [{shown}]".replace("%", "%%"),
-        )
-    for flag in ("fp16", "bf16"):
-        groups["train"].add_argument(f"--{flag}", **BOOLEAN, help=f"precision {flag}")
-    for flag in (*ONLY, *HARMLESS):
-        parser.add_argument(f"--{flag}", nargs="*", help=argparse.SUPPRESS)
-
-
-def resolve(source: str, flags: dict[str, Any]) -> Settings:
+def resolve(source: str, flags: dict[str, Any]) -> TrainConfig:
     """Defaults, then the preset or file `source` (a name, a .toml, or a run's train_config.json), then the flags."""
     values = read_source(source) if source else {}
     values |= settings_from(flags) | {name: value for name, value in flags.items() if name in KEYS}
@@ -366,7 +252,7 @@ def resolve(source: str, flags: dict[str, Any]) -> Settings:
     values["precision"] = PRECISIONS.get(asked[0], asked[0])
     if source and not values.get("out_dir"):
         values["out_dir"] = f"runs/{Path(source).stem}"
-    return Settings(**{name: _typed(name, value, source) for name, value in values.items()})
+    return TrainConfig(**{name: _typed(name, value, source) for name, value in values.items()})
 
 
 def read_source(source: str) -> dict[str, Any]:

@@ -9,9 +9,9 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-from minillama.checkpoint.directory import write_json
+from minillama.checkpoint.hf_format import write_json
 from minillama.errors import UserError, parsing
-from minillama.report import draw_losses, read_metrics
+from minillama.loss_curves import draw_losses, read_metrics
 
 LIMITS = {"mean_relative": 0.02, "mean_absolute": 0.005}
 

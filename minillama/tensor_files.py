@@ -2,7 +2,7 @@
 
 A safetensors file is a length, a JSON header {name: dtype, shape, offsets} and the bytes. Reading the header and then each tensor
 by its offset keeps the peak at one tensor, whatever the size of the file; memory-mapping would count every page it touches.
-`Entry` is where a tensor lies, in any kind of file; a `Plan` is what a file will hold, so that its header can be written first.
+`TensorRef` is where a tensor lies, in any kind of file; a `TensorSpecs` is what a file will hold, so that its header can be written first.
 
 A download that went wrong is usually a file of another kind under the right name, so the first bytes are looked at.
 """
@@ -34,12 +34,12 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
-Plan = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]  # name -> dtype, shape
+TensorSpecs = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]  # name -> dtype, shape
 Append = Callable[[str, Tensor], None]  # writes the next tensor of a plan, converted to its dtype
 
 
 @dataclass(frozen=True)
-class Entry:
+class TensorRef:
     """Where a tensor lies: in the `nbytes` from `offset` of `file`, elements `stride` apart (empty: row after row)."""
 
     file: Path
@@ -64,7 +64,7 @@ class Entry:
             else flat.view(self.shape)
         )
 
-    def transposed(self) -> "Entry":
+    def transposed(self) -> "TensorRef":
         """The same elements with rows for columns."""
         rows, columns = self.stride or (self.shape[1], 1)
         return replace(self, shape=self.shape[::-1], stride=(columns, rows))
@@ -75,7 +75,7 @@ def bytes_of(tensor: Tensor) -> memoryview:
     return tensor.view(-1).view(torch.uint8).numpy().data
 
 
-def plan_of(tensors: Mapping[str, Tensor]) -> Plan:
+def specs_of(tensors: Mapping[str, Tensor]) -> TensorSpecs:
     return {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
 
 
@@ -93,7 +93,7 @@ def refuse_foreign_bytes(path: Path, first: bytes) -> None:
         )
 
 
-def read_safetensors(path: Path) -> dict[str, Entry]:
+def read_safetensors(path: Path) -> dict[str, TensorRef]:
     """The entries of a safetensors file, by name. Raises UserError for a file that is not one, or is cut short."""
     with open(path, "rb") as file:
         refuse_foreign_bytes(path, file.read(16))
@@ -106,7 +106,7 @@ def read_safetensors(path: Path) -> dict[str, Entry]:
             header = json.loads(file.read(start - 8))
             header.pop("__metadata__", None)
             return {
-                name: Entry(
+                name: TensorRef(
                     path,
                     DTYPES[spec["dtype"]],
                     tuple(spec["shape"]),
@@ -121,7 +121,7 @@ def read_safetensors(path: Path) -> dict[str, Entry]:
             ) from None
 
 
-def appending(plan: Plan, write: Callable[[memoryview], object]) -> Iterator[Append]:
+def appending(plan: TensorSpecs, write: Callable[[memoryview], object]) -> Iterator[Append]:
     """Yield the function that takes the tensors of `plan`, in its order, and hands their bytes to `write`."""
     waiting = iter(plan.items())
 
@@ -140,7 +140,7 @@ def appending(plan: Plan, write: Callable[[memoryview], object]) -> Iterator[App
 
 
 @contextmanager
-def safetensors_writer(path: Path, plan: Plan) -> Iterator[Append]:
+def safetensors_writer(path: Path, plan: TensorSpecs) -> Iterator[Append]:
     """A safetensors file that is on the disk when the `with` block ends: the header from the plan, then the bytes as they come."""
     header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
     end = 0
@@ -157,7 +157,7 @@ def safetensors_writer(path: Path, plan: Plan) -> Iterator[Append]:
 
 def write_safetensors(path: Path, tensors: dict[str, Tensor]) -> None:
     """Write tensors that are all at hand, and wait until they are on the disk."""
-    with safetensors_writer(path, plan_of(tensors)) as append:
+    with safetensors_writer(path, specs_of(tensors)) as append:
         for name, tensor in tensors.items():
             append(name, tensor)
 

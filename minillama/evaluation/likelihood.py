@@ -43,7 +43,7 @@ class Query:
         return len(self.context) + max(map(len, self.tails))
 
 
-class Reading(NamedTuple):
+class QueryResult(NamedTuple):
     """What the model says to a query."""
 
     logprobs: list[float]  # of each continuation, summed over its tokens
@@ -139,7 +139,7 @@ class SharedPrefix:
 @torch.inference_mode()
 def read(
     model: Llama, queries: list[Query], batches: Iterable[Batch]
-) -> Iterator[dict[int, Reading]]:
+) -> Iterator[dict[int, QueryResult]]:
     """{index of a query: its reading} for one batch after another."""
     for tokens, some in groupby(
         batches, key=lambda batch: queries[batch.members[0]].context[: batch.prefix]
@@ -152,7 +152,7 @@ def read(
 
 def _read_batch(
     model: Llama, queries: list[Query], P: int, prefix: SharedPrefix | None
-) -> Iterator[Reading]:
+) -> Iterator[QueryResult]:
     """A reading for each query; their contexts begin with the same P tokens."""
     rows = [query.context[P:] + tail for query in queries for tail in query.tails]
     T, device = max(map(len, rows)), model.lm_head.weight.device
@@ -173,7 +173,7 @@ def _read_batch(
     values = iter(_apply_head(model, hidden.flatten(0, 1), wanted))
     for query in queries:
         found = [[next(values) for _ in continuation] for continuation in query.continuations]
-        yield Reading(
+        yield QueryResult(
             [sum(log_p for _, log_p, _ in some) for some in found],
             [some[0][0] for some in found],
             int(found[0][0][2]),

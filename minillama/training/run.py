@@ -14,20 +14,20 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from minillama import architecture, comm
-from minillama.architecture import LlamaConfig
-from minillama.checkpoint import directory as checkpoints
+from minillama import comm, llama_config
+from minillama.checkpoint import hf_format as checkpoints
 from minillama.checkpoint import train_state
-from minillama.config import Settings
 from minillama.data.batches import BatchPlan, Pieces, split_documents
-from minillama.data.build import open_data
 from minillama.data.demo import write_demo
+from minillama.data.tokenize import open_data
 from minillama.device import compute_dtype
 from minillama.errors import UserError, read_json
-from minillama.estimate import activation_bytes, estimate, lora_config
+from minillama.llama_config import LlamaConfig
 from minillama.lora import WHOLE, LoraConfig, add_lora, load_adapter
 from minillama.model import Llama
 from minillama.tokenizer import Tokenizer, open_tokenizer
+from minillama.train_config import TrainConfig
+from minillama.training.dry_run import activation_bytes, estimate, lora_config
 
 EMBEDDED = ("demo", "demo_lora")
 LARGEST_REPLICATED = (
@@ -59,7 +59,7 @@ HARMLESS = {
 }  # the global batch is kept, on any number of ranks
 
 
-def with_embedded_data(settings: Settings, mesh: comm.Mesh) -> Settings:
+def with_embedded_data(settings: TrainConfig, mesh: comm.Mesh) -> TrainConfig:
     """Replace the names `demo` and `demo_lora` in data and tokenizer by files that the package writes into the run directory."""
     name = next((name for name in (*settings.data, settings.tokenizer) if name in EMBEDDED), None)
     if name is None:
@@ -74,7 +74,7 @@ def with_embedded_data(settings: Settings, mesh: comm.Mesh) -> Settings:
     )
 
 
-def check_inputs(settings: Settings, command: str) -> None:
+def check_inputs(settings: TrainConfig, command: str) -> None:
     """Refuse a run that lacks weights or data, with the complete command to type and where both are published."""
     lacking = {}
     if settings.init == "pretrained" and not settings.ckpt:
@@ -97,7 +97,7 @@ def check_inputs(settings: Settings, command: str) -> None:
         )
 
 
-def refuse_what_cannot_fit(settings: Settings) -> None:
+def refuse_what_cannot_fit(settings: TrainConfig) -> None:
     """Refuse models whose frozen weights every rank would have to hold whole."""
     weights = (
         estimate(model_config(settings), settings).weights if settings.model or settings.ckpt else 0
@@ -109,7 +109,7 @@ def refuse_what_cannot_fit(settings: Settings) -> None:
         )
 
 
-def describe(settings: Settings, world_size: int) -> str:
+def describe(settings: TrainConfig, world_size: int) -> str:
     """Parameters, bytes per rank and tokens per step; nothing is allocated."""
     config = model_config(settings)
     e = estimate(config, settings, world_size)
@@ -142,7 +142,7 @@ def describe(settings: Settings, world_size: int) -> str:
     )
 
 
-def closing_words(settings: Settings, summary: dict[str, Any]) -> str:
+def closing_words(settings: TrainConfig, summary: dict[str, Any]) -> str:
     """What came of the run, and the command to type next."""
     loss = (
         f"loss {summary['last_loss']:.4f}" if summary["last_loss"] is not None else "no finite loss"
@@ -167,11 +167,11 @@ def _gb(count: float | None) -> str:
     return "not told" if count is None else f"{count / 1e9:.2f} GB"
 
 
-def model_config(settings: Settings, vocab_size: int = 0) -> LlamaConfig:
+def model_config(settings: TrainConfig, vocab_size: int = 0) -> LlamaConfig:
     """The architecture of a run, from the checkpoint's config.json or, from scratch, from `model` and the shape keys."""
     given = {name: getattr(settings, name) for name in SHAPE_KEYS if getattr(settings, name)}
     if settings.ckpt and settings.init == "pretrained":
-        config = architecture.read_config(checkpoints.find_checkpoint(Path(settings.ckpt)))
+        config = llama_config.read_config(checkpoints.find_checkpoint(Path(settings.ckpt)))
         differs = [
             name
             for name in given
@@ -182,7 +182,7 @@ def model_config(settings: Settings, vocab_size: int = 0) -> LlamaConfig:
                 f"{differs[0]} = {given[differs[0]]}, but {settings.ckpt} has {getattr(config, differs[0])}; leave it out, "
                 "or add --init scratch"
             )
-        return architecture.with_layers(config, settings.n_layers) if settings.n_layers else config
+        return llama_config.with_layers(config, settings.n_layers) if settings.n_layers else config
     if not settings.model:
         missing = [name for name in ("dim", "n_layers", "n_heads") if name not in given]
         if missing:
@@ -191,9 +191,9 @@ def model_config(settings: Settings, vocab_size: int = 0) -> LlamaConfig:
             )
         given = {
             "n_kv_heads": given["n_heads"],
-            "ffn_dim": architecture.ffn_width(given["dim"], 32),
+            "ffn_dim": llama_config.ffn_width(given["dim"], 32),
         } | given
-    config = architecture.published(
+    config = llama_config.published(
         settings.model or "1.1b"
     )  # a shape of one's own has its vocabulary, context and epsilon
     if given.keys() & {"dim", "n_heads"}:
@@ -217,12 +217,12 @@ def recompute_activations(layers: nn.ModuleList) -> None:
         layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
 
 
-def build_tokenizer(settings: Settings) -> Tokenizer:
+def build_tokenizer(settings: TrainConfig) -> Tokenizer:
     return open_tokenizer(settings.tokenizer or checkpoints.find_checkpoint(Path(settings.ckpt)))
 
 
 def build_model(
-    settings: Settings, tokenizer: Tokenizer, mesh: comm.Mesh
+    settings: TrainConfig, tokenizer: Tokenizer, mesh: comm.Mesh
 ) -> tuple[Llama, LoraConfig | None]:
     """The model on its device, with adapters where asked for; and what those are."""
     dtype, warning = compute_dtype(settings.precision, mesh.device)
@@ -268,7 +268,7 @@ def build_model(
 
 
 def prepare_directory(
-    settings: Settings, mesh: comm.Mesh, overwrite: bool
+    settings: TrainConfig, mesh: comm.Mesh, overwrite: bool
 ) -> tuple[Path | None, dict[str, Any] | None]:
     """A run directory belongs to one run: it is continued, or refused, or emptied on request; never mixed. Returns
     (checkpoint to resume or None, summary of a finished run or None); train_config.json is written for a run to be made."""
@@ -298,7 +298,7 @@ def prepare_directory(
     return comm.gather_objects(mesh, found)[0], None
 
 
-def _refuse_other_settings(settings: Settings, out_dir: Path) -> None:
+def _refuse_other_settings(settings: TrainConfig, out_dir: Path) -> None:
     if not (out_dir / "metrics.jsonl").is_file():
         return  # it never came to a first step: a mistake mended, nothing to protect
     before, now = read_json(out_dir / "train_config.json"), json.loads(json.dumps(asdict(settings)))
@@ -314,7 +314,7 @@ def _refuse_other_settings(settings: Settings, out_dir: Path) -> None:
         )
 
 
-def with_global_batch(settings: Settings, mesh: comm.Mesh, rows_per_step: int) -> Settings:
+def with_global_batch(settings: TrainConfig, mesh: comm.Mesh, rows_per_step: int) -> TrainConfig:
     """The settings with the accumulation that keeps a run's global batch on this number of ranks, or a refusal by name."""
     accumulation, rest = divmod(rows_per_step, settings.per_device_train_batch_size * mesh.size)
     if rest:
@@ -330,7 +330,7 @@ def with_global_batch(settings: Settings, mesh: comm.Mesh, rows_per_step: int) -
 
 
 def build_plans(
-    settings: Settings, tokenizer: Tokenizer, config: LlamaConfig, mesh: comm.Mesh
+    settings: TrainConfig, tokenizer: Tokenizer, config: LlamaConfig, mesh: comm.Mesh
 ) -> tuple[BatchPlan, BatchPlan | None, str]:
     """The training plan, the evaluation plan (None where nothing is held out), and the template of the data."""
     max_length = settings.max_length or min(config.max_seq_len, 1024)

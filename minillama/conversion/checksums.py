@@ -12,18 +12,18 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from minillama.checkpoint.directory import open_weights
-from minillama.checkpoint.tensor_files import bytes_of
+from minillama.checkpoint.hf_format import open_weights
 from minillama.conversion.merge import adapter_entries
 from minillama.conversion.meta import read_meta
-from minillama.conversion.output import Recipes, write_file
+from minillama.conversion.writer import LazyTensors, write_file
 from minillama.data.sources import hash_of
 from minillama.errors import UserError, read_json
+from minillama.tensor_files import bytes_of
 
 MANIFEST, ABSENT = "manifest.json", "`convert.py sha256 DIR` writes one"
 
 
-def recipes_of(directory: Path) -> Recipes:
+def recipes_of(directory: Path) -> LazyTensors:
     """The tensors of a checkpoint: Hugging Face's, Meta's (under Hugging Face's names, whole) or an adapter's."""
     if list(directory.glob("consolidated.*.pth")):
         return read_meta(directory)[1]

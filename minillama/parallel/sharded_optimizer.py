@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from minillama.comm import Mesh
-from minillama.config import Settings
 from minillama.errors import UserError
 from minillama.parallel.zero import ZeroAdamW
+from minillama.train_config import TrainConfig
 
 
 @dataclass
@@ -48,11 +48,11 @@ class LossScale:
             self.scale, self.patience = self.scale * 2, self.hysteresis
 
 
-class Optimizer:
+class ShardedOptimizer:
     """AdamW, sharded, over the trainable ones of named parameters; with a loss scale where some are fp16."""
 
     def __init__(
-        self, named: Iterable[tuple[str, nn.Parameter]], mesh: Mesh, settings: Settings
+        self, named: Iterable[tuple[str, nn.Parameter]], mesh: Mesh, settings: TrainConfig
     ) -> None:
         """Raises UserError where nothing is trainable."""
         named = list(named)

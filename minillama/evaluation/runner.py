@@ -15,19 +15,19 @@ from pathlib import Path
 from tqdm import tqdm
 
 from minillama import ops
-from minillama.checkpoint.directory import write_json
+from minillama.checkpoint.hf_format import write_json
 from minillama.comm import Mesh, gather_objects, start
 from minillama.errors import UserError, parsing, read_json
+from minillama.evaluation.likelihood import plan, read
 from minillama.evaluation.questions import Choices, Perplexity
-from minillama.evaluation.scoring import plan, read
-from minillama.generation.files import (
+from minillama.generation.loading import load_engine, weights_checksum
+from minillama.generation.output_file import (
     Record,
     line_of,
     read_lines,
     refuse_other_settings,
     replace_lines,
 )
-from minillama.generation.loading import load_session, sample_of
 from minillama.model import Llama
 
 
@@ -40,7 +40,7 @@ def evaluate(options: Namespace) -> None:
             f"{options.compare}: not a summary of --task {options.task}, but of {reference.get('task')!r}"
         )
     with start(options.device) as mesh:
-        session, path = load_session(options, place=mesh.device)
+        session, path = load_engine(options, place=mesh.device)
         model, tokenizer, context = (
             session.model,
             session.tokenizer,
@@ -66,7 +66,7 @@ def evaluate(options: Namespace) -> None:
         settings = about | {
             "queries": len(test.queries),
             "dtype": options.dtype,
-            "weights_sample_sha256": sample_of(model),
+            "weights_sample_sha256": weights_checksum(model),
         }
         mesh.print(
             f"{path}: {options.task}, protocol {about['protocol']}, {about['n_shots']} shots, "

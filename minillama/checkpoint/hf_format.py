@@ -16,18 +16,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minillama.architecture import LlamaConfig, read_config, to_hf, with_layers
-from minillama.checkpoint.tensor_files import (
-    Entry,
-    Plan,
-    plan_of,
+from minillama.errors import UserError, read_json
+from minillama.llama_config import LlamaConfig, read_config, to_hf, with_layers
+from minillama.model import Llama
+from minillama.tensor_files import (
+    TensorRef,
+    TensorSpecs,
     read_safetensors,
     safetensors_writer,
+    specs_of,
 )
-from minillama.checkpoint.torch_files import read_torch, torch_writer
-from minillama.errors import UserError, read_json
-from minillama.model import Llama
 from minillama.tokenizer import Tokenizer
+from minillama.torch_files import read_torch, torch_writer
 
 TOKENIZER_FILES = (
     "tokenizer.model",
@@ -43,7 +43,7 @@ IGNORED = re.compile(
 GB = 10**9
 
 
-def open_weights(directory: Path) -> dict[str, Entry]:
+def open_weights(directory: Path) -> dict[str, TensorRef]:
     """Every tensor of a checkpoint directory, by name, from headers alone; model*.safetensors before pytorch_model*.bin.
     Raises UserError for missing or unreadable files, all of them in one message."""
     if not directory.is_dir():
@@ -56,7 +56,7 @@ def open_weights(directory: Path) -> dict[str, Entry]:
 
 def open_files(
     files: Mapping[Path, Collection[str]], promise: str, alike: bool = False
-) -> list[dict[str, Entry]]:
+) -> list[dict[str, TensorRef]]:
     """The tensors in each of `files`, by name, without rotary buffers. UserError lists all files that are not there, cannot be read,
     lack one of their names (which `promise`) or, unless files are `alike` (slices of the same tensors), hold what another holds too."""
     found, problems, places = [], [], {}
@@ -81,7 +81,7 @@ def open_files(
     return found
 
 
-def read_tensors(path: Path) -> dict[str, Entry]:
+def read_tensors(path: Path) -> dict[str, TensorRef]:
     """The entries of a file of either kind, told by its name. Raises UserError for what is not there, or is something else."""
     if not path.is_file():
         raise UserError(f"{path}: the index names this file, but it is not there; download it")
@@ -169,7 +169,7 @@ def empty_model(config: LlamaConfig, dtype: torch.dtype) -> Llama:
     return model
 
 
-def check_names(config: LlamaConfig, entries: dict[str, Entry], where: Path) -> None:
+def check_names(config: LlamaConfig, entries: dict[str, TensorRef], where: Path) -> None:
     """Compare the tensors at hand with those `config` describes; UserError lists every difference. A tied head may be there."""
     wanted = config.parameter_shapes()
     problems = [f"missing {name}" for name in wanted if name not in entries]
@@ -197,7 +197,7 @@ def save_model(
     about: goes into minillama.json."""
     directory.mkdir(parents=True, exist_ok=True)
     named = dict(model.named_parameters())
-    write_weights(directory, iter(named.items()), plan_of(named))
+    write_weights(directory, iter(named.items()), specs_of(named))
     write_configs(directory, model.config, next(iter(named.values())).dtype, tokenizer)
     if about is not None:
         write_json(directory / "minillama.json", about)
@@ -206,7 +206,7 @@ def save_model(
 def write_weights(
     directory: Path,
     tensors: Iterator[tuple[str, Tensor]],
-    plan: Plan,
+    plan: TensorSpecs,
     max_shard_bytes: int = 5 * GB,
     bin: bool = False,
 ) -> None:

@@ -1,6 +1,6 @@
 """How every conversion writes: one tensor at a time, and all or nothing.
 
-A conversion is a table of recipes: what has a dtype, a shape and `read()`, be it an `Entry` of a file or a `Recipe` that computes.
+A conversion is a table of recipes: what has a dtype, a shape and `read()`, be it an `TensorRef` of a file or a `LazyTensor` that computes.
 Since the whole output is known before the first byte, the disk is checked first and headers are written first; then each tensor is
 made, written and forgotten, so memory holds one or two of them, whatever the size of the model.
 
@@ -25,8 +25,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from minillama.architecture import LlamaConfig
-from minillama.checkpoint.directory import (
+from minillama.checkpoint.hf_format import (
     GB,
     copy_tokenizer,
     has_tokenizer,
@@ -34,8 +33,9 @@ from minillama.checkpoint.directory import (
     write_json,
     write_weights,
 )
-from minillama.checkpoint.tensor_files import Entry, Plan, to_disk
 from minillama.errors import UserError, read_json
+from minillama.llama_config import LlamaConfig
+from minillama.tensor_files import TensorRef, TensorSpecs, to_disk
 
 OURS = (
     "config.json",
@@ -47,7 +47,7 @@ HEADROOM = 16 * 2**20  # bytes for headers, config and tokenizer
 
 
 @dataclass(frozen=True)
-class Recipe:
+class LazyTensor:
     """A tensor to be written: what it will be, and how to make it when its turn comes."""
 
     dtype: torch.dtype
@@ -55,8 +55,8 @@ class Recipe:
     read: Callable[[], Tensor]
 
 
-Recipes = Mapping[str, Entry | Recipe]
-Writer = Callable[[Path, Iterator[tuple[str, Tensor]], Plan], None]
+LazyTensors = Mapping[str, TensorRef | LazyTensor]
+Writer = Callable[[Path, Iterator[tuple[str, Tensor]], TensorSpecs], None]
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,10 @@ class Output:
 
 
 def write_checkpoint(
-    output: Output, recipes: Recipes, finish: Callable[[Path], None], write: Writer | None = None
+    output: Output,
+    recipes: LazyTensors,
+    finish: Callable[[Path], None],
+    write: Writer | None = None,
 ) -> None:
     """Carry out `recipes`. write: how weights are laid out (default: as Hugging Face does); finish: adds the other files."""
     started = time.monotonic()

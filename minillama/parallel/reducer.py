@@ -19,18 +19,22 @@ import torch
 from torch import Tensor, nn
 
 from minillama import comm, device
-from minillama.config import Settings
+from minillama.train_config import TrainConfig
 
 RELEASE_EVERY = (
     1 << 23
 )  # elements of gradients, after which the system gets back what has been freed
 
 
-class Gradients:
+class GradientReducer:
     """The gradients of a step. Call end_micro_batch after each backward, reduced() for the sum, clear() before the next step."""
 
     def __init__(
-        self, parameters: list[nn.Parameter], mesh: comm.Mesh, slice_size: int, settings: Settings
+        self,
+        parameters: list[nn.Parameter],
+        mesh: comm.Mesh,
+        slice_size: int,
+        settings: TrainConfig,
     ) -> None:
         self.parameters, self.mesh, self.bucket_elements = (
             parameters,

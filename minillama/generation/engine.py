@@ -10,7 +10,7 @@ from minillama import chat, ops
 from minillama.data.encode import encode_document
 from minillama.errors import UserError
 from minillama.generation.beam import Beams, beam_search
-from minillama.generation.decode import Answer, decode, needed_alpha
+from minillama.generation.decode import Completion, decode, rope_alpha_for
 from minillama.generation.sampling import Sampling
 from minillama.model import Llama
 from minillama.tokenizer import Stream, Tokenizer
@@ -19,7 +19,7 @@ from minillama.tokenizer import Stream, Tokenizer
 class Writer:
     """Writes an answer's text as its ids come: whole characters only, and never the beginning of a stop text."""
 
-    def __init__(self, answer: Answer, tokenizer: Tokenizer, stops: tuple[str, ...]) -> None:
+    def __init__(self, answer: Completion, tokenizer: Tokenizer, stops: tuple[str, ...]) -> None:
         self.answer, self.decoder, self.stops, self.held, self.read = (
             answer,
             Stream(tokenizer),
@@ -49,7 +49,7 @@ class Writer:
 
 
 @dataclass
-class Session:
+class Engine:
     """A model ready to answer. template "none" continues the text as it is, after the begin token."""
 
     model: Llama
@@ -60,7 +60,7 @@ class Session:
     stop_ids: tuple[int, ...]
     stop_texts: tuple[str, ...] = ()
     beams: Beams | None = None  # beam search in place of one text at a time
-    rope_alpha: float | None = None  # beyond the context: see `decode.stretched`
+    rope_alpha: float | None = None  # beyond the context: see `decode.scale_rope`
 
     def encode_prompt(self, text: str, system: str = "") -> list[int]:
         asked = (
@@ -68,16 +68,18 @@ class Session:
         )
         return encode_document(self.tokenizer, asked, self.template, append_eod=False)[0]
 
-    def ask(self, prompt_ids: list[int], number: int = 0) -> Answer:
+    def ask(self, prompt_ids: list[int], number: int = 0) -> Completion:
         """An answer to be written."""
         left = (
             256
             if self.rope_alpha is not None
             else min(256, self.model.config.max_seq_len - len(prompt_ids))
         )
-        return Answer(prompt_ids, self.max_new_tokens or max(1, left), number)
+        return Completion(prompt_ids, self.max_new_tokens or max(1, left), number)
 
-    def write(self, answers: list[Answer], seed: int | None) -> Iterator[tuple[Answer, str]]:
+    def write(
+        self, answers: list[Completion], seed: int | None
+    ) -> Iterator[tuple[Completion, str]]:
         """Write `answers` together, yielding each with its new text as it becomes certain. With beams they are those of one prompt."""
         ops.pack(self.model, self.beams.width if self.beams else len(answers))
         if self.beams:
@@ -95,7 +97,7 @@ class Session:
             answer.seconds = time.perf_counter() - began
             yield answer, text
 
-    def ask_all(self, prompts: list[list[int]], samples: int) -> dict[int, list[Answer]]:
+    def ask_all(self, prompts: list[list[int]], samples: int) -> dict[int, list[Completion]]:
         """`samples` answers to be written to each prompt, by its number. One that comes again goes on counting, so its answers differ."""
         asked = defaultdict(count)
         return {
@@ -104,12 +106,12 @@ class Session:
         }
 
     def write_all(
-        self, questions: dict[int, list[Answer]], batch_size: int, seed: int | None
+        self, questions: dict[int, list[Completion]], batch_size: int, seed: int | None
     ) -> Iterator[tuple[int, str]]:
         """Write the answers to many prompts, yielding a prompt's number and new text as it comes. One by one they come in their order;
         batches of up to `batch_size` texts hold prompts of like length, the longest first: memory for the first suffices for all."""
         alpha = {
-            i: needed_alpha(self.model.config, several[0]) if self.rope_alpha == 0 else None
+            i: rope_alpha_for(self.model.config, several[0]) if self.rope_alpha == 0 else None
             for i, several in questions.items()
         }
         left = sorted(
@@ -128,10 +130,10 @@ class Session:
                 yield number[id(answer)], text
 
 
-class Dialogue:
+class ChatSession:
     """A conversation in progress: history within the context, the oldest rounds dropped first, the system text kept."""
 
-    def __init__(self, session: Session, system: str = "") -> None:
+    def __init__(self, session: Engine, system: str = "") -> None:
         self.session, self.system, self.turns, self.note = session, system, [], ""
 
     def prompt_ids(self, text: str) -> tuple[list[int], int]:

@@ -41,7 +41,7 @@ def refuse_other_settings(old: Record, new: Record, remedy: str) -> None:
             )
 
 
-class AnswerFile:
+class CompletionFile:
     """FILE.jsonl in the making, as FILE.jsonl.partial, whose first line holds the settings; `done`: finished records by their number."""
 
     def __init__(self, path: Path, settings: Record) -> None:

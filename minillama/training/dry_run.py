@@ -7,9 +7,9 @@ where it accumulates), and 4 each of master and two moments; an fp32 parameter i
 import math
 from dataclasses import dataclass, replace
 
-from minillama.architecture import LlamaConfig
-from minillama.config import Settings
+from minillama.llama_config import LlamaConfig
 from minillama.lora import WHOLE, LoraConfig, resolve_names
+from minillama.train_config import TrainConfig
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ def trainable_count(config: LlamaConfig, lora: LoraConfig | None) -> int:
     return factors + config.vocab_size * config.dim * min(whole, 1 if config.tie_embeddings else 2)
 
 
-def estimate(config: LlamaConfig, settings: Settings, world_size: int = 1) -> Estimate:
+def estimate(config: LlamaConfig, settings: TrainConfig, world_size: int = 1) -> Estimate:
     """Bytes a rank needs for state, outside activations and communication buckets."""
     lora = lora_config(settings) if settings.lora else None
     trainable, width = trainable_count(config, lora), 4 if settings.precision == "fp32" else 2
@@ -73,7 +73,7 @@ def activation_bytes(config: LlamaConfig, tokens: int, width: int, recompute: bo
     return tokens * (layers + C * width)  # and the last norm's input
 
 
-def lora_config(settings: Settings) -> LoraConfig:
+def lora_config(settings: TrainConfig) -> LoraConfig:
     """The adapter that the settings describe."""
     return LoraConfig(
         settings.lora_rank,

@@ -1,0 +1,1 @@
+"""How a model is trained: settings become a run, and the loop takes its steps."""
