@@ -22,7 +22,7 @@ TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in SOURCES}
 # A file imports from lower floors, or from its own room; rooms of one floor do not know each other.
 FLOORS: list[list[set[str]]] = [
     [{"errors"}],
-    [{"llama_config"}, {"device"}, {"files"}, {"loss_curves"}],
+    [{"llama_config"}, {"device"}, {"files", "output_directory"}, {"loss_curves"}],
     [{"train_config", "compat", "cli"}],
     [{"ops"}, {"tokenizer"}, {"chat"}, {"comm"}, {"tensor_files", "torch_files"}],
     [{"model"}, {"parallel"}, {"data"}],
