@@ -25,8 +25,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from minillama.comm import Mesh
-from minillama.data.batches import BatchPlan, Pieces
+from minillama.data.batches import BatchPlan
 from minillama.data.tokenize import open_data
+from minillama.data.windows import TrainingWindows
 from minillama.llama_config import published, to_hf
 from minillama.model import Llama
 from minillama.ops import IGNORE, Documents
@@ -40,16 +41,16 @@ ROWS, LENGTH = 4, 512
 class Padded:
     """transformers on padded rows, in an order of its own."""
 
-    def __init__(self, pieces: Pieces, kind: str) -> None:
+    def __init__(self, windows: TrainingWindows, kind: str) -> None:
         import transformers
 
         torch.manual_seed(0)
-        self.pieces, self.kind = pieces, kind
+        self.windows, self.kind = windows, kind
         self.model = transformers.LlamaForCausalLM(
             transformers.LlamaConfig(**to_hf(published("15m")))
         )
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-5, fused=True)
-        lengths = pieces.length.tolist()
+        lengths = windows.length.tolist()
         if kind == "grouped":
             sampler = transformers.trainer_pt_utils.LengthGroupedSampler(
                 ROWS, lengths=lengths, generator=torch.Generator().manual_seed(0)
@@ -62,7 +63,7 @@ class Padded:
 
     def step(self, number: int) -> int:
         documents = [
-            self.pieces.batch(np.array([i])) for i in self.batches[number % len(self.batches)]
+            self.windows.batch(np.array([i])) for i in self.batches[number % len(self.batches)]
         ]
         width = LENGTH if self.kind == "fixed" else max(len(d.tokens) for d in documents)
         tokens, mask = (
@@ -85,11 +86,11 @@ class Padded:
 class Packed:
     """minillama on documents end to end."""
 
-    def __init__(self, pieces: Pieces) -> None:
+    def __init__(self, windows: TrainingWindows) -> None:
         self.model = Llama(published("15m")).initialise(torch.Generator().manual_seed(0))
         self.optimizer = ShardedOptimizer(self.model.named_parameters(), Mesh(), TrainConfig())
         self.plan = BatchPlan(
-            pieces, rows_per_step=ROWS, rows_per_micro_batch=ROWS, seed=0, epochs=1.0
+            windows, rows_per_step=ROWS, rows_per_micro_batch=ROWS, seed=0, epochs=1.0
         )
 
     def step(self, number: int) -> int:
@@ -120,15 +121,15 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     tokenizer = open_tokenizer(options.tokenizer)
-    pieces = Pieces(
+    windows = TrainingWindows(
         open_data((str(options.data),), tokenizer, "", template="alpaca", quiet=True), LENGTH
     )
     print(
-        f"{len(pieces.length)} records, {pieces.length.sum():,} tokens, mean {pieces.length.mean():.0f}; "
+        f"{len(windows.length)} records, {windows.length.sum():,} tokens, mean {windows.length.mean():.0f}; "
         f"{torch.get_num_threads()} threads, torch {torch.__version__}"
     )
-    sides = {kind: Padded(pieces, kind) for kind in ("fixed", "dynamic", "grouped")} | {
-        "packed": Packed(pieces)
+    sides = {kind: Padded(windows, kind) for kind in ("fixed", "dynamic", "grouped")} | {
+        "packed": Packed(windows)
     }
     for side in sides.values():
         side.step(0)  # warm-up

@@ -15,12 +15,14 @@ import numpy as np
 import pytest
 
 from minillama.data import formats, megatron, tokenize
-from minillama.data.batches import BatchPlan, Pieces, show_batch
+from minillama.data.batches import BatchPlan
 from minillama.data.encode import encode_document
 from minillama.data.formats import parse, read_records
 from minillama.data.memmap import Chunk, Dataset, Writer
+from minillama.data.show import show_batch
 from minillama.data.sources import Source
 from minillama.data.tokenize import build_dataset, open_data
+from minillama.data.windows import TrainingWindows
 from minillama.errors import UserError
 from minillama.tokenizer import open_tokenizer, train_tokenizer
 
@@ -411,7 +413,7 @@ def test_the_golden_index_is_read_and_equals_ours(tmp_path):
             [1, 5, 6],
             [7, 8, 1, 9, 9, 2],
         ]
-    assert Pieces(dataset, 4).targets.sum() == 2 + 5
+    assert TrainingWindows(dataset, 4).targets.sum() == 2 + 5
 
 
 def test_an_instruction_triple_is_trained_where_its_labels_are(tmp_path):
@@ -421,7 +423,7 @@ def test_an_instruction_triple_is_trained_where_its_labels_are(tmp_path):
         indexed(tmp_path / f"x_packed_{name}_document", sequences)
     dataset = megatron.MegatronDataset(tmp_path / "x", 10)
     assert [document(dataset, i)[1].tolist() for i in range(2)] == [[0, 0, 1, 1], [0, 1, 1]]
-    batch = Pieces(dataset, 8).batch(np.arange(2))
+    batch = TrainingWindows(dataset, 8).batch(np.arange(2))
     assert batch.labels.tolist() == [
         -100,
         6,
@@ -469,7 +471,7 @@ def specs_of(prefix, **changes):
         "seed": 3,
         "epochs": 2.0,
     } | changes
-    return BatchPlan(Pieces(Dataset(prefix), options.pop("max_length")), **options)
+    return BatchPlan(TrainingWindows(Dataset(prefix), options.pop("max_length")), **options)
 
 
 def rows(batches):
@@ -536,12 +538,12 @@ def test_a_step_needs_no_memory_of_the_steps_before_it(built):
 
 
 def test_the_cut_rule_shortens_instruction_data_and_continues_text(tmp_path, built):
-    cut = Pieces(Dataset(built[1]), 150)
+    cut = TrainingWindows(Dataset(built[1]), 150)
     lengths = np.diff(Dataset(built[1]).offsets)
     assert cut.shortened == (lengths > 150).sum() > 0
     assert cut.length.sum() == np.minimum(lengths, 150).sum()
     write_dataset(tmp_path / "text", [(list(range(10)), None)], 10, {})
-    pieces = Pieces(Dataset(tmp_path / "text"), 4)
+    pieces = TrainingWindows(Dataset(tmp_path / "text"), 4)
     assert [pieces.batch(np.array([i])).labels.tolist() for i in range(3)] == [
         [1, 2, 3, 4],
         [5, 6, 7, 8],
@@ -555,7 +557,7 @@ def test_prompts_that_fill_max_length_stop_the_run(built):
         UserError,
         match="of 40 documents have nothing to train on within max_length = 20 tokens; raise max_length",
     ):
-        Pieces(Dataset(built[1]), 20)
+        TrainingWindows(Dataset(built[1]), 20)
 
 
 def test_show_batch_marks_what_is_trained_on(built, small_tokenizer):

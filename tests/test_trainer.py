@@ -15,7 +15,7 @@ from minillama.checkpoint.hf_format import load_model, save_model
 from minillama.comm import Mesh
 from minillama.compat import deepspeed
 from minillama.data import demo
-from minillama.data.batches import Batch
+from minillama.data.windows import Batch
 from minillama.errors import UserError
 from minillama.llama_config import published
 from minillama.lora import load_adapter
@@ -625,7 +625,7 @@ def test_an_epoch_is_every_target_once(epochs: float, settings_for: Callable) ->
         for batch in run.plan.micro_batches(step)
     )
     assert seen == pytest.approx(
-        epochs * run.plan.pieces.targets.sum(), rel=0.0 if epochs >= 1 else 0.05
+        epochs * run.plan.windows.targets.sum(), rel=0.0 if epochs >= 1 else 0.05
     )
     assert run.plan.epoch_at(run.plan.total_steps) == pytest.approx(epochs, abs=0.02)
 

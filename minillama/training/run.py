@@ -17,9 +17,10 @@ from torch.utils.checkpoint import checkpoint
 from minillama import comm, llama_config
 from minillama.checkpoint import hf_format as checkpoints
 from minillama.checkpoint import train_state
-from minillama.data.batches import BatchPlan, Pieces, split_documents
+from minillama.data.batches import BatchPlan, split_documents
 from minillama.data.demo import write_demo
 from minillama.data.tokenize import open_data
+from minillama.data.windows import TrainingWindows
 from minillama.device import compute_dtype
 from minillama.errors import UserError, read_json
 from minillama.llama_config import LlamaConfig
@@ -359,16 +360,16 @@ def build_plans(
             if settings.eval_data
             else None
         )
-    documents, evaluation = None, Pieces(held_out, max_length) if held_out else None
+    documents, evaluation = None, TrainingWindows(held_out, max_length) if held_out else None
     if held_out is None and settings.validation_split:
         documents, reserved = split_documents(
             len(dataset), settings.validation_split, settings.seed
         )
-        evaluation = Pieces(dataset, max_length, reserved)
-    pieces = Pieces(dataset, max_length, documents)
+        evaluation = TrainingWindows(dataset, max_length, reserved)
+    windows = TrainingWindows(dataset, max_length, documents)
     micro = settings.per_device_train_batch_size
     plan = BatchPlan(
-        pieces,
+        windows,
         rows_per_step=micro * settings.gradient_accumulation_steps * mesh.size,
         rows_per_micro_batch=micro,
         seed=settings.seed,
@@ -376,7 +377,7 @@ def build_plans(
         epochs=settings.num_train_epochs,
         max_steps=settings.max_steps,
     )
-    mesh.print(f"data: {pieces.summary()}")
+    mesh.print(f"data: {windows.summary()}")
     micro = settings.per_device_eval_batch_size
     eval_plan = (
         BatchPlan(

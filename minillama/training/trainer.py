@@ -23,7 +23,8 @@ import torch
 from minillama import comm, device, loss_curves, ops
 from minillama.checkpoint import hf_format as checkpoints
 from minillama.checkpoint import train_state
-from minillama.data.batches import Batch, show_batch
+from minillama.data.show import show_batch
+from minillama.data.windows import Batch
 from minillama.errors import UserError
 from minillama.lora import save_adapter
 from minillama.ops import Documents
@@ -162,7 +163,7 @@ class Trainer:
             "skipped_steps": self.skipped,
             "seconds": round(log.close(), 2),
             "trainable_parameters": self.optimizer.trained,
-            **self._rates(speed, self.plan.pieces.length.tolist()),
+            **self._rates(speed, self.plan.windows.length.tolist()),
         }
 
     def update(self, batches: list[Batch], rate: float) -> tuple[float, float] | None:
