@@ -54,7 +54,7 @@ def storage_bytes(tensors) -> int:
 def test_predicted_state_is_measured_state_within_two_percent(
     precision, lora, accumulation, stage, size, monkeypatch
 ):
-    monkeypatch.setattr(comm, "reduce_to", lambda mesh, tensor, *_: lambda: tensor)
+    monkeypatch.setattr(comm, "reduce_to", lambda mesh, tensor, **_: lambda: tensor)
     settings = TrainConfig(
         precision=precision, zero_stage=stage, gradient_accumulation_steps=accumulation, **lora
     )
@@ -64,10 +64,10 @@ def test_predicted_state_is_measured_state_within_two_percent(
     optimizer = ShardedOptimizer(model.named_parameters(), Mesh(rank=0, size=size), settings)
     tokens = torch.arange(8).view(1, 8)
     optimizer.backward(model.loss_sum(tokens, tokens), size)
-    held = [t for part in optimizer.parts for t in (part.master, part.m, part.v)]
+    held = [t for part in optimizer.vectors for t in (part.master, part.m, part.v)]
     held += [
         t
-        for part in optimizer.parts
+        for part in optimizer.vectors
         for t in ([part.gradients.sum] if stage == 2 else part.gradients.filled.values())
     ]
     expected = dry_run.estimate(SMALL, settings, size)

@@ -146,11 +146,11 @@ def flat_adamw(model: torch.nn.Module, weight_decay: float = 0.1) -> ShardedOpti
 
 
 def flat_weights(optimizer: ShardedOptimizer) -> torch.Tensor:
-    return optimizer.parts[0].master[: optimizer.trained]
+    return optimizer.vectors[0].master[: optimizer.num_trained]
 
 
 def flat_gradient(optimizer: ShardedOptimizer) -> torch.Tensor:
-    return optimizer.parts[0].gradients.reduced()[: optimizer.trained]
+    return optimizer.vectors[0].gradients.reduced()[: optimizer.num_trained]
 
 
 def torch_adamw(model: torch.nn.Module, weight_decay: float = 0.1) -> torch.optim.AdamW:
@@ -216,7 +216,7 @@ def test_16_bit_training_follows_a_float32_copy_of_its_masters() -> None:
     """GradientReducer taken at the rounded weights, updates made in fp32: torch's AdamW on fp32 copies does the same."""
     ours = random_model().bfloat16()
     flat = flat_adamw(ours)
-    masters = [p.detach().float().clone().requires_grad_() for _, p in flat.parts[0].named]
+    masters = [p.detach().float().clone().requires_grad_() for _, p in flat.vectors[0].named]
     adamw = torch.optim.AdamW(
         [
             {"params": [p for p in masters if p.ndim > 1], "weight_decay": 0.1},
@@ -228,17 +228,17 @@ def test_16_bit_training_follows_a_float32_copy_of_its_masters() -> None:
     for step in range(5):
         flat.zero_grad()
         flat.backward(loss_of(ours, step), 1)
-        for master, grad in zip(masters, flat.parts[0].views(flat_gradient(flat)), strict=True):
+        for master, grad in zip(masters, flat.vectors[0].views(flat_gradient(flat)), strict=True):
             master.grad = grad.clone()
         flat.step(1e-2, max_norm=0.0)
         adamw.step()
     assert torch.allclose(
         flat_weights(flat), torch.cat([m.detach().flatten() for m in masters]), rtol=1e-5, atol=1e-6
     )
-    views = flat.parts[0].views(flat_weights(flat))
+    views = flat.vectors[0].views(flat_weights(flat))
     assert all(
         torch.equal(p, m.to(torch.bfloat16))
-        for (_, p), m in zip(flat.parts[0].named, views, strict=True)
+        for (_, p), m in zip(flat.vectors[0].named, views, strict=True)
     )
 
 
@@ -255,7 +255,7 @@ def test_frozen_parameters_are_no_part_of_the_flat_vector() -> None:
     model = random_model()
     model.requires_grad_(False)
     model.lm_head.requires_grad_(True)
-    assert flat_adamw(model).trained == model.lm_head.weight.numel()
+    assert flat_adamw(model).num_trained == model.lm_head.weight.numel()
 
 
 # One global batch
@@ -676,7 +676,7 @@ def test_a_skipped_step_leaves_the_weights_as_they_were(
     loss, _ = run.update(run.plan.micro_batches(0), rate=1.0)
     assert not math.isfinite(loss)
     assert torch.equal(flat_weights(run.optimizer), before)
-    assert run.optimizer.parts[0].steps == 0
+    assert run.optimizer.vectors[0].steps == 0
 
 
 def test_a_run_that_is_lost_stops_with_the_step_and_a_remedy(

@@ -12,7 +12,7 @@ from torch import nn
 from minillama import comm
 from minillama.comm import Mesh
 from minillama.errors import UserError
-from minillama.parallel.reducer import GradientReducer
+from minillama.parallel.reducer import GradientReducer, PairwiseSum
 from minillama.parallel.sharded_optimizer import LossScale, ShardedOptimizer
 from minillama.parallel.zero import CHUNK
 from minillama.train_config import TrainConfig
@@ -55,7 +55,7 @@ def train(
                 loss = None if mine is None else net.loss_sum(mine, mine.roll(-1, 1)) / 60
                 optimizer.backward(loss, min(mesh.size, len(batches) - first))
             norms.append(optimizer.step(1e-2, max_norm=0.5)[0])
-        part = optimizer.parts[0]
+        part = optimizer.vectors[0]
         state = {
             name: comm.gather_objects(mesh, tensor.numpy().copy())
             for name, tensor in part.state().items()
@@ -209,7 +209,7 @@ def test_what_is_sent_is_what_the_theory_says(size, stage, expected):
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_state_is_as_large_as_the_table_says(size, stage, dtype, width, accumulates, monkeypatch):
     """Of a 16-bit model, bytes a parameter: 16 (stage 0), 4 + 12/N (1), 2 + 14/N (2; 2 + 16/N where it accumulates in fp32)."""
-    monkeypatch.setattr(comm, "reduce_to", lambda mesh, tensor, *_: lambda: tensor)
+    monkeypatch.setattr(comm, "reduce_to", lambda mesh, tensor, **_: lambda: tensor)
     net = nn.Linear(4 * CHUNK, 8, bias=False, dtype=dtype)
     optimizer = ShardedOptimizer(
         net.named_parameters(),
@@ -217,7 +217,7 @@ def test_state_is_as_large_as_the_table_says(size, stage, dtype, width, accumula
         settings_of(stage, gradient_accumulation_steps=1 + accumulates),
     )
     optimizer.backward(net(torch.ones(1, 4 * CHUNK, dtype=dtype)).sum(), size)
-    part = optimizer.parts[0]
+    part = optimizer.vectors[0]
     gradients = [part.gradients.sum] if stage == 2 else part.gradients.filled.values()
     held = {
         t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
@@ -234,7 +234,7 @@ def test_stage_2_sends_and_frees_its_buckets_while_backward_goes_on():
     net = random_model(n_layers=6)
     gradients = (
         ShardedOptimizer(net.named_parameters(), Mesh(), settings_of(2, bucket_elements=3000))
-        .parts[0]
+        .vectors[0]
         .gradients
     )
     under_way = []
@@ -276,7 +276,7 @@ def test_every_gradient_reaches_its_place_in_its_owners_slice_once(
         for x, p in zip(torch.arange(float(total)).split(sizes), parameters, strict=True)
     ]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(comm, "reduce_to", lambda mesh, tensor, *_: lambda: tensor)
+        patch.setattr(comm, "reduce_to", lambda mesh, tensor, **_: lambda: tensor)
         for rank in range(size if stage else 1):
             gradients = GradientReducer(
                 parameters, Mesh(rank, size), slice_size, settings_of(stage, bucket_elements=bucket)
@@ -298,7 +298,7 @@ def test_an_overflow_on_one_rank_is_skipped_by_all():
             net = nn.Linear(3, 2, bias=False)
             nn.init.ones_(net.weight)
             optimizer = ShardedOptimizer(net.named_parameters(), mesh, settings_of(1))
-            optimizer.loss_scale = LossScale(scale=8.0, patience=1)
+            optimizer.loss_scale = LossScale(scale=8.0, hysteresis_left=1)
             x = torch.full((1, 3), math.inf if mesh.rank == 1 else 1.0)
             optimizer.zero_grad()
             optimizer.backward(net(x).sum(), mesh.size)
@@ -309,19 +309,19 @@ def test_an_overflow_on_one_rank_is_skipped_by_all():
 
 
 def test_the_loss_scale_halves_after_its_hysteresis_and_doubles_after_its_window():
-    scale = LossScale(scale=8.0, window=3, hysteresis=2, minimum=2.0, patience=2)
-    scale.overflowed()
+    scale = LossScale(scale=8.0, window=3, hysteresis=2, minimum=2.0, hysteresis_left=2)
+    scale.on_overflow()
     assert scale.scale == 8.0
-    scale.overflowed()
+    scale.on_overflow()
     assert scale.scale == 4.0
     for _ in range(3):
-        scale.succeeded()
-    assert (scale.scale, scale.patience) == (8.0, 2)
+        scale.on_success()
+    assert (scale.scale, scale.hysteresis_left) == (8.0, 2)
     for _ in range(3):
-        scale.overflowed()
+        scale.on_overflow()
     assert scale.scale == 2.0
     with pytest.raises(UserError, match="smallest loss scale"):
-        scale.overflowed()
+        scale.on_overflow()
 
 
 def test_a_scaled_loss_makes_the_same_update():
@@ -351,14 +351,10 @@ def test_the_tree_of_sums_does_not_depend_on_the_ranks(count, ranks):
             return Sum(f"({self.text}+{other.text})")
 
     def tree(leaves: list[Sum]) -> str:
-        counter = GradientReducer.__new__(GradientReducer)
-        counter.levels = []
+        counter = PairwiseSum()
         for leaf in leaves:
-            counter._carry(1, leaf)
-        total = counter.levels.pop()[1]
-        while counter.levels:
-            total = counter.levels.pop()[1].add_(total)
-        return total.text
+            counter.add(leaf)
+        return counter.result().text
 
     leaves = [Sum(str(i)) for i in range(count)]
     groups = [comm.pairwise_sum(list(leaves[i : i + ranks])) for i in range(0, count, ranks)]

@@ -1,17 +1,39 @@
-"""Where gradients go: from autograd into buckets, over the ranks, into what this rank keeps.
+"""Sums gradients over micro-batches and ranks, bucket by bucket.
 
-A bucket is a stretch of the flat vector, whole parameters. Buckets go out in the order in which backward completes them: matrices from
-the last to the first, and then the vectors, because the first layer's norm comes last of all. A parameter as large as a bucket is sent
-from where autograd left its gradient, a stretch at a time; smaller ones are copied together.
+Autograd produces the gradient of one parameter at a time, the last layer first. Parameters that lie
+side by side in the flat vector (see `parallel.zero`) form a bucket. A bucket is reduced in one
+piece, and its memory is freed afterwards:
 
-    lm_head -> last layer -> … -> embed_tokens -> all norms          each bucket: sum over ranks -> added to its owner's slice -> freed
+    lm_head -> last layer -> … -> embed_tokens -> all norms     the order of backward
+       each bucket: sum over ranks -> add to the slice of its owner -> free
 
-Stage 2 (and the exact reduction) sends a bucket as soon as it and all before it are complete, while backward goes on. Stages 0 and 1
-let the micro-batches add up in the buckets, and send them at the step. The exact reduction keeps its partial sums as a binary counter
-does: two sums of equally many micro-batches become one. Between two steps no gradient takes memory.
+Norms and biases come last: the norm of the first layer is the last gradient of all. A bucket of one
+large parameter is the gradient that autograd made, without a copy. Small gradients are copied into
+a bucket together.
+
+    mode             a bucket is reduced …               its sum goes to     dtype of the reduction
+    fast, stage 0    once a step, at the end             every rank          dtype of the sums
+    fast, stage 1    once a step, at the end             its owner           dtype of the sums
+    fast, stage 2    in every micro-batch, in backward   its owner           dtype of the parameters
+    exact            in every micro-batch, in backward   its owner           fp32
+
+Sums are fp32 if several micro-batches are added, else of the parameters' dtype.
+
+The exact reduction adds micro-batches in a fixed pairwise tree. It keeps a list of partial sums,
+like the bits of a binary counter: two partial sums over equally many micro-batches are added and
+become one.
+
+    micro-batch   partial sums afterwards
+    1             [1]
+    2             [1+2]
+    3             [1+2] [3]
+    4             [(1+2)+(3+4)]
+
+Between two steps no gradient takes memory.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
 
@@ -19,187 +41,243 @@ import torch
 from torch import Tensor, nn
 
 from minillama import comm, device
+from minillama.parallel.buckets import plan_buckets
 from minillama.train_config import TrainConfig
 
-RELEASE_EVERY = (
-    1 << 23
-)  # elements of gradients, after which the system gets back what has been freed
+RELEASE_EVERY = 1 << 23  # freed gradient elements after which memory is returned to the system
+MAX_IN_FLIGHT = 2  # reductions under way at a time; more would only hold more memory
+
+
+@dataclass
+class PendingReduction:
+    """A reduction under way: `wait()` returns the sum, which belongs at `offset` of this rank's
+    slice.
+    """
+
+    wait: Callable[[], Tensor]
+    offset: int  # negative, or beyond the slice, if another rank owns the sum
+
+
+@dataclass
+class PartialSum:
+    """The sum of this rank's slice over `num_micro_batches` micro-batches of every rank."""
+
+    num_micro_batches: int
+    total: Tensor
+
+
+class PairwiseSum:
+    """Adds tensors in a pairwise tree, ((1+2)+(3+4))+…, as they come.
+
+    Overwrites what it is given.
+    """
+
+    def __init__(self) -> None:
+        self.partial_sums: list[PartialSum] = []  # of ever fewer micro-batches
+
+    def add(self, total: Tensor) -> None:
+        """Add the sum of one more micro-batch, as one is added to a binary counter."""
+        count = 1
+        while self.partial_sums and self.partial_sums[-1].num_micro_batches == count:
+            earlier = self.partial_sums.pop()
+            total = earlier.total.add_(total)
+            count *= 2
+        self.partial_sums.append(PartialSum(count, total))
+
+    def result(self) -> Tensor:
+        """The sum over all micro-batches. Leaves nothing behind."""
+        total = self.partial_sums.pop().total
+        while self.partial_sums:
+            total = self.partial_sums.pop().total.add_(total)
+        return total
 
 
 class GradientReducer:
-    """The gradients of a step. Call end_micro_batch after each backward, reduced() for the sum, clear() before the next step."""
+    """Reduces the gradients of `parameters` as backward produces them.
+
+    Use: `clear()` before a step, `end_micro_batch()` after each backward, `reduced()` for the sum.
+
+    Args:
+        parameters: in the order of the flat vector, matrices first.
+        mesh: this rank among the others.
+        slice_size: elements of the flat vector that each rank owns.
+        config: `zero_stage`, `reduction`, `bucket_elements`, `gradient_accumulation_steps`.
+        defer: never reduce during backward. A rank without a micro-batch reduces one flat vector
+        after the other, and all
+            ranks must reduce in the same order, or they wait for each other forever. So only one
+            vector may go early.
+    """
 
     def __init__(
         self,
         parameters: list[nn.Parameter],
         mesh: comm.Mesh,
         slice_size: int,
-        settings: TrainConfig,
+        config: TrainConfig,
+        defer: bool = False,
     ) -> None:
-        self.parameters, self.mesh, self.bucket_elements = (
-            parameters,
-            mesh,
-            settings.bucket_elements,
-        )
-        self.stage, self.exact, self.present, self.freed = (
-            settings.zero_stage,
-            settings.reduction == "exact",
-            mesh.size,
-            0,
-        )
-        self.at_once = self.stage == 2 or self.exact
-        self.waits = (
-            not self.at_once
-        )  # send nothing before the end of the micro-batch; also where another vector goes first
-        self.dtype = (
-            torch.float32
-            if self.exact or settings.gradient_accumulation_steps > 1
-            else parameters[0].dtype
-        )  # of sums
-        self.sent_as = parameters[0].dtype if self.at_once and not self.exact else self.dtype
-        self.for_everyone = (
-            self.stage == 0 and not self.exact
-        )  # the exact sums of stage 0 are gathered in the end
-        self.slice_size = slice_size * mesh.size if self.for_everyone else slice_size
-        self.kept_from = 0 if self.for_everyone else mesh.rank * slice_size
-        self._plan_buckets()
+        self.parameters = parameters
+        self.device = parameters[0].device
+        self.mesh = mesh
+        self.bucket_elements = config.bucket_elements
+        self.stage = config.zero_stage
+        self.exact = config.reduction == "exact"
+        self.every_micro_batch = self.stage == 2 or self.exact
+        self.reduce_in_backward = self.every_micro_batch and not defer
+        self.all_reduce = self.stage == 0 and not self.exact
+        adds_up = self.exact or config.gradient_accumulation_steps > 1
+        self.sum_dtype = torch.float32 if adds_up else parameters[0].dtype
+        early = self.stage == 2 and not self.exact
+        self.reduce_dtype = parameters[0].dtype if early else self.sum_dtype
+        self.slice_size = slice_size * mesh.size if self.all_reduce else slice_size
+        self.slice_start = 0 if self.all_reduce else mesh.rank * slice_size
+        self.active_ranks = mesh.size  # ranks, from 0 on, that have a micro-batch in this round
+        self.freed_elements = 0
+
+        self.starts = [0, *accumulate(parameter.numel() for parameter in parameters)]
+        self.buckets = plan_buckets(parameters, self.bucket_elements)
+        self.bucket_of: dict[int, int] = {}  # index of a parameter -> index of its bucket
+        for number, bucket in enumerate(self.buckets):
+            for i in bucket.members:
+                self.bucket_of[i] = number
         self.clear()
         for i, parameter in enumerate(parameters):
-            parameter.register_post_accumulate_grad_hook(partial(self._take, i))
-
-    def _plan_buckets(self) -> None:
-        """starts: where each parameter begins. buckets: [(start, stop, parameters)], in the order in which they are sent."""
-        sizes, matrices = (
-            [p.numel() for p in self.parameters],
-            sum(p.ndim > 1 for p in self.parameters),
-        )
-        self.starts, self.buckets, self.bucket_of = [0, *accumulate(sizes)], [], {}
-        for group in (range(matrices), range(matrices, len(sizes))):
-            room = 0
-            for i in reversed(group):
-                if sizes[i] > room:
-                    self.buckets.append((0, self.starts[i + 1], 0))
-                    room = self.bucket_elements
-                room -= sizes[i]
-                _, stop, members = self.buckets[-1]
-                self.buckets[-1] = self.starts[i], stop, members + 1
-                self.bucket_of[i] = len(self.buckets) - 1
+            parameter.register_post_accumulate_grad_hook(partial(self._on_grad_ready, i))
 
     def clear(self) -> None:
-        self.sum: Tensor | None = None  # what this rank keeps
-        self.levels: list[
-            tuple[int, Tensor]
-        ] = []  # exact: (how many micro-batches, their sum), ever fewer
+        """Forget all gradients."""
+        self.sum: Tensor | None = None  # of this rank's slice, (slice_size,)
+        self.pairwise_sum = PairwiseSum()  # exact reduction only
         self.result: Tensor | None = None
         self._begin_round()
 
     def _begin_round(self) -> None:
-        """Every bucket is sent once a round: in each micro-batch, or once a step."""
-        self.missing = [members for _, _, members in self.buckets]
-        self.next_bucket, self.is_first_round = 0, self.sum is None
-        self.filled: dict[int, Tensor] = {}  # buckets under way
-        self.sent: list[
-            tuple[Callable[[], Tensor], int]
-        ] = []  # and where in `sum` they go; outside of it: to another rank
+        """Start a round, in which every bucket is reduced once: a micro-batch, or a whole step."""
+        self.missing = [len(bucket.members) for bucket in self.buckets]  # gradients to come
+        self.next_bucket = 0
+        self.is_first_round = self.sum is None
+        self.filled: dict[int, Tensor] = {}  # index of a bucket -> its gradients so far
+        self.pending: list[PendingReduction] = []
 
-    def _take(self, i: int, parameter: nn.Parameter) -> None:
-        """What autograd calls: move a gradient into its bucket, and send the buckets whose turn it is."""
-        gradient, parameter.grad = parameter.grad.flatten(), None
+    def _on_grad_ready(self, i: int, parameter: nn.Parameter) -> None:
+        """Move the gradient of parameter i into its bucket, and reduce the buckets whose turn it
+        is.
+        """
+        assert parameter.grad is not None
+        gradient = parameter.grad.flatten()
+        parameter.grad = None
         self._note_freed(len(gradient))
-        bucket = self.bucket_of[i]
-        start, _, members = self.buckets[bucket]
-        if members == 1 and bucket not in self.filled:
-            self.filled[bucket] = gradient.to(self.sent_as)
+        number = self.bucket_of[i]
+        bucket = self.buckets[number]
+        if len(bucket.members) == 1 and number not in self.filled:
+            self.filled[number] = gradient.to(self.reduce_dtype)
         else:
-            self._values(bucket)[self.starts[i] - start : self.starts[i + 1] - start] += gradient
-        self.missing[bucket] -= 1
-        while (
-            not self.waits
-            and self.next_bucket < len(self.buckets)
-            and self.missing[self.next_bucket] == 0
-        ):
-            self._send()
+            place = slice(self.starts[i] - bucket.start, self.starts[i + 1] - bucket.start)
+            self._bucket_values(number)[place] += gradient
+        self.missing[number] -= 1
+        while self.reduce_in_backward and self._next_is_complete():
+            self._start_reduce()
+
+    def _next_is_complete(self) -> bool:
+        return self.next_bucket < len(self.buckets) and self.missing[self.next_bucket] == 0
 
     def _note_freed(self, elements: int) -> None:
-        self.freed += elements
-        if self.freed >= RELEASE_EVERY:
-            device.release_freed(self.parameters[0].device)
-            self.freed = 0
+        self.freed_elements += elements
+        if self.freed_elements >= RELEASE_EVERY:
+            device.release_freed(self.device)
+            self.freed_elements = 0
 
-    def _values(self, bucket: int) -> Tensor:
-        """What has come of a bucket in this round; zeros at first."""
-        if bucket not in self.filled:
-            start, stop, _ = self.buckets[bucket]
-            self.filled[bucket] = torch.zeros(
-                stop - start, dtype=self.sent_as, device=self.parameters[0].device
-            )
-        return self.filled[bucket]
+    def _bucket_values(self, number: int) -> Tensor:
+        """The gradients of a bucket so far in this round; zeros at first."""
+        if number not in self.filled:
+            bucket = self.buckets[number]
+            size = bucket.stop - bucket.start
+            self.filled[number] = torch.zeros(size, dtype=self.reduce_dtype, device=self.device)
+        return self.filled[number]
 
-    def _send(self) -> None:
-        """Reduce the next bucket to its owners; every rank sends its buckets in the same order."""
-        start, stop, _ = self.buckets[self.next_bucket]
-        values = self._values(self.next_bucket)
+    def _start_reduce(self) -> None:
+        """Start the reduction of the next bucket.
+
+        Every rank reduces its buckets in the same order.
+        """
+        bucket = self.buckets[self.next_bucket]
+        values = self._bucket_values(self.next_bucket)
         del self.filled[self.next_bucket]
         self.next_bucket += 1
-        if not self.at_once:
-            self._note_freed(stop - start)
-        if self.sum is None:  # empty: memory is taken as it is filled, while gradients are freed
-            self.sum = torch.empty(self.slice_size, dtype=self.dtype, device=values.device)
-            self.sum[max(0, self.starts[-1] - self.kept_from) :] = 0
-        at = start
-        while at < stop:
-            owner = at // self.slice_size
-            end = min(stop, at + self.bucket_elements, (owner + 1) * self.slice_size)
+        if not self.every_micro_batch:
+            self._note_freed(bucket.stop - bucket.start)
+        if self.sum is None:
+            self.sum = self._new_sum()
+        start = bucket.start
+        while start < bucket.stop:  # a bucket may reach over the slices of several owners
+            owner = start // self.slice_size
+            end_of_slice = (owner + 1) * self.slice_size
+            stop = min(bucket.stop, start + self.bucket_elements, end_of_slice)
             wait = comm.reduce_to(
                 self.mesh,
-                values[at - start : end - start],
-                None if self.for_everyone else owner,
-                self.present if self.exact else None,
+                values[start - bucket.start : stop - bucket.start],
+                owner=None if self.all_reduce else owner,
+                pairwise_of=self.active_ranks if self.exact else None,
             )
-            self.sent.append((wait, at - self.kept_from))
-            at = end
-            while len(self.sent) > 2:  # bounds what is in flight
-                self._receive()
+            self.pending.append(PendingReduction(wait, offset=start - self.slice_start))
+            start = stop
+            while len(self.pending) > MAX_IN_FLIGHT:
+                self._finish_reduce()
 
-    def _receive(self) -> None:
-        wait, place = self.sent.pop(0)
-        part = wait()
-        if 0 <= place < self.slice_size:
-            mine = self.sum[place : place + len(part)]
-            (mine.copy_ if self.is_first_round else mine.add_)(part)
+    def _new_sum(self) -> Tensor:
+        """Room for this rank's slice.
+
+        Its memory is taken only as it is written, while gradients are freed.
+        """
+        total = torch.empty(self.slice_size, dtype=self.sum_dtype, device=self.device)
+        end_of_parameters = max(0, self.starts[-1] - self.slice_start)
+        total[end_of_parameters:] = 0
+        return total
+
+    def _finish_reduce(self) -> None:
+        """Wait for the oldest reduction under way and add it to this rank's slice, if it belongs
+        there.
+        """
+        reduction = self.pending.pop(0)
+        part = reduction.wait()
+        if not 0 <= reduction.offset < self.slice_size:
+            return
+        assert self.sum is not None
+        destination = self.sum[reduction.offset : reduction.offset + len(part)]
+        if self.is_first_round:
+            destination.copy_(part)
+        else:
+            destination.add_(part)
 
     def end_micro_batch(self) -> None:
-        """Send what is left of a micro-batch; with the exact reduction, carry it into the counter."""
+        """Finish a micro-batch; a rank without one calls this too."""
         self.result = None
-        if self.at_once:
+        if self.every_micro_batch:
             self._end_round()
 
     def _end_round(self) -> None:
         while self.next_bucket < len(self.buckets):
-            self._send()
-        while self.sent:
-            self._receive()
+            self._start_reduce()
+        while self.pending:
+            self._finish_reduce()
         if self.exact:
-            self._carry(1, self.sum)
+            assert self.sum is not None
+            self.pairwise_sum.add(self.sum)
             self.sum = None
         self._begin_round()
 
-    def _carry(self, count: int, total: Tensor) -> None:
-        while self.levels and self.levels[-1][0] == count:
-            total = self.levels.pop()[1].add_(total)
-            count *= 2
-        self.levels.append((count, total))
-
     def reduced(self) -> Tensor:
-        """The sum over micro-batches and ranks: the whole vector at stage 0, this rank's slice at 1 and 2. Ends accumulation."""
+        """The sum over micro-batches and ranks: the whole padded vector at stage 0, this rank's
+        slice at 1 and 2.
+        """
         if self.result is not None:
             return self.result
-        if not self.at_once:
+        if not self.every_micro_batch:
             self._end_round()
-        self.result = self.sum
-        if self.exact:
-            total = self.levels.pop()[1]
-            while self.levels:
-                total = self.levels.pop()[1].add_(total)
-            self.result = comm.all_gather(self.mesh, total) if self.stage == 0 else total
+        if not self.exact:
+            assert self.sum is not None
+            self.result = self.sum
+            return self.result
+        total = self.pairwise_sum.result()
+        self.result = comm.all_gather(self.mesh, total) if self.stage == 0 else total
         return self.result

@@ -1,22 +1,29 @@
 """ZeRO: AdamW over one flat vector, of which every rank owns a slice (Rajbhandari et al. 2020).
 
-The trainable parameters, matrices first and then the vectors that never decay, lie end to end in one flat vector; gradients and
-Adam's two moments lie the same way. Rank r of N owns the r-th of N equal slices:
+The trainable parameters lie end to end in one flat vector: matrices first, then norms and biases,
+which are never decayed. Gradients and Adam's two moments lie the same way. Rank r of N owns the
+r-th of N equal slices:
 
-    weights   | q_proj …… | k_proj …… | …matrices… | norm | bias | pad |      every rank, in the compute dtype
-    owner     |<-------- rank 0 -------->|<--------- rank 1 ---------->|
-    master, m, v                         | fp32, this slice only       |      stage 1 and 2; stage 0: all of it
+    weights        | q_proj …… | k_proj …… | …matrices… | norm | bias | pad |   every rank,
+                                                                                in the compute dtype
+    owner          |<-------- rank 0 -------->|<--------- rank 1 ---------->|
+    master, m, v                              | fp32, this slice only       |   stage 1 and 2;
+                                                                                stage 0: all of it
 
-    1. backward    gradients appear, last layers first; a bucket is a stretch of the vector whose gradients are all there
-    2. reduce      buckets are summed over ranks: stage 0 for everyone, 1 for their owner at the step, 2 for their owner at once
-    3. clip        squared norms of fixed chunks, gathered, summed in order: the same number on every rank
+    1. backward    gradients appear, the last layers first; a bucket is a range of the vector whose
+                   gradients are complete
+    2. reduce      buckets are summed over ranks: at stage 0 for every rank; at 1 for their owner,
+                   at the end of the step; at 2 for their owner, during backward
+    3. clip        squared norms of fixed chunks are all-gathered and summed in order, so that
+                   every rank has the same number
     4. step        each owner updates its slice
-    5. gather      the updated slices become everyone's weights
+    5. all-gather  the updated slices become the weights of every rank
 
-`reduction="exact"` sums the gradients of the micro-batches 0, 1, 2, … in one pairwise tree, ((0+1)+(2+3))+…, whoever computed them:
-micro-batch a·N + r is rank r's, so ranks are the lowest levels of the tree. Then stages and (power-of-two) numbers of ranks give the
-same bytes, at the price of reducing every micro-batch and of a partial sum per level. `"fast"` adds as it comes.
-"""
+With `reduction="exact"` the gradients of the micro-batches 0, 1, 2, … are added in one pairwise
+tree, ((0+1)+(2+3))+…, whichever rank computed them. Micro-batch a·N + r belongs to rank r, so the
+ranks are the lowest levels of the tree. All stages and all numbers of ranks (powers of two) then
+give the same bytes. The price is a reduction of every micro-batch, and one partial sum per level of
+the tree. `"fast"` adds gradients in the order in which they arrive."""
 
 from bisect import bisect
 from collections.abc import Callable, Iterable
@@ -29,119 +36,173 @@ from minillama.errors import UserError
 from minillama.parallel.reducer import GradientReducer
 from minillama.train_config import TrainConfig
 
-CHUNK = 16384  # elements; slices are whole chunks, so that a chunk's norm never depends on the number of ranks
-AT_ONCE = 1 << 22  # elements updated at a time, which bounds the temporary copies of a step
+# Elements. Slices are whole chunks, so the norm of a chunk does not depend on the number of ranks.
+CHUNK = 16384
+MAX_UPDATED = 1 << 22  # elements updated at a time, which bounds the temporary copies of a step
+STATE = ("master", "m", "v")  # the vectors that a checkpoint holds
+
+
+def round_up(number: int, multiple: int) -> int:
+    """The smallest multiple of `multiple` that is not below `number`."""
+    return -(-number // multiple) * multiple
 
 
 class ZeroAdamW:
-    """AdamW over trainable parameters of one dtype, sharded by stage."""
+    """AdamW over trainable parameters of one dtype, sharded as `config.zero_stage` says.
+
+    Args:
+        named: (name, parameter) pairs; the parameters become views of the flat vector.
+        mesh: this rank among the others.
+        config: stage, reduction, AdamW's constants.
+        defer: see `GradientReducer`.
+
+    Raises UserError if the exact reduction is asked for on a number of ranks that is not a power of
+    two."""
 
     def __init__(
-        self, named: Iterable[tuple[str, nn.Parameter]], mesh: comm.Mesh, settings: TrainConfig
+        self,
+        named: Iterable[tuple[str, nn.Parameter]],
+        mesh: comm.Mesh,
+        config: TrainConfig,
+        defer: bool = False,
     ) -> None:
-        exact = settings.reduction == "exact"
+        exact = config.reduction == "exact"
         if exact and mesh.size & (mesh.size - 1):
             raise UserError(
-                f"reduction = 'exact' needs 1, 2, 4, 8, … ranks, not {mesh.size}; use --reduction fast"
+                f"reduction = 'exact' needs 1, 2, 4, 8, … ranks, not {mesh.size}; "
+                "use --reduction fast"
             )
         self.named = sorted(named, key=lambda item: item[1].ndim <= 1)  # stable: matrices first
-        self.mesh, self.stage, self.steps, self.weight_decay = (
-            mesh,
-            settings.zero_stage,
-            0,
-            settings.weight_decay,
-        )
-        self.adam = {
-            "beta1": settings.adam_beta1,
-            "beta2": settings.adam_beta2,
-            "epsilon": settings.adam_epsilon,
-        }
-        # fused kernels round the ends of a stretch otherwise, so their result depends on how the vector is cut
-        self.update = ops.reference.adamw if exact else ops.adamw
-        self.total = sum(p.numel() for _, p in self.named)
-        self.decayed = sum(p.numel() for _, p in self.named if p.ndim > 1)
-        size = -(-self.total // (CHUNK * mesh.size)) * CHUNK  # of a slice
-        self.owned = slice(mesh.rank * size, (mesh.rank + 1) * size)
-        self.kept = (
-            self.owned if self.stage else slice(0, size * mesh.size)
-        )  # what this rank updates
-        dtype, device = self.named[0][1].dtype, self.named[0][1].device
-        self.weights = torch.zeros(size * mesh.size, dtype=dtype, device=device)
+        self.mesh = mesh
+        self.stage = config.zero_stage
+        self.steps = 0
+        self.weight_decay = config.weight_decay
+        self.beta1 = config.adam_beta1
+        self.beta2 = config.adam_beta2
+        self.epsilon = config.adam_epsilon
+        # Fused kernels round the ends of a range differently: their result depends on where the
+        # vector is cut.
+        self.adamw = ops.reference.adamw if exact else ops.adamw
+
+        self.total = sum(parameter.numel() for _, parameter in self.named)
+        self.decayed = sum(parameter.numel() for _, parameter in self.named if parameter.ndim > 1)
+        padded = round_up(self.total, CHUNK * mesh.size)
+        slice_size = padded // mesh.size
+        self.owned = slice(mesh.rank * slice_size, (mesh.rank + 1) * slice_size)
+        self.updated = self.owned if self.stage else slice(0, padded)  # what this rank updates
+        self._lay_out_weights(padded)
+        updated_weights = self.weights[self.updated]
+        is_fp32 = updated_weights.dtype == torch.float32
+        self.master = updated_weights if is_fp32 else updated_weights.float()
+        self.m = torch.zeros_like(self.master)
+        self.v = torch.zeros_like(self.master)
+        parameters = [parameter for _, parameter in self.named]
+        self.gradients = GradientReducer(parameters, mesh, slice_size, config, defer)
+
+    def _lay_out_weights(self, padded: int) -> None:
+        """Copy the parameters end to end into `self.weights`, and make each one a view of it."""
+        first = self.named[0][1]
+        self.weights = torch.zeros(padded, dtype=first.dtype, device=first.device)
         for (_, parameter), view in zip(self.named, self.views(self.weights), strict=True):
             view.copy_(parameter.detach())
             parameter.data = view
-        mine = self.weights[self.kept]
-        self.master = mine if dtype == torch.float32 else mine.float()
-        self.m, self.v = torch.zeros_like(self.master), torch.zeros_like(self.master)
-        self.gradients = GradientReducer([p for _, p in self.named], mesh, size, settings)
 
     def views(self, vector: Tensor) -> list[Tensor]:
-        """A flat vector cut into the parameters' shapes."""
-        parts = vector[: self.total].split([p.numel() for _, p in self.named])
-        return [part.view(p.shape) for part, (_, p) in zip(parts, self.named, strict=True)]
+        """A flat vector (padded,) cut into tensors of the parameters' shapes."""
+        sizes = [parameter.numel() for _, parameter in self.named]
+        ranges = vector[: self.total].split(sizes)
+        return [
+            values.view(parameter.shape)
+            for values, (_, parameter) in zip(ranges, self.named, strict=True)
+        ]
 
     def squared_norm(self) -> Tensor:
-        """The squared norm of the step's whole gradient, () fp64 on the host (not every device has it), the same number on every rank."""
-        chunks = torch.stack(
-            [row.float().square().sum() for row in self.gradients.reduced().view(-1, CHUNK)]
-        )
+        """The squared norm of the step's whole gradient, (), the same number on every rank.
+
+        It is fp64 on the host: not every device has fp64.
+        """
+        rows = self.gradients.reduced().view(-1, CHUNK)
+        norms = torch.stack([row.float().square().sum() for row in rows])  # (chunks,)
         if self.stage:
-            chunks = comm.all_gather(self.mesh, chunks)
-        return chunks[: -(-self.total // CHUNK)].cpu().double().sum()
+            norms = comm.all_gather(self.mesh, norms)
+        num_chunks = round_up(self.total, CHUNK) // CHUNK
+        return norms[:num_chunks].cpu().double().sum()
 
     def step(self, learning_rate: float, scale: float = 1.0) -> None:
-        """One AdamW update with the gradient times `scale`; afterwards every rank has the new weights."""
+        """Update the weights of every rank once, with the gradient times `scale`."""
         self.steps += 1
-        grad = self.gradients.reduced()
-        border, end = (
-            min(max(place - self.kept.start, 0), len(grad)) for place in (self.decayed, self.total)
-        )
-        for start, stop, decay in ((0, border, self.weight_decay), (border, end, 0.0)):
-            for at in range(start, stop, AT_ONCE):
-                part = slice(at, min(at + AT_ONCE, stop))
-                scaled = grad[part].float() if scale == 1.0 else grad[part].float() * scale
-                self.update(
-                    self.master[part],
-                    scaled,
-                    self.m[part],
-                    self.v[part],
-                    self.steps,
-                    learning_rate=learning_rate,
-                    weight_decay=decay,
-                    **self.adam,
-                )
-        self.publish()
+        matrices_end = self._in_updated(self.decayed)
+        end = self._in_updated(self.total)
+        self._update_range(0, matrices_end, learning_rate, scale, self.weight_decay)
+        self._update_range(matrices_end, end, learning_rate, scale, 0.0)
+        self.all_gather_weights()
 
-    def publish(self) -> None:
-        """Make the masters everyone's weights."""
+    def _in_updated(self, position: int) -> int:
+        """A position of the flat vector, counted from the start of `updated` and limited to that
+        range.
+        """
+        size = self.updated.stop - self.updated.start
+        return min(max(position - self.updated.start, 0), size)
+
+    def _update_range(
+        self, start: int, stop: int, learning_rate: float, scale: float, weight_decay: float
+    ) -> None:
+        """AdamW on the elements start … stop of what this rank updates."""
+        gradient = self.gradients.reduced()
+        for first in range(start, stop, MAX_UPDATED):
+            place = slice(first, min(first + MAX_UPDATED, stop))
+            scaled = gradient[place].float()
+            if scale != 1.0:
+                scaled = scaled * scale
+            self.adamw(
+                self.master[place],
+                scaled,
+                self.m[place],
+                self.v[place],
+                self.steps,
+                learning_rate=learning_rate,
+                weight_decay=weight_decay,
+                beta1=self.beta1,
+                beta2=self.beta2,
+                epsilon=self.epsilon,
+            )
+
+    def all_gather_weights(self) -> None:
+        """Copy the fp32 master weights into the weights of every rank."""
         if self.master.dtype != self.weights.dtype:
-            self.weights[self.kept].copy_(self.master)
+            self.weights[self.updated].copy_(self.master)
         if self.stage:
             comm.all_gather_into(self.mesh, self.weights, self.weights[self.owned])
 
     def first_non_finite(self) -> str:
-        """The first parameter whose gradient, as far as this rank keeps it, is not finite; or an empty string."""
+        """The first parameter with a gradient, among those this rank keeps, that is not finite;
+        or an empty string.
+        """
         bad = (~self.gradients.reduced().isfinite()).nonzero()
-        return (
-            self.named[bisect(self.gradients.starts, int(bad[0]) + self.kept.start) - 1][0]
-            if len(bad)
-            else ""
-        )
+        if len(bad) == 0:
+            return ""
+        position = int(bad[0]) + self.updated.start
+        index = bisect(self.gradients.starts, position) - 1
+        return self.named[index][0]
 
     def state(self) -> dict[str, Tensor]:
-        """What this rank owns: master, m and v from position `owned.start` on, cut after the last parameter."""
-        first, last = (
-            min(place, self.total) - self.kept.start
-            for place in (self.owned.start, self.owned.stop)
-        )
-        return {
-            name: getattr(self, name)[max(first, 0) : max(last, 0)] for name in ("master", "m", "v")
-        }
+        """master, m and v of the slice that this rank owns, from position `owned.start` on,
+        without padding.
+        """
+        first = self._in_updated(min(self.owned.start, self.total))
+        last = self._in_updated(min(self.owned.stop, self.total))
+        return {name: getattr(self, name)[first:last] for name in STATE}
 
     def load_state(self, read: Callable[[str, int, int], Tensor], steps: int) -> None:
-        """Take the state over: read(name, start, stop) returns a stretch of a saved vector by position, whoever saved it."""
-        start, stop = min(self.kept.start, self.total), min(self.kept.stop, self.total)
-        for name in ("master", "m", "v"):
+        """Continue from a saved state.
+
+        Args:
+            read: read(name, start, stop) returns a range of a saved vector, whichever rank saved
+            it. steps: updates made so far.
+        """
+        start = min(self.updated.start, self.total)
+        stop = min(self.updated.stop, self.total)
+        for name in STATE:
             getattr(self, name)[: stop - start] = read(name, start, stop)
         self.steps = steps
-        self.publish()
+        self.all_gather_weights()

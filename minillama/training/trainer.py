@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from minillama.data.windows import Batch
 from minillama.errors import UserError
 from minillama.lora import save_adapter
 from minillama.ops import Documents
-from minillama.parallel.sharded_optimizer import LossScale, ShardedOptimizer
+from minillama.parallel.sharded_optimizer import ShardedOptimizer
 from minillama.tokenizer import Tokenizer
 from minillama.train_config import TrainConfig
 from minillama.training import metrics, run
@@ -85,12 +86,9 @@ class Trainer:
     def resume(self, checkpoint: Path) -> None:
         """Go on from a checkpoint: weights, moments, step, loss scale."""
         state = train_state.read_state(checkpoint)
-        for number, part in enumerate(self.optimizer.parts):
-            part.load_state(
-                train_state.slice_reader(checkpoint, number, part.total), state["updates"]
-            )
-        if self.optimizer.loss_scale and state["loss_scale"]:
-            self.optimizer.loss_scale = LossScale(**state["loss_scale"])
+        self.optimizer.load_state(
+            partial(train_state.slice_reader, checkpoint), state["updates"], state["loss_scale"]
+        )
         self.step = self.saved_step = state["step"]
         self.tokens, self.skipped = state["tokens"], state["skipped"]
 
@@ -162,7 +160,7 @@ class Trainer:
             "step_seconds": round(sum(durations) / max(1, len(durations)), 4),
             "skipped_steps": self.skipped,
             "seconds": round(log.close(), 2),
-            "trainable_parameters": self.optimizer.trained,
+            "trainable_parameters": self.optimizer.num_trained,
             **self._rates(speed, self.plan.windows.length.tolist()),
         }
 
@@ -245,16 +243,17 @@ class Trainer:
         """Write checkpoints/step-N; where that fails, say so loudly and go on: the checkpoints before it are still there."""
         if self.saved_step == self.step:
             return
-        scale, self.saved_step = self.optimizer.loss_scale, self.step
+        self.saved_step = self.step
+        optimizer = self.optimizer.state()
         state = {
             "step": self.step,
             "tokens": self.tokens,
             "skipped": self.skipped,
-            "updates": self.optimizer.parts[0].steps,
+            "updates": optimizer.updates,
             "rows_per_step": self.plan.rows_per_step,
-            "loss_scale": asdict(scale) if scale else None,
+            "loss_scale": optimizer.loss_scale,
         }
-        slices = [(part.owned.start, part.state()) for part in self.optimizer.parts]
+        slices = [(part.start, part.tensors) for part in optimizer.slices]
         problem = train_state.save_state(
             self.out_dir,
             self.step,
@@ -303,7 +302,7 @@ def train(settings: TrainConfig, mesh: comm.Mesh, overwrite: bool = False) -> di
     with listening() as stop:
         trainer = Trainer(settings, mesh, stop)
         mesh.print(
-            f"model: {sum(p.numel() for p in trainer.model.parameters()):,} parameters, {trainer.optimizer.trained:,} trained; "
+            f"model: {sum(p.numel() for p in trainer.model.parameters()):,} parameters, {trainer.optimizer.num_trained:,} trained; "
             f"{trainer.plan.total_steps:,} steps on {mesh.size} × {mesh.device.type}"
         )
         if checkpoint:
