@@ -53,7 +53,7 @@ def build_here(kind: str, model: str, directory: Path) -> None:
     import torch
 
     from minillama.checkpoint.hf_format import write_json, write_weights
-    from minillama.llama_config import published, to_hf
+    from minillama.hf_config import published, to_hf
 
     config, generator = published(model), torch.Generator().manual_seed(len(directory.name))
     directory.mkdir()

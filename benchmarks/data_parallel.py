@@ -45,7 +45,7 @@ def run_rank(side: str, shape: str, tokens: int, steps: int) -> None:
     import torch
     import torch.distributed as dist
 
-    from minillama.llama_config import published
+    from minillama.hf_config import published
     from minillama.model import Llama
 
     torch.set_num_threads(1)

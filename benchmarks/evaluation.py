@@ -226,7 +226,7 @@ def main() -> None:
     import torch
 
     from minillama.checkpoint.hf_format import save_model
-    from minillama.llama_config import published
+    from minillama.hf_config import published
     from minillama.model import Llama
     from minillama.tokenizer import open_tokenizer
 

@@ -28,7 +28,7 @@ from minillama.comm import Mesh
 from minillama.data.batches import BatchPlan
 from minillama.data.tokenize import open_data
 from minillama.data.windows import TrainingWindows
-from minillama.llama_config import published, to_hf
+from minillama.hf_config import published, to_hf
 from minillama.model import Llama
 from minillama.ops import IGNORE, Documents
 from minillama.parallel.sharded_optimizer import ShardedOptimizer

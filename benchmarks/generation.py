@@ -35,7 +35,8 @@ from minillama.checkpoint.hf_format import save_model
 from minillama.generation.beam import Beams, beam_search
 from minillama.generation.decode import Completion, decode
 from minillama.generation.sampling import Sampling
-from minillama.llama_config import LlamaConfig, published, to_hf
+from minillama.hf_config import published, to_hf
+from minillama.llama_config import LlamaConfig
 from minillama.model import Llama
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -36,7 +36,7 @@ PEERS = {
 
 
 def our_model(shape: str, recipe: str) -> nn.Module:
-    from minillama.llama_config import published
+    from minillama.hf_config import published
     from minillama.lora import LINEARS, LoraConfig, add_lora
     from minillama.model import Llama
 
@@ -75,7 +75,7 @@ def transformers(shape: str, recipe: str) -> Callable[[Tensor], float]:
     """transformers' model, inside peft's where the recipe is a LoRA."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from minillama.llama_config import published, to_hf
+    from minillama.hf_config import published, to_hf
     from minillama.lora import LINEARS
 
     torch.manual_seed(0)
@@ -102,7 +102,7 @@ def litgpt(shape: str, recipe: str) -> Callable[[Tensor], float]:
     from litgpt import lora, model
     from litgpt.utils import chunked_cross_entropy
 
-    from minillama.llama_config import published
+    from minillama.hf_config import published
 
     c, rank = published(shape), RECIPES[recipe]
     settings = {

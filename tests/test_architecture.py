@@ -22,7 +22,8 @@ TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in SOURCES}
 # A file imports from lower floors, or from its own room; rooms of one floor do not know each other.
 FLOORS: list[list[set[str]]] = [
     [{"errors"}],
-    [{"llama_config"}, {"device"}, {"files", "output_directory"}, {"loss_curves"}],
+    [{"files", "output_directory"}],
+    [{"llama_config", "hf_config"}, {"device"}, {"loss_curves"}],
     [{"train_config", "compat", "cli"}],
     [{"ops"}, {"tokenizer"}, {"chat"}, {"comm"}, {"tensor_files", "torch_files"}],
     [{"model"}, {"parallel"}, {"data"}],
@@ -95,7 +96,6 @@ def test_a_file_imports_only_from_floors_below_its_own_or_from_its_own_room(path
 LONG_FILES = {
     "convert.py",
     "generate.py",
-    "minillama/llama_config.py",
     "minillama/training/run.py",
     "minillama/checkpoint/hf_format.py",
     "minillama/train_config.py",

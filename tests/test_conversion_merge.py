@@ -12,7 +12,7 @@ from minillama.conversion.checksums import manifest
 from minillama.conversion.merge import merge_lora, read_adapter
 from minillama.conversion.writer import Output
 from minillama.errors import UserError
-from minillama.llama_config import read_config
+from minillama.hf_config import read_config
 
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"

@@ -22,7 +22,8 @@ from minillama.conversion.meta import (
 )
 from minillama.conversion.writer import Output
 from minillama.errors import UserError
-from minillama.llama_config import PUBLISHED, LlamaConfig, ffn_width, read_config
+from minillama.hf_config import read_config
+from minillama.llama_config import PUBLISHED, LlamaConfig, ffn_width
 from minillama.model import Llama
 from minillama.torch_files import read_torch
 

@@ -11,7 +11,7 @@ import train
 from minillama import cli
 from minillama.errors import UserError
 from minillama.generation.loading import load_with_adapters
-from minillama.llama_config import read_config
+from minillama.hf_config import read_config
 from minillama.lora import load_adapter
 from minillama.tokenizer import open_tokenizer
 from tests.conftest import random_model

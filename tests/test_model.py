@@ -11,16 +11,8 @@ import torch
 from minillama import ops
 from minillama.checkpoint.hf_format import load_model, save_model
 from minillama.errors import UserError
-from minillama.llama_config import (
-    PUBLISHED,
-    RopeScaling,
-    ffn_width,
-    from_hf,
-    published,
-    read_config,
-    to_hf,
-    with_layers,
-)
+from minillama.hf_config import from_hf, published, read_config, to_hf
+from minillama.llama_config import PUBLISHED, RopeScaling, ffn_width, with_layers
 from tests.conftest import TINY, random_model, random_tokens
 from tests.peers import assert_same_logits, open_in_transformers
 

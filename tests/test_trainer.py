@@ -17,7 +17,7 @@ from minillama.compat import deepspeed
 from minillama.data import demo
 from minillama.data.windows import Batch
 from minillama.errors import UserError
-from minillama.llama_config import published
+from minillama.hf_config import published
 from minillama.lora import load_adapter
 from minillama.loss_curves import read_metrics, smoothed
 from minillama.ops import IGNORE

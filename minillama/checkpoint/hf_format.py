@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from minillama.errors import UserError, read_json
-from minillama.llama_config import LlamaConfig, read_config, to_hf, with_layers
+from minillama.hf_config import read_config, to_hf
+from minillama.llama_config import LlamaConfig, with_layers
 from minillama.model import Llama
 from minillama.tensor_files import (
     TensorRef,

@@ -17,7 +17,7 @@ from torch import Tensor
 from minillama.checkpoint.hf_format import EMBEDDING, HEAD, has_tokenizer, listed, open_weights
 from minillama.conversion.writer import LazyTensor, Output, write_checkpoint, write_companions
 from minillama.errors import UserError
-from minillama.llama_config import read_config
+from minillama.hf_config import read_config
 from minillama.tensor_files import TensorRef
 from minillama.tokenizer import open_tokenizer
 

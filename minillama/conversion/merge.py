@@ -33,7 +33,7 @@ from minillama.checkpoint.hf_format import (
 from minillama.conversion.meta import write_meta
 from minillama.conversion.writer import LazyTensor, Output, write_checkpoint, write_companions
 from minillama.errors import UserError, closest, read_json
-from minillama.llama_config import read_config
+from minillama.hf_config import read_config
 from minillama.lora import read_adapter_config
 from minillama.tensor_files import TensorRef
 from minillama.tokenizer import open_tokenizer

@@ -32,7 +32,8 @@ from minillama.checkpoint.hf_format import (
 )
 from minillama.conversion.writer import LazyTensor, LazyTensors, Output, write_checkpoint
 from minillama.errors import UserError, read_json
-from minillama.llama_config import LlamaConfig, ffn_width, read_config
+from minillama.hf_config import read_config
+from minillama.llama_config import LlamaConfig, ffn_width
 from minillama.tensor_files import TensorRef, TensorSpecs, specs_of
 from minillama.tokenizer import open_tokenizer
 from minillama.torch_files import torch_writer

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from minillama import comm, llama_config
+from minillama import comm, hf_config, llama_config
 from minillama.checkpoint import hf_format as checkpoints
 from minillama.checkpoint import train_state
 from minillama.data.batches import BatchPlan, split_documents
@@ -172,7 +172,7 @@ def model_config(settings: TrainConfig, vocab_size: int = 0) -> LlamaConfig:
     """The architecture of a run, from the checkpoint's config.json or, from scratch, from `model` and the shape keys."""
     given = {name: getattr(settings, name) for name in SHAPE_KEYS if getattr(settings, name)}
     if settings.ckpt and settings.init == "pretrained":
-        config = llama_config.read_config(checkpoints.find_checkpoint(Path(settings.ckpt)))
+        config = hf_config.read_config(checkpoints.find_checkpoint(Path(settings.ckpt)))
         differs = [
             name
             for name in given
@@ -194,7 +194,7 @@ def model_config(settings: TrainConfig, vocab_size: int = 0) -> LlamaConfig:
             "n_kv_heads": given["n_heads"],
             "ffn_dim": llama_config.ffn_width(given["dim"], 32),
         } | given
-    config = llama_config.published(
+    config = hf_config.published(
         settings.model or "1.1b"
     )  # a shape of one's own has its vocabulary, context and epsilon
     if given.keys() & {"dim", "n_heads"}:
