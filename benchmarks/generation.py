@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from minillama import ops
 from minillama.checkpoint.hf_format import save_model
-from minillama.generation.beam import Beams, beam_search
+from minillama.generation.beam import BeamOptions, beam_search
 from minillama.generation.decode import Completion, decode
 from minillama.generation.sampling import Sampling
 from minillama.hf_config import published, to_hf
@@ -72,7 +72,7 @@ class Ours:
                 beam_search(
                     self.model,
                     [Completion(prompts[0], tokens)],
-                    Beams(beams, early_stopping="never"),
+                    BeamOptions(beams, early_stopping="never"),
                     GREEDY,
                 )
             )

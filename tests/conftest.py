@@ -65,10 +65,10 @@ def generate(
     seed: int | None = None,
 ) -> Iterator[int]:
     """Yield the ids that follow `prompt`, until one of `stop` (not yielded) or max_new_tokens."""
-    answer = Completion(prompt, max_new_tokens)
-    for _ in decode(model, [answer], sampling, stop, seed):
-        if answer.finish_reason != "eos":
-            yield answer.ids[-1]
+    completion = Completion(prompt, max_new_tokens)
+    for _ in decode(model, [completion], sampling, stop, seed):
+        if completion.finish_reason != "eos":
+            yield completion.ids[-1]
 
 
 def random_tokens(*shape: int, vocab_size: int = 50, seed: int = 0) -> torch.Tensor:

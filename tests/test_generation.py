@@ -1,5 +1,6 @@
 """Generation: transformers' greedy tokens, a cache that changes nothing, and draws that follow their distribution."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from minillama import chat
 from minillama.checkpoint.hf_format import find_checkpoint, load_model, save_model
 from minillama.errors import UserError
 from minillama.generation.cache import Cache
+from minillama.generation.config import GenerationConfig
 from minillama.generation.decode import Completion
 from minillama.generation.engine import ChatSession, Engine
 from minillama.generation.sampling import (
@@ -27,6 +29,8 @@ from tests.peers import open_in_transformers
 
 GREEDY = Sampling(temperature=0.0)
 GOLDEN = Path(__file__).parent / "golden/model"
+QUESTION = "Which number is larger, 31 or 62?"
+REPEAT = "Please repeat cat, dog and owl."
 
 
 def their_greedy(directory: Path, prompt: list[int], count: int) -> list[int]:
@@ -189,99 +193,90 @@ def test_a_prompt_that_leaves_no_room_is_refused_with_the_number_that_fits() -> 
 
 
 @pytest.fixture
-def session() -> Engine:
+def engine() -> Engine:
     model = load_model(GOLDEN)
-    return Engine(
-        model, open_tokenizer(GOLDEN), "llama_factory_default", GREEDY, 24, model.config.eos_ids
-    )
+    config = GenerationConfig(template="llama_factory_default", greedy=True, max_new_tokens=24)
+    return Engine(model, open_tokenizer(GOLDEN), config, model.config.eos_ids)
 
 
-def answer(session: Engine, text: str) -> Completion:
-    """The whole answer to one prompt."""
-    one = session.ask(session.encode_prompt(text))
-    list(session.write([one], None))
-    return one
+def complete(engine: Engine, text: str, **changes) -> Completion:
+    """The whole completion of one prompt, with changes of the engine's config."""
+    engine = replace(engine, config=replace(engine.config, **changes))
+    completion = engine.new_completion(engine.encode_prompt(text))
+    streamed = [piece.text for piece in engine.stream([completion], None)]
+    assert "".join(streamed) == completion.text
+    return completion
 
 
-def test_an_answer_ends_at_the_end_token(session: Engine) -> None:
-    found = answer(session, "Which number is larger, 31 or 62?")
-    assert (found.text.strip(), found.finish_reason) == ("62", "eos")
-    session.stop_ids, session.max_new_tokens = (), 5
-    found = answer(session, "Which number is larger, 31 or 62?")
-    assert (len(found.ids), found.finish_reason) == (5, "length")
+def test_a_completion_ends_at_eos_or_at_its_length(engine: Engine) -> None:
+    completion = complete(engine, QUESTION)
+    assert (completion.text.strip(), completion.finish_reason) == ("62", "eos")
+    completion = complete(engine, QUESTION, ignore_eos=True, max_new_tokens=5)
+    assert (len(completion.ids), completion.finish_reason) == (5, "length")
 
 
-def test_a_stop_text_ends_the_answer_even_across_tokens_and_is_not_printed(
-    session: Engine,
+def test_a_stop_string_ends_a_completion_even_across_tokens_and_is_not_emitted(
+    engine: Engine,
 ) -> None:
-    whole = answer(session, "Please repeat cat, dog and owl.").text
+    whole = complete(engine, REPEAT).text
     assert len(whole) > 6
     for stop in (whole[3:6], whole[4]):
-        session.stop_texts = (stop,)
-        one = session.ask(session.encode_prompt("Please repeat cat, dog and owl."))
-        streamed = "".join(text for _, text in session.write([one], None))
-        assert streamed == one.text == whole[: whole.index(stop)]
-        assert one.finish_reason == "stop"
+        completion = complete(engine, REPEAT, stop=(stop,))
+        assert completion.text == whole[: whole.index(stop)]
+        assert completion.finish_reason == "stop"
 
 
-def test_what_is_held_back_for_a_stop_text_comes_out_when_it_does_not_follow(
-    session: Engine,
+def test_text_held_back_for_a_stop_string_is_emitted_when_the_string_does_not_follow(
+    engine: Engine,
 ) -> None:
-    whole = answer(session, "Please repeat cat, dog and owl.").text
-    session.stop_texts = (whole[-2:] + "!", whole[2:4] + "###")
-    assert answer(session, "Please repeat cat, dog and owl.").text == whole
+    whole = complete(engine, REPEAT).text
+    stop = (whole[-2:] + "!", whole[2:4] + "###")
+    assert complete(engine, REPEAT, stop=stop).text == whole
 
 
-def test_streamed_text_is_the_decoded_text(session: Engine) -> None:
-    found = answer(session, "Please repeat cat, dog and owl.")
-    assert found.text == session.tokenizer.decode(found.ids)
+def test_streamed_text_is_the_decoded_text(engine: Engine) -> None:
+    completion = complete(engine, REPEAT)
+    assert completion.text == engine.tokenizer.decode(completion.ids)
 
 
-def test_the_oldest_rounds_are_dropped_when_the_context_is_full(session: Engine) -> None:
-    """The window slides by whole rounds, and what remains is the conversation of the remaining rounds."""
-    dialogue, question = ChatSession(session), "Please repeat cat, dog and owl."
-    dialogue.turns = [
-        chat.Turn(f"question {number}", "an answer of some length") for number in range(40)
-    ]
-    ids, dropped = dialogue.prompt_ids(question)
-    assert 0 < dropped < 40
-    assert len(ids) + session.max_new_tokens <= session.model.config.max_seq_len
-    assert [turn.user for turn in dialogue.turns] == [
-        f"question {number}" for number in range(dropped, 40)
-    ]
-    fresh = ChatSession(session)
-    fresh.turns = list(dialogue.turns)
-    assert fresh.prompt_ids(question) == (ids, 0)
+def test_the_oldest_turns_are_dropped_when_the_context_is_full(engine: Engine) -> None:
+    """The window slides by whole turns; the prompt is the conversation of the remaining turns."""
+    session = ChatSession(engine)
+    session.turns = [chat.Turn(f"question {i}", "an answer of some length") for i in range(40)]
+    ids, num_dropped = session.fit_prompt(REPEAT)
+    assert 0 < num_dropped < 40
+    assert len(ids) + engine.config.max_new_tokens <= engine.model.config.max_seq_len
+    remaining = [f"question {i}" for i in range(num_dropped, 40)]
+    assert [turn.user for turn in session.turns] == remaining
+    fresh = ChatSession(engine)
+    fresh.turns = list(session.turns)
+    assert fresh.fit_prompt(REPEAT) == (ids, 0)
 
 
-def test_a_question_longer_than_the_context_is_refused(session: Engine) -> None:
+def test_a_question_longer_than_the_context_is_refused(engine: Engine) -> None:
+    session = ChatSession(engine)
     with pytest.raises(UserError, match="this question alone has"):
-        ChatSession(session).prompt_ids("cat " * 600)
-    dialogue = ChatSession(session)
-    assert list(dialogue.reply("cat " * 600, None)) == [""]
-    assert "this question alone has" in dialogue.note and dialogue.turns == []
+        session.ask("cat " * 600)
+    assert list(session.reply("cat " * 600)) == [""]
+    assert "this question alone has" in session.note
+    assert session.turns == []
 
 
-def test_a_conversation_is_the_template_of_its_rounds(session: Engine) -> None:
-    dialogue = ChatSession(session)
-    first, _ = dialogue.prompt_ids("Which number is larger, 31 or 62?")
-    assert "".join(dialogue.reply("Which number is larger, 31 or 62?", None)).strip() == "62"
-    assert dialogue.turns == [chat.Turn("Which number is larger, 31 or 62?", "62")]
-    ids, _ = dialogue.prompt_ids("Which number is larger, 77 or 18?")
+def test_a_conversation_is_the_template_of_its_turns(engine: Engine) -> None:
+    session = ChatSession(engine)
+    first, _ = session.fit_prompt(QUESTION)
+    assert "".join(session.reply(QUESTION)).strip() == "62"
+    assert session.turns == [chat.Turn(QUESTION, "62")]
+    ids, _ = session.fit_prompt(REPEAT)
     assert ids[: len(first)] == first
-    assert (
-        "".join(dialogue.reply("Which number is larger, 77 or 18?", None)).strip()
-        == dialogue.turns[1].answer
-    )
-    assert [turn.user for turn in dialogue.turns] == [
-        "Which number is larger, 31 or 62?",
-        "Which number is larger, 77 or 18?",
-    ]
+    answer = session.ask(REPEAT)
+    assert answer == session.turns[1].answer
+    assert [turn.user for turn in session.turns] == [QUESTION, REPEAT]
 
 
-def test_a_template_of_none_is_the_text_after_the_begin_token(session: Engine) -> None:
-    session.template = "none"
-    assert session.encode_prompt("cat") == [1, *session.tokenizer.encode("cat")]
+def test_without_a_template_a_prompt_is_the_text_after_bos(engine: Engine) -> None:
+    engine.config = replace(engine.config, template="none")
+    assert engine.encode_prompt("cat") == [1, *engine.tokenizer.encode("cat")]
 
 
 @torch.no_grad()

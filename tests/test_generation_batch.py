@@ -10,9 +10,9 @@ from minillama import ops
 from minillama.checkpoint.hf_format import load_model
 from minillama.errors import UserError
 from minillama.generation import decode as decoding
-from minillama.generation.beam import Beams
 from minillama.generation.cache import Cache
-from minillama.generation.decode import Completion, decode, read_prompts, rope_alpha_for, scale_rope
+from minillama.generation.config import GenerationConfig
+from minillama.generation.decode import Completion, decode, prefill, rope_alpha_for, scale_rope
 from minillama.generation.engine import Engine
 from minillama.generation.sampling import Sampling
 from minillama.llama_config import RopeScaling
@@ -87,7 +87,7 @@ def test_prompts_read_end_to_end_or_in_chunks_leave_what_each_leaves_alone(
     monkeypatch.setattr(decoding, "CHUNK", 8)
     prompts = [*PROMPTS, PROMPTS[0], random_tokens(30).tolist()]
     cache = Cache(model.config, len(prompts), 32, torch.float32, torch.device("cpu"))
-    logits = read_prompts(model, cache, prompts)
+    logits = prefill(model, cache, prompts)
     for row, prompt in enumerate(prompts):
         alone = Cache(model.config, 1, 32, torch.float32, torch.device("cpu"))
         hidden = model(torch.tensor([prompt]), cache=alone.extend(len(prompt)))
@@ -132,12 +132,12 @@ def test_a_finished_row_costs_nothing_more(monkeypatch: pytest.MonkeyPatch) -> N
     assert rows == [1, 3, 2, 2, 2]  # the first is the prompts' one run
 
 
-def test_a_caller_ends_a_text_by_giving_it_a_reason() -> None:
+def test_a_caller_may_end_a_completion() -> None:
     model = random_model()
     answers = [Completion([1, 7, 9], 10), Completion([4], 10)]
     for answer in decode(model, answers, GREEDY):
         if answer is answers[0] and len(answer.ids) == 3:
-            answer.finish_reason = "stop"
+            answer.finish("stop")
     assert [len(answer.ids) for answer in answers] == [3, 10]
     assert answers[1].ids == list(generate(model, [4], 10, GREEDY))
 
@@ -361,10 +361,12 @@ def test_a_session_packs_for_as_many_texts_as_it_writes(monkeypatch: pytest.Monk
     packed_for = []
     monkeypatch.setattr(ops, "pack", lambda model, rows: packed_for.append(rows))
     tokenizer = open_tokenizer(Path(__file__).parent / "golden/model")
-    session = Engine(random_model(), tokenizer, "none", GREEDY, 3, ())
-    for beams, count in ((None, 1), (None, 4), (Beams(3), 1)):
-        session.beams = beams
-        list(session.write([session.ask([1, 5]) for _ in range(count)], seed=0))
+    session = Engine(random_model(), tokenizer, GenerationConfig(template="none"))
+    for beams, count in ((1, 1), (1, 4), (3, 1)):
+        session.config = GenerationConfig(
+            template="none", greedy=True, max_new_tokens=3, num_beams=beams
+        )
+        list(session.stream([session.new_completion([1, 5]) for _ in range(count)], seed=0))
     assert packed_for == [1, 4, 3]
 
 

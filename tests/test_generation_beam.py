@@ -9,7 +9,7 @@ import torch
 
 from minillama.checkpoint.hf_format import load_model, save_model
 from minillama.errors import UserError
-from minillama.generation.beam import Beams, beam_search, move_rows
+from minillama.generation.beam import BeamOptions, beam_search, move_rows
 from minillama.generation.cache import Cache
 from minillama.generation.decode import Completion
 from minillama.generation.sampling import Sampling
@@ -32,7 +32,7 @@ def ours(
     model: Llama,
     prompt: list[int],
     room: int,
-    beams: Beams,
+    beams: BeamOptions,
     stop: tuple[int, ...],
     returned: int = 1,
     sampling: Sampling = PLAIN,
@@ -46,7 +46,7 @@ def theirs(
     model: object,
     prompt: list[int],
     room: int,
-    beams: Beams,
+    beams: BeamOptions,
     stop: tuple[int, ...],
     returned: int = 1,
     **more,
@@ -83,7 +83,7 @@ def test_beams_are_transformers(
     both: tuple, early: str, penalty: float, stop: tuple[int, ...]
 ) -> None:
     for prompt, width in (([1, 7, 9], 2), ([1, 4, 4, 8, 30], 3)):
-        beams = Beams(width, penalty, early)
+        beams = BeamOptions(width, penalty, early)
         found = [
             (answer.ids, answer.score)
             for answer in ours(both[0], prompt, 16, beams, stop, returned=2)
@@ -98,7 +98,7 @@ def test_the_three_ways_to_stop_early_find_different_texts(both: tuple) -> None:
             [
                 answer.ids
                 for answer in ours(
-                    both[0], prompt, 16, Beams(width, penalty, early), (4, 0, 34, 6), 2
+                    both[0], prompt, 16, BeamOptions(width, penalty, early), (4, 0, 34, 6), 2
                 )
             ]
             for prompt, width in (([1, 7, 9], 2), ([1, 4, 4, 8, 30], 3))
@@ -112,14 +112,16 @@ def test_the_three_ways_to_stop_early_find_different_texts(both: tuple) -> None:
 def test_beams_of_a_trained_llama_are_transformers(shared: Path) -> None:
     directory = shared / "models/stories260K"
     model, peer = load_model(directory), open_in_transformers(directory)
-    found = ours(model, [1, 403, 407], 60, Beams(4), (1, 2))
-    assert [(found[0].ids, found[0].score)] == theirs(peer, [1, 403, 407], 60, Beams(4), (1, 2))
+    found = ours(model, [1, 403, 407], 60, BeamOptions(4), (1, 2))
+    assert [(found[0].ids, found[0].score)] == theirs(
+        peer, [1, 403, 407], 60, BeamOptions(4), (1, 2)
+    )
 
 
 def test_the_repetition_penalty_works_on_log_probabilities_as_in_transformers(both: tuple) -> None:
-    found = ours(both[0], [1, 7, 9], 20, Beams(3), (2,), sampling=Sampling(0.0, 0, 1.0, 1.5))
+    found = ours(both[0], [1, 7, 9], 20, BeamOptions(3), (2,), sampling=Sampling(0.0, 0, 1.0, 1.5))
     assert [(found[0].ids, found[0].score)] == theirs(
-        both[1], [1, 7, 9], 20, Beams(3), (2,), repetition_penalty=1.5
+        both[1], [1, 7, 9], 20, BeamOptions(3), (2,), repetition_penalty=1.5
     )
 
 
@@ -136,7 +138,7 @@ def test_sampled_beams_draw_what_transformers_draws(
         "minillama.generation.beam.generator_for", lambda *_: torch.Generator().manual_seed(11)
     )
     for prompt in ([1, 7, 9], [4], [1, 2, 3, 5, 8]):
-        beams = Beams(3, sample=True)
+        beams = BeamOptions(3, sample=True)
         found = [
             (answer.ids, answer.score)
             for answer in ours(both[0], prompt, 16, beams, (2, 17), 2, sampling)
@@ -159,7 +161,7 @@ def test_sampled_beams_draw_what_transformers_draws(
 def test_a_search_over_every_beginning_finds_the_likeliest_text() -> None:
     """As many beams as there are texts of two tokens: an exhaustive search."""
     model = random_model(vocab_size=6)
-    best = ours(model, [1, 3], 3, Beams(36), ())[0]
+    best = ours(model, [1, 3], 3, BeamOptions(36), ())[0]
     with torch.no_grad():
         texts = [list(text) for text in itertools.product(range(6), repeat=3)]
         log_p = model.logits(model(torch.tensor([[1, 3, *text] for text in texts]))).log_softmax(-1)
@@ -183,7 +185,7 @@ def test_a_child_keeps_its_parents_row_and_only_further_children_are_copied() ->
 
 def test_more_texts_than_beams_are_refused() -> None:
     with pytest.raises(UserError, match=r"num_samples = 3: .*beams, 2"):
-        ours(random_model(), [1], 3, Beams(2), (), returned=3)
+        ours(random_model(), [1], 3, BeamOptions(2), (), returned=3)
 
 
 class Toy:
@@ -207,9 +209,9 @@ class Toy:
 def test_the_search_worked_by_hand(penalty: float, scores: list[float]) -> None:
     """Greedy goes to A, then the end: 0.5 · 0.4 = 0.20. Two beams keep B as well and find B, end: 0.4 · 0.9 = 0.36."""
     A, B, E, START = range(4)
-    (greedy,) = ours(Toy(), [START], 5, Beams(1), (E,))
+    (greedy,) = ours(Toy(), [START], 5, BeamOptions(1), (E,))
     assert greedy.ids == [A]
-    found = ours(Toy(), [START], 5, Beams(2, penalty), (E,), returned=2)
+    found = ours(Toy(), [START], 5, BeamOptions(2, penalty), (E,), returned=2)
     assert [answer.ids for answer in found] == [[B], [A]]
     assert [answer.score for answer in found] == pytest.approx(scores, abs=1e-3)
     page = (Path(__file__).parents[1] / "docs/decoding.md").read_text(encoding="utf-8")

@@ -148,16 +148,16 @@ def test_an_interrupted_run_goes_on_and_ends_as_if_it_had_not_been(
         "2",
     )
     whole = run(*command, output=tmp_path / "whole.jsonl")
-    write, began, out = sessions.Engine.write, [], tmp_path / "part.jsonl"
+    write, began, out = sessions.Engine.stream, [], tmp_path / "part.jsonl"
 
-    def interrupted(self, answers, seed):
-        began.append(len(answers))
-        for n, step in enumerate(write(self, answers, seed)):
+    def interrupted(self, completions, seed):
+        began.append(len(completions))
+        for n, step in enumerate(write(self, completions, seed)):
             if len(began) == 4 and n == 3:
                 raise KeyboardInterrupt
             yield step
 
-    monkeypatch.setattr(sessions.Engine, "write", interrupted)
+    monkeypatch.setattr(sessions.Engine, "stream", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run(*command, output=out)
     done = len((tmp_path / "part.jsonl.partial").read_text().splitlines()) - 1
@@ -169,7 +169,7 @@ def test_an_interrupted_run_goes_on_and_ends_as_if_it_had_not_been(
     began.clear()
     monkeypatch.setattr(
         sessions.Engine,
-        "write",
+        "stream",
         lambda self, answers, seed: began.append(len(answers)) or write(self, answers, seed),
     )
     assert texts(run(*command, output=out)) == texts(whole)
@@ -252,13 +252,11 @@ def test_a_partial_file_of_other_settings_is_refused(prompts: Path, tmp_path: Pa
 def test_a_partial_file_of_other_weights_at_the_same_place_is_refused(tmp_path: Path) -> None:
     namespace = runpy.run_path(str(ROOT / "generate.py"))
     options = namespace["parse"]([*TEMPLATE, "--greedy"])
-    session, path = namespace["open_session"](options)
-    CompletionFile(tmp_path / "a.jsonl", namespace["settings_of"](session, path, [[1]], options))
-    session.model.model.norm.weight[0] += 1
+    engine = namespace["open_engine"](options)
+    CompletionFile(tmp_path / "a.jsonl", namespace["settings_of"](engine, [[1]], options))
+    engine.model.model.norm.weight[0] += 1
     with pytest.raises(UserError, match="was begun with weights_sample_sha256"):
-        CompletionFile(
-            tmp_path / "a.jsonl", namespace["settings_of"](session, path, [[1]], options)
-        )
+        CompletionFile(tmp_path / "a.jsonl", namespace["settings_of"](engine, [[1]], options))
 
 
 def test_ctrl_c_keeps_what_was_written_and_exits_130(shared: Path) -> None:
@@ -296,32 +294,30 @@ def test_ctrl_c_keeps_what_was_written_and_exits_130(shared: Path) -> None:
 
 
 def test_what_an_unstreamed_text_had_when_interrupted_is_printed(monkeypatch, capsys) -> None:
-    write = sessions.Engine.write
+    write = sessions.Engine.stream
 
-    def interrupted(self, answers, seed):
-        for n, step in enumerate(write(self, answers, seed)):
+    def interrupted(self, completions, seed):
+        for n, step in enumerate(write(self, completions, seed)):
             if n == 3:
                 raise KeyboardInterrupt
             yield step
 
-    monkeypatch.setattr(sessions.Engine, "write", interrupted)
+    monkeypatch.setattr(sessions.Engine, "stream", interrupted)
     with pytest.raises(KeyboardInterrupt):
         MAIN([*TEMPLATE, "--prompt", QUESTIONS[1], "--greedy"])
     assert 0 < len(capsys.readouterr().out.strip()) < 20
 
 
-def test_beams_draw_only_where_a_temperature_or_its_like_is_given() -> None:
+def test_beams_sample_only_where_a_temperature_or_its_like_is_given() -> None:
     namespace = runpy.run_path(str(ROOT / "generate.py"))
-    for words, draws in (
+    for words, samples in (
         ([], False),
         (["--temperature", "0.9"], True),
         (["--top_k", "5"], True),
         (["--temperature", "0"], False),
     ):
-        session, _ = namespace["open_session"](
-            namespace["parse"]([*TEMPLATE, "--num_beams", "3", *words])
-        )
-        assert session.beams.sample is draws
+        options = namespace["parse"]([*TEMPLATE, "--num_beams", "3", *words])
+        assert namespace["generation_config"](options).beams.sample is samples
 
 
 @pytest.mark.parametrize("where", ["hugging face", "run", "adapter"])
@@ -486,7 +482,10 @@ def test_a_template_that_nothing_says_the_model_was_tuned_with_is_warned_of(
         (["--stop", ""], "an empty text would end every answer"),
         (["--temperature", "nan"], "expected temperature >= 0"),
         (["--repetition_penalty", "nan"], "repetition_penalty > 0"),
-        (["--greedy", "--num_samples", "2"], "--num_samples has no meaning where nothing is drawn"),
+        (
+            ["--greedy", "--num_samples", "2"],
+            "--num_samples has no meaning where nothing is sampled",
+        ),
         (["--length_penalty", "2"], "--length_penalty has no meaning without --num_beams"),
         (["--num_beams", "2", "--length_penalty", "inf"], "must be from -10 to 10"),
         (["--chat"], "--prompt has no meaning with --chat"),
@@ -600,20 +599,17 @@ def test_a_conversation_in_the_terminal(tmp_path: Path) -> None:
 
 def test_batches_hold_prompts_of_like_length_the_longest_first(monkeypatch) -> None:
     namespace = runpy.run_path(str(ROOT / "generate.py"))
-    session, _ = namespace["open_session"](namespace["parse"]([*TEMPLATE, "--greedy"]))
-    sizes, write = [], sessions.Engine.write
+    engine = namespace["open_engine"](namespace["parse"]([*TEMPLATE, "--greedy"]))
+    sizes, write = [], sessions.Engine.stream
     monkeypatch.setattr(
         sessions.Engine,
-        "write",
+        "stream",
         lambda self, answers, seed: (
             sizes.append([len(a.prompt_ids) for a in answers]) or write(self, answers, seed)
         ),
     )
-    list(
-        session.write_all(
-            session.ask_all([[1] * n for n in (3, 9, 5, 1, 7)], samples=2), 4, seed=None
-        )
-    )
+    requests = engine.new_completions([[1] * n for n in (3, 9, 5, 1, 7)], num_samples=2)
+    list(engine.stream_all(requests, 4, seed=None))
     assert sizes == [[9, 9, 7, 7], [5, 5, 3, 3], [1, 1]]
 
 

@@ -12,7 +12,8 @@ from minillama.checkpoint.hf_format import write_json
 from minillama.data import demo
 from minillama.errors import UserError, closest
 from minillama.evaluation.report import row
-from minillama.evaluation.runner import write
+from minillama.evaluation.runner import load_options, write
+from minillama.generation.config import GenerationConfig
 from minillama.generation.engine import Engine
 from minillama.generation.loading import load_engine
 from minillama.model import Llama
@@ -25,8 +26,8 @@ def evaluate(options: Namespace) -> None:
             f"no subject {unknown[0]!r}{closest(unknown[0], demo.KINDS)}; subjects: {', '.join(demo.KINDS)}"
         )
     began, limit = time.perf_counter(), options.limit or 300
-    session, path = load_engine(options)
-    session.max_new_tokens = 16
+    session = load_engine(load_options(options), GenerationConfig(greedy=True, max_new_tokens=16))
+    path = session.path
     kinds = options.subjects or demo.DEMO + (
         demo.DEMO_LORA if (path / "adapter_config.json").is_file() else ()
     )
@@ -72,11 +73,11 @@ def score(
 ) -> tuple[dict[str, dict], list[dict]]:
     """(a `tables.row` for each kind of question and one named `total`, a prediction for each held-out prompt): exact match, greedy."""
     records = list(demo.records(kinds, questions, seed=1, held_out=True))
-    asked = session.ask_all(
-        [session.encode_prompt(record["instruction"]) for record in records], samples=1
+    asked = session.new_completions(
+        [session.encode_prompt(record["instruction"]) for record in records], num_samples=1
     )
     with tqdm(total=len(records), desc=label, unit="question", leave=False) as bar:
-        for number, _ in session.write_all(asked, batch_size, seed=None):
+        for number, _ in session.stream_all(asked, batch_size, seed=None):
             bar.update(bool(asked[number][0].finish_reason))
     predictions = [
         {

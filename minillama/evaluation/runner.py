@@ -20,7 +20,7 @@ from minillama.comm import Mesh, gather_objects, start
 from minillama.errors import UserError, parsing, read_json
 from minillama.evaluation.likelihood import plan, read
 from minillama.evaluation.questions import Choices, Perplexity
-from minillama.generation.loading import load_engine, weights_checksum
+from minillama.generation.loading import LoadOptions, load_engine, weights_checksum
 from minillama.generation.output_file import (
     Record,
     line_of,
@@ -29,6 +29,18 @@ from minillama.generation.output_file import (
     replace_lines,
 )
 from minillama.model import Llama
+
+
+def load_options(options: Namespace) -> LoadOptions:
+    return LoadOptions(
+        ckpt=options.ckpt,
+        base=options.base,
+        lora=tuple(options.lora),
+        tokenizer=options.tokenizer,
+        device=options.device,
+        dtype=options.dtype,
+        ops=options.ops,
+    )
 
 
 def evaluate(options: Namespace) -> None:
@@ -40,7 +52,8 @@ def evaluate(options: Namespace) -> None:
             f"{options.compare}: not a summary of --task {options.task}, but of {reference.get('task')!r}"
         )
     with start(options.device) as mesh:
-        session, path = load_engine(options, place=mesh.device)
+        session = load_engine(load_options(options), device=mesh.device)
+        path = session.path
         model, tokenizer, context = (
             session.model,
             session.tokenizer,

@@ -1,24 +1,34 @@
-"""The key/value cache: what attention needs of the tokens already seen, kept instead of computed again.
+"""The key/value cache: keys and values of the tokens already read, so that they are computed once.
 
-Storage for all texts is made once, (B, K, capacity, D) a layer for keys and as much for values; a step writes T positions of every
-row and reads all so far. Keys and values of shared heads are stored once, never expanded.
+Storage for all sequences is made once: (B, K, capacity, D) for the keys of each layer, and as much
+for the values. A step writes T positions of every row and reads all positions so far. Key/value
+heads that groups of query heads share are stored once and never expanded.
 
-    extend(T)        the next T tokens of every row: tokens (B, T). Rows of unlike length each stand at their own place
-    extend(T, rows)  the next T tokens of some rows only: a long prompt is read chunk by chunk in its own row
-    pack(lengths)    whole prompts end to end, tokens (1, sum of lengths), the form in which no padding is computed; each lands in its row
+    extend(T)         the next T tokens of every row, (B, T); rows may be of different lengths
+    extend(T, rows)   the next T tokens of some rows: a long prompt is read chunk by chunk
+    pack(documents)   whole prompts end to end, (1, sum of lengths), without padding; each prompt
+                      is stored in its own row
 
-A row that is done is dropped: the last row moves into its place, and the next step is a row smaller.
+`drop` removes a finished row: the last row moves into its place.
+
+Shapes: B rows, T new tokens, S positions so far, K key/value heads, D head size.
 """
 
 import torch
 from torch import Tensor
 
 from minillama.llama_config import LlamaConfig
+from minillama.model import Llama
 from minillama.ops import Documents
+
+ALL_ROWS = slice(None)
 
 
 class Cache:
-    """Keys and values of every layer for up to `capacity` positions of B texts. config: of the model, or with other rotary settings."""
+    """Keys and values of every layer for up to `capacity` positions of B sequences.
+
+    config: the model's, or the same with other rotary settings.
+    """
 
     def __init__(
         self,
@@ -29,69 +39,92 @@ class Cache:
         device: torch.device,
     ) -> None:
         shape = (config.n_layers, batch, config.n_kv_heads, capacity, config.head_dim)
-        self.keys = torch.zeros(
-            shape, dtype=dtype, device=device
-        )  # not empty: what a mask hides must still be a number
+        # zeros, not empty: what a mask hides must still be a finite number
+        self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros(shape, dtype=dtype, device=device)
-        self.config, self.capacity, self.filled = config, capacity, [0] * batch
-        self.places = torch.arange(capacity, device=device)
-        self.positions, self.lengths = self.places[:0], None
+        self.config = config
+        self.capacity = capacity
+        self.filled = [0] * batch  # tokens in each row
+        self.all_positions = torch.arange(capacity, device=device)
+        # How the next forward pass writes; set by `extend` and `pack`.
+        self.positions = self.all_positions[:0]  # of the new tokens: (T,) or (B, T)
+        self.lengths: Tensor | None = None  # tokens in each row, (B,), where they differ
+        self._rows = ALL_ROWS
+        self._row_index: Tensor | None = None  # row of each new token, where positions differ
+        self._start = 0  # position of the first new token, where it is the same in all rows
+        self._longest: int | None = None  # tokens in the longest row; None: packed
 
-    def extend(self, count: int, rows: slice = slice(None)) -> "Cache":
-        """Make room for the next `count` tokens of `rows`; then one forward of the model fills it."""
-        filled = self.filled[rows] = [length + count for length in self.filled[rows]]
+    @classmethod
+    def for_model(cls, model: Llama, config: LlamaConfig, batch: int, capacity: int) -> "Cache":
+        """A cache with the dtype and on the device of the model's weights."""
+        weight = model.lm_head.weight
+        return cls(config, batch, capacity, weight.dtype, weight.device)
+
+    def extend(self, count: int, rows: slice = ALL_ROWS) -> "Cache":
+        """Prepare for the next `count` tokens of `rows`; then one forward pass stores them."""
+        filled = [length + count for length in self.filled[rows]]
+        self.filled[rows] = filled
         longest = max(filled)
         assert longest <= self.capacity, (longest, count, self.capacity)
-        self._rows, self._row, self._longest = rows, None, longest
+        self._rows = rows
+        self._start = longest - count
+        self._longest = longest
         if min(filled) == longest:
-            self.positions, self.lengths = self.places[longest - count : longest], None
+            self.positions = self.all_positions[self._start : longest]  # (T,)
+            self.lengths = None
+            self._row_index = None
         else:
-            self.lengths = torch.tensor(filled, device=self.places.device)
-            self.positions = (self.lengths - count).unsqueeze(1) + self.places[:count]  # (B, T)
-            self._row = torch.arange(len(filled), device=self.places.device).unsqueeze(1)
+            device = self.all_positions.device
+            self.lengths = torch.tensor(filled, device=device)  # (B,)
+            first = (self.lengths - count).unsqueeze(1)  # (B, 1)
+            self.positions = first + self.all_positions[:count]  # (B, T)
+            self._row_index = torch.arange(len(filled), device=device).unsqueeze(1)  # (B, 1)
         return self
 
     def pack(self, documents: Documents, rows: list[int]) -> "Cache":
-        """Make room for the first tokens of `rows`: documents end to end, one for each row."""
+        """Prepare for whole prompts end to end: document i is stored in row rows[i]."""
         for row, length in zip(rows, documents.lengths, strict=True):
             self.filled[row] = length
-        self.positions, self.lengths = documents.positions.unsqueeze(0), None
-        self._rows, self._longest = slice(None), None
-        self._row = torch.repeat_interleave(torch.tensor(rows), torch.tensor(documents.lengths)).to(
-            self.places.device
-        )
+        self.positions = documents.positions.unsqueeze(0)  # (1, T)
+        self.lengths = None
+        lengths = torch.tensor(documents.lengths)
+        row_index = torch.repeat_interleave(torch.tensor(rows), lengths)  # (T,)
+        self._row_index = row_index.to(self.all_positions.device)
+        self._rows = ALL_ROWS
+        self._longest = None
         return self
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store a layer's new keys and values, (B, T, K, D) each; returns all so far, (B, S, K, D) each, in rows of unlike length with
-        unwritten ends. Packed prompts see nothing but themselves, and come back as they are."""
-        keys, values = (
-            self.keys[layer, self._rows].transpose(1, 2),
-            self.values[layer, self._rows].transpose(1, 2),
-        )  # (B, capacity, K, D)
-        if self._row is None:
-            start, count = self._longest - k.shape[1], k.shape[1]
-            keys.narrow(1, start, count).copy_(k)
-            values.narrow(1, start, count).copy_(v)
-        else:
-            keys[self._row, self.positions] = k
-            values[self._row, self.positions] = v
-        return (
-            (k, v)
-            if self._longest is None
-            else (keys.narrow(1, 0, self._longest), values.narrow(1, 0, self._longest))
-        )
+        """Store a layer's new keys and values, (B, T, K, D) each; returns all so far, (B, S, K, D).
 
-    def copy(self, source: list[int], target: list[int], start: int = 0) -> None:
-        """Make rows `target` equal to rows `source`, pair by pair, where they agree before `start` already."""
-        end = max((self.filled[row] for row in source), default=0)
-        for kept in (self.keys, self.values):
-            kept[:, target, :, start:end] = kept[:, source, :, start:end]
-        for a, b in zip(source, target, strict=True):
-            self.filled[b] = self.filled[a]
+        Rows shorter than S end in positions that were never written. Packed prompts see only
+        themselves, so for them k and v are returned as they are.
+        """
+        keys = self.keys[layer, self._rows].transpose(1, 2)  # (B, capacity, K, D)
+        values = self.values[layer, self._rows].transpose(1, 2)  # (B, capacity, K, D)
+        if self._row_index is not None:
+            keys[self._row_index, self.positions] = k
+            values[self._row_index, self.positions] = v
+        else:
+            count = k.shape[1]
+            keys.narrow(1, self._start, count).copy_(k)
+            values.narrow(1, self._start, count).copy_(v)
+        if self._longest is None:
+            return k, v
+        return keys.narrow(1, 0, self._longest), values.narrow(1, 0, self._longest)
+
+    def copy(self, sources: list[int], targets: list[int], start: int = 0) -> None:
+        """Copy row sources[i] to row targets[i]; positions before `start` are equal already."""
+        end = max((self.filled[row] for row in sources), default=0)
+        for stored in (self.keys, self.values):
+            stored[:, targets, :, start:end] = stored[:, sources, :, start:end]
+        for source, target in zip(sources, targets, strict=True):
+            self.filled[target] = self.filled[source]
 
     def drop(self, row: int) -> None:
-        """Forget a row; the last one takes its place."""
-        self.copy([len(self.filled) - 1], [row])
+        """Remove a row; the last one takes its place."""
+        last = len(self.filled) - 1
+        self.copy([last], [row])
         self.filled.pop()
-        self.keys, self.values = self.keys[:, :-1], self.values[:, :-1]
+        self.keys = self.keys[:, :-1]
+        self.values = self.values[:, :-1]

@@ -1,174 +1,280 @@
-"""Text in, text out: a model with its tokenizer and template, answering prompts and holding a conversation."""
+"""Text in, text out: a model with its tokenizer and its prompt template.
+
+    prompt ── template, tokenizer ──▶ ids ── decode or beam_search ──▶ ids ── TextEmitter ──▶ text
+
+`Engine` completes prompts, alone or in batches. `ChatSession` keeps a conversation on top of it.
+"""
 
 import time
-from collections import defaultdict
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import count
+from pathlib import Path
+from typing import NamedTuple
 
 from minillama import chat, ops
 from minillama.data.encode import encode_document
 from minillama.errors import UserError
-from minillama.generation.beam import Beams, beam_search
+from minillama.generation.beam import beam_search
+from minillama.generation.config import GenerationConfig
 from minillama.generation.decode import Completion, decode, rope_alpha_for
-from minillama.generation.sampling import Sampling
 from minillama.model import Llama
 from minillama.tokenizer import Stream, Tokenizer
 
+DEFAULT_NEW_TOKENS = 256
+CHAT_RESERVE = 32  # tokens that a chat prompt leaves free where max_new_tokens is not set
 
-class Writer:
-    """Writes an answer's text as its ids come: whole characters only, and never the beginning of a stop text."""
 
-    def __init__(self, answer: Completion, tokenizer: Tokenizer, stops: tuple[str, ...]) -> None:
-        self.answer, self.decoder, self.stops, self.held, self.read = (
-            answer,
-            Stream(tokenizer),
-            stops,
-            "",
-            0,
-        )
+class TextEmitter:
+    """The text of a completion, emitted while its tokens come.
 
-    def catch_up(self) -> str:
-        """The text that the ids since the last call make certain. Ends the answer where it comes to a stop text."""
-        answer, is_over = self.answer, bool(self.answer.finish_reason)
-        text = (
-            self.held
-            + "".join(map(self.decoder.push, answer.ids[self.read :]))
-            + (self.decoder.flush() if is_over else "")
-        )
-        self.read = len(answer.ids)
-        if found := [text.find(stop) for stop in self.stops if stop in text]:
-            sure, answer.finish_reason = min(found), "stop"
+    Text is safe to emit when it is whole characters that cannot begin a stop string. The rest is
+    held back until the next tokens decide.
+    """
+
+    def __init__(
+        self, completion: Completion, tokenizer: Tokenizer, stop_strings: tuple[str, ...]
+    ) -> None:
+        self.completion = completion
+        self.stop_strings = stop_strings
+        self.decoder = Stream(tokenizer)
+        self.num_decoded = 0  # tokens given to the decoder
+        self.held_back = ""  # text that may begin a stop string
+
+    def emit(self) -> str:
+        """Text that became safe since the last call. Finishes the completion at a stop string."""
+        completion = self.completion
+        text = self.held_back + self._decode_new_tokens()
+        stop_at = first_stop(text, self.stop_strings)
+        if stop_at is not None:
+            completion.finish("stop")
+            num_safe = stop_at
+        elif completion.is_finished:
+            num_safe = len(text)
         else:
-            begun = (
-                n for stop in self.stops for n in range(1, len(stop)) if text.endswith(stop[:n])
-            )  # characters of a stop text
-            sure = len(text) - (0 if is_over else max(begun, default=0))
-        answer.text, self.held = answer.text + text[:sure], text[sure:]
-        return text[:sure]
+            num_safe = len(text) - longest_stop_prefix(text, self.stop_strings)
+        self.held_back = text[num_safe:]
+        completion.text += text[:num_safe]
+        return text[:num_safe]
+
+    def _decode_new_tokens(self) -> str:
+        ids = self.completion.ids
+        pieces = [self.decoder.push(token) for token in ids[self.num_decoded :]]
+        self.num_decoded = len(ids)
+        if self.completion.is_finished:
+            pieces.append(self.decoder.flush())
+        return "".join(pieces)
+
+
+def first_stop(text: str, stop_strings: tuple[str, ...]) -> int | None:
+    """Where the first stop string of `text` begins; None: there is none."""
+    positions = [text.find(stop) for stop in stop_strings if stop in text]
+    return min(positions, default=None)
+
+
+def longest_stop_prefix(text: str, stop_strings: tuple[str, ...]) -> int:
+    """How many characters at the end of `text` may begin a stop string."""
+    longest = 0
+    for stop in stop_strings:
+        for length in range(longest + 1, len(stop)):
+            if text.endswith(stop[:length]):
+                longest = length
+    return longest
+
+
+class TextPiece(NamedTuple):
+    """Text that was added to a completion; it may be empty."""
+
+    completion: Completion
+    text: str
 
 
 @dataclass
 class Engine:
-    """A model ready to answer. template "none" continues the text as it is, after the begin token."""
+    """A model that completes prompts. Its template is resolved: a name, or "none"."""
 
     model: Llama
     tokenizer: Tokenizer
-    template: str
-    sampling: Sampling
-    max_new_tokens: int  # 0: 256, or as many as the context leaves
-    stop_ids: tuple[int, ...]
-    stop_texts: tuple[str, ...] = ()
-    beams: Beams | None = None  # beam search in place of one text at a time
-    rope_alpha: float | None = None  # beyond the context: see `decode.scale_rope`
+    config: GenerationConfig
+    eos_ids: tuple[int, ...] = ()
+    path: Path | None = None  # the checkpoint directory in use
+
+    @property
+    def template(self) -> str:
+        return self.config.template
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """The tokens that end a completion."""
+        return () if self.config.ignore_eos else self.eos_ids
 
     def encode_prompt(self, text: str, system: str = "") -> list[int]:
-        asked = (
-            text if self.template == "none" else chat.Conversation((chat.Turn(text, None),), system)
-        )
-        return encode_document(self.tokenizer, asked, self.template, append_eod=False)[0]
+        """Token ids of a prompt: the text after BOS, or a question in the template."""
+        if self.template == "none":
+            document: str | chat.Conversation = text
+        else:
+            document = chat.Conversation((chat.Turn(text, None),), system)
+        ids, _ = encode_document(self.tokenizer, document, self.template, append_eod=False)
+        return ids
 
-    def ask(self, prompt_ids: list[int], number: int = 0) -> Completion:
-        """An answer to be written."""
-        left = (
-            256
-            if self.rope_alpha is not None
-            else min(256, self.model.config.max_seq_len - len(prompt_ids))
-        )
-        return Completion(prompt_ids, self.max_new_tokens or max(1, left), number)
+    def new_completion(self, prompt_ids: list[int], sample_index: int = 0) -> Completion:
+        """A completion that is still to be written."""
+        max_new_tokens = self.config.max_new_tokens or DEFAULT_NEW_TOKENS
+        has_fixed_context = self.config.rope_alpha is None
+        if not self.config.max_new_tokens and has_fixed_context:
+            num_free = self.model.config.max_seq_len - len(prompt_ids)
+            max_new_tokens = max(1, min(max_new_tokens, num_free))
+        return Completion(prompt_ids, max_new_tokens, sample_index)
 
-    def write(
-        self, answers: list[Completion], seed: int | None
-    ) -> Iterator[tuple[Completion, str]]:
-        """Write `answers` together, yielding each with its new text as it becomes certain. With beams they are those of one prompt."""
-        ops.pack(self.model, self.beams.width if self.beams else len(answers))
-        if self.beams:
-            steps = beam_search(
-                self.model, answers, self.beams, self.sampling, self.stop_ids, seed, self.rope_alpha
+    def new_completions(
+        self, prompts: list[list[int]], num_samples: int
+    ) -> dict[int, list[Completion]]:
+        """`num_samples` completions of each prompt, by the prompt's index.
+
+        Samples of equal prompts are numbered on, so that they differ from each other.
+        """
+        num_made: Counter[tuple[int, ...]] = Counter()
+        completions: dict[int, list[Completion]] = {}
+        for index, prompt in enumerate(prompts):
+            first = num_made[tuple(prompt)]
+            num_made[tuple(prompt)] += num_samples
+            sample_indices = range(first, first + num_samples)
+            completions[index] = [self.new_completion(prompt, i) for i in sample_indices]
+        return completions
+
+    def stream(self, completions: list[Completion], seed: int | None) -> Iterator[TextPiece]:
+        """Write `completions` together, and yield each with its new text while it grows.
+
+        With beam search they must belong to one prompt.
+        """
+        config = self.config
+        if config.beams is None:
+            ops.pack(self.model, len(completions))
+            steps = decode(
+                self.model, completions, config.sampling, self.stop_ids, seed, config.rope_alpha
             )
         else:
-            steps = decode(self.model, answers, self.sampling, self.stop_ids, seed, self.rope_alpha)
-        began, writers = (
-            time.perf_counter(),
-            {id(answer): Writer(answer, self.tokenizer, self.stop_texts) for answer in answers},
-        )
-        for answer in steps:
-            text = writers[id(answer)].catch_up()
-            answer.seconds = time.perf_counter() - began
-            yield answer, text
-
-    def ask_all(self, prompts: list[list[int]], samples: int) -> dict[int, list[Completion]]:
-        """`samples` answers to be written to each prompt, by its number. One that comes again goes on counting, so its answers differ."""
-        asked = defaultdict(count)
-        return {
-            i: [self.ask(prompt, next(asked[tuple(prompt)])) for _ in range(samples)]
-            for i, prompt in enumerate(prompts)
+            ops.pack(self.model, config.num_beams)
+            steps = beam_search(
+                self.model,
+                completions,
+                config.beams,
+                config.sampling,
+                self.stop_ids,
+                seed,
+                config.rope_alpha,
+            )
+        emitters = {
+            id(completion): TextEmitter(completion, self.tokenizer, config.stop)
+            for completion in completions
         }
+        start = time.perf_counter()
+        for completion in steps:
+            text = emitters[id(completion)].emit()
+            completion.seconds = time.perf_counter() - start
+            yield TextPiece(completion, text)
 
-    def write_all(
-        self, questions: dict[int, list[Completion]], batch_size: int, seed: int | None
+    def stream_all(
+        self, requests: dict[int, list[Completion]], batch_size: int, seed: int | None
     ) -> Iterator[tuple[int, str]]:
-        """Write the answers to many prompts, yielding a prompt's number and new text as it comes. One by one they come in their order;
-        batches of up to `batch_size` texts hold prompts of like length, the longest first: memory for the first suffices for all."""
-        alpha = {
-            i: rope_alpha_for(self.model.config, several[0]) if self.rope_alpha == 0 else None
-            for i, several in questions.items()
-        }
-        left = sorted(
-            questions, key=lambda i: -len(questions[i][0].prompt_ids) if batch_size > 1 else i
-        )
-        while left:
-            most = 1 if self.beams else max(1, batch_size // len(questions[left[0]]))
-            batch = [
-                i for i in left[:most] if alpha[i] == alpha[left[0]]
-            ]  # the first ones: alpha follows from the length
-            left = left[len(batch) :]
-            number = {id(answer): i for i in batch for answer in questions[i]}
-            for answer, text in self.write(
-                [answer for i in batch for answer in questions[i]], seed
-            ):
-                yield number[id(answer)], text
+        """Write the completions of many prompts; yields (index of the prompt, new text)."""
+        for batch in self.group_requests(requests, batch_size):
+            index_of = {id(completion): i for i in batch for completion in requests[i]}
+            completions = [completion for i in batch for completion in requests[i]]
+            for completion, text in self.stream(completions, seed):
+                yield index_of[id(completion)], text
+
+    def group_requests(
+        self, requests: dict[int, list[Completion]], batch_size: int
+    ) -> list[list[int]]:
+        """Which prompts, by index, are completed together: at most `batch_size` completions.
+
+        A batch holds prompts of similar length. The longest come first: if memory suffices for
+        the first batch, it suffices for all. Batches of one keep the order of the prompts.
+        """
+        remaining = sorted(requests)
+        if batch_size > 1:
+            remaining.sort(key=lambda i: len(requests[i][0].prompt_ids), reverse=True)
+        batches = []
+        while remaining:
+            first = remaining[0]
+            alpha = self._rope_alpha(requests[first][0])
+            limit = 1 if self.config.beams else max(1, batch_size // len(requests[first]))
+            batch = [i for i in remaining[:limit] if self._rope_alpha(requests[i][0]) == alpha]
+            batches.append(batch)
+            remaining = remaining[len(batch) :]  # lengths fall, so those of one alpha come first
+        return batches
+
+    def _rope_alpha(self, completion: Completion) -> float | None:
+        """The rotary scaling that a completion needs; all of a batch must share it."""
+        if self.config.rope_alpha != 0:
+            return self.config.rope_alpha
+        return rope_alpha_for(self.model.config, completion)
+
+
+class ChatPrompt(NamedTuple):
+    """A conversation that ends with an open question, and what was left out of it."""
+
+    ids: list[int]
+    num_dropped: int  # oldest turns that did not fit into the context
 
 
 class ChatSession:
-    """A conversation in progress: history within the context, the oldest rounds dropped first, the system text kept."""
+    """A conversation in progress.
 
-    def __init__(self, session: Engine, system: str = "") -> None:
-        self.session, self.system, self.turns, self.note = session, system, [], ""
+    The prompt holds as many turns as the context allows; the oldest are dropped first, and the
+    system text is always kept. `note` says how the last reply went.
+    """
 
-    def prompt_ids(self, text: str) -> tuple[list[int], int]:
-        """Ids of the conversation so far plus an open question, and how many rounds had to be dropped."""
-        s = self.session
-        template = "raw" if s.template == "none" else s.template
-        room, context = (
-            s.max_new_tokens or 32,
-            s.model.config.max_seq_len,
-        )  # room: tokens kept free for the answer
-        for dropped in range(len(self.turns) + 1):
-            asked = chat.Conversation((*self.turns[dropped:], chat.Turn(text, None)), self.system)
-            ids, _ = encode_document(s.tokenizer, asked, template, append_eod=False)
-            if len(ids) + room <= context or s.rope_alpha is not None:
-                self.turns = self.turns[dropped:]
-                return ids, dropped
+    def __init__(self, engine: Engine, system: str = "") -> None:
+        self.engine = engine
+        self.system = system
+        self.turns: list[chat.Turn] = []
+        self.note = ""
+
+    def fit_prompt(self, text: str) -> ChatPrompt:
+        """The conversation so far and an open question; drops the oldest turns until it fits."""
+        engine = self.engine
+        template = "raw" if engine.template == "none" else engine.template
+        reserve = engine.config.max_new_tokens or CHAT_RESERVE
+        context = engine.model.config.max_seq_len
+        for num_dropped in range(len(self.turns) + 1):
+            turns = (*self.turns[num_dropped:], chat.Turn(text, None))
+            conversation = chat.Conversation(turns, self.system)
+            ids, _ = encode_document(engine.tokenizer, conversation, template, append_eod=False)
+            if len(ids) + reserve <= context or engine.config.rope_alpha is not None:
+                self.turns = self.turns[num_dropped:]
+                return ChatPrompt(ids, num_dropped)
         raise UserError(
-            f"this question alone has {len(ids)} tokens; with {room} new ones that exceeds the model's context of {context}"
+            f"this question alone has {len(ids)} tokens; with {reserve} new ones that exceeds "
+            f"the model's context of {context}"
         )
 
-    def reply(self, text: str, seed: int | None) -> Iterator[str]:
-        """Answer a question, yielding new text. The last of `turns` grows with it, so that what came is kept; `note` says how it went."""
+    def reply(self, text: str, seed: int | None = None) -> Iterator[str]:
+        """Answer a question, and yield the new text. The last turn grows with it.
+
+        A question that does not fit yields one empty text, and `note` says why.
+        """
         try:
-            ids, dropped = self.prompt_ids(text)
+            prompt = self.fit_prompt(text)
         except UserError as error:
             self.note = str(error)
             yield ""
             return
-        answer, earlier, self.note = self.session.ask(ids), self.turns, "nothing written"
-        for _, piece in self.session.write([answer], seed):
-            self.turns = [*earlier, chat.Turn(text, answer.text.strip())]
-            speed = f"{len(answer.ids) / answer.seconds:.1f} tokens/s"
-            self.note = (
-                f"{speed}, {dropped} oldest rounds dropped: the context is full"
-                if dropped
-                else speed
-            )
-            yield piece
+        yield from self._stream(text, prompt, seed)
+
+    def ask(self, text: str, seed: int | None = None) -> str:
+        """The whole answer to a question. Raises UserError for one that does not fit."""
+        prompt = self.fit_prompt(text)
+        return "".join(self._stream(text, prompt, seed)).strip()
+
+    def _stream(self, text: str, prompt: ChatPrompt, seed: int | None) -> Iterator[str]:
+        completion = self.engine.new_completion(prompt.ids)
+        earlier = self.turns
+        self.note = "nothing written"
+        for _, new_text in self.engine.stream([completion], seed):
+            self.turns = [*earlier, chat.Turn(text, completion.text.strip())]
+            self.note = f"{len(completion.ids) / completion.seconds:.1f} tokens/s"
+            if prompt.num_dropped:
+                self.note += f", {prompt.num_dropped} oldest rounds dropped: the context is full"
+            yield new_text

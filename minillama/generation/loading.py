@@ -1,123 +1,184 @@
-"""Whatever --ckpt names, as a session: a Hugging Face directory, a run directory, or an adapter over its base."""
+"""Open what --ckpt names: a Hugging Face directory, a run directory, or an adapter over its base.
+
+    base weights ──▶ Llama ──▶ + adapter 1 + adapter 2 … ──▶ Engine with tokenizer and template
+
+Adapters are not merged: two on one linear layer become one of both ranks (`add_adapter`).
+"""
 
 import hashlib
 import sys
-from argparse import Namespace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
-from minillama import chat, device, ops
-from minillama.checkpoint import hf_format as checkpoints
+from minillama import chat, ops
+from minillama.checkpoint import hf_format
+from minillama.device import compute_dtype, pick
 from minillama.errors import UserError, closest, read_json
+from minillama.generation.config import GenerationConfig
 from minillama.generation.engine import Engine
-from minillama.generation.sampling import Sampling
 from minillama.lora import LoraLinear, load_adapter, read_adapter_config
 from minillama.model import Llama
-from minillama.tokenizer import open_tokenizer
+from minillama.tokenizer import Tokenizer, open_tokenizer
+
+CHECKSUM_SAMPLES = 4096  # about how many values of each parameter `weights_checksum` reads
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """Which model to load, and how. The names are those of the flags of every script."""
+
+    ckpt: str  # checkpoint, run or adapter directory
+    base: str = ""  # base model of an adapter; "": the one its config names
+    lora: tuple[str, ...] = ()  # adapters to add unmerged
+    tokenizer: str = ""  # "": the checkpoint's own
+    device: str = "auto"
+    dtype: str = "float32"
+    ops: str = ""  # forms of the ops: see `ops.choose`
+
+
+class ModelAndBase(NamedTuple):
+    model: Llama
+    base: Path  # the directory of the base weights
 
 
 def load_engine(
-    options: Namespace, template: str = "", place: torch.device | None = None
-) -> tuple[Engine, Path]:
-    """(greedy session, the directory in use) for a script's `Parser.add_model_flags`. template "": the checkpoint's own.
-    place: in place of options.device, for a rank that has a device of its own."""
+    options: LoadOptions,
+    config: GenerationConfig | None = None,
+    device: torch.device | None = None,
+) -> Engine:
+    """A model ready to complete prompts; without a `config` it is greedy.
+
+    device: in place of options.device, for a rank that has a device of its own.
+    """
     ops.choose(options.ops)
-    path = checkpoints.find_checkpoint(Path(options.ckpt))
+    path = hf_format.find_checkpoint(Path(options.ckpt))
     model, base = load_with_adapters(
-        path, options.base, options.lora, options.dtype, place or device.pick(options.device)
+        path, options.base, options.lora, options.dtype, device or pick(options.device)
     )
-    tokenizer = open_tokenizer(
-        options.tokenizer or (path if checkpoints.has_tokenizer(path) else base)
-    )
-    tuned = checkpoints.read_about(path).get("template")
-    template = template or tuned or "none"
+    has_own_tokenizer = hf_format.has_tokenizer(path)
+    tokenizer = open_tokenizer(options.tokenizer or (path if has_own_tokenizer else base))
+    config = config or GenerationConfig(greedy=True)
+    config = replace(config, template=choose_template(config.template, path, base))
+    check_vocabulary(tokenizer, model)
+    eos_ids = hf_format.stop_ids(base, model.config)
+    return Engine(model, tokenizer, config, eos_ids, path)
+
+
+def choose_template(name: str, path: Path, base: Path) -> str:
+    """The template to use: `name`, else the one the checkpoint was tuned with, else "none".
+
+    Warns of a template that nothing says the model was tuned with.
+    """
+    tuned_with = hf_format.read_about(path).get("template")
+    template = name or tuned_with or "none"
     if template not in (*chat.TEMPLATES, "none"):
         raise UserError(
-            f"no template {template!r}{closest(template, chat.TEMPLATES)}; templates: none, {', '.join(chat.TEMPLATES)}"
+            f"no template {template!r}{closest(template, chat.TEMPLATES)}; "
+            f"templates: none, {', '.join(chat.TEMPLATES)}"
         )
-    if template not in ("none", "raw", tuned) and not _has_chat_template(base):
-        known = (
-            f"was tuned with the template {tuned}"
-            if tuned
-            else "does not say that it was tuned with one, as base models are not"
-        )
+    if template not in ("none", "raw", tuned_with) and not has_chat_template(base):
+        if tuned_with:
+            known = f"was tuned with the template {tuned_with}"
+        else:
+            known = "does not say that it was tuned with one, as base models are not"
         print(f"warning: {path} {known}; it may not understand {template}", file=sys.stderr)
-    if tokenizer.size > model.config.vocab_size:
+    return template
+
+
+def check_vocabulary(tokenizer: Tokenizer, model: Llama) -> None:
+    """Raises UserError where the tokenizer has tokens that the embedding has no row for."""
+    vocab_size = model.config.vocab_size
+    if tokenizer.size > vocab_size:
         raise UserError(
-            f"{tokenizer.path} has {tokenizer.size} pieces, the model's embedding {model.config.vocab_size} rows; "
-            "name the tokenizer it was trained with: --tokenizer FILE"
+            f"{tokenizer.path} has {tokenizer.size} pieces, the model's embedding {vocab_size} "
+            "rows; name the tokenizer it was trained with: --tokenizer FILE"
         )
-    return Engine(
-        model,
-        tokenizer,
-        template,
-        Sampling(temperature=0.0),
-        0,
-        checkpoints.stop_ids(base, model.config),
-    ), path
 
 
 def load_with_adapters(
-    path: Path, base_named: str, adapters: list[str], dtype: str, place: torch.device
-) -> tuple[Llama, Path]:
-    """(model in evaluation mode on `place`, its base directory); `path` may itself be an adapter."""
-    wanted, warning = device.compute_dtype(dtype, place)
+    path: Path, base: str, adapters: Sequence[str], dtype: str, device: torch.device
+) -> ModelAndBase:
+    """Load the model at `path`, which may itself be an adapter, and add `adapters` to it.
+
+    base: the base model of an adapter, in place of the one its config names. The model comes in
+    evaluation mode, frozen, on `device`.
+    """
+    torch_dtype, warning = compute_dtype(dtype, device)
     if warning:
         print(f"warning: {warning}", file=sys.stderr)
-    layers, base = list(map(Path, adapters)), path
+    adapter_paths = [Path(adapter) for adapter in adapters]
+    base_path = path
     if (path / "adapter_config.json").is_file():
-        layers.insert(0, path)
-        base = Path(base_named or read_adapter_config(path)[1])
-        if not base.is_dir():
-            raise UserError(f"{path}: its base model {base} is not here; name it with --base DIR")
-        base = checkpoints.find_checkpoint(base)
-    model = checkpoints.load_model(base, wanted)
-    whole: dict[str, Path] = {}
-    for adapter in layers:
+        adapter_paths.insert(0, path)
+        base_path = find_base(path, base)
+    model = hf_format.load_model(base_path, torch_dtype)
+    replaced_by: dict[str, Path] = {}  # a module that an adapter replaces whole -> the adapter
+    for adapter in adapter_paths:
         for name in add_adapter(model, adapter):
-            if name in whole:
+            if name in replaced_by:
                 raise UserError(
-                    f"{adapter}: replaces {name} whole, and so does {whole[name]}; merge them one after the other with "
-                    "convert.py merge-lora"
+                    f"{adapter}: replaces {name} whole, and so does {replaced_by[name]}; "
+                    "merge them one after the other with convert.py merge-lora"
                 )
-            whole[name] = adapter
-    return model.to(place).eval().requires_grad_(False), base
+            replaced_by[name] = adapter
+    model = model.to(device).eval().requires_grad_(False)
+    return ModelAndBase(model, base_path)
+
+
+def find_base(adapter: Path, base: str) -> Path:
+    """The base model's directory: `base`, or the one that the adapter's config names."""
+    if not base:
+        _, base = read_adapter_config(adapter)
+    directory = Path(base)
+    if not directory.is_dir():
+        raise UserError(
+            f"{adapter}: its base model {directory} is not here; name it with --base DIR"
+        )
+    return hf_format.find_checkpoint(directory)
 
 
 def add_adapter(model: Llama, directory: Path) -> tuple[str, ...]:
     """Load an adapter beside those already there; returns the modules it replaces whole.
-    Two on one linear are one of both ranks: A = [A1; A2], B = [s1 B1, s2 B2]."""
+
+    Two adapters on one linear layer become one whose rank is the sum of theirs:
+
+        A = [A1; A2]    B = [s1 B1, s2 B2]    so that    B A = s1 B1 A1 + s2 B2 A2
+    """
     earlier = {
         name: module for name, module in model.named_modules() if isinstance(module, LoraLinear)
     }
-    for name, old in earlier.items():
+    for name, old in earlier.items():  # `load_adapter` expects plain linear layers
         model.set_submodule(name, old.plain(old.weight))
     config = load_adapter(model, directory, dropout=0.0)
     for name, old in earlier.items():
         new = model.get_submodule(name)
         if isinstance(new, LoraLinear):
-            old.lora_A = nn.Parameter(torch.cat((old.lora_A, new.lora_A)))
-            old.lora_B = nn.Parameter(
-                torch.cat((old.scale * old.lora_B, new.scale * new.lora_B), dim=1)
-            )
+            scaled = (old.scale * old.lora_B, new.scale * new.lora_B)
+            old.lora_A = nn.Parameter(torch.cat((old.lora_A, new.lora_A)))  # (R1 + R2, in)
+            old.lora_B = nn.Parameter(torch.cat(scaled, dim=1))  # (out, R1 + R2)
             old.scale = 1.0
         model.set_submodule(name, old)
     return config.modules_to_save
 
 
 def weights_checksum(model: Llama) -> str:
-    """A sha256 over up to 4096 numbers of each parameter, adapters included."""
-    samples = (
-        p.detach().flatten()[:: max(1, p.numel() // 4096)].float().cpu().numpy().tobytes()
-        for p in model.parameters()
-    )
-    return hashlib.sha256(b"".join(samples)).hexdigest()
+    """A sha256 over evenly spaced values of each parameter, adapters included."""
+    digest = hashlib.sha256()
+    for parameter in model.parameters():
+        values = parameter.detach().flatten()
+        step = max(1, len(values) // CHECKSUM_SAMPLES)
+        digest.update(values[::step].float().cpu().numpy().tobytes())
+    return digest.hexdigest()
 
 
-def _has_chat_template(directory: Path) -> bool:
-    """Do the tokenizer's files describe a conversation, as those of published chat models do?"""
+def has_chat_template(directory: Path) -> bool:
+    """Do the tokenizer's files hold a chat template, as those of published chat models do?"""
     path = directory / "tokenizer_config.json"
-    described = path.is_file() and read_json(path).get("chat_template")
-    return bool(described) or (directory / "chat_template.jinja").is_file()
+    if path.is_file() and read_json(path).get("chat_template"):
+        return True
+    return (directory / "chat_template.jinja").is_file()

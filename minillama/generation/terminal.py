@@ -2,33 +2,40 @@
 
 from minillama.generation.engine import ChatSession, Engine
 
-QUIT, CLEAR = ("q", "quit", "exit"), ("clear", "new")
+QUIT_WORDS = ("q", "quit", "exit")
+CLEAR_WORDS = ("clear", "new")
 
 
-def chat_in_terminal(session: Engine, system: str = "", seed: int | None = None) -> None:
-    """Ask, answer, until q, quit, exit or the end of input."""
-    dialogue = ChatSession(session, system)
-    if session.template == "none":
+def chat_in_terminal(engine: Engine, system: str = "", seed: int | None = None) -> None:
+    """Read questions and print answers, until q, quit, exit or the end of input."""
+    chat = ChatSession(engine, system)
+    if engine.template == "none":
         print(
-            "note: no chat template is known for this checkpoint, so it only continues text; choose one with --template NAME"
+            "note: no chat template is known for this checkpoint, so it only continues text; "
+            "choose one with --template NAME"
         )
-    print(f"{', '.join(QUIT)}: end    {', '.join(CLEAR)}: start over")
-    try:
-        while (text := input("\nYou: ").strip()).lower() not in QUIT:
-            if text.lower() in CLEAR:
-                dialogue.turns = []
-                print("(new conversation)")
-            elif text:
-                _answer(dialogue, text, seed)
-    except EOFError:
-        print()
+    print(f"{', '.join(QUIT_WORDS)}: end    {', '.join(CLEAR_WORDS)}: start over")
+    while True:
+        try:
+            text = input("\nYou: ").strip()
+        except EOFError:
+            print()
+            return
+        if text.lower() in QUIT_WORDS:
+            return
+        if text.lower() in CLEAR_WORDS:
+            chat.turns = []
+            print("(new conversation)")
+        elif text:
+            print_answer(chat, text, seed)
 
 
-def _answer(dialogue: ChatSession, text: str, seed: int | None) -> None:
+def print_answer(chat: ChatSession, text: str, seed: int | None) -> None:
+    """Print an answer while it is written; Ctrl-C stops it and keeps what was written."""
     print("Answer: ", end="", flush=True)
     try:
-        for piece in dialogue.reply(text, seed):
+        for piece in chat.reply(text, seed):
             print(piece, end="", flush=True)
     except KeyboardInterrupt:
         print(" (stopped)", end="")
-    print(f"\n({dialogue.note})")
+    print(f"\n({chat.note})")

@@ -1,7 +1,8 @@
-"""A conversation in the browser: the same dialogue as in the terminal, with its settings beside it (extra `web`, gradio).
+"""A conversation in the browser: the terminal's chat, with its settings beside it (extra `web`).
 
-The page is served on 127.0.0.1 unless another address is asked for by name, and gradio's reports to its makers are off. Each
-visitor's conversation lives in the visitor's own page; answers are written one at a time.
+The page is served on 127.0.0.1 unless another address is named, and gradio's usage reports to its
+makers are off. Each visitor's conversation is kept in the visitor's own page. Answers are written
+one at a time.
 """
 
 import os
@@ -11,15 +12,16 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-from minillama import chat
+from minillama.chat import TEMPLATES, Turn
 from minillama.errors import UserError
 from minillama.generation.engine import ChatSession, Engine
-from minillama.generation.sampling import Sampling
+
+LOCAL_HOSTS = ("127.0.0.1", "::1", "localhost")
 
 
-def serve(session: Engine, system: str, seed: int | None, host: str, port: int) -> None:
+def serve(engine: Engine, system: str, seed: int | None, host: str, port: int) -> None:
     """Serve the page until Ctrl-C."""
-    server = build_page(session, system, seed)
+    server = build_page(engine, system, seed)
     try:
         server.launch(
             server_name=host,
@@ -36,7 +38,7 @@ def serve(session: Engine, system: str, seed: int | None, host: str, port: int) 
         raise UserError(
             f"--port {port}: cannot be served on {host} (in use, or not allowed); name another one"
         ) from None
-    if host not in ("127.0.0.1", "::1", "localhost"):
+    if host not in LOCAL_HOSTS:
         print(f"warning: whoever reaches {host} can use this page", file=sys.stderr)
     print(f"http://{host}:{port}    Ctrl-C ends", flush=True)
     try:
@@ -45,79 +47,110 @@ def serve(session: Engine, system: str, seed: int | None, host: str, port: int) 
         server.close(verbose=False)
 
 
-def build_page(session: Engine, system: str, seed: int | None) -> Any:
+def build_page(engine: Engine, system: str, seed: int | None) -> Any:
     """The page as gradio's Blocks. Raises UserError where gradio is not installed."""
-    os.environ.update(GRADIO_ANALYTICS_ENABLED="False", HF_HUB_DISABLE_TELEMETRY="1")
-    try:
-        import gradio
-    except ImportError:
-        raise UserError("--web needs gradio; pip install 'minillama[web]'") from None
-    s, context = session.sampling, session.model.config.max_seq_len
+    gradio = import_gradio()
+    responder = Responder(engine, system, seed)
     with gradio.Blocks(title="minillama", analytics_enabled=False) as page:
-        rounds = gradio.State([])
-        shown = gradio.Chatbot(
+        turns = gradio.State([])
+        messages = gradio.Chatbot(
             label="conversation", render_markdown=False, height=420, buttons=["copy", "copy_all"]
         )
         question = gradio.Textbox(
             label="question", placeholder="Ask, and press Enter", autofocus=True
         )
         with gradio.Row():
-            send, stop, clear = (gradio.Button(name) for name in ("Send", "Stop", "Clear"))
+            send = gradio.Button("Send")
+            stop = gradio.Button("Stop")
+            clear = gradio.Button("Clear")
         note = gradio.Markdown()
         with gradio.Row():
-            controls = [
-                gradio.Dropdown(
-                    ["none", *chat.TEMPLATES], value=session.template, label="template"
-                ),
-                gradio.Slider(0, 2, s.temperature, label="temperature"),
-                gradio.Slider(0, 200, s.top_k, step=1, label="top k"),
-                gradio.Slider(0.05, 1, s.top_p, label="top p"),
-                gradio.Slider(0.5, 2, s.repetition_penalty, label="repetition penalty"),
-                gradio.Slider(
-                    1,
-                    context,
-                    session.max_new_tokens or min(256, context // 2),
-                    step=1,
-                    label="most new tokens",
-                ),
-            ]
+            controls = add_controls(gradio, engine)
 
-        def ask(
-            text: str,
-            turns: list,
-            template: str,
-            temperature: float,
-            top_k: float,
-            top_p: float,
-            penalty: float,
-            most: float,
-        ) -> Iterator[tuple]:
-            sampling = Sampling(temperature, int(top_k), top_p, penalty)
-            dialogue = ChatSession(
-                replace(session, template=template, sampling=sampling, max_new_tokens=int(most)),
-                system,
-            )
-            dialogue.turns = turns
-            for _ in dialogue.reply(text, seed):
-                messages = [
-                    {"role": role, "content": words}
-                    for turn in dialogue.turns
-                    for role, words in (("user", turn.user), ("assistant", turn.answer))
-                ]
-                yield "", dialogue.turns, messages, dialogue.note
-
-        asked = gradio.on(
+        asking = gradio.on(
             [send.click, question.submit],
-            ask,
-            [question, rounds, *controls],
-            [question, rounds, shown, note],
+            responder.respond,
+            inputs=[question, turns, *controls],
+            outputs=[question, turns, messages, note],
         )
-        stop.click(None, cancels=asked)
+        stop.click(None, cancels=asking)
         gradio.on(
-            [clear.click, shown.clear],
+            [clear.click, messages.clear],
             lambda: ([], [], ""),
-            None,
-            [rounds, shown, note],
-            cancels=asked,
+            inputs=None,
+            outputs=[turns, messages, note],
+            cancels=asking,
         )
     return page
+
+
+def import_gradio() -> Any:
+    """gradio, with its usage reports off."""
+    os.environ.update(GRADIO_ANALYTICS_ENABLED="False", HF_HUB_DISABLE_TELEMETRY="1")
+    try:
+        import gradio
+    except ImportError:
+        raise UserError("--web needs gradio; pip install 'minillama[web]'") from None
+    return gradio
+
+
+def add_controls(gradio: Any, engine: Engine) -> list[Any]:
+    """The settings beside the conversation, in the order of `Responder.respond`'s parameters."""
+    sampling = engine.config.sampling
+    context = engine.model.config.max_seq_len
+    max_new_tokens = engine.config.max_new_tokens or min(256, context // 2)
+    templates = ["none", *TEMPLATES]
+    penalty = sampling.repetition_penalty
+    return [
+        gradio.Dropdown(templates, value=engine.template, label="template"),
+        gradio.Slider(0, 2, sampling.temperature, label="temperature"),
+        gradio.Slider(0, 200, sampling.top_k, step=1, label="top k"),
+        gradio.Slider(0.05, 1, sampling.top_p, label="top p"),
+        gradio.Slider(0.5, 2, penalty, label="repetition penalty"),
+        gradio.Slider(1, context, max_new_tokens, step=1, label="most new tokens"),
+    ]
+
+
+class Responder:
+    """Answers the page's questions."""
+
+    def __init__(self, engine: Engine, system: str, seed: int | None) -> None:
+        self.engine = engine
+        self.system = system
+        self.seed = seed
+
+    def respond(
+        self,
+        question: str,
+        turns: list[Turn],
+        template: str,
+        temperature: float,
+        top_k: float,
+        top_p: float,
+        repetition_penalty: float,
+        max_new_tokens: float,
+    ) -> Iterator[tuple[str, list[Turn], list[dict[str, str]], str]]:
+        """Yield an empty question box, the turns, the messages shown and the note."""
+        config = replace(
+            self.engine.config,
+            template=template,
+            greedy=False,  # temperature 0 says the same
+            temperature=temperature,
+            top_k=int(top_k),
+            top_p=top_p,
+            repetition_penalty=repetition_penalty,
+            max_new_tokens=int(max_new_tokens),
+        )
+        chat = ChatSession(replace(self.engine, config=config), self.system)
+        chat.turns = turns
+        for _ in chat.reply(question, self.seed):
+            yield "", chat.turns, shown_messages(chat.turns), chat.note
+
+
+def shown_messages(turns: list[Turn]) -> list[dict[str, str]]:
+    """The conversation as gradio's Chatbot shows it."""
+    messages = []
+    for turn in turns:
+        messages.append({"role": "user", "content": turn.user})
+        messages.append({"role": "assistant", "content": turn.answer or ""})
+    return messages

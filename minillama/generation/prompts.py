@@ -1,0 +1,130 @@
+"""Complete many prompts: print the completions in order, or write a record of each prompt."""
+
+import json
+import sys
+from collections import deque
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from minillama.errors import UserError, parsing
+from minillama.generation.decode import Completion
+from minillama.generation.engine import Engine
+from minillama.generation.output_file import CompletionFile
+
+Prompt = str | list[int]  # text, or token ids
+
+
+@dataclass(frozen=True)
+class PromptOptions:
+    """How many prompts are completed."""
+
+    num_samples: int = 1  # completions of each prompt
+    batch_size: int = 8  # completions written at once; it changes no completion
+    seed: int | None = None
+    stream: bool = False  # print text as it comes, prompt by prompt
+    show_progress: bool = False  # a progress bar in place of the completions
+
+
+def read_prompt_file(path: Path) -> list[str]:
+    """Prompts, one a line. Only a line feed ends a line: JSON may hold other line breaks."""
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    with parsing(path):
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    prompts = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        is_record = path.suffix == ".jsonl"
+        prompts.append(prompt_of_record(line, f"{path}: line {number}") if is_record else line)
+    return prompts
+
+
+def prompt_of_record(line: str, place: str) -> str:
+    """The prompt of a line of JSON. place: the file and line, for the error."""
+    try:
+        prompt = json.loads(line)["prompt"]
+    except (ValueError, KeyError, TypeError):
+        prompt = None
+    if not isinstance(prompt, str):
+        raise UserError(f'{place} is not a JSON object with the text "prompt"')
+    return prompt
+
+
+def encode_prompts(engine: Engine, prompts: list[Prompt], system: str = "") -> list[list[int]]:
+    """Token ids of each prompt. Raises UserError for an id beyond the vocabulary."""
+    vocab_size = engine.model.config.vocab_size
+    encoded = []
+    for prompt in prompts:
+        ids = engine.encode_prompt(prompt, system) if isinstance(prompt, str) else prompt
+        highest = max(ids, default=0)
+        if highest >= vocab_size:
+            raise UserError(f"--prompt_ids: {highest} is beyond the vocabulary of {vocab_size}")
+        encoded.append(ids)
+    return encoded
+
+
+def complete_prompts(
+    engine: Engine,
+    prompts: list[Prompt],
+    prompt_ids: list[list[int]],
+    options: PromptOptions,
+    file: CompletionFile | None,
+) -> None:
+    """Complete all prompts, given as the user wrote them and as token ids.
+
+    Prompts whose record is in `file` already are left out. After Ctrl-C, what was written of
+    unprinted completions is printed, and the file keeps the finished ones.
+    """
+    done = file.done if file else {}
+    requests = engine.new_completions(prompt_ids, options.num_samples)
+    requests = {index: request for index, request in requests.items() if index not in done}
+    unprinted: deque[Completion] = deque()
+    if not options.show_progress and not options.stream:
+        unprinted.extend(completion for request in requests.values() for completion in request)
+    batch_size = 1 if options.stream else options.batch_size
+    bar = tqdm(
+        total=len(prompts), initial=len(done), unit="prompt", disable=not options.show_progress
+    )
+    try:
+        for index, text in engine.stream_all(requests, batch_size, options.seed):
+            is_done = all(completion.is_finished for completion in requests[index])
+            if options.stream:
+                print(text, end="\n" if is_done else "", flush=True)
+            while unprinted and unprinted[0].is_finished:
+                print(unprinted.popleft().text, flush=True)
+            bar.update(is_done)
+            if is_done and file:
+                file.add(index, record_of(engine, prompts[index], requests[index]))
+    except KeyboardInterrupt:
+        started = [completion.text for completion in unprinted if completion.text]
+        print(*started, sep="\n", flush=True)
+        if file:
+            progress = f"{len(done)} of {len(prompts)} answers are in {file.partial}"
+            print(f"\n{progress}; the same command goes on", file=sys.stderr)
+        raise
+    bar.close()
+    if file:
+        file.finish()
+
+
+def record_of(engine: Engine, prompt: Prompt, completions: list[Completion]) -> dict[str, Any]:
+    """A prompt's record in --output."""
+    prompt_ids = completions[0].prompt_ids
+    seconds = max(completion.seconds for completion in completions)
+    num_tokens = sum(len(completion.ids) for completion in completions)
+    record = {
+        "prompt": prompt if isinstance(prompt, str) else engine.tokenizer.decode(prompt_ids),
+        "prompt_ids": prompt_ids,
+        "completions": [completion.text for completion in completions],
+        "completion_ids": [completion.ids for completion in completions],
+        "finish_reason": [completion.finish_reason for completion in completions],
+        "seconds": round(seconds, 4),
+        "tokens_per_second": round(num_tokens / seconds, 2),
+    }
+    if engine.config.beams:
+        record["scores"] = [completion.score for completion in completions]
+    return record
