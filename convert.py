@@ -21,10 +21,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from minillama import cli
-from minillama.cli import Parser
+from minillama.cli import Parser, parse_bool
 from minillama.compat.flags import CONVERSION
 from minillama.errors import UserError, closest
-from minillama.train_config import DEVICES, parse_bool
+from minillama.train_config import DEVICES
 
 if TYPE_CHECKING:  # imported where it is used, so that --help and data need not load torch
     from minillama.conversion.writer import Output

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from minillama import cli, errors, train_config
 from minillama.compat import deepspeed
+from minillama.compat import flags as other_systems
 
 EXAMPLES = """
   python train.py                                    the demo: a small LLaMA from scratch, on data of its own, in two minutes
@@ -51,6 +52,7 @@ def parse(arguments: list[str]) -> tuple[train_config.TrainConfig, object]:
     add("--overwrite_output_dir", **cli.BOOLEAN, default=False, help="empty out_dir first")
     add("--deepspeed", default="", metavar="FILE", help="take settings from a DeepSpeed JSON file")
     cli.add_keys(parser)
+    other_systems.add_flags(parser)
     found = parser.parse_args(arguments)
     if found.world_size < 1:
         raise errors.UserError(f"--world_size {found.world_size}: must be at least 1")
@@ -61,7 +63,8 @@ def parse(arguments: list[str]) -> tuple[train_config.TrainConfig, object]:
     source = flags["config"] or ("" if brings_its_own else "demo")
     if found.deepspeed:
         flags = deepspeed.read(Path(found.deepspeed), found.world_size) | flags
-    return train_config.resolve(source, flags), found
+    flags = other_systems.keys_from(flags) | flags
+    return train_config.resolve(source, flags, other_systems.RENAMED), found
 
 
 def main(arguments: list[str]) -> None:

@@ -1,140 +1,154 @@
-"""The command line that all scripts share: their parser, and how a script ends."""
+"""The command line that all scripts share: their parser, and how a script ends.
+
+    sys.argv -> Parser -> flags -> main -> exit code: 0 done, 2 mistake of the user, 130 Ctrl-C
+
+A mistake of the user is a `UserError` wherever it is found. `run` prints it as one line. Every
+other exception is a defect of minillama and keeps its traceback.
+"""
 
 import argparse
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
-from minillama.compat.flags import HARMLESS, ONLY, RENAMED
 from minillama.errors import UserError, closest
-from minillama.train_config import DEVICES, KEYS, PRECISIONS, parse_bool, parse_list
+from minillama.train_config import DEVICES, KEYS, PRECISIONS, SECTIONS, Key, parse_list
+
+BOOLEANS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+
+
+def parse_bool(text: str) -> bool:
+    """Return the value of a boolean flag, for argparse."""
+    if text.lower() not in BOOLEANS:
+        raise argparse.ArgumentTypeError(f"{text!r} is not true or false")
+    return BOOLEANS[text.lower()]
+
+
+# Keywords of add_argument, by the type of a flag. A boolean flag stands alone or with a value.
+BOOLEAN: dict[str, Any] = {
+    "nargs": "?",
+    "const": True,
+    "type": parse_bool,
+    "metavar": "true|false",
+}
+KEYWORDS: dict[type, dict[str, Any]] = {
+    bool: BOOLEAN,
+    tuple: {"type": parse_list, "metavar": "A,B"},
+    int: {"type": int, "metavar": "int"},
+    float: {"type": float, "metavar": "float"},
+    str: {"type": str, "metavar": "str"},
+}
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with this project's manners: `-` and `_` alike in flags, no abbreviations, mistakes as one UserError line."""
+    """An ArgumentParser with three differences.
 
-    def __init__(self, renamed: dict[str, str] | None = None, **settings: Any) -> None:
-        self.renamed = dict(renamed or {})
+    Flags may be typed with `-` or `_`. They may have other names, which `renamed` maps to ours.
+    A mistake raises UserError and names the closest flag; flags cannot be abbreviated.
+    """
+
+    def __init__(
+        self,
+        renamed: Mapping[str, str] | None = None,
+        prog: str | None = None,
+        description: str | None = None,
+        usage: str | None = None,
+    ) -> None:
         super().__init__(
-            formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **settings
+            prog=prog,
+            description=description,
+            usage=usage,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
         )
+        self.renamed = dict(renamed or {})
         self.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
-    def parse_known_args(
-        self, args: Sequence[str] | None = None, namespace: Any = None
-    ) -> tuple[Any, list[str]]:
-        return super().parse_known_args(
-            [_ours(word, self.renamed) if word.startswith("--") else word for word in args or ()],
-            namespace,
-        )
-
-    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
-        found, unknown = self.parse_known_args(args, namespace)
+    def parse_args(self, args: Sequence[str]) -> argparse.Namespace:  # type: ignore[override]
+        words = [self._our_name(word) for word in args]
+        flags, unknown = self.parse_known_args(words)
         if unknown:
-            known = [flag for action in self._actions for flag in action.option_strings] + [
-                f"--{name}" for name in self.renamed
-            ]
-            raise UserError(
-                f"unknown argument {unknown[0]}{closest(unknown[0].split('=')[0], known)}; --help lists them all"
-            )
-        return found
+            known = [f"--{name}" for name in self.renamed]
+            for action in self._actions:
+                known.extend(action.option_strings)
+            hint = closest(unknown[0].partition("=")[0], known)
+            raise UserError(f"unknown argument {unknown[0]}{hint}; --help lists them all")
+        return flags
 
-    def refuse(self, found: Any, reason: str, names: Sequence[str]) -> None:
-        """UserError where one of the flags `names` was given, which has no meaning for this `reason`."""
-        if given := [name for name in names if getattr(found, name) != self.get_default(name)]:
-            raise UserError(f"--{given[0]} has no meaning {reason}; leave one of them out")
+    def _our_name(self, word: str) -> str:
+        """Return --learning_rate=1 for --learning-rate=1 and for --lr=1, and other words as is."""
+        if not word.startswith("--"):
+            return word
+        flag, equals, value = word[2:].partition("=")
+        name = flag.replace("-", "_")
+        return f"--{self.renamed.get(name, name)}{equals}{value}"
+
+    def refuse(self, flags: argparse.Namespace, reason: str, names: Sequence[str]) -> None:
+        """Raise UserError if one of the flags `names` was given; `reason` says why."""
+        for name in names:
+            if getattr(flags, name) != self.get_default(name):
+                raise UserError(f"--{name} has no meaning {reason}; leave one of them out")
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; --help lists every flag")
 
     def add_model_flags(self) -> None:
-        """Which model to load, and how: the same flags for every script that uses one."""
+        """Add the flags of every script that loads a model: which one, and how."""
         add = self.add_argument
         add("--ckpt", default="", metavar="DIR", help="checkpoint, run or adapter directory")
-        add(
-            "--base",
-            default="",
-            metavar="DIR",
-            help="base model of an adapter, where its own config does not say or is wrong",
-        )
-        add(
-            "--lora",
-            action="append",
-            default=[],
-            metavar="DIR",
-            help="adapter to add unmerged; may repeat",
-        )
-        add(
-            "--tokenizer",
-            default="",
-            metavar="FILE",
-            help="tokenizer.model or tokenizer.json, where the checkpoint has none",
-        )
+        base = "base model of an adapter, if the adapter's own config names none or a wrong one"
+        add("--base", default="", metavar="DIR", help=base)
+        lora = "adapter to add unmerged; may repeat"
+        add("--lora", action="append", default=[], metavar="DIR", help=lora)
+        tokenizer = "tokenizer.model or tokenizer.json, if the checkpoint has none"
+        add("--tokenizer", default="", metavar="FILE", help=tokenizer)
         add("--device", default="auto", choices=DEVICES, help="[auto]")
         add("--dtype", default="float32", choices=tuple(PRECISIONS), help="[float32]")
-        add(
-            "--ops",
-            default="",
-            metavar="FORM",
-            help="forms of the ops: reference, fused, auto, …, or some: attention=reference",
-        )
-
-
-def _ours(word: str, renamed: dict[str, str]) -> str:
-    flag, equals, value = word[2:].partition("=")
-    name = flag.replace("-", "_")
-    return f"--{renamed.get(name, name)}{equals}{value}"
-
-
-BOOLEAN = {
-    "nargs": "?",
-    "const": True,
-    "type": parse_bool,
-    "metavar": "true|false",
-}  # a flag that stands alone or with a value
-FLAG_OF_TYPE = {bool: BOOLEAN, tuple: {"type": parse_list, "metavar": "A,B"}} | {
-    kind: {"type": kind, "metavar": kind.__name__} for kind in (int, float, str)
-}
+        ops = "implementations of the ops: reference, fused, auto, …, or by op: attention=reference"
+        add("--ops", default="", metavar="NAME", help=ops)
 
 
 def add_keys(parser: Parser) -> None:
-    """A flag for each key of `TrainConfig`, in a group for each section, and the flags of other systems."""
-    parser.renamed |= RENAMED
-    groups = {
-        section: parser.add_argument_group(section)
-        for section in ("model", "data", "lora", "train", "parallel")
-    }
-    for name, field in KEYS.items():
-        section, help, choices = (field.metadata[part] for part in ("section", "help", "choices"))
-        named = f": {', '.join(map(str, choices))}" if choices else ""
-        shown = (
-            ",".join(field.default)
-            if isinstance(field.default, tuple)
-            else str(field.default).lower()
-        )
-        groups[section].add_argument(
+    """Add a flag for each key of TrainConfig, in a group for each section.
+
+    A flag that is not given is absent from the parsed flags, so that a preset's value stays.
+    """
+    groups = {section: parser.add_argument_group(section) for section in SECTIONS}
+    for name, key in KEYS.items():
+        groups[key.section].add_argument(
             f"--{name}",
-            **FLAG_OF_TYPE[type(field.default)],
+            **KEYWORDS[type(key.default)],
             default=argparse.SUPPRESS,
-            help=f"{help}{named} [{shown}]".replace("%", "%%"),
+            help=_help_of(key),
         )
-    for flag in ("fp16", "bf16"):
-        groups["train"].add_argument(f"--{flag}", **BOOLEAN, help=f"precision {flag}")
-    for flag in (*ONLY, *HARMLESS):
-        parser.add_argument(f"--{flag}", nargs="*", help=argparse.SUPPRESS)
+    for name in ("fp16", "bf16"):
+        groups["train"].add_argument(f"--{name}", **BOOLEAN, help=f"precision {name}")
 
 
-def run(main: Callable[[list[str]], int | None], argv: list[str]) -> None:
-    """Run a script's `main` and exit: 0 done, 2 the user's mistake (one line on stderr), 130 interrupted.
-    `--debug` anywhere in the arguments shows the traceback of a user's mistake too."""
-    debug, argv = "--debug" in argv, [word for word in argv if word != "--debug"]
+def _help_of(key: Key) -> str:
+    """Return "help text: choice, choice [default]", with argparse's percent sign escaped."""
+    choices = ", ".join(str(choice) for choice in key.choices)
+    default = str(key.default).lower()
+    if isinstance(key.default, tuple):
+        default = ",".join(key.default)
+    text = f"{key.help}: {choices} [{default}]" if choices else f"{key.help} [{default}]"
+    return text.replace("%", "%%")
+
+
+def run(main: Callable[[list[str]], int | None], arguments: list[str]) -> NoReturn:
+    """Run a script's `main` and exit: 0 done, 2 the user's mistake, 130 interrupted.
+
+    A mistake becomes one line on stderr; with --debug anywhere in the arguments, a traceback.
+    """
+    debug = "--debug" in arguments
+    arguments = [word for word in arguments if word != "--debug"]
     if hasattr(signal, "SIGPIPE"):  # not on Windows
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     try:
-        sys.exit(main(argv) or 0)
+        sys.exit(main(arguments) or 0)
     except (UserError, OSError, RuntimeError, MemoryError) as error:
-        message = _message(error)
+        message = _message_of(error)
         if debug or not message:
             raise
         print(f"error: {message}", file=sys.stderr)
@@ -144,18 +158,20 @@ def run(main: Callable[[list[str]], int | None], argv: list[str]) -> None:
         sys.exit(130)
 
 
-def _message(error: Exception) -> str:
-    """One line for the user about an error the user can mend; "": it is a defect of ours."""
+def _message_of(error: Exception) -> str:
+    """Return one line about an error that the user can mend, or "" for a defect of minillama."""
     text = str(error)
+    if isinstance(error, UserError):
+        return text
     if isinstance(error, OSError) and error.strerror:
-        return f"{f'{error.filename}: ' if error.filename else ''}{error.strerror}; name another path, or make room or rights for this one"
-    if text.startswith(
-        "Failed to load the backend extension"
-    ):  # torch imports all device plug-ins, and fails where one does
+        place = f"{error.filename}: " if error.filename else ""
+        return f"{place}{error.strerror}; name another path, or make room or rights for this one"
+    if text.startswith("Failed to load the backend extension"):  # torch imports all plug-ins
+        plugin = text.split(": ")[1].split(".")[0]
         return (
-            f"torch's device plug-in {text.split(': ')[1].split('.')[0]} does not load ({error.__cause__}); mend it, or set "
-            "TORCH_DEVICE_BACKEND_AUTOLOAD=0 to go on without it"
+            f"torch's device plug-in {plugin} does not load ({error.__cause__}); mend it, or set "
+            "TORCH_DEVICE_BACKEND_AUTOLOAD=0 to continue without it"
         )
     if isinstance(error, MemoryError) or "can't allocate memory" in text or "out of memory" in text:
-        return f"not enough memory; take fewer rows or tokens at once, such as a smaller batch size or length ({text[:120]})"
-    return text if isinstance(error, UserError) else ""
+        return f"not enough memory; use a smaller batch size or length ({text[:120]})"
+    return ""

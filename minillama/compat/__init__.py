@@ -1,1 +1,4 @@
-"""Command lines and files of the systems that minillama replaces, read as its own."""
+"""Command lines and files of other systems, as keys and flags of minillama.
+
+Only the scripts import this folder. Without it they have only minillama's own flags.
+"""

@@ -1,16 +1,21 @@
-"""A DeepSpeed JSON file (`--deepspeed FILE`) as settings of ours: what it asks for is mapped, or refused by name.
+"""A DeepSpeed JSON file (`--deepspeed FILE`), as values of our keys.
 
-"auto" leaves a value to the command line, as transformers does. Keys that only tune DeepSpeed's own machinery change no result and
-are passed over; everything else that is not in the table is an error.
+Each entry of the file is in one of three tables, as flags are in compat/flags.py: another name for
+a key of ours, an entry that may only have certain values, or one that only tunes DeepSpeed itself
+and changes no result. Any other entry is an error. "auto" leaves the value to the command line, as
+in transformers.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from minillama.errors import UserError, closest, parsing, read_json
+from minillama.errors import UserError, closest
+from minillama.files import parsing, read_json
+from minillama.train_config import flatten
 
-# a key of the file, dotted -> the setting it becomes
-MAPPED = {
+# entry of the file, dotted -> our key
+KEY_NAMES = {
     "train_micro_batch_size_per_gpu": "per_device_train_batch_size",
     "gradient_accumulation_steps": "gradient_accumulation_steps",
     "gradient_clipping": "max_grad_norm",
@@ -24,8 +29,9 @@ MAPPED = {
     "fp16.hysteresis": "loss_scale_hysteresis",
     "fp16.min_loss_scale": "min_loss_scale",
 }
-# keys whose values must be among these
-FIXED = {
+
+# keys that may only have these values
+ALLOWED = {
     "optimizer.type": ("Adam", "AdamW"),
     "optimizer.params.torch_adam": (True, False),
     "optimizer.params.adam_w_mode": (True,),
@@ -33,70 +39,68 @@ FIXED = {
     "zero_optimization.offload_optimizer.device": ("none",),
     "zero_optimization.offload_param.device": ("none",),
 }
-HARMLESS = (
-    "steps_per_print",
-    "wall_clock_breakdown",
-    "zero_optimization.overlap_comm",
-    "zero_optimization.contiguous_gradients",
-    "zero_optimization.allgather_partitions",
-    "zero_optimization.allgather_bucket_size",
-    "zero_optimization.reduce_scatter",
-    "zero_optimization.round_robin_gradients",
-    "zero_allow_untested_optimizer",
-    "train_batch_size",
-    "fp16.auto_cast",
-)
+IGNORED = """
+    steps_per_print wall_clock_breakdown train_batch_size zero_allow_untested_optimizer
+    fp16.auto_cast
+    zero_optimization.overlap_comm zero_optimization.contiguous_gradients
+    zero_optimization.allgather_partitions zero_optimization.allgather_bucket_size
+    zero_optimization.reduce_scatter zero_optimization.round_robin_gradients
+""".split()
 
 
 def read(path: Path, world_size: int) -> dict[str, Any]:
-    """The settings that the file fixes. Raises UserError for what cannot be honoured, and for batch sizes that disagree."""
-    raw, settings = read_json(path, "--deepspeed takes a DeepSpeed JSON file"), {}
-    asked = {
-        key: value
-        for key, value in flattened(raw).items()
-        if value != "auto" and key not in HARMLESS
-    }
-    for key, value in asked.items():
-        with parsing(f"{path}: {key} = {value!r}"):
-            if key in MAPPED:
-                settings[MAPPED[key]] = int(value) if key.endswith(("size", "stage")) else value
-            elif key == "optimizer.params.betas":
-                settings["adam_beta1"], settings["adam_beta2"] = value
-            elif key in ("fp16.enabled", "bf16.enabled"):
-                settings |= {"precision": key[:4]} if value else {}
-            elif value not in FIXED.get(key, ()):
-                hint = (
-                    f"; supported: {', '.join(map(repr, FIXED[key]))}"
-                    if key in FIXED
-                    else closest(key, (*MAPPED, *FIXED, *HARMLESS))
-                )
-                raise UserError(f"not supported{hint}")
-    if settings.get("zero_stage", 0) > 2:
+    """Return the values that the file fixes, by key.
+
+    Raises UserError for an entry that cannot be honoured, and for batch sizes that disagree.
+    """
+    content = read_json(path, "--deepspeed takes a DeepSpeed JSON file")
+    keys: dict[str, Any] = {}
+    for entry, value in flatten(content).items():
+        if value == "auto" or entry in IGNORED:
+            continue
+        with parsing(f"{path}: {entry} = {value!r}"):
+            keys |= keys_from(entry, value)
+    stage = keys.get("zero_stage", 0)
+    if stage > 2:
         raise UserError(
-            f"{path}: zero_optimization.stage = {settings['zero_stage']}: weights are not sharded here; use stage 1 or 2"
+            f"{path}: zero_optimization.stage = {stage}: weights are not sharded here; "
+            "use stage 1 or 2"
         )
-    total, micro = raw.get("train_batch_size"), settings.get("per_device_train_batch_size")
-    accumulation = settings.get("gradient_accumulation_steps")
-    if (
-        total in (None, "auto")
-        or not micro
-        or not accumulation
-        or total == micro * accumulation * world_size
-    ):
-        return settings
-    raise UserError(
-        f"{path}: train_batch_size = {total} is not train_micro_batch_size_per_gpu {micro} × gradient_accumulation_steps "
-        f"{accumulation} × {world_size} ranks = {micro * accumulation * world_size}"
-    )
+    check_batch_size(content.get("train_batch_size"), keys, world_size, path)
+    return keys
 
 
-def flattened(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The leaves of a tree by their dotted names."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= (
-            flattened(value, f"{prefix}{key}.")
-            if isinstance(value, dict)
-            else {f"{prefix}{key}": value}
+def keys_from(entry: str, value: Any) -> dict[str, Any]:
+    """Return what one entry means. Raises UserError, or the error of a wrong type."""
+    if entry in KEY_NAMES:
+        is_whole = entry.endswith(("size", "stage"))  # files say 2e8
+        return {KEY_NAMES[entry]: int(value) if is_whole else value}
+    if entry == "optimizer.params.betas":
+        beta1, beta2 = value
+        return {"adam_beta1": beta1, "adam_beta2": beta2}
+    if entry in ("fp16.enabled", "bf16.enabled"):
+        return {"precision": entry.removesuffix(".enabled")} if value else {}
+    if entry not in ALLOWED:
+        raise UserError(f"not supported{closest(entry, (*KEY_NAMES, *ALLOWED, *IGNORED))}")
+    if value not in ALLOWED[entry]:
+        supported = ", ".join(repr(choice) for choice in ALLOWED[entry])
+        raise UserError(f"not supported; supported: {supported}")
+    return {}
+
+
+def check_batch_size(total: Any, keys: Mapping[str, Any], world_size: int, path: Path) -> None:
+    """Raise UserError unless train_batch_size = micro-batch × accumulation × ranks.
+
+    A value that the file leaves open fits any other.
+    """
+    micro_batch = keys.get("per_device_train_batch_size")
+    accumulation = keys.get("gradient_accumulation_steps")
+    if total in (None, "auto") or not micro_batch or not accumulation:
+        return
+    product = micro_batch * accumulation * world_size
+    if total != product:
+        raise UserError(
+            f"{path}: train_batch_size = {total} is not train_micro_batch_size_per_gpu "
+            f"{micro_batch} × gradient_accumulation_steps {accumulation} × {world_size} ranks "
+            f"= {product}"
         )
-    return flat

@@ -1,15 +1,34 @@
-"""Command lines of other systems, so that they can be pasted: FastChat, LLaMA-Factory, Chinese-LLaMA-Alpaca, AscendSpeed.
+"""Flags of other systems: FastChat, LLaMA-Factory, Chinese-LLaMA-Alpaca, AscendSpeed, transformers.
 
-Each of their flags is one of three things here: another name for a key of ours; a flag that must have certain values, because
-only those are what this program does; or one that changes no result. Any other flag is unknown, and said to be.
+Their command lines can be pasted after ours. Each of their flags is in one of three tables:
+
+    KEY_NAMES    another name for a key of ours              --lora_r 8       is --lora_rank 8
+    ALLOWED      a flag that may only have values that       --stage sft      is accepted
+                 mean what this program does                 --stage dpo      is an error
+    IGNORED      a flag that changes no result               --report_to tensorboard
+
+Any other flag is unknown, and an error.
 """
 
+from argparse import SUPPRESS
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
+from minillama.cli import Parser
 from minillama.errors import UserError
 
-# our key: what they call it
-NAMES = {
+
+@dataclass(frozen=True)
+class Allowed:
+    """The values that a flag may have, and why others are an error."""
+
+    values: tuple[str, ...]
+    reason: str
+
+
+# our key -> what they call it, separated by spaces
+KEY_NAMES = {
     "ckpt": "model_name_or_path load",
     "data": "data_path dataset",
     "out_dir": "output_dir save",
@@ -43,47 +62,40 @@ NAMES = {
     "ffn_dim": "ffn_hidden_size",
     "initializer_range": "init_method_std",
 }
-RENAMED = {theirs: ours for ours, names in NAMES.items() for theirs in names.split()}
-# flag -> the values that mean what this program does, and why others are refused
-ONLY = {
-    "stage": (("sft", "pt"), "only supervised fine-tuning and pre-training exist here"),
-    "do_train": (("true",), "train.py trains; eval.py evaluates"),
-    "finetuning_type": (("lora", "full"), "tune with lora or in full"),
-    "tensor_model_parallel_size": (("1",), "tensor parallelism does not exist here yet"),
-    "pipeline_model_parallel_size": (("1",), "pipeline parallelism does not exist here yet"),
-    "quantization_bit": (("none",), "quantized weights are not trained here"),
-    "load_in_kbits": (("16",), "quantized weights are not trained here"),
-    "train_on_prompt": (("false",), "prompts are not targets here"),
-    "zero3_enabled": (("false",), "weights are not sharded here; use --zero_stage 2"),
-    "fsdp": (("",), "weights are not sharded here; use --zero_stage 2"),
-    "lora_adapter_name": (("default",), "an adapter is named by its directory"),
-    "optim": (("adamw_torch", "adamw_torch_fused", "adamw_hf"), "the optimizer is AdamW"),
-    "disable_gradient_checkpointing": (("true", "false"), "it is true or false"),
-}
-# flags that change no result
-HARMLESS = (
-    "lazy_preprocess",
-    "do_eval",
-    "logging_first_step",
-    "logging_strategy",
-    "report_to",
-    "torch_dtype",
-    "ddp_timeout",
-    "ddp_find_unused_parameters",
-    "data_cache_dir",
-    "flash_attn",
-    "use_flash_attn",
-    "lora_register_forward_hook",
-    "split",
-    "distributed_backend",
-    "local_rank",
-    "tokenizer_type",
-    "tokenizer_not_use_fast",
-    "use_fast_tokenizer",
-    "overwrite_cache",
-)  # the cache of tokenized data is keyed by what it was made from, so it is never stale
+RENAMED = {name: key for key, names in KEY_NAMES.items() for name in names.split()}
 
-# generate.py, from FastChat's cli and Chinese-LLaMA-Alpaca's inference scripts: their flag -> ours, with a value where it is fixed
+NOT_SHARDED = "weights are not sharded here; use --zero_stage 2"
+NOT_QUANTIZED = "quantized weights are not trained here"
+NO_TENSOR_PARALLEL = "tensor parallelism does not exist here yet"
+NO_PIPELINE_PARALLEL = "pipeline parallelism does not exist here yet"
+ADAMW = ("adamw_torch", "adamw_torch_fused", "adamw_hf")
+
+ALLOWED = {
+    "stage": Allowed(("sft", "pt"), "only supervised fine-tuning and pre-training exist here"),
+    "do_train": Allowed(("true",), "train.py trains; eval.py evaluates"),
+    "finetuning_type": Allowed(("lora", "full"), "tune with lora or in full"),
+    "tensor_model_parallel_size": Allowed(("1",), NO_TENSOR_PARALLEL),
+    "pipeline_model_parallel_size": Allowed(("1",), NO_PIPELINE_PARALLEL),
+    "quantization_bit": Allowed(("none",), NOT_QUANTIZED),
+    "load_in_kbits": Allowed(("16",), NOT_QUANTIZED),
+    "train_on_prompt": Allowed(("false",), "prompts are not targets here"),
+    "zero3_enabled": Allowed(("false",), NOT_SHARDED),
+    "fsdp": Allowed(("",), NOT_SHARDED),
+    "lora_adapter_name": Allowed(("default",), "an adapter is named by its directory"),
+    "optim": Allowed(ADAMW, "the optimizer is AdamW"),
+    "disable_gradient_checkpointing": Allowed(("true", "false"), "it is true or false"),
+}
+
+# overwrite_cache: the cache of tokenized data depends on what it was made from, and is never stale.
+IGNORED = """
+    lazy_preprocess do_eval logging_first_step logging_strategy report_to torch_dtype ddp_timeout
+    ddp_find_unused_parameters data_cache_dir flash_attn use_flash_attn lora_register_forward_hook
+    split distributed_backend local_rank tokenizer_type tokenizer_not_use_fast use_fast_tokenizer
+    overwrite_cache
+""".split()
+
+# generate.py: flags of FastChat's cli and Chinese-LLaMA-Alpaca's inference scripts -> ours, and its
+# value where it is fixed
 GENERATION = {
     "model_path": "ckpt",
     "model_name_or_path": "ckpt",
@@ -97,7 +109,8 @@ GENERATION = {
     "predictions_file": "output",
     "system_prompt": "system",
 }
-# convert.py, by subcommand, from FastChat's apply_delta and make_delta, Chinese-LLaMA-Alpaca's merge, and transformers' converter
+# convert.py, by subcommand: flags of FastChat's apply_delta and make_delta, Chinese-LLaMA-Alpaca's
+# merge and transformers' converter -> ours
 CONVERSION = {
     "apply_delta": {
         "base_model_path": "base",
@@ -121,24 +134,31 @@ CONVERSION = {
 }
 
 
-def settings_from(flags: dict[str, Any]) -> dict[str, Any]:
-    """What the other systems' flags say in keys of ours. Raises UserError for a value that cannot be honoured, by name."""
-    said = {
-        flag: " ".join(words).lower() if words else "true"
-        for flag in ONLY
-        if (words := flags.get(flag)) is not None
-    }
-    for flag, value in said.items():
-        allowed, why = ONLY[flag]
-        if value not in allowed:
-            raise UserError(f"--{flag} {value} is not supported: {why}")
-    found: dict[str, Any] = (
-        {"lora": said["finetuning_type"] == "lora"} if "finetuning_type" in said else {}
-    )
-    if said.get("disable_gradient_checkpointing") == "true":
-        found["gradient_checkpointing"] = False
-    if flags.get("dataset_dir") and not flags.get(
-        "data"
-    ):  # Chinese-LLaMA-Alpaca: the folder itself
-        found["data"] = (flags["dataset_dir"],)
-    return found
+def add_flags(parser: Parser) -> None:
+    """Let a parser accept the other systems' flags for training, which `--help` leaves out."""
+    parser.renamed |= RENAMED
+    for name in (*ALLOWED, *IGNORED):
+        parser.add_argument(f"--{name}", nargs="*", help=SUPPRESS)
+
+
+def keys_from(flags: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what the flags of ALLOWED and --dataset_dir mean, as values of our keys.
+
+    Raises UserError for a value that is not allowed.
+    """
+    given: dict[str, str] = {}
+    for name, allowed in ALLOWED.items():
+        words = flags.get(name)
+        if words is None:
+            continue
+        given[name] = " ".join(words).lower() if words else "true"
+        if given[name] not in allowed.values:
+            raise UserError(f"--{name} {given[name]} is not supported: {allowed.reason}")
+    keys: dict[str, Any] = {}
+    if "finetuning_type" in given:
+        keys["lora"] = given["finetuning_type"] == "lora"
+    if given.get("disable_gradient_checkpointing") == "true":
+        keys["gradient_checkpointing"] = False
+    if flags.get("dataset_dir") and not flags.get("data"):
+        keys["data"] = (flags["dataset_dir"],)  # Chinese-LLaMA-Alpaca: the folder is the data
+    return keys

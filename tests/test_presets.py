@@ -1,0 +1,98 @@
+"""Presets: each resolves, says how to start it, and can be planned without allocating anything."""
+
+import dataclasses
+import resource
+from pathlib import Path
+
+import pytest
+
+import train
+from minillama import train_config
+from minillama.errors import UserError
+from minillama.files import write_json
+from minillama.training import run
+from minillama.training.dry_run import estimate
+
+ROOT = Path(__file__).parents[1]
+PRESETS = sorted(path.stem for path in (ROOT / "minillama/configs").glob("*.toml"))
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_preset_resolves_and_its_saved_form_replays(preset: str, tmp_path: Path) -> None:
+    settings = train_config.resolve(preset, {"seed": 7})
+    write_json(tmp_path / "train_config.json", dataclasses.asdict(settings))
+    assert train_config.resolve(str(tmp_path / "train_config.json"), {}) == settings
+
+
+@pytest.mark.parametrize(
+    ("preset", "trainable"),
+    [
+        ("7b_lora", 16 * 32 * (4 * 2 * 4096 + 3 * (4096 + 11008))),
+        ("7b_full_zero1", 6_738_415_616),
+        ("13b_full_zero2", 13_015_864_320),
+        ("7b_full", 6_738_415_616),
+        ("13b_full", 13_015_864_320),
+        ("7b_vicuna", 6_738_415_616),
+        ("13b_vicuna", 13_015_864_320),
+        ("7b_lora_qv", 8 * 32 * 2 * 2 * 4096),
+        ("13b_lora_qv", 8 * 40 * 2 * 2 * 5120),
+        ("chinese_sft_lora", 64 * 32 * (4 * 2 * 4096 + 3 * (4096 + 11008)) + 2 * 55296 * 4096),
+    ],
+)
+def test_a_plan_counts_parameters_exactly_and_allocates_nothing(
+    preset: str, trainable: int
+) -> None:
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    text = run.describe(train_config.resolve(preset, {}), world_size=8)
+    assert f"trained: {trainable:,}" in text
+    assert (
+        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000
+    )  # KiB; the models are 13 to 26 GB
+
+
+@pytest.mark.parametrize("preset", [name for name in PRESETS if name != "demo_lora"])
+def test_every_preset_can_be_planned(preset: str) -> None:
+    """demo_lora starts from the checkpoint that demo makes."""
+    settings = train_config.resolve(preset, {})
+    assert f"{run.model_config(settings).parameter_count():,}" in run.describe(settings, 1)
+
+
+def test_the_bytes_of_a_plan_by_hand() -> None:
+    """LLaMA-7B on 8 ranks in 16 bits.
+
+    Full training, bytes per parameter: weight 2, gradient 4, master weight and moments 12, which
+    ZeRO-1 shards. LoRA: frozen weight 2; per parameter of the adapters 4 + 4 + 8.
+    """
+    P = 6_738_415_616
+    full = estimate(
+        run.model_config(train_config.resolve("7b_full_zero1", {})),
+        train_config.resolve("7b_full_zero1", {}),
+        8,
+    )
+    assert (full.weights, full.gradients, full.optimizer) == (2 * P, 4 * P, 12 * P // 8)
+    settings = train_config.resolve("7b_lora", {})
+    lora = estimate(run.model_config(settings), settings, 8)
+    assert (lora.weights, lora.gradients, lora.optimizer) == (
+        2 * P + 4 * lora.trainable,
+        4 * lora.trainable,
+        8 * lora.trainable,
+    )
+
+
+@pytest.mark.parametrize("preset", ["34b_lora", "70b_lora"])
+def test_models_that_every_rank_would_hold_whole_are_refused_with_the_bytes(preset: str) -> None:
+    settings = dataclasses.replace(train_config.resolve(preset, {}), ckpt="", init="scratch")
+    weights = estimate(run.model_config(settings), settings).weights
+    with pytest.raises(UserError, match=f"{weights:,} bytes .* tensor parallelism"):
+        run.refuse_what_cannot_fit(settings)
+
+
+def test_the_first_comment_of_a_preset_says_what_it_is_and_how_to_start_it() -> None:
+    for name in PRESETS:
+        first = (ROOT / f"minillama/configs/{name}.toml").read_text().split("\n", 1)[0]
+        assert first.startswith("# ")
+        command = first.split(": ", 1)[1]
+        assert "train.py" in command
+        assert f"--config {name}" in command or name == "demo"
+        words = command.split("train.py")[1].split()
+        train.parse(words)  # its flags exist
