@@ -182,7 +182,7 @@ def test_their_generation_commands_are_understood(flags, expected):
 
 
 def test_their_conversion_commands_convert(tmp_path, tiny_checkpoint):
-    """FastChat's make_delta and apply_delta, in both spellings, and Chinese-LLaMA-Alpaca's merge."""
+    """FastChat's make_delta and apply_delta, both spellings, and Chinese-LLaMA-Alpaca's merge."""
     convert = runpy.run_path(str(ROOT / "convert.py"))["main"]
     base, target = str(tiny_checkpoint("base")), str(tiny_checkpoint("target", seed=1))
     delta = str(tmp_path / "delta")
