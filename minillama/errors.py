@@ -6,7 +6,7 @@ is a defect of ours and keeps its traceback. `cli.run` is the only place that tu
 
 import difflib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,14 @@ def closest(name: str, known: Iterable[str]) -> str:
     """` (did you mean 'learning_rate'?)` for the known name nearest to `name`, or an empty string."""
     match = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.6)
     return f" (did you mean {match[0]!r}?)" if match else ""
+
+
+def listed(problems: Sequence[str], most: int = 4) -> str:
+    """Return the first `most` problems in one line, and how many more there are."""
+    line = "; ".join(problems[:most])
+    if len(problems) > most:
+        line += f"; and {len(problems) - most} more"
+    return line
 
 
 def read_json(

@@ -117,7 +117,7 @@ def read_safetensors(path: Path) -> dict[str, TensorRef]:
             }
         except (SafetensorError, KeyError) as error:
             raise UserError(
-                f"{path}: not a safetensors file, cut short, or of an unknown dtype ({error}); download it again"
+                f"{path}: not a safetensors file, or cut short, or of an unknown dtype ({error}); download it again"
             ) from None
 
 

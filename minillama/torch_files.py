@@ -12,6 +12,7 @@ Left out on purpose: the format before torch 1.6, other containers than dictiona
 
 import io
 import pickle
+import re
 import struct
 import zipfile
 from collections import OrderedDict
@@ -31,6 +32,7 @@ from minillama.tensor_files import (
     TensorRef,
     TensorSpecs,
     appending,
+    read_safetensors,
     refuse_foreign_bytes,
     to_disk,
 )
@@ -62,6 +64,8 @@ DAMAGE = (
     ValueError,
 )
 LARGEST_PICKLE = 64 * 2**20  # bytes; a 70B model's is 0.1 MB
+# Positions are computed, whatever an old file carries.
+POSITIONS = re.compile(r"rotary_emb\.inv_freq$|^rope\.freqs$")
 ALIGNMENT = 64  # bytes; where torch puts the beginning of a storage
 
 
@@ -185,6 +189,13 @@ def read_torch(path: Path) -> dict[str, TensorRef]:
         if not isinstance(name, str) or not isinstance(value, TensorRef):
             raise UserError(f"{path}: {name!r} is a {type(value).__name__}, not a tensor")
     return dict(content)
+
+
+def read_tensors(path: Path) -> dict[str, TensorRef]:
+    """The entries of a file of either kind, told by its name. Raises UserError for what is not there, or is something else."""
+    if not path.is_file():
+        raise UserError(f"{path}: the index names this file, but it is not there; download it")
+    return read_safetensors(path) if path.suffix == ".safetensors" else read_torch(path)
 
 
 class _Pickler(pickle.Pickler):

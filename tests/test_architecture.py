@@ -28,7 +28,7 @@ FLOORS: list[list[set[str]]] = [
     [{"compat"}],
     [{"ops"}, {"tokenizer"}, {"chat"}, {"comm"}, {"tensor_files", "torch_files"}],
     [{"model"}, {"parallel"}, {"data"}],
-    [{"checkpoint"}, {"lora"}],
+    [{"checkpoint"}, {"lora", "lora_layers", "peft_adapters"}],
     [{"generation"}],
     [{"training"}, {"conversion"}, {"evaluation"}, {"doctor"}],
 ]

@@ -8,7 +8,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from minillama import lora
 from minillama.checkpoint.hf_format import load_model, save_model
 from minillama.errors import UserError
 from minillama.lora import (
@@ -234,9 +233,6 @@ def adapter(tmp_path: Path) -> Path:
     ("key", "value"),
     [
         ("use_dora", True),
-        ("bias", "all"),
-        ("fan_in_fan_out", True),
-        ("layers_to_transform", [0]),
         ("peft_type", "IA3"),
         ("layer_replication", [[0, 1]]),
         ("use_qalora", True),
@@ -289,23 +285,38 @@ def rewrite(adapter: Path, change) -> None:
     save_file(change(load_file(file)), file)
 
 
-FIRST = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+PREFIX = "base_model.model.model.layers.0."
+FIRST = f"{PREFIX}self_attn.q_proj.lora_A.weight"
+
+
+def without(tensors: dict[str, torch.Tensor], text: str) -> dict[str, torch.Tensor]:
+    return {name: tensor for name, tensor in tensors.items() if text not in name}
+
+
+def with_factors_of(module: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors, and those of layer 0's q_proj under the name of another module too."""
+    copies = {
+        name.replace("q_proj", module): tensor.clone()
+        for name, tensor in tensors.items()
+        if "layers.0.self_attn.q_proj" in name
+    }
+    return tensors | copies
 
 
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        (
-            lambda t: {k: v for k, v in t.items() if k != FIRST},
-            "layers.0.self_attn.q_proj.lora_A.weight is missing",
-        ),
-        (
-            lambda t: t | {FIRST.replace("q_proj", "o_proj"): t[FIRST].clone()},
-            "o_proj.lora_A.weight fits no module",
-        ),
+        (lambda t: without(t, FIRST), "layers.0.self_attn.q_proj has lora_B without its other"),
+        (lambda t: without(t, "0.self_attn.q"), "0.self_attn.q_proj.lora_A.weight is missing"),
+        (lambda t: with_factors_of("o_proj", t), "o_proj.lora_A.weight fits no module"),
+        (lambda t: with_factors_of("qq_proj", t), "qq_proj.lora_A.weight fits no module"),
         (lambda t: t | {FIRST: t[FIRST][:, :20].contiguous()}, "(8, 20), the model wants (8, 24)"),
+        (
+            lambda t: t | {f"{PREFIX}self_attn.q_proj.bias": torch.ones(24)},
+            "q_proj.bias fits no module",
+        ),
     ],
-    ids=["missing", "left over", "another shape"],
+    ids=["half missing", "missing", "no target", "left over", "another shape", "a bias"],
 )
 def test_a_tensor_that_does_not_fit_is_an_error(change, named: str, adapter: Path) -> None:
     rewrite(adapter, change)
@@ -342,4 +353,4 @@ def test_merging_is_one_rounding_of_the_fp32_sum() -> None:
 
 def test_a_missing_adapter_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"adapter_config\.json: no such file"):
-        lora.read_adapter_config(tmp_path)
+        load_adapter(random_model(), tmp_path)

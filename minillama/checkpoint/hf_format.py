@@ -5,7 +5,6 @@ shape, copy, forget. Names that the model needs and the files lack, or that nobo
 """
 
 import json
-import re
 import shutil
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
@@ -16,19 +15,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minillama.errors import UserError, read_json
+from minillama.errors import UserError, listed, read_json
 from minillama.hf_config import read_config, to_hf
 from minillama.llama_config import LlamaConfig, with_layers
 from minillama.model import Llama
 from minillama.tensor_files import (
     TensorRef,
     TensorSpecs,
-    read_safetensors,
     safetensors_writer,
     specs_of,
 )
 from minillama.tokenizer import Tokenizer
-from minillama.torch_files import read_torch, torch_writer
+from minillama.torch_files import POSITIONS, read_tensors, torch_writer
 
 TOKENIZER_FILES = (
     "tokenizer.model",
@@ -38,9 +36,6 @@ TOKENIZER_FILES = (
     "added_tokens.json",
 )
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-IGNORED = re.compile(
-    r"rotary_emb\.inv_freq$|^rope\.freqs$"
-)  # positions are computed, whatever an old file carries
 GB = 10**9
 
 
@@ -67,7 +62,7 @@ def open_files(
         except UserError as error:
             problems.append(str(error))
             continue
-        found.append({name: entry for name, entry in entries.items() if not IGNORED.search(name)})
+        found.append({name: entry for name, entry in entries.items() if not POSITIONS.search(name)})
         problems += [
             f"{path}: lacks {name}, which {promise}" for name in names if name not in entries
         ]
@@ -80,20 +75,6 @@ def open_files(
     if problems:
         raise UserError(listed(problems, 8))
     return found
-
-
-def read_tensors(path: Path) -> dict[str, TensorRef]:
-    """The entries of a file of either kind, told by its name. Raises UserError for what is not there, or is something else."""
-    if not path.is_file():
-        raise UserError(f"{path}: the index names this file, but it is not there; download it")
-    return read_safetensors(path) if path.suffix == ".safetensors" else read_torch(path)
-
-
-def listed(problems: list[str], most: int = 4) -> str:
-    """The first of them in one line, and how many more there are."""
-    return "; ".join(problems[:most]) + (
-        f"; and {len(problems) - most} more" if len(problems) > most else ""
-    )
 
 
 def _weight_files(directory: Path) -> dict[Path, list[str]]:

@@ -13,11 +13,11 @@ import torch
 from tqdm import tqdm
 
 from minillama.checkpoint.hf_format import open_weights
-from minillama.conversion.merge import adapter_entries
 from minillama.conversion.meta import read_meta
 from minillama.conversion.writer import LazyTensors, write_file
 from minillama.data.sources import hash_of
 from minillama.errors import UserError, read_json
+from minillama.peft_adapters import adapter_tensors
 from minillama.tensor_files import bytes_of
 
 MANIFEST, ABSENT = "manifest.json", "`convert.py sha256 DIR` writes one"
@@ -28,7 +28,7 @@ def recipes_of(directory: Path) -> LazyTensors:
     if list(directory.glob("consolidated.*.pth")):
         return read_meta(directory)[1]
     if (directory / "adapter_config.json").is_file():
-        return adapter_entries(directory)
+        return adapter_tensors(directory)
     return open_weights(directory)
 
 

@@ -21,33 +21,22 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from minillama import peft_adapters
 from minillama.checkpoint.hf_format import (
     EMBEDDING,
     HEAD,
-    IGNORED,
     check_names,
     has_tokenizer,
     open_weights,
-    read_tensors,
 )
 from minillama.conversion.meta import write_meta
 from minillama.conversion.writer import LazyTensor, Output, write_checkpoint, write_companions
 from minillama.errors import UserError, closest, read_json
 from minillama.hf_config import read_config
-from minillama.lora import read_adapter_config
 from minillama.tensor_files import TensorRef
 from minillama.tokenizer import open_tokenizer
 
 PROBES = 4  # random hidden states in the check
-HONOURED = (
-    "bias",
-    "exclude_modules",
-    "fan_in_fan_out",
-    "layers_to_transform",
-)  # keys of a configuration; most show in the names
-_WRAPPERS = re.compile(r"^(?:base_model\.model\.|module\.)+")
-_FACTOR = re.compile(r"^(.+)\.lora_(embedding_)?([AB])(?:\.(?!weight$|bias$)[^.]+)?(?:\.weight)?$")
-_WHOLE = re.compile(r"\.modules_to_save(\.[^.]+)?(?=\.weight$)|\.base_layer(?=\.)")
 Product = tuple[
     TensorRef, TensorRef, float
 ]  # s·B·A as B (rows, R), A (R, columns) and s; or as Aᵀ and Bᵀ where weights lie as (in, out)
@@ -118,55 +107,12 @@ def merge_lora(
 
 
 def read_adapter(path: Path) -> Adapter:
-    """A PEFT adapter directory of any age, or a raw training state with PEFT's names, as products and replacements.
-    Raises UserError for what is not LoRA, for DoRA, and for a key that is neither half of a pair nor a whole tensor."""
-    config, _ = read_adapter_config(path, HONOURED)
-    transposed = read_json(path / "adapter_config.json").get("fan_in_fan_out")
-    halves: dict[tuple[str, bool], dict[str, TensorRef]] = defaultdict(dict)
-    replacements: dict[str, TensorRef] = {}
-    for key, entry in adapter_entries(path).items():
-        name = _WRAPPERS.sub("", key)
-        if "lora_magnitude_vector" in name:
-            raise UserError(
-                f"{path}: {key}: DoRA is not supported; merge the adapter with peft, and use the result"
-            )
-        if ".original_module." in name or IGNORED.search(name):
-            continue  # the frozen copy beside a module_to_save, and positions
-        pair = _FACTOR.match(name)
-        if not pair and "lora_" in name:
-            raise UserError(f"{path}: {key}: not a LoRA key that is known here")
-        place, where = (
-            (halves[pair[1], bool(pair[2])], pair[3])
-            if pair
-            else (replacements, _WHOLE.sub("", name))
-        )
-        if where in place:
-            raise UserError(
-                f"{path}: {key}: a second value for {name}; the file holds more than one adapter"
-            )
-        place[where] = entry
-    products = {}
-    for (module, is_embedding), pair in halves.items():
-        if len(pair) == 1:
-            raise UserError(f"{path}: {module} has lora_{next(iter(pair))} without its other half")
-        a, b, rank = pair["A"], pair["B"], config.rank_of(module)
-        if len(a.shape) != 2 or len(b.shape) != 2 or not a.shape[0] == b.shape[1] == rank:
-            raise UserError(
-                f"{path}: {module}: lora_A is {a.shape} and lora_B {b.shape}, adapter_config.json says rank {rank}"
-            )
-        left, right = (a.transposed(), b.transposed()) if is_embedding or transposed else (b, a)
-        products[f"{module}.weight"] = left, right, config.scale_of(module)
-    return Adapter(path, products, replacements)
-
-
-def adapter_entries(path: Path) -> dict[str, TensorRef]:
-    """The tensors of an adapter directory, under the names they have in its file."""
-    for name in ("adapter_model.safetensors", "adapter_model.bin", "pytorch_model.bin"):
-        if (path / name).is_file():
-            return read_tensors(path / name)
-    raise UserError(
-        f"{path}: holds no adapter_model.safetensors, adapter_model.bin or pytorch_model.bin"
-    )
+    """A PEFT adapter directory of any age, or a raw training state with PEFT's names."""
+    adapter = peft_adapters.read_adapter(path)
+    products = {
+        factors.weight_name: (factors.b, factors.a, factors.scale) for factors in adapter.factors
+    }
+    return Adapter(path, products, adapter.whole)
 
 
 def _stack(

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import nn
 
 from minillama import chat, ops
 from minillama.checkpoint import hf_format
@@ -21,8 +20,9 @@ from minillama.device import compute_dtype, pick
 from minillama.errors import UserError, closest, read_json
 from minillama.generation.config import GenerationConfig
 from minillama.generation.engine import Engine
-from minillama.lora import LoraLinear, load_adapter, read_adapter_config
+from minillama.lora import load_adapter
 from minillama.model import Llama
+from minillama.peft_adapters import base_model_of
 from minillama.tokenizer import Tokenizer, open_tokenizer
 
 CHECKSUM_SAMPLES = 4096  # about how many values of each parameter `weights_checksum` reads
@@ -119,7 +119,8 @@ def load_with_adapters(
     model = hf_format.load_model(base_path, torch_dtype)
     replaced_by: dict[str, Path] = {}  # a module that an adapter replaces whole -> the adapter
     for adapter in adapter_paths:
-        for name in add_adapter(model, adapter):
+        config = load_adapter(model, adapter, dropout=0.0)
+        for name in config.modules_to_save:
             if name in replaced_by:
                 raise UserError(
                     f"{adapter}: replaces {name} whole, and so does {replaced_by[name]}; "
@@ -133,37 +134,13 @@ def load_with_adapters(
 def find_base(adapter: Path, base: str) -> Path:
     """The base model's directory: `base`, or the one that the adapter's config names."""
     if not base:
-        _, base = read_adapter_config(adapter)
+        base = base_model_of(adapter)
     directory = Path(base)
     if not directory.is_dir():
         raise UserError(
             f"{adapter}: its base model {directory} is not here; name it with --base DIR"
         )
     return hf_format.find_checkpoint(directory)
-
-
-def add_adapter(model: Llama, directory: Path) -> tuple[str, ...]:
-    """Load an adapter beside those already there; returns the modules it replaces whole.
-
-    Two adapters on one linear layer become one whose rank is the sum of theirs:
-
-        A = [A1; A2]    B = [s1 B1, s2 B2]    so that    B A = s1 B1 A1 + s2 B2 A2
-    """
-    earlier = {
-        name: module for name, module in model.named_modules() if isinstance(module, LoraLinear)
-    }
-    for name, old in earlier.items():  # `load_adapter` expects plain linear layers
-        model.set_submodule(name, old.plain(old.weight))
-    config = load_adapter(model, directory, dropout=0.0)
-    for name, old in earlier.items():
-        new = model.get_submodule(name)
-        if isinstance(new, LoraLinear):
-            scaled = (old.scale * old.lora_B, new.scale * new.lora_B)
-            old.lora_A = nn.Parameter(torch.cat((old.lora_A, new.lora_A)))  # (R1 + R2, in)
-            old.lora_B = nn.Parameter(torch.cat(scaled, dim=1))  # (out, R1 + R2)
-            old.scale = 1.0
-        model.set_submodule(name, old)
-    return config.modules_to_save
 
 
 def weights_checksum(model: Llama) -> str:
