@@ -266,7 +266,7 @@ def data(argv: list[str]) -> None:
         help="folder of the dataset_info.json that names data sets",
     )
     flags = parser.parse_args(argv)
-    from minillama.data.tokenize import build_dataset
+    from minillama.data.tokenize import DataOptions, build_dataset
     from minillama.tokenizer import open_tokenizer
 
     for existing in filter(
@@ -281,12 +281,14 @@ def data(argv: list[str]) -> None:
         flags.input,
         opened,
         flags.output,
-        data_format=flags.format,
-        template=flags.template,
-        workers=flags.workers,
-        append_eod=flags.append_eod,
-        skip_bad_records=flags.skip_bad_records,
-        dataset_dir=flags.dataset_dir,
+        DataOptions(
+            data_format=flags.format,
+            template=flags.template,
+            append_eod=flags.append_eod,
+            skip_bad_records=flags.skip_bad_records,
+            dataset_dir=flags.dataset_dir,
+            workers=flags.workers,
+        ),
     )
     print(
         f"{flags.output}: {made['documents']} documents, {made['tokens']} tokens, {made['targets']} targets, "

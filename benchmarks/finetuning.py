@@ -26,7 +26,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from minillama.comm import Mesh
 from minillama.data.batches import BatchPlan
-from minillama.data.tokenize import open_data
+from minillama.data.token_cache import open_data
+from minillama.data.tokenize import DataOptions
 from minillama.data.windows import TrainingWindows
 from minillama.hf_config import published, to_hf
 from minillama.model import Llama
@@ -122,7 +123,8 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     tokenizer = open_tokenizer(options.tokenizer)
     windows = TrainingWindows(
-        open_data((str(options.data),), tokenizer, "", template="alpaca", quiet=True), LENGTH
+        open_data((str(options.data),), tokenizer, DataOptions(template="alpaca", quiet=True)),
+        LENGTH,
     )
     print(
         f"{len(windows.length)} records, {windows.length.sum():,} tokens, mean {windows.length.mean():.0f}; "

@@ -45,15 +45,14 @@ def make_records(source: Path, count: int) -> list[dict[str, str]]:
 
 
 def ours(data: Path, tokenizer: Path, workers: int) -> int:
-    from minillama.data.tokenize import build_dataset
+    from minillama.data.tokenize import DataOptions, build_dataset
     from minillama.tokenizer import open_tokenizer
 
     meta = build_dataset(
         [data],
         open_tokenizer(tokenizer),
         data.with_name(f"ours{workers}"),
-        quiet=True,
-        workers=workers,
+        DataOptions(workers=workers, quiet=True),
     )
     return meta["tokens"]
 

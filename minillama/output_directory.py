@@ -111,21 +111,14 @@ def free_bytes(path: Path) -> int:
         return shutil.disk_usage(place).free
 
 
-@contextmanager
-def _locked(directory: Path, taken: str) -> Iterator[None]:
-    """Hold the lock of a directory. Raises UserError with the message `taken` if it is held."""
+def take_lock(handle: int, path: Path, taken: str) -> None:
+    """Lock an open file or directory until `handle` is closed.
+
+    Raises UserError with the message `taken` if another process holds the lock. Where the system or
+    the disk has no locks, nothing happens.
+    """
     if not HAS_LOCKS:
-        yield
         return
-    handle = os.open(directory, os.O_RDONLY)
-    try:
-        _take(handle, directory, taken)
-        yield
-    finally:
-        os.close(handle)
-
-
-def _take(handle: int, directory: Path, taken: str) -> None:
     import fcntl
 
     try:
@@ -134,10 +127,24 @@ def _take(handle: int, directory: Path, taken: str) -> None:
         raise UserError(taken) from None
     except OSError as error:
         if error.errno not in CANNOT_LOCK:
-            error.filename = str(directory)
+            error.filename = str(path)
             raise
-    if not directory.exists() or not os.path.samestat(os.fstat(handle), directory.stat()):
-        raise UserError(taken)  # another process renamed it after it was opened here
+    if not path.exists() or not os.path.samestat(os.fstat(handle), path.stat()):
+        raise UserError(taken)  # another process renamed or removed it after it was opened here
+
+
+@contextmanager
+def _locked(directory: Path, taken: str) -> Iterator[None]:
+    """Hold the lock of a directory. Raises UserError with the message `taken` if it is held."""
+    if not HAS_LOCKS:
+        yield
+        return
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        take_lock(handle, directory, taken)
+        yield
+    finally:
+        os.close(handle)
 
 
 def _is_locked(directory: Path) -> bool:

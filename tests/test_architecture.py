@@ -99,7 +99,6 @@ LONG_FILES = {
     "minillama/training/run.py",
     "minillama/checkpoint/hf_format.py",
     "minillama/conversion/meta.py",
-    "minillama/data/formats.py",
     "minillama/ops/fused.py",
     "minillama/training/trainer.py",
 }

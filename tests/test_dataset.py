@@ -14,19 +14,29 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from minillama.data import formats, megatron, tokenize
+from minillama.data import megatron, records, tokenize
 from minillama.data.batches import BatchPlan
 from minillama.data.encode import encode_document
-from minillama.data.formats import parse, read_records
-from minillama.data.memmap import Chunk, Dataset, Writer
+from minillama.data.formats import parse
+from minillama.data.memmap import Chunk, Dataset, DatasetWriter
+from minillama.data.records import read_records
 from minillama.data.show import show_batch
 from minillama.data.sources import Source
-from minillama.data.tokenize import build_dataset, open_data
+from minillama.data.token_cache import open_data
+from minillama.data.tokenize import DataOptions, build_dataset
 from minillama.data.windows import TrainingWindows
 from minillama.errors import UserError
 from minillama.tokenizer import open_tokenizer, train_tokenizer
 
 ROOT = Path(__file__).parents[1]
+
+
+def build(files, tokenizer, prefix, **options):
+    return build_dataset(files, tokenizer, prefix, DataOptions(**options))
+
+
+def open_paths(paths, tokenizer, cache_dir, **options):
+    return open_data(paths, tokenizer, DataOptions(cache_dir=cache_dir, **options))
 
 
 def alpaca(count):
@@ -46,11 +56,7 @@ def write(path, records):
 
 
 def read(source):
-    return [
-        document
-        for place, record in read_records(source)
-        for document in parse(source, place, record)
-    ]
+    return [document for record in read_records(source) for document in parse(source, record)]
 
 
 def write_dataset(prefix, documents, vocab_size, about):
@@ -58,7 +64,7 @@ def write_dataset(prefix, documents, vocab_size, about):
     chunk = Chunk(records=len(documents))
     for ids, mask in documents:
         chunk.append(ids, mask)
-    with Writer(prefix, vocab_size, about) as writer:
+    with DatasetWriter(prefix, vocab_size, about) as writer:
         writer.add(chunk)
         return writer.finish()
 
@@ -77,7 +83,7 @@ def contents(prefix):
 def built(tmp_path, small_tokenizer):
     """A data set of 40 alpaca records, and the file it was made from."""
     source = write(tmp_path / "a.jsonl", alpaca(40))
-    build_dataset([source], small_tokenizer, tmp_path / "set", quiet=True)
+    build([source], small_tokenizer, tmp_path / "set", quiet=True)
     return source, tmp_path / "set"
 
 
@@ -110,19 +116,17 @@ def test_processes_do_not_change_a_byte(tmp_path, small_tokenizer, monkeypatch):
     monkeypatch.setattr(tokenize, "CHUNK_RECORDS", 7)
     source = write(tmp_path / "a.jsonl", alpaca(100))
     for workers in (1, 2, 3):
-        build_dataset(
-            [source], small_tokenizer, tmp_path / f"set{workers}", quiet=True, workers=workers
-        )
+        build([source], small_tokenizer, tmp_path / f"set{workers}", quiet=True, workers=workers)
     assert contents(tmp_path / "set1") == contents(tmp_path / "set2") == contents(tmp_path / "set3")
 
 
 BUILD = """
 import sys
 from pathlib import Path
-from minillama.data.tokenize import build_dataset
+from minillama.data.tokenize import DataOptions, build_dataset
 from minillama.tokenizer import open_tokenizer
 source, model, prefix = map(Path, sys.argv[1:])
-build_dataset([source], open_tokenizer(model), prefix, quiet=True, workers=2)
+build_dataset([source], open_tokenizer(model), prefix, DataOptions(quiet=True, workers=2))
 """
 
 
@@ -130,12 +134,12 @@ build_dataset([source], open_tokenizer(model), prefix, quiet=True, workers=2)
 def test_a_long_text_read_in_parts_is_the_same_document(
     tmp_path, small_tokenizer, monkeypatch, block
 ):
-    monkeypatch.setattr(formats, "BLOCK", block)
+    monkeypatch.setattr(records, "BLOCK", block)
     monkeypatch.setattr(tokenize, "CHUNK_CHARACTERS", 2 * block)
     text = "the cat  sat\n\n on the mat 12\n▁\n" * 20 + "without an end"
     (tmp_path / "a.txt").write_text(text)
     (tmp_path / "b.txt").write_text("another\n")
-    build_dataset(
+    build(
         [tmp_path / "a.txt", tmp_path / "b.txt"],
         small_tokenizer,
         tmp_path / "set",
@@ -165,9 +169,9 @@ def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path, small_tokenizer, 
     records[10] = {"instruction": "no output"}
     source = write(tmp_path / "a.jsonl", records)
     options = {"quiet": True, "skip_bad_records": True}
-    expected = build_dataset([source], small_tokenizer, tmp_path / "whole", **options)
+    expected = build([source], small_tokenizer, tmp_path / "whole", **options)
 
-    add, added = Writer.add, []
+    add, added = DatasetWriter.add, []
 
     def interrupted(writer, chunk):
         if len(added) == 5:
@@ -176,14 +180,16 @@ def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path, small_tokenizer, 
         added.append(chunk.records)
         add(writer, chunk)
 
-    monkeypatch.setattr(Writer, "add", interrupted)
+    monkeypatch.setattr(DatasetWriter, "add", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        build_dataset([source], small_tokenizer, tmp_path / "set", **options)
+        build([source], small_tokenizer, tmp_path / "set", **options)
     assert not (tmp_path / "set.json").exists()
     monkeypatch.setattr(
-        Writer, "add", lambda writer, chunk: (added.append(chunk.records), add(writer, chunk))
+        DatasetWriter,
+        "add",
+        lambda writer, chunk: (added.append(chunk.records), add(writer, chunk)),
     )
-    assert build_dataset([source], small_tokenizer, tmp_path / "set", **options) == expected
+    assert build([source], small_tokenizer, tmp_path / "set", **options) == expected
     assert sum(added) == 100  # nothing was tokenized twice
     assert contents(tmp_path / "set") == contents(tmp_path / "whole")
     assert not list(tmp_path.glob("*.partial"))
@@ -194,12 +200,12 @@ def test_work_on_another_input_is_not_taken_up(tmp_path, small_tokenizer):
     source = write(tmp_path / "a.jsonl", alpaca(20))
     with (
         pytest.raises(KeyboardInterrupt),
-        Writer(tmp_path / "set", small_tokenizer.size, {"template": "raw"}) as writer,
+        DatasetWriter(tmp_path / "set", small_tokenizer.size, {"template": "raw"}) as writer,
     ):
         writer.add(Chunk(array("I", [1, 2]), bytearray([0, 1]), [2], records=1))
         raise KeyboardInterrupt
     for name in ("set", "fresh"):
-        build_dataset([source], small_tokenizer, tmp_path / name, quiet=True)
+        build([source], small_tokenizer, tmp_path / name, quiet=True)
     assert contents(tmp_path / "set") == contents(tmp_path / "fresh")
 
 
@@ -219,17 +225,17 @@ def test_a_killed_run_leaves_no_data_set_and_no_process(tmp_path, small_tokenize
         time.sleep(0.01)
     else:
         pytest.fail("a worker outlived the run")
-    meta = build_dataset([source], small_tokenizer, tmp_path / "set", quiet=True)
+    meta = build([source], small_tokenizer, tmp_path / "set", quiet=True)
     assert meta["documents"] == 20_000 and len(Dataset(tmp_path / "set", verify=True)) == 20_000
 
 
 def test_two_runs_do_not_write_the_same_data_set(tmp_path, small_tokenizer):
     source = write(tmp_path / "a.jsonl", alpaca(5))
     with (
-        Writer(tmp_path / "set", small_tokenizer.size, {}),
+        DatasetWriter(tmp_path / "set", small_tokenizer.size, {}),
         pytest.raises(UserError, match="another process is writing"),
     ):
-        build_dataset([source], small_tokenizer, tmp_path / "set", quiet=True)
+        build([source], small_tokenizer, tmp_path / "set", quiet=True)
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -242,7 +248,7 @@ def test_a_bad_record_stops_the_run_and_leaves_what_was_there(
         UserError,
         match=r"bad\.jsonl: record 701 \(line 701\): 'output' is missing; --skip_bad_records leaves",
     ):
-        build_dataset([source], small_tokenizer, built[1], quiet=True, workers=workers)
+        build([source], small_tokenizer, built[1], quiet=True, workers=workers)
     assert contents(built[1]) == before and not list(tmp_path.glob("*.partial"))
 
 
@@ -256,13 +262,13 @@ def test_documents_without_a_target_are_counted_and_too_many_stop_the_run(
         "quiet": True,
         "append_eod": False,
     }  # an empty answer and no end token: nothing to learn
-    meta = build_dataset(
+    meta = build(
         [write(tmp_path / "a.jsonl", records)], small_tokenizer, tmp_path / "set", **options
     )
     assert meta["documents_without_target"] == 2
     records[2]["output"] = ""
     with pytest.raises(UserError, match="3 of 200 documents have nothing to train on"):
-        build_dataset(
+        build(
             [write(tmp_path / "b.jsonl", records)], small_tokenizer, tmp_path / "other", **options
         )
     assert not list(tmp_path.glob("other*"))
@@ -316,35 +322,35 @@ def test_a_damaged_data_set_is_refused_with_the_reason(
 ):
     damage(built[1], part, change)
     with pytest.raises(UserError, match=message):
-        open_data((str(built[1]),), small_tokenizer, "")
+        open_paths((str(built[1]),), small_tokenizer, "")
 
 
 def test_a_data_set_of_another_tokenizer_or_a_changed_file_is_refused(
     tmp_path, built, small_tokenizer
 ):
     source, prefix = built
-    assert len(open_data((str(prefix),), small_tokenizer, "")) == 40
+    assert len(open_paths((str(prefix),), small_tokenizer, "")) == 40
     other = tmp_path / "other.model"
     other.write_bytes(train_tokenizer(["quite another text"] * 3, 280))
     with pytest.raises(UserError, match="was made with another tokenizer"):
-        open_data((str(prefix),), open_tokenizer(other), "")
+        open_paths((str(prefix),), open_tokenizer(other), "")
     os.utime(source, (1, 1))
-    assert len(open_data((str(prefix),), small_tokenizer, "")) == 40  # touched is not changed
+    assert len(open_paths((str(prefix),), small_tokenizer, "")) == 40  # touched is not changed
     write(source, alpaca(41))
     with pytest.raises(UserError, match=r"a\.jsonl has changed since it was tokenized"):
-        open_data((str(prefix),), small_tokenizer, "")
+        open_paths((str(prefix),), small_tokenizer, "")
     source.unlink()
-    assert len(open_data((str(prefix),), small_tokenizer, "")) == 40  # moved away is not changed
+    assert len(open_paths((str(prefix),), small_tokenizer, "")) == 40  # moved away is not changed
 
 
 def test_another_template_than_a_data_sets_own_is_refused(tmp_path, built, small_tokenizer):
     for asked in ("", "alpaca"):
-        assert len(open_data((str(built[1]),), small_tokenizer, "", template=asked)) == 40
+        assert len(open_paths((str(built[1]),), small_tokenizer, "", template=asked)) == 40
     with pytest.raises(
         UserError, match="made with the template alpaca, not raw; leave --template out"
     ):
-        open_data((str(built[1]),), small_tokenizer, "", template="raw")
-    build_dataset(
+        open_paths((str(built[1]),), small_tokenizer, "", template="raw")
+    build(
         [built[0]],
         small_tokenizer,
         tmp_path / "other",
@@ -352,7 +358,7 @@ def test_another_template_than_a_data_sets_own_is_refused(tmp_path, built, small
         quiet=True,
     )
     assert (
-        len(open_data((str(tmp_path / "other"),), small_tokenizer, "", template="default")) == 40
+        len(open_paths((str(tmp_path / "other"),), small_tokenizer, "", template="default")) == 40
     )  # two names for one
 
 
@@ -364,18 +370,18 @@ def test_ids_beyond_the_vocabulary_are_refused(tmp_path):
 
 def test_a_cache_follows_its_file_its_tokenizer_and_its_options(tmp_path, small_tokenizer):
     source, cache = write(tmp_path / "a.jsonl", alpaca(10)), str(tmp_path / "cache")
-    first = open_data((str(source),), small_tokenizer, cache, quiet=True)
-    assert open_data((str(source),), small_tokenizer, cache, quiet=True).prefix == first.prefix
+    first = open_paths((str(source),), small_tokenizer, cache, quiet=True)
+    assert open_paths((str(source),), small_tokenizer, cache, quiet=True).prefix == first.prefix
     assert (
-        open_data((str(source),), small_tokenizer, cache, quiet=True, template="raw").prefix
+        open_paths((str(source),), small_tokenizer, cache, quiet=True, template="raw").prefix
         != first.prefix
     )
     info = tmp_path / "dataset_info.json"
     info.write_text(json.dumps({"a": {"file_name": "a.jsonl", "columns": {"query": "output"}}}))
-    assert open_data((str(source),), small_tokenizer, cache, quiet=True).prefix != first.prefix
+    assert open_paths((str(source),), small_tokenizer, cache, quiet=True).prefix != first.prefix
     info.unlink()
     write(source, alpaca(11))
-    assert len(open_data((str(source),), small_tokenizer, cache, quiet=True)) == 11
+    assert len(open_paths((str(source),), small_tokenizer, cache, quiet=True)) == 11
 
 
 # --- AscendSpeed's .bin/.idx
@@ -408,7 +414,7 @@ def test_the_golden_index_is_read_and_equals_ours(tmp_path):
     indexed(part, [[1, 5, 6], [7, 8], [1, 9, 9, 2]], [0, 1, 3])
     assert Path(f"{part}.idx").read_bytes() == GOLDEN
     for name in (part, tmp_path / "x", f"{part}.idx"):
-        dataset = open_data((str(name),), type("Ten", (), {"size": 10}), "")
+        dataset = open_paths((str(name),), type("Ten", (), {"size": 10}), "")
         assert [document(dataset, i)[0].tolist() for i in range(len(dataset))] == [
             [1, 5, 6],
             [7, 8, 1, 9, 9, 2],
@@ -575,7 +581,7 @@ def test_show_batch_marks_what_is_trained_on(built, small_tokenizer):
 
 def test_chinese_all_the_way(tmp_path, shared):
     tokenizer = open_tokenizer(shared / "tokenizers/chinese_llama2")
-    chat = open_data(
+    chat = open_paths(
         (str(shared / "sft/alpaca_zh_demo.json"),),
         tokenizer,
         str(tmp_path),
@@ -588,7 +594,7 @@ def test_chinese_all_the_way(tmp_path, shared):
     assert tokenizer.decode(ids[mask == 1].tolist()) == records[0]["output"]
     text = shared / "text/sanguo_ch1-20_zh.txt"
     whole, lines = (
-        open_data((str(text),), tokenizer, str(tmp_path), data_format=kind, quiet=True)
+        open_paths((str(text),), tokenizer, str(tmp_path), data_format=kind, quiet=True)
         for kind in ("text", "lines")
     )
     assert tokenizer.decode(whole.tokens.tolist()) == text.read_text(encoding="utf-8")

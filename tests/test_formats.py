@@ -10,10 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minillama.chat import Conversation, Turn
-from minillama.data import formats
-from minillama.data.formats import BadRecord, Source, detect, parse, read_records
-from minillama.data.sources import find_sources
-from minillama.data.tokenize import build_dataset
+from minillama.data import records
+from minillama.data.formats import BadRecord, detect, parse
+from minillama.data.records import read_records
+from minillama.data.sources import Source, find_sources
+from minillama.data.tokenize import DataOptions, build_dataset
 from minillama.errors import UserError
 
 ALPACA = {"instruction": "Q", "input": "I", "output": "A"}
@@ -31,8 +32,8 @@ def documents(sources):
     return [
         document
         for source in sources
-        for place, record in read_records(source)
-        for document in parse(source, place, record)
+        for record in read_records(source)
+        for document in parse(source, record)
     ]
 
 
@@ -156,24 +157,24 @@ json_values = st.recursive(
 
 
 @given(
-    records=st.lists(json_values, min_size=1, max_size=8),
+    values=st.lists(json_values, min_size=1, max_size=8),
     indent=st.sampled_from([None, 1]),
     ascii_only=st.booleans(),
     block=st.integers(1, 40),
 )
 @settings(max_examples=200, deadline=None)
 def test_an_array_read_through_a_window_is_the_array(
-    tmp_path_factory, records, indent, ascii_only, block
+    tmp_path_factory, values, indent, ascii_only, block
 ):
     path = tmp_path_factory.mktemp("array") / "a.json"
     path.write_text(
-        json.dumps(records, indent=indent, ensure_ascii=ascii_only), encoding="utf-8-sig"
+        json.dumps(values, indent=indent, ensure_ascii=ascii_only), encoding="utf-8-sig"
     )
-    usual, formats.BLOCK = formats.BLOCK, block
+    usual, records.BLOCK = records.BLOCK, block
     try:
-        assert [record for _, record in read_records(Source(path))] == records
+        assert [record for _, record in read_records(Source(path))] == values
     finally:
-        formats.BLOCK = usual
+        records.BLOCK = usual
 
 
 @pytest.mark.parametrize(
@@ -186,7 +187,7 @@ def test_an_array_read_through_a_window_is_the_array(
 def test_a_fault_behind_many_windows_is_placed_as_in_the_file(
     tmp_path, monkeypatch, between, place
 ):
-    monkeypatch.setattr(formats, "BLOCK", 100)
+    monkeypatch.setattr(records, "BLOCK", 100)
     rows = [json.dumps(ALPACA)] * 300
     rows[200] = '{"instruction": "Q" "output"}'
     path = write(tmp_path / "a.json", "[\n" + between.join(rows) + "]")
@@ -195,7 +196,7 @@ def test_a_fault_behind_many_windows_is_placed_as_in_the_file(
 
 
 def test_an_array_is_never_in_memory_whole(tmp_path, monkeypatch):
-    monkeypatch.setattr(formats, "BLOCK", 1000)
+    monkeypatch.setattr(records, "BLOCK", 1000)
     path = write(tmp_path / "a.json", [ALPACA | {"output": "x" * 100}] * 5000)
     tracemalloc.start()
     assert sum(1 for _ in read_records(Source(path))) == 5000
@@ -286,7 +287,7 @@ def test_bad_records_can_be_left_out_and_are_told_about(tmp_path, small_tokenize
     lines[1], lines[4] = "{broken", json.dumps({"instruction": "Q"})
     path = write(tmp_path / "a.jsonl", "\n".join(lines))
     meta = build_dataset(
-        [path], small_tokenizer, tmp_path / "set", skip_bad_records=True, quiet=True
+        [path], small_tokenizer, tmp_path / "set", DataOptions(skip_bad_records=True, quiet=True)
     )
     assert meta["documents"] == 4
     assert [error.split(": ")[1] for error in meta["skipped_records"]] == [

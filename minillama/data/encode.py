@@ -1,14 +1,18 @@
-"""Pieces to ids and mask, grown side by side: nothing is searched for afterwards to find out where an answer began.
+"""Documents to ids and mask.
 
-[BOS] "…### Response:" | " Paris" [EOS]        pieces
-  1    13866 … 2277     |  3681     2          ids
-  0      0   …   0      |   1       1          mask: is this token predicted?
+Both grow together, one piece at a time, so nothing has to be searched for afterwards to find out
+where an answer began.
+
+    [BOS] "…### Response:" | " Paris" [EOS]        pieces
+      1    13866 … 2277     |  3681     2          ids
+      0      0   …   0      |   1       1          mask: is this token a target?
 """
 
 from collections.abc import Iterable
 
-from minillama.chat import Conversation, Piece, render
-from minillama.data.formats import Document, Part
+from minillama.chat import Piece, render
+from minillama.data.formats import Document
+from minillama.data.records import TextBlock
 from minillama.errors import UserError
 from minillama.tokenizer import Tokenizer
 
@@ -16,44 +20,58 @@ from minillama.tokenizer import Tokenizer
 def encode_pieces(tokenizer: Tokenizer, pieces: Iterable[Piece]) -> tuple[list[int], list[int]]:
     """Ids and mask (1: a target) of rendered pieces, of equal length.
 
-    A glued piece is encoded together with the text before it, and begins where that text's own ids would have ended: the
-    counting rule of Stanford Alpaca, FastChat and AscendSpeed, kept even where the joint text merges across the boundary.
+    A glued piece is encoded together with the text before it. It begins where the ids of that text
+    alone would have ended: the counting rule of Stanford Alpaca, FastChat and AscendSpeed. They
+    keep it even if a token of the joint text crosses this boundary, so it is kept here too.
     """
     ids: list[int] = []
     mask: list[int] = []
-    text, start = "", 0  # the run of glued text that is open, and where its ids start
+    text = ""  # the last fresh piece and what is glued to it
+    start = 0  # where the ids of `text` begin
     for piece in pieces:
         if piece.control or not piece.glued:
-            text, start = "", len(ids)
+            text = ""
+            start = len(ids)
         if piece.control:
-            ids.append(tokenizer.control_id(piece.control))
-            if ids[-1] is None:
-                raise UserError(
-                    f"{tokenizer.path}: has no {piece.control} token, which the template needs"
-                )
-            start += 1
+            ids.append(_control_id(tokenizer, piece.control))
+            start = len(ids)
         else:
             text += piece.text
             ids[start:] = tokenizer.encode(text)
-        del mask[len(ids) :]
-        mask += [int(piece.is_target)] * (len(ids) - len(mask))
+        del mask[len(ids) :]  # the joint text can have fewer ids than its beginning alone
+        num_new = len(ids) - len(mask)
+        mask += [int(piece.is_target)] * num_new
     return ids, mask
 
 
 def encode_document(
     tokenizer: Tokenizer, document: Document, template: str, append_eod: bool
 ) -> tuple[list[int], list[int] | None]:
-    """(ids, mask) of a conversation by its template; (ids, None) of plain text, between begin and end tokens.
+    """Ids and mask of a conversation; ids and None of plain text, where every token is a target.
 
-    append_eod: is the last answer, or the text, followed by the end token? Those between rounds belong to the template.
+    append_eod: whether EOS follows the text, or the last answer. The template decides about EOS
+    between two rounds.
     """
-    if isinstance(document, Conversation):
-        pieces = render(template, document)
-        return encode_pieces(
-            tokenizer, pieces[:-1] if pieces[-1].control == "eos" and not append_eod else pieces
-        )
-    part = Part(document) if isinstance(document, str) else document
-    ids = tokenizer.encode(part.text) if part.is_first else tokenizer.encode_next(part.text)
-    begin = [tokenizer.bos_id] if part.is_first and tokenizer.bos_id is not None else []
-    end = [tokenizer.eos_id] if part.is_last and append_eod and tokenizer.eos_id is not None else []
-    return begin + ids + end, None
+    if isinstance(document, str):
+        return encode_block(tokenizer, TextBlock(document), append_eod), None
+    pieces = render(template, document)
+    if pieces[-1].control == "eos" and not append_eod:
+        del pieces[-1]
+    return encode_pieces(tokenizer, pieces)
+
+
+def encode_block(tokenizer: Tokenizer, block: TextBlock, append_eod: bool) -> list[int]:
+    """The ids of a part of a plain text. BOS begins the text, and EOS ends it if append_eod."""
+    ids = tokenizer.encode(block.text, follows_line_break=not block.is_first)
+    if block.is_first and tokenizer.bos_id is not None:
+        ids = [tokenizer.bos_id, *ids]
+    if block.is_last and append_eod and tokenizer.eos_id is not None:
+        ids.append(tokenizer.eos_id)
+    return ids
+
+
+def _control_id(tokenizer: Tokenizer, name: str) -> int:
+    token = tokenizer.control_id(name)
+    if token is None:
+        raise UserError(f"{tokenizer.path}: has no {name} token, which the template needs")
+    return token

@@ -1,48 +1,38 @@
-"""Files to documents: records as a stream, and what each format's records mean.
+"""Records to documents: what the keys of each published format mean.
 
-A *container* gives records with their places ("record 3 (line 5)"), one at a time and never a whole file. A *format* turns a record
-into documents, or says what is wrong with it: a `Conversation` (rendered by a template later), a plain string, or a `Part` of a
-long one. Left out on purpose: guessing. A file whose first record fits no format is an error that names the keys it has.
+A document is a `Conversation`, which a template renders later, or a plain string.
 
-    alpaca.json ── array ──▶ ("record 1", {"instruction": …}) ── alpaca ──▶ Conversation
-    book.txt    ── text  ──▶ ("", "It was the …")             ── text ───▶ "It was the …"
+    {"instruction": "Q", "output": "A"}       alpaca      Conversation((Turn("Q", "A"),))
+    {"text": "It was the best of times"}      text        "It was the best of times"
 
-A JSON array is the awkward container: Python's parser wants all of it. Here a window slides over the file; the parser takes a
-record and the mark behind it off its front, and when the window ends before that mark, it grows.
+Guessing is left out on purpose: if the first record of a file fits no format, the error names the
+keys it has.
 """
 
-import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO
+from typing import Any
 
 from minillama.chat import Conversation, Turn
+from minillama.data.records import InputRecord, TextBlock, read_records
 from minillama.data.sources import Source
 from minillama.errors import UserError
 
-BLOCK = 1 << 18  # characters read at a time
+Document = Conversation | str
 
-
-class Part(NamedTuple):
-    """A stretch of a long text, cut after a line break."""
-
-    text: str
-    is_first: bool = True
-    is_last: bool = True
-
-
-Document = Conversation | str | Part
-
-# What tells the formats apart: the keys of a record.
-KEYS = {
+# The keys by which a record's format is recognised. The first format that fits is taken.
+FORMAT_KEYS = {
     "alpaca": ("instruction", "output"),
     "sharegpt": ("conversations",),
     "moss": ("chat",),
     "text": ("text",),
 }
-# LLaMA-Factory's words for columns and tags, and what they are called where dataset_info.json says nothing.
+PLAIN_TEXT = ("text", "lines", "ascend")  # formats that take a plain text file
+
+# LLaMA-Factory's names of columns and tags, and what files call them unless dataset_info.json says
+# otherwise.
 COLUMNS = {
     "prompt": "instruction",
     "query": "input",
@@ -57,307 +47,201 @@ COLUMNS = {
     "system_tag": "",
 }
 
+# MOSS puts these marks around what each side says.
+MOSS_MARKS = {
+    "Human": re.compile(r"<eoh>|<\|Human\|>: ?"),
+    "MOSS": re.compile(r"<eom>|<\|MOSS\|>:"),
+}
+BELLE_ROUND = re.compile(r"Human:(.*?)Assistant:(.*?)(?=Human:|\Z)", re.DOTALL)
+
 
 class BadRecord(UserError):
-    """A record that does not follow its format; `--skip_bad_records` counts these instead of stopping."""
-
-
-def read_records(source: Source, in_parts: bool = False) -> Iterator[tuple[str, Any]]:
-    """(place, record) of every record of a file; a line that is not JSON costs that line alone, and comes as a UserError.
-
-    A text file is one record, or one a line for the format `lines`; in_parts: if it is long, it comes as `Part`s.
-    Raises UserError where there is no record, and where what follows cannot be read.
-    """
-    kind, is_empty = _container_of(source), True
-    try:
-        with open(source.path, encoding="utf-8-sig", newline="\n") as file:
-            for placed in (
-                _texts(file, BLOCK if in_parts else -1)
-                if kind == "text"
-                else CONTAINERS[kind](file)
-            ):
-                is_empty = False
-                yield placed
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{source.path}: not UTF-8 text ({error.reason}); save it as UTF-8"
-        ) from None
-    if is_empty:
-        raise UserError(f"{source.path}: holds no records")
-
-
-def _container_of(source: Source) -> str:
-    """array, jsonl, parquet, text or lines, from the content. A .txt or .md file is text whatever it begins with."""
-    path = source.path
-    with open(path, "rb") as file:
-        head = file.read(1024)
-    if head.startswith(b"PAR1"):
-        return "parquet"
-    if head.startswith(b"version https://git-lfs"):
-        raise UserError(
-            f"{path}: a git-lfs pointer, not the file; run `git lfs pull` or download it again"
-        )
-    first = head.removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
-    if path.suffix in (".txt", ".md") or (
-        path.suffix not in (".json", ".jsonl") and first not in (b"[", b"{")
-    ):
-        return "lines" if source.data_format == "lines" else "text"
-    return "array" if first == b"[" else "jsonl"
-
-
-def _texts(file: TextIO, block: int) -> Iterator[tuple[str, str | Part]]:
-    text, is_first = file.read(block) + file.readline(), True
-    while text.strip() or (text and not is_first):
-        following = file.read(block) + file.readline()
-        yield "", text if is_first and not following else Part(text, is_first, not following)
-        text, is_first = following, False
-
-
-def _lines(file: TextIO) -> Iterator[tuple[str, str]]:
-    return (
-        (f"line {number}", line.rstrip("\n")) for number, line in enumerate(file, 1) if line.strip()
-    )
-
-
-def _json_lines(file: TextIO) -> Iterator[tuple[str, Any]]:
-    for number, (line_number, line) in enumerate(_lines(file), 1):
-        place = f"record {number} ({line_number})"
-        try:
-            yield place, json.loads(line)
-        except json.JSONDecodeError as error:
-            yield place, UserError(f"not valid JSON: {error.msg} at column {error.colno}")
-
-
-def _parquet(file: TextIO) -> Iterator[tuple[str, Any]]:
-    try:
-        import pyarrow.parquet
-    except ImportError:
-        raise UserError(
-            f"{file.name}: needs the package `pyarrow`; pip install 'minillama[parquet]'"
-        ) from None
-    try:
-        with pyarrow.parquet.ParquetFile(file.name) as table:
-            rows = (
-                row for batch in table.iter_batches(batch_size=256) for row in batch.to_pylist()
-            )
-            yield from ((f"record {number}", row) for number, row in enumerate(rows, 1))
-    except pyarrow.ArrowException as error:
-        raise UserError(
-            f"{file.name}: not a readable Parquet file ({str(error).splitlines()[0]})"
-        ) from None
-
-
-SPACE, DECODER = re.compile(r"[ \t\r\n]*"), json.JSONDecoder()
-
-
-def _array(file: TextIO) -> Iterator[tuple[str, Any]]:
-    text, line, column = file.read(1024), 1, 1  # the window, and where it begins
-    number, at, mark = 0, text.index("[") + 1, ","
-    while mark == ",":
-        try:
-            value, end, mark = _element(text, at)
-        except json.JSONDecodeError as error:
-            if number == 0 and text[error.pos : error.pos + 1] == "]":
-                return
-            is_cut_off = error.msg.startswith("Unterminated string") or error.pos > len(text) - 16
-            block = (
-                file.read(max(BLOCK, len(text) - at)) if is_cut_off else ""
-            )  # as much again: no record is parsed over and over
-            if not block:
-                line, column = _position(line, column, text, error.pos)
-                raise UserError(
-                    f"{file.name}: not valid JSON: {error.msg} at line {line} column {column}"
-                ) from None
-            line, column = _position(line, column, text, at)
-            text, at = text[at:] + block, 0
-        else:
-            number += 1
-            yield f"record {number}", value
-            at = end
-    rest = text[at:] + file.read(BLOCK)
-    if rest.strip():
-        line, column = _position(line, column, text, at + len(rest) - len(rest.lstrip()))
-        raise UserError(
-            f"{file.name}: not valid JSON: more text after the array at line {line} column {column}"
-        )
-
-
-def _element(text: str, at: int) -> tuple[Any, int, str]:
-    """(value, where the mark behind it ends, the mark: comma or bracket). Raises JSONDecodeError, also where text is lacking."""
-    value, end = DECODER.raw_decode(text, SPACE.match(text, at).end())
-    end = SPACE.match(text, end).end()
-    mark = text[end : end + 1]
-    if mark not in (",", "]"):
-        raise json.JSONDecodeError(
-            f"expected , or ], found {mark or 'the end of the file'}", text, end
-        )
-    return value, end + 1, mark
-
-
-def _position(line: int, column: int, text: str, at: int) -> tuple[int, int]:
-    """Line and column of text[at], of a text that begins at `line` and `column`."""
-    breaks = text.count("\n", 0, at)
-    return line + breaks, at - text.rfind("\n", 0, at) if breaks else column + at
-
-
-CONTAINERS = {"array": _array, "jsonl": _json_lines, "parquet": _parquet, "lines": _lines}
+    """A record that does not follow its format. With --skip_bad_records it is only counted."""
 
 
 def detect(path: Path) -> str:
     """The format of a file, from its first record: alpaca, sharegpt, moss or text."""
-    place, record = next(read_records(Source(path), in_parts=True))
-    if isinstance(record, UserError):
-        raise UserError(f"{path}: {place}: {record}")
-    if isinstance(record, (str, Part)):
+    record = next(read_records(Source(path), split_text=True))
+    value = record.value
+    if isinstance(value, UserError):
+        raise UserError(f"{path}: {record.place}: {value}")
+    if isinstance(value, str | TextBlock):
         return "text"
-    keys = set(record) if isinstance(record, dict) else set()
-    if known := [name for name, needed in KEYS.items() if keys.issuperset(needed)]:
-        return known[0]
-    shown = ", ".join(sorted(map(str, keys))) or type(record).__name__
+    keys = set(value) if isinstance(value, dict) else set()
+    for name, needed in FORMAT_KEYS.items():
+        if keys.issuperset(needed):
+            return name
+    shown = ", ".join(sorted(map(str, keys))) or type(value).__name__
     raise UserError(
-        f"{path}: its first record ({shown}) is of no known format; expected instruction and output (alpaca), "
-        f"conversations (sharegpt), chat (moss) or text"
+        f"{path}: its first record ({shown}) is of no known format; expected instruction and "
+        "output (alpaca), conversations (sharegpt), chat (moss) or text"
     )
 
 
-def parse(source: Source, place: str, record: Any) -> list[Document]:
-    """The documents of a record. Raises BadRecord, with file and place, for one that does not follow the format."""
+def parse(source: Source, record: InputRecord) -> list[Document]:
+    """The documents of a record.
+
+    Raises BadRecord, with file and place, if the record does not follow the format of `source`.
+    """
     try:
-        if isinstance(record, UserError):
-            raise record
-        if isinstance(record, (str, Part)) and source.data_format in ("text", "lines", "ascend"):
-            return [record]
-        if not isinstance(record, dict):
-            keys = " and ".join(KEYS.get(source.data_format, ("text",)))
-            raise UserError(f"expected an object with {keys}, found {type(record).__name__}")
-        return FORMATS[source.data_format](record, source)
+        return _parse_value(source, record.value)
     except UserError as error:
-        raise BadRecord(": ".join(filter(None, (str(source.path), place, str(error))))) from None
+        place = f"{source.path}: {record.place}" if record.place else str(source.path)
+        raise BadRecord(f"{place}: {error}") from None
 
 
-def _text_of(record: dict[str, Any], name: str, default: str | None = None) -> str:
-    """record[name], which must be text; where it is absent or null, the default."""
-    value = record.get(name)
-    if value is None and default is not None:
-        return default
-    if not isinstance(value, str):
-        raise UserError(
-            f"{name!r} is missing"
-            if value is None
-            else f"{name!r} is {type(value).__name__}, expected text"
-        )
-    return value
+def _parse_value(source: Source, value: Any) -> list[Document]:
+    if isinstance(value, UserError):
+        raise value
+    if isinstance(value, str) and source.data_format in PLAIN_TEXT:
+        return [value]
+    if not isinstance(value, dict):
+        keys = " and ".join(FORMAT_KEYS.get(source.data_format, ("text",)))
+        raise UserError(f"expected an object with {keys}, found {type(value).__name__}")
+    return FORMATS[source.data_format](value, source)
+
+
+def _text_at(record: dict[str, Any], key: str, default: str | None = None) -> str:
+    """record[key], which must be text, or the default if it is missing or null."""
+    value = record.get(key)
+    if isinstance(value, str):
+        return value
+    if value is not None:
+        raise UserError(f"{key!r} is {type(value).__name__}, expected text")
+    if default is None:
+        raise UserError(f"{key!r} is missing")
+    return default
 
 
 def _alpaca(record: dict[str, Any], source: Source) -> list[Document]:
-    """{instruction, input?, output, system?, history?: [[question, answer], …]}: Stanford Alpaca, LLaMA-Factory, AscendSpeed."""
-    name = COLUMNS | source.columns
-    history = record.get(name["history"]) or []
-    pairs = isinstance(history, list) and all(
-        isinstance(pair, list) and len(pair) == 2 for pair in history
-    )
-    if not pairs or not all(isinstance(text, str) for pair in history for text in pair):
-        raise UserError(f"{name['history']!r} is not a list of [question, answer] pairs")
-    last = Turn(
-        _text_of(record, name["prompt"]),
-        _text_of(record, name["response"]),
-        _text_of(record, name["query"], ""),
-    )
-    return [
-        Conversation(
-            (*(Turn(*pair) for pair in history), last), _text_of(record, name["system"], "")
-        )
-    ]
+    """Stanford Alpaca, LLaMA-Factory, AscendSpeed.
+
+    {instruction, input?, output, system?, history?: [[question, answer], …]}
+    """
+    columns = COLUMNS | source.columns
+    history_key = columns["history"]
+    turns = []
+    for pair in _history_pairs(record.get(history_key) or [], history_key):
+        question, answer = pair
+        turns.append(Turn(question, answer))
+    prompt = _text_at(record, columns["prompt"])
+    response = _text_at(record, columns["response"])
+    query = _text_at(record, columns["query"], default="")
+    turns.append(Turn(prompt, response, query))
+    system = _text_at(record, columns["system"], default="")
+    return [Conversation(tuple(turns), system)]
+
+
+def _history_pairs(history: Any, key: str) -> list[list[str]]:
+    """The history, if it is a list of pairs of texts."""
+    if not isinstance(history, list) or not all(map(_is_pair, history)):
+        raise UserError(f"{key!r} is not a list of [question, answer] pairs")
+    return history
+
+
+def _is_pair(value: Any) -> bool:
+    is_pair = isinstance(value, list) and len(value) == 2
+    return is_pair and all(isinstance(text, str) for text in value)
 
 
 def _sharegpt(record: dict[str, Any], source: Source) -> list[Document]:
-    """{conversations: [{from: human|gpt, value}, …]}: FastChat. What stands before the first human turn is dropped."""
-    name = COLUMNS | source.columns
-    messages = record.get(name["messages"])
-    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
-        raise UserError(
-            f"{name['messages']!r} is {'missing' if messages is None else 'not a list of messages'}"
-        )
-    said = [
-        (_text_of(message, name["role_tag"]), _text_of(message, name["content_tag"]))
-        for message in messages
-    ]
-    system = _text_of(record, name["system"], "")
-    if said and said[0][0] != name["user_tag"]:
-        role, text = said.pop(0)
-        system = text if role == name["system_tag"] else system
-    for number, (role, _) in enumerate(said):
-        expected = name["assistant_tag"] if number % 2 else name["user_tag"]
-        if role != expected:
+    """FastChat: {conversations: [{from: human|gpt, value}, …]}.
+
+    What stands before the first human turn is dropped, and so is a last question without an answer:
+    there is nothing to learn from it.
+    """
+    columns = COLUMNS | source.columns
+    key = columns["messages"]
+    messages = record.get(key)
+    if messages is None:
+        raise UserError(f"{key!r} is missing")
+    if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
+        raise UserError(f"{key!r} is not a list of messages")
+    roles = []
+    texts = []
+    for message in messages:
+        roles.append(_text_at(message, columns["role_tag"]))
+        texts.append(_text_at(message, columns["content_tag"]))
+    system = _text_at(record, columns["system"], default="")
+    first = 0  # the first message of the conversation
+    if roles and roles[0] != columns["user_tag"]:
+        first = 1
+        if roles[0] == columns["system_tag"]:
+            system = texts[0]
+    _check_alternation(roles, first, columns)
+    questions = texts[first::2]
+    answers = texts[first + 1 :: 2]
+    if not answers:
+        raise UserError(f"{key!r} holds no question with an answer")
+    turns = [Turn(q, a, None) for q, a in zip(questions, answers, strict=False)]
+    return [Conversation(tuple(turns), system)]
+
+
+def _check_alternation(roles: list[str], first: int, columns: dict[str, str]) -> None:
+    expected = columns["user_tag"]
+    after = columns["assistant_tag"]
+    for number in range(first, len(roles)):
+        if roles[number] != expected:
             raise UserError(
-                f"turn {len(messages) - len(said) + number + 1} is from {role!r}, expected {expected!r}: the two alternate"
+                f"turn {number + 1} is from {roles[number]!r}, expected {expected!r}: "
+                "the two alternate"
             )
-    if len(said) < 2:
-        raise UserError(f"{name['messages']!r} holds no question with an answer")
-    texts = [text for _, text in said]  # a last question without an answer teaches nothing
-    return [
-        Conversation(
-            tuple(
-                Turn(user, answer, None)
-                for user, answer in zip(texts[::2], texts[1::2], strict=False)
-            ),
-            system,
-        )
-    ]
-
-
-MOSS_MARKS = {"Human": r"<eoh>|<\|Human\|>: ?", "MOSS": r"<eom>|<\|MOSS\|>:"}
+        expected, after = after, expected
 
 
 def _moss(record: dict[str, Any], source: Source) -> list[Document]:
-    """{chat: {turn_1: {Human, MOSS, …}, …}}: a sample for each turn, which holds the turns up to it and trains its answer alone."""
+    """MOSS: {chat: {turn_1: {Human, MOSS, …}, …}}.
+
+    Each turn gives a conversation of the turns up to it, in which only its own answer is a target.
+    """
     chat = record.get("chat")
-    if not isinstance(chat, dict) or not all(
-        isinstance(said, dict) for said in chat.values() if said
-    ):
+    if not isinstance(chat, dict) or not all(isinstance(m, dict) for m in chat.values() if m):
         raise UserError("'chat' is not an object of turns with Human and MOSS")
-    turns = [
-        Turn(
-            *(re.sub(marks, "", _text_of(said, who)).strip() for who, marks in MOSS_MARKS.items()),
-            None,
-        )
-        for said in chat.values()
-        if said
-    ]
+    turns = []
+    for message in filter(None, chat.values()):
+        question = _moss_text(message, "Human")
+        answer = _moss_text(message, "MOSS")
+        turns.append(Turn(question, answer, None))
     if not turns:
         raise UserError("'chat' holds no turn")
-    return [
-        Conversation((*(replace(turn, is_target=False) for turn in turns[:i]), turns[i]))
-        for i in range(len(turns))
-    ]
+    conversations: list[Document] = []
+    context: list[Turn] = []
+    for turn in turns:
+        conversations.append(Conversation((*context, turn)))
+        context.append(replace(turn, is_target=False))
+    return conversations
 
 
-BELLE_ROUND = re.compile(r"Human:(.*?)Assistant:(.*?)(?=Human:|\Z)", re.DOTALL)
+def _moss_text(message: dict[str, Any], speaker: str) -> str:
+    return MOSS_MARKS[speaker].sub("", _text_at(message, speaker)).strip()
 
 
 def _ascend(record: dict[str, Any], source: Source) -> list[Document]:
-    """AscendSpeed's rows: instruction data where there is an instruction, else pre-training text.
+    """AscendSpeed: instruction data if there is an instruction, else pre-training text.
 
-    BelleMultiTurn's instruction holds the dialogue (Human:Q Assistant:A Human:R Assistant:) and its output the last answer.
+    The instruction of BelleMultiTurn is a whole dialogue, "Human:Q Assistant:A Human:R Assistant:",
+    and its output is the last answer.
     """
     if "instruction" not in record:
         return _text(record, source)
-    said = _text_of(record, "instruction")
-    rounds = (
-        [[text.strip() for text in pair] for pair in BELLE_ROUND.findall(said)]
-        if said.startswith("Human:")
-        else []
-    )
-    if rounds and not rounds[-1][1]:
-        record = record | {"history": rounds[:-1], "instruction": rounds[-1][0]}
+    instruction = _text_at(record, "instruction")
+    if instruction.startswith("Human:"):
+        rounds = [
+            [question.strip(), answer.strip()]
+            for question, answer in BELLE_ROUND.findall(instruction)
+        ]
+        if rounds and rounds[-1][1] == "":  # a dialogue that waits for an answer
+            *history, last = rounds
+            record = record | {"history": history, "instruction": last[0]}
     return _alpaca(record, source)
 
 
 def _text(record: dict[str, Any], source: Source) -> list[Document]:
-    return [_text_of(record, source.columns.get("prompt", "text"))]
+    key = source.columns.get("prompt", "text")
+    return [_text_at(record, key)]
 
 
-FORMATS = {
+FORMATS: dict[str, Callable[[dict[str, Any], Source], list[Document]]] = {
     "alpaca": _alpaca,
     "sharegpt": _sharegpt,
     "moss": _moss,

@@ -1,60 +1,63 @@
-"""A tokenized data set on disk, opened without reading it.
+"""A tokenized data set on disk, which is opened without reading it.
 
-    PREFIX.bin    the ids of all documents end to end, uint16 or uint32 as the vocabulary needs
-    PREFIX.mask   uint8 a token: is it trained on; absent where all are
+    PREFIX.bin    the ids of all documents, one after another; uint16 or uint32 as the vocabulary needs
+    PREFIX.mask   uint8 for each token: is it a target; absent if all are
     PREFIX.idx    uint64[documents + 1]: where each document starts, and the end
     PREFIX.json   format version, counts, dtype, tokenizer sha256, template, sha256 of each file
 
-The .json is put in place last and names what the others must hold, so a data set is complete or it is not there. While it grows,
-its parts are called *.partial, and after every chunk the .json says how far the others are valid: an interrupted run, started
-again on the same input, goes on from there.
+The .json comes last and says what the other files must hold. So a data set is complete or it is not
+there.
+
+While a data set is written, its files are called *.partial. After every chunk, the .json.partial
+says up to where the others are valid. So an interrupted run, started again on the same input,
+continues from there.
 """
 
-import fcntl
 import json
 import os
 from array import array
 from contextlib import suppress
 from dataclasses import dataclass, field
-from io import FileIO
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 
-from minillama.data.sources import hash_of
-from minillama.errors import UserError, parsing
+from minillama.errors import UserError
+from minillama.files import OutputFile, append_file, flush_to_disk, parsing, read_json, sha256_of
+from minillama.output_directory import take_lock
 
 VERSION = 1
-MOST_WITHOUT_TARGET = (
-    0.01  # a larger share of documents with nothing to train on is a mistake, not noise
-)
-PARTS = ("bin", "mask", "idx")
+# A larger share of documents without a target is a mistake in the data, and not an exception in it.
+MOST_WITHOUT_TARGET = 0.01
+ARRAYS = ("bin", "mask", "idx")
 
 
 @dataclass
 class Chunk:
-    """Some documents, tokenized: ids (uint32) and mask (uint8) end to end, where documents end, and what they were made from."""
+    """Some tokenized documents, and counts of the input they were made from."""
 
-    ids: array = field(default_factory=lambda: array("I"))
-    mask: bytearray = field(default_factory=bytearray)
-    ends: list[int] = field(default_factory=list)
+    ids: array = field(default_factory=lambda: array("I"))  # uint32, of all documents
+    mask: bytearray = field(default_factory=bytearray)  # a byte for each id
+    ends: list[int] = field(default_factory=list)  # where each document ends in ids
     without_target: int = 0  # documents with nothing to train on
-    records: int = 0  # of the input, malformed ones included
-    bad: list[str] = field(default_factory=list)
+    records: int = 0  # read from the input, bad ones included
+    bad: list[str] = field(default_factory=list)  # what is wrong with each bad record
 
-    def append(self, ids: list[int], mask: list[int] | None, is_last: bool = True) -> None:
-        """Add a document, or a stretch of one where not is_last. mask None: all is trained on."""
+    def append(self, ids: list[int], mask: list[int] | None, ends_document: bool = True) -> None:
+        """Add a document, or a part of one. mask None means that every token is a target."""
         self.ids.extend(ids)
-        self.mask += b"\1" * len(ids) if mask is None else bytes(mask)
-        self.without_target += mask is not None and not any(
-            mask[1:]
-        )  # a first token never is one: nothing is before it
-        if is_last:
+        if mask is None:
+            self.mask += b"\1" * len(ids)
+        else:
+            self.mask += bytes(mask)
+            # The first token has no context to be predicted from, so it is never a target.
+            self.without_target += not any(mask[1:])
+        if ends_document:
             self.ends.append(len(self.ids))
 
     def counts(self) -> dict[str, Any]:
-        """What PREFIX.json says of all chunks together."""
+        """What PREFIX.json adds up over all chunks."""
         return {
             "records": self.records,
             "documents": len(self.ends),
@@ -65,53 +68,54 @@ class Chunk:
         }
 
 
-class Writer:
-    """Grows PREFIX chunk by chunk. A context: left by a UserError nothing stays behind, left by an interruption, what is valid.
+class DatasetWriter:
+    """Writes a data set chunk by chunk. To be used in a `with` statement.
 
-    `meta` is what PREFIX.json will say; its `records`, how many of the input are in, is not 0 where an interrupted run is taken up.
+    A UserError in the block removes the partial files. After an interruption they stay, and the
+    next writer with the same arguments continues from them.
+
+    `meta` is what PREFIX.json will say. meta["records"] is how many records of the input are
+    written already; it is not 0 when an interrupted run is continued.
     """
 
-    def __init__(self, prefix: Path, vocab_size: int, about: dict[str, Any]) -> None:
-        """about: tokenizer_sha256, template, … stored as they are; work is taken up only where all of it is the same."""
-        self.prefix, self.vocab_size, self.dtype = (
-            prefix,
-            vocab_size,
-            np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32),
-        )
-        fixed = {
+    def __init__(self, prefix: Path, vocab_size: int, origin: dict[str, Any]) -> None:
+        """origin: how the data set is made. It is stored, and must be equal to continue a run."""
+        self.prefix = prefix
+        self.vocab_size = vocab_size
+        self.dtype = np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
+        self.meta = {
             "version": VERSION,
             "dtype": self.dtype.name,
             "vocab_size": vocab_size,
-            **json.loads(json.dumps(about)),
+            **json.loads(json.dumps(origin)),  # as it is read back: tuples become lists
+            **Chunk().counts(),
         }
-        self.meta = fixed | Chunk().counts()
+        self.files: dict[str, OutputFile] = {}
 
     def __enter__(self) -> Self:
-        self.prefix.parent.mkdir(parents=True, exist_ok=True)
-        self.files = {"lock": FileIO(self._partial("lock"), "ab")}
-        try:
-            fcntl.flock(self.files["lock"], fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                f"{self.prefix}: another process is writing this data set; wait for it to end"
-            ) from None
-        self.files |= {part: FileIO(self._partial(part), "ab") for part in PARTS}
-        with suppress(OSError, ValueError, KeyError):  # nothing to take up, or half written
-            meta = json.loads(self._partial("json").read_text(encoding="utf-8"))
-            is_same = meta | Chunk().counts() == self.meta
-            if is_same and all(
-                self.files[part].tell() >= size for part, size in self._sizes(meta).items()
-            ):
-                self.meta = meta
+        self._lock = append_file(self._partial("lock"))
+        taken = f"{self.prefix}: another process is writing this data set; wait for it to end"
+        take_lock(self._lock.fileno(), self._partial("lock"), taken)
+        for part in (*ARRAYS, "json"):
+            self.files[part] = append_file(self._partial(part))
+        with suppress(UserError, KeyError):  # no .json.partial, or a damaged one
+            self._continue_from(read_json(self._partial("json")))
         for part, size in self._sizes(self.meta).items():
-            self.files[part].truncate(size)  # a new index grows to its first offset, 0
+            self.files[part].truncate(size)  # a new .idx grows to its first offset, 0
         return self
+
+    def _continue_from(self, meta: dict[str, Any]) -> None:
+        """Take over `meta` of an interrupted run, if it had the same input and its files are whole."""
+        is_same_input = meta | Chunk().counts() == self.meta
+        sizes = self._sizes(meta)
+        if is_same_input and all(self.files[part].tell() >= sizes[part] for part in ARRAYS):
+            self.meta = meta
 
     def _partial(self, part: str) -> Path:
         return Path(f"{self.prefix}.{part}.partial")
 
     def _sizes(self, meta: dict[str, Any]) -> dict[str, int]:
-        """Bytes of each part that `meta` vouches for."""
+        """How many bytes of each file are valid."""
         return {
             "bin": self.dtype.itemsize * meta["tokens"],
             "mask": meta["tokens"],
@@ -120,47 +124,58 @@ class Writer:
 
     def add(self, chunk: Chunk) -> None:
         ids = np.array(chunk.ids)
-        if (largest := int(ids.max(initial=0))) >= self.vocab_size:
+        largest = int(ids.max(initial=0))
+        if largest >= self.vocab_size:
             raise UserError(
                 f"{self.prefix}: token id {largest} is beyond the vocabulary of {self.vocab_size}"
             )
+        ends = self.meta["tokens"] + np.array(chunk.ends, "<u8")
         self.files["bin"].write(ids.astype(self.dtype).data)
         self.files["mask"].write(chunk.mask)
-        self.files["idx"].write((self.meta["tokens"] + np.array(chunk.ends, "<u8")).data)
-        self.meta |= {key: self.meta[key] + value for key, value in chunk.counts().items()}
+        self.files["idx"].write(ends.data)
+        for key, count in chunk.counts().items():
+            self.meta[key] = self.meta[key] + count
         self._write_meta()
 
     def _write_meta(self) -> None:
-        self._partial("json").write_text(
-            json.dumps(self.meta, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
-        )
+        text = json.dumps(self.meta, indent=2, ensure_ascii=False) + "\n"
+        self.files["json"].truncate(0)
+        self.files["json"].write(text.encode("utf-8"))
 
     def finish(self) -> dict[str, Any]:
-        """Check the whole, put it in place, and return what PREFIX.json says."""
-        documents, empty = self.meta["documents"], self.meta["documents_without_target"]
-        if not documents:
-            raise UserError(f"{self.prefix}: the input holds no document")
-        if empty > MOST_WITHOUT_TARGET * documents:
-            raise UserError(
-                f"{self.prefix}: {empty} of {documents} documents have nothing to train on (no answer, or an "
-                f"empty one); more than {MOST_WITHOUT_TARGET:.0%} is a mistake in the data or its template"
-            )
-        parts = [
-            part for part in PARTS if part != "mask" or self.meta["targets"] < self.meta["tokens"]
-        ]
-        self.meta["sha256"] = {part: hash_of(self._partial(part)) for part in parts}
+        """Check the data set, put it in place, and return what PREFIX.json says."""
+        self._check_counts()
+        all_are_targets = self.meta["targets"] == self.meta["tokens"]
+        parts = [part for part in ARRAYS if part != "mask" or not all_are_targets]
+        self.meta["sha256"] = {part: sha256_of(self._partial(part)) for part in parts}
         self._write_meta()
-        for part in (*PARTS, "json"):
+        for part in (*parts, "json"):
+            flush_to_disk(self._partial(part))
+        for part in (*ARRAYS, "json"):
             Path(f"{self.prefix}.{part}").unlink(missing_ok=True)
         for part in (*parts, "json"):
             os.replace(self._partial(part), f"{self.prefix}.{part}")
         return self.meta
 
+    def _check_counts(self) -> None:
+        num_documents = self.meta["documents"]
+        num_empty = self.meta["documents_without_target"]
+        if num_documents == 0:
+            raise UserError(f"{self.prefix}: the input holds no document")
+        if num_empty > MOST_WITHOUT_TARGET * num_documents:
+            raise UserError(
+                f"{self.prefix}: {num_empty} of {num_documents} documents have nothing to train on "
+                f"(no answer, or an empty one); more than {MOST_WITHOUT_TARGET:.0%} is a mistake "
+                "in the data or its template"
+            )
+
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        ended = kind is None or issubclass(kind, UserError)
-        for part in (*PARTS, "json", "lock") if ended else ("lock",):
-            self._partial(part).unlink(missing_ok=True)
-        for file in self.files.values():
+        was_interrupted = kind is not None and not issubclass(kind, UserError)
+        if not was_interrupted:
+            for part in (*ARRAYS, "json"):
+                self._partial(part).unlink(missing_ok=True)
+        self._partial("lock").unlink(missing_ok=True)
+        for file in (*self.files.values(), self._lock):
             file.close()
 
 
@@ -169,43 +184,74 @@ def is_dataset(prefix: Path | str) -> bool:
 
 
 class Dataset:
-    """An open data set: `offsets` (documents + 1,), `tokens` and `mask` (all tokens,) as memory maps, `meta` from the .json."""
+    """An open data set. Its arrays are memory maps: a page is read when it is used.
+
+    offsets  (documents + 1,)  document i is the tokens offsets[i] to offsets[i + 1]
+    tokens   (tokens,)         of all documents
+    mask     (tokens,)         1 for a target; None if all tokens are targets
+    meta                       what PREFIX.json says
+    """
+
+    prefix: Path
+    offsets: np.ndarray
+    tokens: np.ndarray
+    mask: np.ndarray | None
+    meta: dict[str, Any]
 
     def __init__(self, prefix: Path | str, verify: bool = False) -> None:
-        """Open PREFIX; sizes are always checked, the files' sha256 where `verify`. Raises UserError for a damaged set."""
+        """Open PREFIX. Sizes are always checked, the sha256 of the files only if `verify`.
+
+        Raises UserError for a damaged data set.
+        """
         self.prefix = Path(prefix)
-        with parsing(f"{prefix}.json: not a minillama data set"):
-            self.meta: dict[str, Any] = json.loads(
-                Path(f"{prefix}.json").read_text(encoding="utf-8")
-            )
-            version, dtype, documents, tokens, hashes = (
-                self.meta[key] for key in ("version", "dtype", "documents", "tokens", "sha256")
-            )
+        json_path = Path(f"{prefix}.json")
+        self.meta = read_json(json_path)
+        with parsing(f"{json_path}: not a minillama data set"):
+            version = self.meta["version"]
+            dtype = np.dtype(self.meta["dtype"])
+            num_documents = self.meta["documents"]
+            num_tokens = self.meta["tokens"]
+            hashes = self.meta["sha256"]
         if version != VERSION:
             raise UserError(
-                f"{prefix}.json: version {version}, this program reads {VERSION}; make it again with `convert.py data`"
+                f"{json_path}: version {version}, this program reads {VERSION}; make it again with "
+                "`convert.py data`"
             )
-        self.tokens = self._map("bin", np.dtype(dtype), tokens)
-        self.offsets = self._map("idx", np.dtype("<u8"), documents + 1).astype(np.int64)
-        self.mask = self._map("mask", np.dtype(np.uint8), tokens) if "mask" in hashes else None
-        if self.offsets[0] != 0 or self.offsets[-1] != tokens or (np.diff(self.offsets) < 0).any():
+        self.tokens = self._map("bin", dtype, num_tokens)
+        offsets = self._map("idx", np.dtype("<u8"), num_documents + 1)
+        self.offsets = offsets.astype(np.int64)
+        self.mask = None
+        if "mask" in hashes:
+            self.mask = self._map("mask", np.dtype(np.uint8), num_tokens)
+        rises = (np.diff(self.offsets) >= 0).all()
+        if self.offsets[0] != 0 or self.offsets[-1] != num_tokens or not rises:
             raise UserError(
-                f"{prefix}.idx: offsets do not rise from 0 to {tokens}; the file is damaged"
+                f"{prefix}.idx: offsets do not rise from 0 to {num_tokens}; the file is damaged"
             )
-        for part, expected in hashes.items() if verify else ():
-            if hash_of(Path(f"{prefix}.{part}")) != expected:
+        if verify:
+            self._verify(hashes)
+
+    def _verify(self, hashes: dict[str, str]) -> None:
+        for part, expected in hashes.items():
+            if sha256_of(Path(f"{self.prefix}.{part}")) != expected:
                 raise UserError(
-                    f"{prefix}.{part}: its sha256 is not the one in {prefix}.json; the file is damaged"
+                    f"{self.prefix}.{part}: its sha256 is not the one in {self.prefix}.json; the "
+                    "file is damaged"
                 )
 
     def _map(self, part: str, dtype: np.dtype, count: int) -> np.ndarray:
-        path, expected = Path(f"{self.prefix}.{part}"), f"has {count * dtype.itemsize} bytes"
-        found = f"has {path.stat().st_size} bytes" if path.is_file() else "is missing"
-        if found != expected:
-            raise UserError(
-                f"{path}: {found}, {self.prefix}.json says that it {expected}; make the data set again"
-            )
-        return np.memmap(path, dtype, mode="r")
+        path = Path(f"{self.prefix}.{part}")
+        expected_bytes = count * dtype.itemsize
+        found = "is missing"
+        if path.is_file():
+            num_bytes = path.stat().st_size
+            if num_bytes == expected_bytes:
+                return np.memmap(path, dtype, mode="r")
+            found = f"has {num_bytes} bytes"
+        raise UserError(
+            f"{path}: {found}, {self.prefix}.json says that it has {expected_bytes} bytes; make "
+            "the data set again"
+        )
 
     def __len__(self) -> int:
         return len(self.offsets) - 1

@@ -1,10 +1,12 @@
-"""What to read: files, folders, and the names in a LLaMA-Factory `dataset_info.json`.
+"""Which files to read: files, folders, and names of data sets in a LLaMA-Factory `dataset_info.json`.
 
-    "a.json"            that file, as dataset_info.json beside it says, if it is in there
+    "a.json"            that file, as described by dataset_info.json beside it, if it is listed there
     "corpus/"           the files in the folder, in order of name
-    "alpaca_gpt4_zh"    the entry of that name in DATASET_DIR/dataset_info.json: its file, columns and tags
+    "alpaca_gpt4_zh"    the entry of that name in DATASET_DIR/dataset_info.json: a file and what it
+                        calls its columns and tags
 
-An entry may pin its file by sha1; another content is refused. Hub addresses are not followed: nothing here uses a network.
+An entry can give the sha1 of its file; a file with other content is refused. Addresses on the
+Hugging Face Hub are left out on purpose: nothing here uses a network.
 """
 
 import hashlib
@@ -13,16 +15,21 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from minillama.errors import UserError, closest, read_json
+from minillama.errors import UserError, closest
+from minillama.files import read_json
 
-SUFFIXES = (".json", ".jsonl", ".parquet", ".txt", ".md")  # what is read of a folder
-INFO = "dataset_info.json"
-PARTS = ("columns", "tags")  # of an entry: what the file calls things
+SUFFIXES = (".json", ".jsonl", ".parquet", ".txt", ".md")  # the files of a folder that are read
+INFO_NAME = "dataset_info.json"
+NAME_TABLES = ("columns", "tags")  # the tables of an entry that say what the file calls things
 
 
 @dataclass(frozen=True)
 class Source:
-    """A file, how to read it, and what its columns and tags are called, by LLaMA-Factory's words, where it is not the usual."""
+    """A file and how to read it.
+
+    columns: what the file calls its columns and tags, by LLaMA-Factory's names for them (the keys
+    of formats.COLUMNS). A name that is not listed has its usual value.
+    """
 
     path: Path
     data_format: str = "auto"
@@ -32,25 +39,26 @@ class Source:
 def find_sources(
     names: Sequence[str | Path], data_format: str = "auto", dataset_dir: str | Path = ""
 ) -> list[Source]:
-    """The sources of files, folders and data set names. An explicit `data_format` wins over what dataset_info.json says."""
-    found = [source for name in names for source in _find(str(name), Path(dataset_dir) / INFO)]
-    return (
-        found
-        if data_format == "auto"
-        else [replace(source, data_format=data_format) for source in found]
-    )
+    """The sources of files, folders and names of data sets.
+
+    data_format: unless it is "auto", it replaces the format that dataset_info.json gives.
+    """
+    info_path = Path(dataset_dir) / INFO_NAME
+    sources = []
+    for name in names:
+        for source in _find(str(name), info_path):
+            if data_format != "auto":
+                source = replace(source, data_format=data_format)
+            sources.append(source)
+    return sources
 
 
 def _find(name: str, info_path: Path) -> list[Source]:
     path = Path(name)
     if path.is_file():
-        return [_described(path)]
+        return [_source_of_file(path)]
     if path.is_dir():
-        if inside := [
-            file for file in sorted(path.iterdir()) if file.suffix in SUFFIXES and file.name != INFO
-        ]:
-            return [_described(file) for file in inside]
-        raise UserError(f"{path}: the folder holds no {', '.join(SUFFIXES)} file")
+        return _sources_of_folder(path)
     if Path(f"{path}.bin").is_file():
         raise UserError(f"{path}: a tokenized data set; give it alone, not among raw files")
     if not info_path.is_file():
@@ -59,62 +67,84 @@ def _find(name: str, info_path: Path) -> list[Source]:
         )
     info = _read_info(info_path)
     if name not in info:
+        known = ", ".join(sorted(info)[:20])
         raise UserError(
-            f"{info_path}: has no data set {name!r}{closest(name, info)}; it has: {', '.join(sorted(info)[:20])}"
+            f"{info_path}: has no data set {name!r}{closest(name, info)}; it has: {known}"
         )
-    return [_entry(info_path, name, info[name])]
+    return [_source_of_entry(info_path, name, info[name])]
 
 
-def _described(path: Path) -> Source:
-    """A file, with the columns and tags dataset_info.json beside it gives, if it does."""
-    info_path = path.parent / INFO
-    info = _read_info(info_path) if info_path.is_file() else {}
-    named = next(
-        (name for name, entry in info.items() if entry.get("file_name") == path.name), None
-    )
-    return Source(path) if named is None else _entry(info_path, named, info[named])
+def _sources_of_folder(folder: Path) -> list[Source]:
+    sources = []
+    for path in sorted(folder.iterdir()):
+        if path.suffix in SUFFIXES and path.name != INFO_NAME:
+            sources.append(_source_of_file(path))
+    if not sources:
+        raise UserError(f"{folder}: the folder holds no {', '.join(SUFFIXES)} file")
+    return sources
 
 
-def _entry(info_path: Path, name: str, entry: dict[str, Any]) -> Source:
-    """The source an entry describes. Columns it does not name are not read: history and system are off unless named."""
+def _source_of_file(path: Path) -> Source:
+    """A file, with the columns and tags of its entry in dataset_info.json beside it, if any."""
+    info_path = path.parent / INFO_NAME
+    if info_path.is_file():
+        for name, entry in _read_info(info_path).items():
+            if entry.get("file_name") == path.name:
+                return _source_of_entry(info_path, name, entry)
+    return Source(path)
+
+
+def _source_of_entry(info_path: Path, name: str, entry: dict[str, Any]) -> Source:
+    """The source that an entry describes.
+
+    The columns `history` and `system` are not read unless the entry names them, as in
+    LLaMA-Factory.
+    """
     if "file_name" not in entry:
         raise UserError(
             f"{info_path}: {name} has no file_name; download its data and add the file's name"
         )
-    path, formatting, sha1 = (
-        info_path.parent / entry["file_name"],
-        entry.get("formatting", "alpaca"),
-        entry.get("file_sha1"),
-    )
+    path = info_path.parent / entry["file_name"]
     if not path.is_file():
         raise UserError(f"{path}: no such file; {info_path} names it for {name}")
-    if formatting not in ("alpaca", "sharegpt") or entry.get("ranking"):
-        kind = (
-            "ranking data, for reward models"
-            if entry.get("ranking")
-            else f"of formatting {formatting!r}"
-        )
+    formatting = entry.get("formatting", "alpaca")
+    is_ranking = bool(entry.get("ranking"))
+    if is_ranking or formatting not in ("alpaca", "sharegpt"):
+        kind = f"of formatting {formatting!r}"
+        if is_ranking:
+            kind = "ranking data, for reward models"
         raise UserError(
             f"{info_path}: {name} is {kind}; known are alpaca and sharegpt, for supervised training"
         )
-    if sha1 and (found := hash_of(path, "sha1")) != sha1:
-        raise UserError(
-            f"{path}: its sha1 is {found}, {info_path} says {sha1} for {name}; get the file again"
-        )
-    named = {word: given or "" for part in PARTS for word, given in entry.get(part, {}).items()}
-    return Source(path, formatting, {"history": "", "system": ""} | named)
+    expected_sha1 = entry.get("file_sha1")
+    if expected_sha1:
+        sha1 = hash_of(path, "sha1")
+        if sha1 != expected_sha1:
+            raise UserError(
+                f"{path}: its sha1 is {sha1}, {info_path} says {expected_sha1} for {name}; "
+                "get the file again"
+            )
+    columns = {"history": "", "system": ""}
+    for table in NAME_TABLES:
+        for column, name_in_file in entry.get(table, {}).items():
+            columns[column] = name_in_file or ""
+    return Source(path, formatting, columns)
 
 
 def _read_info(path: Path) -> dict[str, Any]:
     info = read_json(path)
-    if not all(
-        isinstance(entry, dict) and all(isinstance(entry.get(part, {}), dict) for part in PARTS)
-        for entry in info.values()
-    ):
+    if not all(map(_is_entry, info.values())):
         raise UserError(
-            f"{path}: expected an object that maps data set names to objects, and their {' and '.join(PARTS)} to objects too"
+            f"{path}: expected an object that maps data set names to objects, and their "
+            f"{' and '.join(NAME_TABLES)} to objects too"
         )
     return info
+
+
+def _is_entry(entry: Any) -> bool:
+    if not isinstance(entry, dict):
+        return False
+    return all(isinstance(entry.get(table, {}), dict) for table in NAME_TABLES)
 
 
 def hash_of(path: Path, algorithm: str = "sha256") -> str:

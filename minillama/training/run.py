@@ -19,7 +19,8 @@ from minillama.checkpoint import hf_format as checkpoints
 from minillama.checkpoint import train_state
 from minillama.data.batches import BatchPlan, split_documents
 from minillama.data.demo import write_demo
-from minillama.data.tokenize import open_data
+from minillama.data.token_cache import open_data
+from minillama.data.tokenize import DataOptions
 from minillama.data.windows import TrainingWindows
 from minillama.device import compute_dtype
 from minillama.errors import UserError, read_json
@@ -345,21 +346,20 @@ def build_plans(
         else {}
     )
     template = settings.template or about.get("template") or "alpaca"
-    options = {
-        "template": settings.template,
-        "default_template": template,
-        "quiet": not mesh.is_first,
-    } | {
-        name: getattr(settings, name)
-        for name in ("data_format", "append_eod", "skip_bad_records", "workers", "dataset_dir")
-    }
+    options = DataOptions(
+        data_format=settings.data_format,
+        template=settings.template,
+        default_template=template,
+        append_eod=settings.append_eod,
+        skip_bad_records=settings.skip_bad_records,
+        dataset_dir=settings.dataset_dir,
+        cache_dir=settings.cache_dir,
+        workers=settings.workers,
+        quiet=not mesh.is_first,
+    )
     with comm.first_rank_first(mesh):
-        dataset = open_data(settings.data, tokenizer, settings.cache_dir, **options)
-        held_out = (
-            open_data(settings.eval_data, tokenizer, settings.cache_dir, **options)
-            if settings.eval_data
-            else None
-        )
+        dataset = open_data(settings.data, tokenizer, options)
+        held_out = open_data(settings.eval_data, tokenizer, options) if settings.eval_data else None
     documents, evaluation = None, TrainingWindows(held_out, max_length) if held_out else None
     if held_out is None and settings.validation_split:
         documents, reserved = split_documents(

@@ -1,0 +1,106 @@
+"""Open the data of a run, whatever it is: a tokenized data set, or raw files that become one.
+
+Tokenizing takes minutes, so its result is kept in a cache. The name of a cached data set is a hash
+of all that its content follows from: the files' sizes and times, the tokenizer, and the options. If
+one of them changes, the name is another, and the files are tokenized again.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from minillama import chat
+from minillama.data.megatron import MegatronDataset, find_part
+from minillama.data.memmap import Dataset, is_dataset
+from minillama.data.sources import Source, find_sources
+from minillama.data.tokenize import DataOptions, build_dataset, file_stamp
+from minillama.errors import UserError
+from minillama.files import sha256_of
+from minillama.tokenizer import Tokenizer
+
+
+def open_data(
+    paths: Sequence[str], tokenizer: Tokenizer, options: DataOptions = DataOptions()
+) -> Dataset:
+    """Open a data set of `convert.py data` or AscendSpeed, or tokenize raw files into the cache.
+
+    Raises UserError for a data set that is damaged, was made with another tokenizer or template,
+    or from a file that has changed since.
+    """
+    if len(paths) == 1:
+        if find_part(paths[0]):
+            return MegatronDataset(paths[0], tokenizer.size)
+        if is_dataset(paths[0]):
+            dataset = Dataset(paths[0], verify=True)
+            _check_origin(dataset, tokenizer, options.template)
+            return dataset
+    sources = find_sources(paths, options.data_format, options.dataset_dir)
+    prefix = _cache_prefix(sources, tokenizer, options)
+    if not is_dataset(prefix):
+        build_dataset(paths, tokenizer, prefix, options)
+    return Dataset(prefix)
+
+
+def _check_origin(dataset: Dataset, tokenizer: Tokenizer, template: str) -> None:
+    """Raise UserError if the data set was not made with this tokenizer, template and content.
+
+    template: empty means any.
+    """
+    command = f"convert.py data --input FILE --tokenizer {tokenizer.path} --output {dataset.prefix}"
+    remedy = f"make it again with `{command}`"
+    if dataset.meta.get("tokenizer_sha256") != tokenizer.sha256:
+        raise UserError(
+            f"{dataset.prefix}: was made with another tokenizer than {tokenizer.path}; {remedy}"
+        )
+    made_with = dataset.meta.get("template")  # empty for plain text, which has no template
+    if template and made_with and not _are_same_template(template, made_with):
+        raise UserError(
+            f"{dataset.prefix}: was made with the template {made_with}, not {template}; "
+            f"leave --template out, or {remedy}"
+        )
+    for name, made_from in dataset.meta.get("sources", {}).items():
+        if _has_changed(Path(name), made_from):
+            raise UserError(
+                f"{dataset.prefix}: {name} has changed since it was tokenized; {remedy}"
+            )
+
+
+def _are_same_template(name: str, other_name: str) -> bool:
+    """Whether two names, such as `default` and `llama_factory_default`, stand for one template."""
+    return chat.find_template(name) is chat.find_template(other_name)
+
+
+def _has_changed(path: Path, made_from: dict[str, Any]) -> bool:
+    """Whether a source file is there and has another content than `made_from` says."""
+    if not path.is_file():
+        return False
+    stamp = {key: made_from[key] for key in ("bytes", "mtime_ns")}
+    if file_stamp(path) == stamp:
+        return False
+    return sha256_of(path) != made_from["sha256"]
+
+
+def _cache_prefix(sources: list[Source], tokenizer: Tokenizer, options: DataOptions) -> Path:
+    """Where the cached data set of these sources is, or will be."""
+    files = []
+    for source in sources:
+        files.append((str(source.path.resolve()), source.columns, file_stamp(source.path)))
+    choices = {
+        "data_format": options.data_format,
+        "template": options.raw_template,
+        "append_eod": options.append_eod,
+        "skip_bad_records": options.skip_bad_records,
+    }
+    key = json.dumps([files, tokenizer.sha256, choices], sort_keys=True)
+    digest = hashlib.sha256(key.encode()).hexdigest()[:16]
+    return _cache_folder(options.cache_dir) / f"{sources[0].path.stem}-{digest}"
+
+
+def _cache_folder(cache_dir: str) -> Path:
+    if cache_dir:
+        return Path(cache_dir)
+    user_cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(user_cache) / "minillama"
