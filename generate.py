@@ -13,7 +13,6 @@ from minillama.compat.flags import GENERATION
 from minillama.errors import UserError
 
 if TYPE_CHECKING:  # torch is imported when the flags and prompts are known to be right
-    from minillama.generation.config import GenerationConfig
     from minillama.generation.engine import Engine
     from minillama.generation.output_file import CompletionFile
     from minillama.generation.prompts import Prompt
@@ -96,10 +95,19 @@ FLAGS = (
 FOR_PROMPTS = ("prompt", "prompt_ids", "prompt_file", "output", "num_samples")  # not for a chat
 
 # What a completion does not depend on: an interrupted --output goes on under other values of these.
-FREE = (
-    *("ckpt", "device", "debug", "host", "port"),
-    *("prompt", "prompt_ids", "prompt_file", "stream", "output", "batch_size"),
-)
+FREE = {
+    "ckpt",
+    "device",
+    "debug",
+    "host",
+    "port",
+    "prompt",
+    "prompt_ids",
+    "prompt_file",
+    "stream",
+    "output",
+    "batch_size",
+}
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -167,9 +175,9 @@ def complete(engine: "Engine", prompts: "list[Prompt]", options: argparse.Namesp
     file = open_output(engine, prompt_ids, options)
     can_stream = options.num_samples == 1 and options.num_beams == 1
     prompt_options = PromptOptions(
-        num_samples=options.num_samples,
-        batch_size=options.batch_size,
-        seed=options.seed,
+        options.num_samples,
+        options.batch_size,
+        options.seed,
         stream=options.stream and can_stream,
         show_progress=bool(options.output and options.prompt_file),
     )
@@ -197,38 +205,11 @@ def check(options: argparse.Namespace) -> None:
 
 def open_engine(options: argparse.Namespace) -> "Engine":
     """The engine that the flags describe."""
+    from minillama.generation.config import GenerationConfig, from_flags
     from minillama.generation.loading import LoadOptions, load_engine
 
-    load_options = LoadOptions(
-        ckpt=options.ckpt,
-        base=options.base,
-        lora=tuple(options.lora),
-        tokenizer=options.tokenizer,
-        device=options.device,
-        dtype=options.dtype,
-        ops=options.ops,
-    )
-    return load_engine(load_options, generation_config(options))
-
-
-def generation_config(options: argparse.Namespace) -> "GenerationConfig":
-    from minillama.generation.config import GenerationConfig
-
-    return GenerationConfig(
-        template=options.template,
-        max_new_tokens=options.max_new_tokens,
-        greedy=options.greedy,
-        temperature=options.temperature,
-        top_k=options.top_k,
-        top_p=options.top_p,
-        repetition_penalty=options.repetition_penalty,
-        num_beams=options.num_beams,
-        length_penalty=options.length_penalty,
-        early_stopping=options.early_stopping,
-        rope_alpha=options.rope_alpha,
-        stop=tuple(options.stop),
-        ignore_eos=options.ignore_eos,
-    )
+    config = from_flags(GenerationConfig, vars(options))
+    return load_engine(from_flags(LoadOptions, vars(options)), config)
 
 
 def read_prompts(options: argparse.Namespace) -> "list[Prompt]":

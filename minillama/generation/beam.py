@@ -28,6 +28,7 @@ from minillama.generation.decode import Completion, prefill, scale_rope
 from minillama.generation.sampling import Sampling, generator_for, penalise, tokens_seen, warp
 from minillama.model import Llama
 
+EARLY_STOPPING = ("true", "false", "never")
 NEVER = -1e9  # the score of what must not be chosen
 
 

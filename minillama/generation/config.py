@@ -1,18 +1,43 @@
 """How completions are written: one table, with the names and defaults of generate.py's flags."""
 
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, TypeVar
 
-from minillama.errors import UserError
-from minillama.generation.beam import BeamOptions
+from minillama.errors import UserError, closest
+from minillama.generation.beam import EARLY_STOPPING, BeamOptions
 from minillama.generation.sampling import Sampling
+
+Options = TypeVar("Options")
+
+
+def from_flags(kind: type[Options], flags: Mapping[str, Any]) -> Options:
+    """An options dataclass from those flags that have the names of its fields."""
+    names = {field.name for field in fields(kind)}  # type: ignore[arg-type]
+    return from_keywords(kind, {name: flags[name] for name in flags if name in names})
+
+
+def from_keywords(kind: type[Options], keywords: Mapping[str, Any]) -> Options:
+    """An options dataclass from Python keywords; lists become tuples.
+
+    Raises UserError for a keyword that is no field of it, with the closest one.
+    """
+    names = [field.name for field in fields(kind)]  # type: ignore[arg-type]
+    values = {}
+    for name, value in keywords.items():
+        if name not in names:
+            raise UserError(
+                f"no option {name!r}{closest(name, names)}; options: {', '.join(names)}"
+            )
+        values[name] = tuple(value) if isinstance(value, list) else value
+    return kind(**values)
 
 
 @dataclass(frozen=True)
 class GenerationConfig:
     """How completions are written. Raises UserError for values that are out of range.
 
-    temperature, top_k and top_p are None where nothing was said: then `Sampling` has the default,
+    temperature, top_k and top_p are None where nothing was said. Then `Sampling` has the default,
     and beam search does not sample.
     """
 
@@ -35,8 +60,12 @@ class GenerationConfig:
             raise UserError(f"--max_new_tokens {self.max_new_tokens}: must be at least 0")
         if self.num_beams < 1:
             raise UserError(f"--num_beams {self.num_beams}: must be at least 1")
-        if not abs(self.length_penalty) <= 10:  # `not <=` refuses nan as well
+        if not abs(self.length_penalty) <= 10:  # refuses nan as well
             raise UserError(f"--length_penalty {self.length_penalty}: must be from -10 to 10")
+        if self.early_stopping not in EARLY_STOPPING:
+            raise UserError(
+                f"--early_stopping {self.early_stopping!r}: must be {', '.join(EARLY_STOPPING)}"
+            )
         if "" in self.stop:
             raise UserError('--stop "": an empty text would end every answer at once; leave it out')
         _ = self.sampling  # checks its own values
@@ -44,27 +73,19 @@ class GenerationConfig:
     @property
     def sampling(self) -> Sampling:
         """How the next token is chosen."""
-        given: dict[str, Any] = {
-            "temperature": self.temperature,
-            "top_k": self.top_k,
-            "top_p": self.top_p,
-        }
+        given = self._given_sampling()
         if self.greedy:
             given["temperature"] = 0.0
-        values = {name: value for name, value in given.items() if value is not None}
-        return Sampling(**values, repetition_penalty=self.repetition_penalty)
+        return Sampling(**given, repetition_penalty=self.repetition_penalty)
 
     @property
     def beams(self) -> BeamOptions | None:
-        """How to search with beams; None: one completion at a time."""
+        """How to search with beams; None: no beam search."""
         if self.num_beams == 1:
             return None
-        asks_to_sample = any(
-            value is not None for value in (self.temperature, self.top_k, self.top_p)
-        )
-        return BeamOptions(
-            self.num_beams,
-            self.length_penalty,
-            self.early_stopping,
-            sample=asks_to_sample and self.sampling.temperature > 0,
-        )
+        sample = bool(self._given_sampling()) and self.sampling.temperature > 0
+        return BeamOptions(self.num_beams, self.length_penalty, self.early_stopping, sample)
+
+    def _given_sampling(self) -> dict[str, Any]:
+        values = {"temperature": self.temperature, "top_k": self.top_k, "top_p": self.top_p}
+        return {name: value for name, value in values.items() if value is not None}

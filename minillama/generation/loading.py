@@ -17,7 +17,8 @@ import torch
 from minillama import chat, ops
 from minillama.checkpoint import hf_format
 from minillama.device import compute_dtype, pick
-from minillama.errors import UserError, closest, read_json
+from minillama.errors import UserError, closest
+from minillama.files import read_json
 from minillama.generation.config import GenerationConfig
 from minillama.generation.engine import Engine
 from minillama.lora import load_adapter

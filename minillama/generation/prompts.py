@@ -9,7 +9,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from minillama.errors import UserError, parsing
+from minillama.errors import UserError
+from minillama.files import read_text
 from minillama.generation.decode import Completion
 from minillama.generation.engine import Engine
 from minillama.generation.output_file import CompletionFile
@@ -30,12 +31,8 @@ class PromptOptions:
 
 def read_prompt_file(path: Path) -> list[str]:
     """Prompts, one a line. Only a line feed ends a line: JSON may hold other line breaks."""
-    if not path.is_file():
-        raise UserError(f"{path}: no such file")
-    with parsing(path):
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
     prompts = []
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(read_text(path).split("\n"), 1):
         if not line.strip():
             continue
         is_record = path.suffix == ".jsonl"

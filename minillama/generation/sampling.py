@@ -27,7 +27,7 @@ HEAD = 256  # top-p first looks among this many tokens, to avoid sorting the who
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen. temperature 0: greedy. top_k 0, top_p 1: all tokens are kept."""
+    """How the next token is chosen. temperature 0 is greedy; top_k 0 and top_p 1 keep all."""
 
     temperature: float = 0.8
     top_k: int = 0
