@@ -20,7 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from minillama import cli
+from minillama import cli, threads
 from minillama.cli import Parser, parse_bool
 from minillama.compat.flags import CONVERSION
 from minillama.errors import UserError, closest
@@ -417,6 +417,7 @@ def _positive(text: str) -> int:
 
 
 if __name__ == "__main__":
+    threads.prepare_environment()
     os.environ.setdefault(
         "THP_MEM_ALLOC_ENABLE", "1"
     )  # torch then asks for large pages, which are cleared sooner

@@ -2,7 +2,7 @@
 
 import sys
 
-from minillama import cli, errors, train_config
+from minillama import cli, errors, threads, train_config
 from minillama.evaluation.protocols import TASKS
 
 EXAMPLES = """
@@ -134,4 +134,5 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    threads.prepare_environment()
     cli.run(main, sys.argv[1:])

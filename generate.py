@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from minillama import cli
+from minillama import cli, threads
 from minillama.compat.flags import GENERATION
 from minillama.errors import UserError
 
@@ -259,4 +259,5 @@ def settings_of(
 
 
 if __name__ == "__main__":
+    threads.prepare_environment()
     cli.run(main, sys.argv[1:])

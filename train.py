@@ -5,7 +5,7 @@ import shlex
 import sys
 from pathlib import Path
 
-from minillama import cli, errors, train_config
+from minillama import cli, errors, threads, train_config
 from minillama.compat import deepspeed
 from minillama.compat import flags as other_systems
 
@@ -95,4 +95,5 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    threads.prepare_environment()
     cli.run(main, sys.argv[1:])

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from minillama.threads import WAITING
+
 ROOT = Path(__file__).parents[1]
 SCRIPTS = [
     path
@@ -21,7 +23,7 @@ TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in SOURCES}
 
 # A file imports from lower floors, or from its own room; rooms of one floor do not know each other.
 FLOORS: list[list[set[str]]] = [
-    [{"errors"}],
+    [{"errors"}, {"threads"}],
     [{"files", "output_directory"}],
     [{"llama_config", "hf_config"}, {"device"}, {"loss_curves"}],
     [{"train_config", "cli"}],
@@ -193,13 +195,17 @@ def test_files_are_unpickled_only_as_weights(path: Path) -> None:
 
 @each_source
 def test_only_comm_reads_the_ranks_environment(path: Path) -> None:
-    """train.py reads it too, to print the command that was typed and to plan for that many ranks."""
+    """Two others read it too.
+
+    train.py prints the command that was typed and plans for that many ranks; threads.py shares out
+    the cores of this machine.
+    """
     read = {
         node.value
         for node in ast.walk(TREES[path])
         if isinstance(node, ast.Constant) and isinstance(node.value, str)
     }
-    if path.name not in ("comm.py", "train.py"):
+    if path.name not in ("comm.py", "train.py", "threads.py"):
         assert not read & {
             "RANK",
             "LOCAL_RANK",
@@ -246,19 +252,27 @@ def test_functions_that_others_call_state_their_types(path: Path) -> None:
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=name_of)
-def test_help_is_shown_without_loading_torch(script: Path) -> None:
-    program = (
-        "import atexit, runpy, sys; atexit.register(lambda: print('torch' in sys.modules, file=sys.stderr)); "
-        f"sys.argv = [{script.name!r}, '--help']; runpy.run_path({script.name!r}, run_name='__main__')"
-    )
+def test_help_is_shown_without_loading_torch_and_threads_are_told_how_to_wait(
+    script: Path,
+) -> None:
+    program = f"""
+import atexit, os, runpy, sys
+
+def report():
+    print("torch" in sys.modules, os.environ.get("OMP_WAIT_POLICY"), file=sys.stderr)
+
+atexit.register(report)
+sys.argv = [{script.name!r}, "--help"]
+runpy.run_path({script.name!r}, run_name="__main__")
+"""
     done = subprocess.run(
         [sys.executable, "-c", program],
         cwd=ROOT,
-        env=os.environ,
+        env={name: value for name, value in os.environ.items() if name not in WAITING},
         capture_output=True,
         text=True,
         timeout=60,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stderr.strip() == "False"
+    assert done.stderr.strip() == "False passive"
     assert f"python {script.name}" in done.stdout

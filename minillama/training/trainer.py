@@ -30,6 +30,7 @@ from minillama.errors import UserError
 from minillama.lora import save_adapter
 from minillama.ops import Documents
 from minillama.parallel.sharded_optimizer import ShardedOptimizer
+from minillama.threads import choose_num_threads, ranks_on_machine
 from minillama.tokenizer import Tokenizer
 from minillama.train_config import TrainConfig
 from minillama.training import metrics, run
@@ -70,10 +71,10 @@ class Trainer:
         settings = run.with_embedded_data(settings, mesh)
         device.allow_tf32(settings.tf32)
         ops.choose(settings.ops)
-        if settings.threads:
-            torch.set_num_threads(settings.threads)
         self.tokenizer: Tokenizer = run.build_tokenizer(settings)
         self.model, self.lora = run.build_model(settings, self.tokenizer, mesh)
+        num_threads = choose_num_threads(self.model.config.parameter_count(), ranks_on_machine())
+        torch.set_num_threads(settings.threads or num_threads)
         self.plan, self.eval_plan, self.template = run.build_plans(
             settings, self.tokenizer, self.model.config, mesh
         )
