@@ -1,11 +1,13 @@
-"""Ranks: who we are, how we start and stop, and the few collectives that training needs.
+"""Ranks: which one this process is, how ranks start and stop, and the few collectives training
+needs.
 
-A `Mesh` is made once and passed down; nothing else reads RANK or WORLD_SIZE. At world size 1 every function here is the identity
-and torch.distributed is never touched, so one process runs the same code as eight.
+A `Mesh` is made once and passed down; nothing else reads RANK or WORLD_SIZE. With one rank every
+function here is the identity and torch.distributed is never used, so one process runs the same code
+as eight.
 
-A collective that fails or times out becomes one line that names the rank. `MINILLAMA_DEBUG_COLLECTIVES=1` makes ranks compare what
-they are about to call, and from where, before each call: ranks that disagree stop with both places instead of hanging.
-"""
+A collective that fails or times out raises a one-line error that names the rank. With
+`MINILLAMA_DEBUG_COLLECTIVES=1` ranks compare what they are about to call, and from where, before
+each call: ranks that disagree stop with both places instead of waiting for each other."""
 
 import os
 import traceback
@@ -30,7 +32,10 @@ _ALL_GATHER = (
 
 @dataclass
 class Mesh:
-    """This process among its peers. elements_sent: elements that went to them, as the theory counts: once for each rank they must reach."""
+    """This process among its peers.
+
+    `elements_sent` counts tensor elements sent to other ranks: each one once for each rank it must
+    reach."""
 
     rank: int = 0
     size: int = 1
@@ -49,15 +54,21 @@ class Mesh:
 
 @contextmanager
 def start(device_name: str = "auto", timeout_minutes: float = 30.0) -> Iterator[Mesh]:
-    """The mesh of this process, as torchrun's environment describes it; the process group is gone afterwards."""
+    """The mesh of this process, as torchrun's environment describes it.
+
+    The process group is destroyed when the block ends.
+    """
     size = int(os.environ.get("WORLD_SIZE", "1"))
-    device = devices.pick(device_name, int(os.environ.get("LOCAL_RANK", "0")))
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    device = devices.pick(device_name, local_rank)
     if size == 1:
         yield Mesh(device=device)
         return
     store, rank, _ = next(dist.rendezvous("env://"))
-    # A restart by torchrun meets the addresses of the ranks that died in the same store: each attempt gets names of its own.
-    store = dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    # torchrun restarts ranks with the same store, which still holds the addresses of the ranks that
+    # died. So each attempt uses a prefix of its own.
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    store = dist.PrefixStore(f"attempt-{attempt}", store)
     dist.init_process_group(
         dist.get_default_backend_for_device(device),
         store=store,
@@ -72,35 +83,31 @@ def start(device_name: str = "auto", timeout_minutes: float = 30.0) -> Iterator[
         dist.destroy_process_group()
 
 
-def _call(mesh: Mesh, name: str, what: Any, collective: Callable[[], Any]) -> Any:
-    """Run a collective; its failure is a line that names this rank."""
+def _call(mesh: Mesh, name: str, argument: Any, collective: Callable[[], Any]) -> Any:
+    """Run a collective. If it fails, the error names this rank."""
     if os.environ.get("MINILLAMA_DEBUG_COLLECTIVES") == "1":
-        _compare_calls(
-            mesh,
-            f"{name} of {tuple(what.shape) if isinstance(what, Tensor) else type(what).__name__}",
-        )
+        is_tensor = isinstance(argument, Tensor)
+        kind = tuple(argument.shape) if is_tensor else type(argument).__name__
+        _compare_calls(mesh, f"{name} of {kind}")
     try:
         return collective()
     except RuntimeError as error:
+        reason = str(error).splitlines()[0]
         raise UserError(
-            f"rank {mesh.rank} of {mesh.size}: {name} failed: a peer has ended or did not answer in time; "
-            f"look for the first error of another rank ({str(error).splitlines()[0]})"
+            f"rank {mesh.rank} of {mesh.size}: {name} failed: a peer has ended or did not answer "
+            f"in time; look for the first error of another rank ({reason})"
         ) from error
 
 
 def _compare_calls(mesh: Mesh, call: str) -> None:
-    here = next(
-        f"{frame.filename}:{frame.lineno}"
-        for frame in reversed(traceback.extract_stack())
-        if frame.filename != __file__
-    )
+    """Raise UserError if ranks are about to call different collectives."""
+    stack = reversed(traceback.extract_stack())
+    caller = next(frame for frame in stack if frame.filename != __file__)
     calls: list[str] = [""] * mesh.size
-    dist.all_gather_object(calls, f"{call} at {here}")
+    dist.all_gather_object(calls, f"{call} at {caller.filename}:{caller.lineno}")
     if len(set(calls)) > 1:
-        raise UserError(
-            "ranks disagree about the next collective: "
-            + "; ".join(f"rank {r}: {c}" for r, c in enumerate(calls))
-        )
+        listed = "; ".join(f"rank {rank}: {call}" for rank, call in enumerate(calls))
+        raise UserError(f"ranks disagree about the next collective: {listed}")
 
 
 def all_reduce_sum(mesh: Mesh, tensor: Tensor) -> Tensor:
@@ -111,90 +118,108 @@ def all_reduce_sum(mesh: Mesh, tensor: Tensor) -> Tensor:
     return tensor
 
 
-def any_rank(mesh: Mesh, mine: bool) -> bool:
-    """Whether it is so on any rank; every rank gets the same answer."""
-    return bool(all_reduce_sum(mesh, torch.tensor(float(mine), device=mesh.device)))
+def any_rank(mesh: Mesh, condition: bool) -> bool:
+    """Whether `condition` is true on any rank. Every rank gets the same result."""
+    votes = torch.tensor(float(condition), device=mesh.device)
+    return bool(all_reduce_sum(mesh, votes))
 
 
 def reduce_to(
     mesh: Mesh, tensor: Tensor, owner: int | None, pairwise_of: int | None = None
 ) -> Callable[[], Tensor]:
-    """Begin to sum `tensor` over the ranks for `owner` (None: for all). `tensor` may be overwritten. Returns a function that waits for the
-    sum and returns it; on other ranks than the owner it means nothing.
-    pairwise_of: add those of the first so many ranks in a fixed pairwise tree, ((0+1)+(2+3))+…, rather than as they come."""
+    """Start to sum `tensor` over the ranks. `tensor` may be overwritten.
+
+    Args:
+        owner: the rank that gets the sum; None: all ranks do.
+        pairwise_of: add the tensors of the first `pairwise_of` ranks in a fixed pairwise tree,
+        ((0+1)+(2+3))+…,
+            instead of in the order of their arrival.
+
+    Returns a function that waits for the sum and returns it. Its result is undefined on ranks other
+    than the owner."""
     if mesh.size == 1 or owner is None:
         all_reduce_sum(mesh, tensor)
         return lambda: tensor
-    mesh.elements_sent += tensor.numel() if mesh.rank != owner else 0
-    if pairwise_of is None:
-        work = _call(mesh, "reduce", tensor, lambda: dist.reduce(tensor, owner, async_op=True))
+    if mesh.rank != owner:
+        mesh.elements_sent += tensor.numel()
+    if pairwise_of is not None:
+        total = _gather_and_add(mesh, tensor, owner, pairwise_of)
+        return lambda: total
+    work = _call(mesh, "reduce", tensor, lambda: dist.reduce(tensor, owner, async_op=True))
 
-        def wait() -> Tensor:
-            _call(mesh, "reduce", tensor, work.wait)
-            return tensor
+    def wait() -> Tensor:
+        _call(mesh, "reduce", tensor, work.wait)
+        return tensor
 
-        return wait
-    parts = [torch.empty_like(tensor) for _ in range(mesh.size)] if mesh.rank == owner else None
-    _call(mesh, "gather", tensor, lambda: dist.gather(tensor, parts, owner))
-    total = pairwise_sum(parts[:pairwise_of]) if parts else tensor
-    return lambda: total
+    return wait
 
 
-def pairwise_sum(parts: list[Tensor]) -> Tensor:
-    """((0+1)+(2+3))+…: neighbours are added until one is left; an odd one out moves up as it is. Overwrites `parts`."""
-    while len(parts) > 1:
-        parts = [
-            parts[i].add_(parts[i + 1]) if i + 1 < len(parts) else parts[i]
-            for i in range(0, len(parts), 2)
-        ]
-    return parts[0]
+def _gather_and_add(mesh: Mesh, tensor: Tensor, owner: int, num_ranks: int) -> Tensor:
+    """The pairwise sum of the first `num_ranks` ranks' tensors, on the owner."""
+    if mesh.rank != owner:
+        _call(mesh, "gather", tensor, lambda: dist.gather(tensor, None, owner))
+        return tensor
+    tensors = [torch.empty_like(tensor) for _ in range(mesh.size)]
+    _call(mesh, "gather", tensor, lambda: dist.gather(tensor, tensors, owner))
+    return pairwise_sum(tensors[:num_ranks])
+
+
+def pairwise_sum(tensors: list[Tensor]) -> Tensor:
+    """((0+1)+(2+3))+…: add neighbours until one tensor is left. Overwrites the tensors.
+
+    The last of an odd number moves up to the next level as it is.
+    """
+    while len(tensors) > 1:
+        level = [left.add_(right) for left, right in zip(tensors[::2], tensors[1::2], strict=False)]
+        if len(tensors) % 2:
+            level.append(tensors[-1])
+        tensors = level
+    return tensors[0]
 
 
 def all_gather(mesh: Mesh, tensor: Tensor) -> Tensor:
     """Every rank's 1-D `tensor`, all of one size, end to end in rank order."""
-    return (
-        all_gather_into(mesh, tensor.new_empty(mesh.size * tensor.numel()), tensor)
-        if mesh.size > 1
-        else tensor
-    )
+    if mesh.size == 1:
+        return tensor
+    return all_gather_into(mesh, tensor.new_empty(mesh.size * tensor.numel()), tensor)
 
 
 def all_gather_into(mesh: Mesh, whole: Tensor, part: Tensor) -> Tensor:
-    """Fill `whole` with every rank's `part`, in rank order; `part` may be this rank's own stretch of it."""
-    if mesh.size > 1:
-        mesh.elements_sent += part.numel() * (mesh.size - 1)
-        in_place = part.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr()
-        if (
-            in_place and mesh.device.type == "cpu"
-        ):  # gloo's all_gather would hold two more copies of the whole
-            for owner, stretch in enumerate(whole.split(len(part))):
-                _call(mesh, "broadcast", part, partial(dist.broadcast, stretch, owner))
-        else:
-            _call(
-                mesh,
-                "all_gather",
-                part,
-                lambda: _ALL_GATHER(whole, part.clone() if in_place else part),
-            )
+    """Fill `whole` with every rank's `part`, in rank order.
+
+    `part` may be this rank's own range of `whole`.
+    """
+    if mesh.size == 1:
+        return whole
+    mesh.elements_sent += part.numel() * (mesh.size - 1)
+    in_place = part.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr()
+    if in_place and mesh.device.type == "cpu":
+        # gloo's all_gather would hold two more copies of the whole.
+        for owner, shard in enumerate(whole.split(len(part))):
+            _call(mesh, "broadcast", part, partial(dist.broadcast, shard, owner))
+    else:
+        source = part.clone() if in_place else part
+        _call(mesh, "all_gather", part, lambda: _ALL_GATHER(whole, source))
     return whole
 
 
-def gather_objects(mesh: Mesh, mine: Any) -> list[Any]:
+def gather_objects(mesh: Mesh, item: Any) -> list[Any]:
     """Every rank's small Python object, in rank order."""
-    found: list[Any] = [mine] * mesh.size
+    items: list[Any] = [item] * mesh.size
     if mesh.size > 1:
-        _call(mesh, "all_gather_object", mine, lambda: dist.all_gather_object(found, mine))
-    return found
+        _call(mesh, "all_gather_object", item, lambda: dist.all_gather_object(items, item))
+    return items
 
 
 def barrier(mesh: Mesh) -> None:
+    """Wait for all ranks."""
     if mesh.size > 1:
         _call(mesh, "barrier", None, dist.barrier)
 
 
 @contextmanager
 def first_rank_first(mesh: Mesh) -> Iterator[None]:
-    """Let rank 0 run the body before the others do: it makes a file, they find it."""
+    """Run the body on rank 0 before the other ranks: it makes a file, they find it."""
     if not mesh.is_first:
         barrier(mesh)
     try:

@@ -25,7 +25,7 @@ TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in SOURCES}
 FLOORS: list[list[set[str]]] = [
     [{"errors"}, {"threads"}],
     [{"files", "output_directory"}],
-    [{"llama_config", "hf_config"}, {"device"}, {"loss_curves"}],
+    [{"llama_config", "hf_config"}, {"device"}, {"memory"}, {"loss_curves"}],
     [{"train_config", "cli"}],
     [{"compat"}],
     [{"ops"}, {"tokenizer"}, {"chat"}, {"comm"}, {"tensor_files", "torch_files"}],

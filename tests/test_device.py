@@ -11,6 +11,7 @@ import torch
 
 from minillama import device
 from minillama.errors import UserError
+from minillama.memory import device_memory
 from tests.vendor import fake_device
 
 ROOT = Path(__file__).parents[1]
@@ -130,8 +131,8 @@ def test_the_chips_of_sophgo_are_a_list_of_numbers(monkeypatch: pytest.MonkeyPat
         device.sophgo_chips()
 
 
-def test_the_processor_tells_its_memory_and_dtypes() -> None:
-    memory = device.memory(CPU)
+def test_the_cpu_reports_its_memory_and_dtypes() -> None:
+    memory = device_memory(CPU)
     assert memory.peak > 1 << 20
     assert memory.free > 1 << 20
     assert device.compute_dtype("bf16", CPU) == (torch.bfloat16, "")
@@ -154,7 +155,8 @@ def test_a_seed_holds_for_its_body_only() -> None:
 LOOK = """
 one, two = device.pick("auto"), device.pick("auto", 1)
 print(one, two, getattr(torch, one.type).current_device(), torch.distributed.get_default_backend_for_device(one))
-print(device.memory(one).peak, device.memory(one).free, device.supports_bf16(one), device.synchronize(one))
+from minillama.memory import device_memory
+print(device_memory(one).peak, device_memory(one).free, device.supports_bf16(one), device.synchronize(one))
 module = getattr(torch, one.type)
 before = module.get_rng_state()
 with device.seeded(7, one):

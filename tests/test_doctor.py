@@ -27,7 +27,7 @@ def test_every_op_has_a_case() -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_the_processor_is_well(dtype: str, capsys: pytest.CaptureFixture) -> None:
+def test_the_cpu_computes_every_op_right(dtype: str, capsys: pytest.CaptureFixture) -> None:
     assert doctor.main(["--device", "cpu", "--dtype", dtype]) == 0
     told = capsys.readouterr().out
     assert f"torch {torch.__version__}" in told

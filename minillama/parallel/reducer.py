@@ -40,7 +40,8 @@ from itertools import accumulate
 import torch
 from torch import Tensor, nn
 
-from minillama import comm, device
+from minillama import comm
+from minillama.memory import release_freed
 from minillama.parallel.buckets import plan_buckets
 from minillama.train_config import TrainConfig
 
@@ -184,7 +185,7 @@ class GradientReducer:
     def _note_freed(self, elements: int) -> None:
         self.freed_elements += elements
         if self.freed_elements >= RELEASE_EVERY:
-            device.release_freed(self.device)
+            release_freed(self.device)
             self.freed_elements = 0
 
     def _bucket_values(self, number: int) -> Tensor:

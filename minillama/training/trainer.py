@@ -28,6 +28,7 @@ from minillama.data.show import show_batch
 from minillama.data.windows import Batch
 from minillama.errors import UserError
 from minillama.lora import save_adapter
+from minillama.memory import device_memory
 from minillama.ops import Documents
 from minillama.parallel.sharded_optimizer import ShardedOptimizer
 from minillama.threads import choose_num_threads, ranks_on_machine
@@ -237,7 +238,7 @@ class Trainer:
             "tokens_per_second": round(speed, 2),
             "tflops": round(tflops, 4),
             "mfu": tflops / peak if peak else None,
-            "peak_memory_bytes": device.memory(self.mesh.device).peak,
+            "peak_memory_bytes": device_memory(self.mesh.device).peak,
         }
 
     def save_checkpoint(self, log: metrics.TrainingLog) -> None:

@@ -16,6 +16,7 @@ import torch
 from minillama import comm, device, train_config
 from minillama.generation.loading import load_with_adapters
 from minillama.generation.sampling import Sampling
+from minillama.memory import device_memory
 from minillama.training import trainer
 from tests.conftest import TEXTS, generate
 from tests.ranks import run_on_ranks
@@ -73,7 +74,7 @@ def train(name: str, folder: Path, out: str, **changes: object) -> dict:
             "losses": losses(wanted.out_dir),
             "eval_loss": summary["eval_loss"],
             "kernels": kernels(),
-            "peak": summary["peak_memory_bytes"] == device.memory(mesh.device).peak,
+            "peak": summary["peak_memory_bytes"] == device_memory(mesh.device).peak,
         }
 
 

@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from minillama import device, ops
+from minillama.memory import device_memory
 from minillama.model import Llama
 from minillama.ops import Documents, npu
 from tests.conftest import TINY
@@ -50,7 +51,7 @@ def a_triangle_of_each_mode() -> None:
 def test_the_plugin_is_found_and_its_kernels_come_first() -> None:
     assert device.pick("auto") == NPU
     assert torch.distributed.get_default_backend_for_device(NPU) == "hccl"
-    assert device.memory(NPU).free
+    assert device_memory(NPU).free
     ops.choose("auto")
     assert {name: op.usable("npu")[0].name for name, op in ops.TABLE.items()} == {
         "rms_norm": "npu",
