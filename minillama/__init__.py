@@ -5,7 +5,7 @@
     print(model.generate("Which number is larger, 31 or 62?", greedy=True))
 
 Read the files in the order of the README; docs/python.md has every function. Importing the package
-imports none of its parts, and not torch: a name of the Python API is imported when it is first used.
+imports none of its parts, and not torch: a name of the Python API is imported at its first use.
 """
 
 import importlib

@@ -1,4 +1,4 @@
-"""Beam search: transformers' texts and scores, a search worked by hand, and draws that are transformers' draws."""
+"""Beam search: transformers' results, scores and samples, and a search worked by hand."""
 
 import itertools
 from dataclasses import replace
@@ -174,7 +174,10 @@ def test_a_search_over_every_beginning_finds_the_likeliest_text() -> None:
 
 
 def test_a_child_keeps_its_parents_row_and_only_further_children_are_copied() -> None:
-    """Children of rows 2, 2, 0: the first stays in 2, the second gets a dead row, the third stays in 0; what lies before 4 is shared."""
+    """Children of rows 2, 2, 0: the first stays in 2, the second gets row 1, the third stays in 0.
+
+    Positions before 4 are the prompt, which all rows share.
+    """
     cache = Cache(TINY, 3, 8, torch.float32, torch.device("cpu"))
     for kept in (cache.keys, cache.values):
         kept[:] = torch.arange(3.0).view(1, 3, 1, 1, 1)
@@ -189,7 +192,10 @@ def test_more_texts_than_beams_are_refused() -> None:
 
 
 class Toy:
-    """Tokens A, B, E (the end) and a start; the next token depends on the last alone. The search of docs/decoding.md."""
+    """Tokens A, B, E (the end) and a start; the next token depends on the last one alone.
+
+    It is the example of docs/decoding.md.
+    """
 
     P = torch.tensor(
         [[0.35, 0.25, 0.40, 0], [0.05, 0.05, 0.90, 0], [0, 0, 1, 0], [0.5, 0.4, 0.1, 0]]
@@ -207,7 +213,10 @@ class Toy:
 
 @pytest.mark.parametrize(("penalty", "scores"), [(1.0, [-0.511, -0.805]), (0.0, [-1.022, -1.609])])
 def test_the_search_worked_by_hand(penalty: float, scores: list[float]) -> None:
-    """Greedy goes to A, then the end: 0.5 · 0.4 = 0.20. Two beams keep B as well and find B, end: 0.4 · 0.9 = 0.36."""
+    """Greedy goes to A, then the end: 0.5 · 0.4 = 0.20.
+
+    Two beams keep B as well, and find B, then the end: 0.4 · 0.9 = 0.36.
+    """
     A, B, E, START = range(4)
     (greedy,) = ours(Toy(), [START], 5, BeamOptions(1), (E,))
     assert greedy.ids == [A]

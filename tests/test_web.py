@@ -1,6 +1,7 @@
-"""The page in a real browser: headless Chromium asks, watches the answer come, changes the template and clears.
+"""The page in a real browser: headless Chromium asks, reads the answer and clears.
 
-Needs gradio, selenium and a Chromium with its driver (CONTRIBUTING.md has the commands); skipped where they are absent.
+Needs gradio, selenium and a Chromium with its driver (CONTRIBUTING.md has the commands). Without
+them these tests are skipped.
 """
 
 import os
@@ -23,7 +24,8 @@ QUESTION = "Which number is larger, 31 or 62?"
 def test_without_gradio_the_command_to_install_it_is_shown() -> None:
     program = (
         "import runpy, sys; sys.modules['gradio'] = None; "
-        f"sys.argv = ['generate.py', '--ckpt', {str(GOLDEN)!r}, '--web']; runpy.run_path('generate.py', run_name='__main__')"
+        f"sys.argv = ['generate.py', '--ckpt', {str(GOLDEN)!r}, '--web']; "
+        "runpy.run_path('generate.py', run_name='__main__')"
     )
     done = subprocess.run(
         [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=100
@@ -118,7 +120,8 @@ def ask(browser: object, question: str) -> None:
 
 def click(browser: object, name: str) -> None:
     browser.execute_script(
-        "[...document.querySelectorAll('button')].find(b => b.innerText.trim() == arguments[0]).click()",
+        "[...document.querySelectorAll('button')]"
+        ".find(b => b.innerText.trim() == arguments[0]).click()",
         name,
     )
 
@@ -126,7 +129,8 @@ def click(browser: object, name: str) -> None:
 def bubbles(browser: object) -> list[str]:
     """What the conversation shows, question and answer in turn."""
     return browser.execute_script(
-        "return [...document.querySelectorAll('[data-testid=user], [data-testid=bot]')].map(message => message.innerText.trim())"
+        "return [...document.querySelectorAll('[data-testid=user], [data-testid=bot]')]"
+        ".map(message => message.innerText.trim())"
     )
 
 

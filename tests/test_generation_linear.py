@@ -1,0 +1,179 @@
+"""The forms of `linear` and `attention` that decoding uses: packed weights, ragged rows."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from minillama import ops
+from minillama.generation.config import GenerationConfig
+from minillama.generation.decode import Completion, decode
+from minillama.generation.engine import Engine
+from minillama.generation.sampling import Sampling
+from minillama.model import Llama
+from minillama.ops import fused, packed_weights, reference
+from minillama.tokenizer import open_tokenizer
+from tests.conftest import TINY, random_model
+
+GREEDY, SAMPLED = Sampling(temperature=0.0), Sampling(temperature=1.3, top_p=0.9)
+
+
+PROMPTS = [[1, 7, 9], [1], [1, 4, 4, 8, 30, 2, 11, 19, 3, 5], [1, 7, 9, 13], [5] * 20]
+
+
+def together(
+    model: Llama,
+    prompts: list[list[int]],
+    room: int,
+    sampling: Sampling,
+    stop: tuple[int, ...] = (),
+    seed: int | None = 3,
+) -> list[Completion]:
+    answers = [Completion(prompt, room) for prompt in prompts]
+    assert all(answer in answers for answer in decode(model, answers, sampling, stop, seed))
+    return answers
+
+
+@pytest.mark.parametrize("rows", [1, 2, 4, 5, 8, 15, 16, 40])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
+@pytest.mark.parametrize("units", [True, False], ids=["16-bit units", "none"])
+def test_every_form_of_the_linear_is_its_formula_rounded_once(
+    rows: int, dtype: torch.dtype, bias: bool, units: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever is chosen by rows, dtype and processor; large weights and small ones."""
+    monkeypatch.setattr(fused, "has_bf16_units", lambda: units)
+    generator = torch.Generator().manual_seed(rows)
+    x, weight, b = (
+        torch.randn(shape, generator=generator).to(dtype)
+        for shape in ((rows, 1, 64), (48, 64), (48,))
+    )
+    exact = x.double() @ weight.double().T + (b.double() if bias else 0)
+    as_it_is, shuffled = nn.Linear(64, 48), nn.Linear(64, 48)
+    as_it_is.weight = shuffled.weight = nn.Parameter(weight, requires_grad=False)
+    monkeypatch.setattr(packed_weights, "gains", lambda weight, rows: True)
+    packed_weights.pack(shuffled, rows)
+    assert shuffled.weight.is_mkldnn
+    assert torch.equal(shuffled.weight.to_dense(), weight)
+    for linear in (as_it_is, shuffled):
+        with torch.inference_mode():
+            y = fused.linear(x, linear.weight, b if bias else None)
+        assert (y.shape, y.dtype) == ((rows, 1, 48), dtype)
+        assert (y.double() - exact).abs().max() <= max(
+            torch.finfo(dtype).eps, 1e-6
+        ) * exact.abs().max()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "rows", "units", "packs"),
+    [
+        (torch.bfloat16, 1, True, True),
+        (torch.bfloat16, 8, False, False),
+        (torch.float16, 8, True, False),
+        (torch.float32, 3, True, False),
+        (torch.float32, 4, False, True),
+    ],
+)
+def test_weights_are_packed_where_the_rows_and_the_processor_gain(
+    dtype: torch.dtype, rows: int, units: bool, packs: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(packed_weights, "has_bf16_units", lambda: units)
+    monkeypatch.setattr(packed_weights, "LARGE", TINY.dim**2 + 1)
+    model = random_model().to(dtype)
+    model.lm_head.weight = model.model.embed_tokens.weight
+    layer, embedding = model.model.layers[0], model.lm_head.weight
+    ops.pack(model, rows)
+    assert layer.mlp.gate_proj.weight.is_mkldnn is packs
+    assert layer.self_attn.q_proj.weight.is_mkldnn is (packs and dtype == torch.bfloat16)  # small
+    assert model.lm_head.weight is embedding, "shared with the embedding"
+    once = layer.mlp.gate_proj.weight
+    ops.pack(model, rows)
+    assert layer.mlp.gate_proj.weight is once
+
+
+def test_packed_weights_give_the_same_texts_and_are_for_the_fused_linear_only(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(packed_weights, "LARGE", 1)
+    model = random_model()
+    try:
+        ops.choose("reference")
+        ops.pack(model, 4)
+        assert not model.lm_head.weight.is_mkldnn
+        ops.choose("auto")
+        before = [answer.ids for answer in together(model, PROMPTS, 6, GREEDY)]
+        ops.pack(model, 4)
+        assert model.lm_head.weight.is_mkldnn
+        assert [answer.ids for answer in together(model, PROMPTS, 6, GREEDY)] == before
+        with pytest.raises(AssertionError, match="take gradients before"):
+            model.lm_head(
+                torch.ones(1, TINY.dim, requires_grad=True)
+            )  # oneDNN's product would give none, in silence
+    finally:
+        ops.choose("")
+
+
+@pytest.mark.parametrize("units", [True, False], ids=["16-bit units", "none"])
+def test_a_16_bit_linear_is_trained_by_the_processors_own_products_where_it_has_them(
+    units: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fused, "has_bf16_units", lambda: units)
+    generator = torch.Generator().manual_seed(0)
+    x, weight, dy = (
+        torch.randn(shape, generator=generator).bfloat16()
+        for shape in ((40, 64), (48, 64), (40, 48))
+    )
+    y = fused.linear(x.requires_grad_(), weight.requires_grad_())
+    assert ("Linear16" in y.grad_fn.name()) is not units
+    y.backward(dy)
+    for found, exact in (
+        (x.grad, dy.double() @ weight.double()),
+        (weight.grad, dy.double().T @ x.double()),
+    ):
+        assert (found.double() - exact).norm() <= 4e-3 * exact.norm()
+
+
+def test_a_mask_that_decoding_made_serves_where_gradients_are_asked_for() -> None:
+    lengths, (q, k, v) = (
+        torch.tensor([3, 5]),
+        (torch.randn(2, n, 4, 8, generator=torch.Generator().manual_seed(n)) for n in (2, 5, 5)),
+    )
+    with torch.inference_mode():
+        before = fused.attention(q, k, v, None, lengths)
+    after = fused.attention(q.requires_grad_(), k, v, None, lengths)
+    after.sum().backward()
+    assert torch.equal(after, before)
+
+
+def test_a_session_packs_for_as_many_texts_as_it_writes(monkeypatch: pytest.MonkeyPatch) -> None:
+    packed_for = []
+    monkeypatch.setattr(ops, "pack", lambda model, rows: packed_for.append(rows))
+    tokenizer = open_tokenizer(Path(__file__).parent / "golden/model")
+    session = Engine(random_model(), tokenizer, GenerationConfig(template="none"))
+    for beams, count in ((1, 1), (1, 4), (3, 1)):
+        session.config = GenerationConfig(
+            template="none", greedy=True, max_new_tokens=3, num_beams=beams
+        )
+        list(session.stream([session.new_completion([1, 5]) for _ in range(count)], seed=0))
+    assert packed_for == [1, 4, 3]
+
+
+@pytest.mark.parametrize("T", [1, 3])
+@pytest.mark.parametrize(
+    "attention", [fused.attention, reference.attention], ids=["fused", "reference"]
+)
+def test_attention_over_rows_of_unlike_length_is_attention_over_each(T: int, attention) -> None:
+    q, k, v = (
+        torch.randn(4, n, heads, 8, generator=torch.Generator().manual_seed(n))
+        for n, heads in ((T, 6), (11, 3), (11, 3))
+    )
+    lengths = [T, 11, 7, 4]
+    together = attention(q, k, v, None, torch.tensor(lengths))
+    for row, length in enumerate(lengths):
+        part = slice(row, row + 1)
+        assert torch.allclose(
+            together[part],
+            reference.attention(q[part], k[part, :length], v[part, :length]),
+            atol=1e-6,
+        )
