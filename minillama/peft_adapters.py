@@ -30,8 +30,8 @@ from torch import Tensor
 
 from minillama.errors import UserError
 from minillama.files import parsing, read_json, write_json
-from minillama.tensor_files import TensorRef, write_safetensors
-from minillama.torch_files import POSITIONS, read_tensors
+from minillama.tensor_files import POSITIONS, TensorRef, read_tensors
+from minillama.tensor_writers import write_safetensors
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"

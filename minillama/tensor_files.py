@@ -1,25 +1,31 @@
-"""Files of tensors, one tensor at a time.
+"""Files of tensors, read one tensor at a time.
 
-A safetensors file is a length, a JSON header {name: dtype, shape, offsets} and the bytes. Reading the header and then each tensor
-by its offset keeps the peak at one tensor, whatever the size of the file; memory-mapping would count every page it touches.
-`TensorRef` is where a tensor lies, in any kind of file; a `TensorSpecs` is what a file will hold, so that its header can be written first.
+A safetensors file is a length, a JSON header {name: dtype, shape, offsets} and the bytes. A file
+of torch.save has the same in a zip archive (torch_files.py). Both libraries map a file into memory,
+so opening one reads its header alone, and reading a tensor copies its bytes alone. Anonymous
+memory, which the system cannot drop, then grows by one tensor, whatever the size of the file.
 
-A download that went wrong is usually a file of another kind under the right name, so the first bytes are looked at.
+    read_tensors(path)          {name: TensorRef}, from the header
+    TensorRef.read()            the tensor
+
+A download that went wrong is often a file of another kind under the right name, so the first bytes
+are looked at. tensor_writers.py has the other direction.
 """
 
-import json
-import os
-from collections.abc import Callable, Iterator, Mapping
+import re
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from minillama.errors import UserError
+from minillama.torch_files import map_torch, refuse_foreign_bytes
 
 DTYPES = {
     "F64": torch.float64,
@@ -33,139 +39,92 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
-TensorSpecs = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]  # name -> dtype, shape
-Append = Callable[[str, Tensor], None]  # writes the next tensor of a plan, converted to its dtype
+# Old files hold rotary positions; they are computed here, and never read.
+POSITIONS = re.compile(r"rotary_emb\.inv_freq$|^rope\.freqs$")
 
 
 @dataclass(frozen=True)
 class TensorRef:
-    """Where a tensor lies: in the `nbytes` from `offset` of `file`, elements `stride` apart (empty: row after row)."""
+    """A tensor of a file that has not been read yet."""
 
     file: Path
+    name: str  # in the file
     dtype: torch.dtype
     shape: tuple[int, ...]
-    offset: int
-    nbytes: int
-    stride: tuple[int, ...] = ()
+    is_safetensors: bool
+    is_transposed: bool = False  # the file has rows for columns
+
+    @property
+    def nbytes(self) -> int:
+        return prod(self.shape) * self.dtype.itemsize
 
     def read(self) -> Tensor:
-        """The tensor, on the host, in memory of its own."""
-        flat = torch.empty(self.nbytes // self.dtype.itemsize, dtype=self.dtype)
-        with open(self.file, "rb") as file:
-            file.seek(self.offset)
-            if self.nbytes and file.readinto(bytes_of(flat)) != self.nbytes:
-                raise UserError(
-                    f"{self.file}: ends before byte {self.offset + self.nbytes}; the file is truncated"
-                )
-        return (
-            flat.as_strided(self.shape, self.stride).contiguous()
-            if self.stride
-            else flat.view(self.shape)
-        )
+        """Return the tensor, on the CPU, in contiguous memory of its own."""
+        if self.is_safetensors:
+            with _open_safetensors(self.file) as file:
+                return self._copy(file.get_tensor(self.name))
+        return self._copy(map_torch(self.file)[self.name])
+
+    def read_part(self, start: int, stop: int) -> Tensor:
+        """Return elements `start` to `stop` along the first axis, as `read` does."""
+        assert not self.is_transposed
+        if self.is_safetensors:
+            with _open_safetensors(self.file) as file:
+                return self._copy(file.get_slice(self.name)[start:stop])
+        return self._copy(map_torch(self.file)[self.name][start:stop])
 
     def transposed(self) -> "TensorRef":
         """The same elements with rows for columns."""
-        rows, columns = self.stride or (self.shape[1], 1)
-        return replace(self, shape=self.shape[::-1], stride=(columns, rows))
+        return replace(self, shape=self.shape[::-1], is_transposed=not self.is_transposed)
+
+    def _copy(self, mapped: Tensor) -> Tensor:
+        if self.is_transposed:
+            mapped = mapped.T
+        return mapped.clone(memory_format=torch.contiguous_format)
 
 
-def bytes_of(tensor: Tensor) -> memoryview:
-    """The bytes of a contiguous tensor on the host, not copied."""
-    return tensor.view(-1).view(torch.uint8).numpy().data
+def read_tensors(path: Path) -> dict[str, TensorRef]:
+    """Return the tensors of a file of either kind, which its name tells, by name.
+
+    Raises UserError for a file that is missing, damaged, or of another kind.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: the index names this file, but it is not there; download it")
+    return read_safetensors(path) if path.suffix == ".safetensors" else read_torch(path)
 
 
-def specs_of(tensors: Mapping[str, Tensor]) -> TensorSpecs:
-    return {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
-
-
-def refuse_foreign_bytes(path: Path, first: bytes) -> None:
-    """UserError where `first`, a file's first bytes, show that it holds no weights at all."""
-    if not first:
-        raise UserError(f"{path}: the file is empty; download it again")
-    if first.startswith(b"version "):
-        raise UserError(
-            f"{path}: a git-lfs pointer, not the weights; run `git lfs pull` or download the file itself"
-        )
-    if first.lstrip()[:1] == b"<":
-        raise UserError(
-            f"{path}: a web page, not the weights; download the file itself (…/resolve/…, not …/blob/…)"
-        )
+def read_torch(path: Path) -> dict[str, TensorRef]:
+    """Return the tensors of a torch.save file, by name. Raises UserError as `map_torch` does."""
+    refs = {}
+    for name, tensor in map_torch(path).items():
+        refs[name] = TensorRef(path, name, tensor.dtype, tuple(tensor.shape), False)
+    return refs
 
 
 def read_safetensors(path: Path) -> dict[str, TensorRef]:
-    """The entries of a safetensors file, by name. Raises UserError for a file that is not one, or is cut short."""
+    """Return the tensors of a safetensors file, by name.
+
+    safetensors itself checks that the header agrees with the file. Raises UserError for a file of
+    another kind, a cut one, or a damaged one.
+    """
     with open(path, "rb") as file:
         refuse_foreign_bytes(path, file.read(16))
-        try:
-            with safe_open(
-                path, "pt"
-            ):  # the library checks that the header describes this file, to its last byte
-                file.seek(0)
-            start = 8 + int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(start - 8))
-            header.pop("__metadata__", None)
-            return {
-                name: TensorRef(
-                    path,
-                    DTYPES[spec["dtype"]],
-                    tuple(spec["shape"]),
-                    start + spec["data_offsets"][0],
-                    spec["data_offsets"][1] - spec["data_offsets"][0],
-                )
-                for name, spec in header.items()
-            }
-        except (SafetensorError, KeyError) as error:
-            raise UserError(
-                f"{path}: not a safetensors file, or cut short, or of an unknown dtype ({error}); download it again"
-            ) from None
-
-
-def appending(plan: TensorSpecs, write: Callable[[memoryview], object]) -> Iterator[Append]:
-    """Yield the function that takes the tensors of `plan`, in its order, and hands their bytes to `write`."""
-    waiting = iter(plan.items())
-
-    def append(name: str, tensor: Tensor) -> None:
-        planned, (dtype, shape) = next(waiting)
-        assert name == planned and tuple(tensor.shape) == shape, (
-            name,
-            tuple(tensor.shape),
-            planned,
-            shape,
-        )
-        write(bytes_of(tensor.detach().to("cpu", dtype).contiguous()))
-
-    yield append
-    assert next(waiting, None) is None, "tensors of the plan are missing"
+    refs = {}
+    with _open_safetensors(path) as tensors:
+        for name in tensors.offset_keys():  # in the order of the file
+            header = tensors.get_slice(name)
+            dtype = DTYPES[header.get_dtype()]
+            refs[name] = TensorRef(path, name, dtype, tuple(header.get_shape()), True)
+    return refs
 
 
 @contextmanager
-def safetensors_writer(path: Path, plan: TensorSpecs) -> Iterator[Append]:
-    """A safetensors file that is on the disk when the `with` block ends: the header from the plan, then the bytes as they come."""
-    header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name, (dtype, shape) in plan.items():
-        start, end = end, end + prod(shape) * dtype.itemsize
-        header[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    with open(path, "wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        yield from appending(plan, file.write)
-    to_disk(path)
-
-
-def write_safetensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Write tensors that are all at hand, and wait until they are on the disk."""
-    with safetensors_writer(path, specs_of(tensors)) as append:
-        for name, tensor in tensors.items():
-            append(name, tensor)
-
-
-def to_disk(path: Path) -> None:
-    """Wait until a file, or the names in a directory, are on the disk."""
-    handle = os.open(path, os.O_RDONLY)
+def _open_safetensors(path: Path) -> Iterator[Any]:
     try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        with safe_open(path, framework="pt", device="cpu") as file:
+            yield file
+    except (SafetensorError, KeyError) as error:
+        raise UserError(
+            f"{path}: not a safetensors file, or cut short, or of an unknown dtype ({error}); "
+            "download it again"
+        ) from None

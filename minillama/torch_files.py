@@ -1,41 +1,40 @@
-"""torch.save's files (.bin, .pth, .pt), read and written one tensor at a time, with nothing in them ever executed.
+"""torch.save's files (.bin, .pth, .pt), mapped into memory and never executed.
 
-Since torch 1.6 such a file is a zip archive, stored without compression: NAME/data.pkl is a pickle of the dictionary in which
-each tensor is a call, _rebuild_tensor_v2(storage key, offset, shape, stride, …), and NAME/data/KEY holds a storage's bytes.
+Since torch 1.6 such a file is a zip archive, stored without compression:
 
-A pickle is a program: it may name any function and call it. So torch.load is not used. The unpickler below knows the few names
-that a dictionary of tensors needs and refuses every other; a tensor's "call" only notes where its bytes lie, after checking
-that they lie inside their storage. What comes out is the same table of `TensorRef` that a safetensors header gives.
+    NAME/data.pkl     a pickle of the dictionary; a tensor is a call, _rebuild_tensor_v2(storage, …)
+    NAME/data/0       the bytes of storage 0
+    NAME/byteorder    "little"
 
-Left out on purpose: the format before torch 1.6, other containers than dictionaries, tensor subclasses.
+A pickle is a program: it may name any function and call it. torch.load(weights_only=True) calls
+only functions that rebuild tensors, and with mmap=True it copies nothing: the system reads a page
+of the file when a tensor's values are used, and may drop it again. The checks here are those that
+torch.load leaves out, so that no file, however made, gives wrong values or takes much memory:
+
+    its names       torch also allows, for example, bytearray(n) and torch.Tensor(n) for any n
+    its entries     mapped as they are, compressed entries would be read as weights
+    its tensors     each lies in its own storage, and has no more elements than that
+
+A training checkpoint (of Megatron, for example) names classes of its own, and is refused here. The
+place to accept one is `_check_names`: torch.serialization.get_unsafe_globals_in_checkpoint lists
+such names, and torch.serialization.safe_globals takes a stub for each, which does nothing.
+
+Left out: the format before torch 1.6, other containers than dictionaries, tensor subclasses.
 """
 
-import io
 import pickle
-import re
+import pickletools
 import struct
 import zipfile
-from collections import OrderedDict
-from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import partial
-from itertools import count
-from math import prod
+from collections import Counter
+from functools import lru_cache
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from minillama.errors import UserError
-from minillama.tensor_files import (
-    Append,
-    TensorRef,
-    TensorSpecs,
-    appending,
-    read_safetensors,
-    refuse_foreign_bytes,
-    to_disk,
-)
 
 STORAGES = {
     "DoubleStorage": torch.float64,
@@ -49,199 +48,153 @@ STORAGES = {
     "ByteStorage": torch.uint8,
     "BoolStorage": torch.bool,
 }
-STORAGE_NAMES = {dtype: name for name, dtype in STORAGES.items()}
-Storage = tuple[torch.dtype, int, int]  # dtype, offset in the file, bytes
+NAMES = {
+    "torch._utils _rebuild_tensor_v2",
+    "torch._utils _rebuild_parameter",
+    "collections OrderedDict",
+    *(f"torch {storage}" for storage in STORAGES),
+}
+OTHER_NAME_OPCODES = ("STACK_GLOBAL", "INST", "EXT1", "EXT2", "EXT4")  # torch.save writes GLOBAL
+WRAPPERS = ("module", "model", "state_dict")  # keys under which a training state has its weights
+LARGEST_PICKLE = 64 * 2**20  # bytes; a 70B model's is 0.1 MB
+MAPPED_FILES = 8  # as many as Meta's largest model has; a conversion reads them in turn
 DAMAGE = (
     zipfile.BadZipFile,
     pickle.UnpicklingError,
     struct.error,
     ArithmeticError,
+    AssertionError,
     AttributeError,
     EOFError,
     LookupError,
     MemoryError,
+    RuntimeError,
     TypeError,
     ValueError,
 )
-LARGEST_PICKLE = 64 * 2**20  # bytes; a 70B model's is 0.1 MB
-# Positions are computed, whatever an old file carries.
-POSITIONS = re.compile(r"rotary_emb\.inv_freq$|^rope\.freqs$")
-ALIGNMENT = 64  # bytes; where torch puts the beginning of a storage
 
 
-class _Unpickler(pickle.Unpickler):
-    """Builds dictionaries of `TensorRef` from an open archive's NAME/data.pkl. Everything a pickle may name is in `find_class`."""
+def map_torch(path: Path) -> dict[str, Tensor]:
+    """Map the tensors of a torch.save file into memory, by name.
 
-    def __init__(self, path: Path, file: io.BufferedReader) -> None:
-        self.path, self.file, self.archive = path, file, zipfile.ZipFile(file)
-        pickles = [
-            info
-            for info in self.archive.infolist()
-            if info.filename.endswith("/data.pkl") and info.filename.count("/") == 1
-        ]
+    Of a training state {"module" | "model" | "state_dict": {…}}, those inside. The tensors are
+    views of the file: copy one before you change it. The last MAPPED_FILES files stay mapped.
+    Raises UserError for a file of another kind, a cut or compressed one, and one whose pickle asks
+    for anything but tensors.
+    """
+    status = path.stat()
+    return _load(path, status.st_ino, status.st_size, status.st_mtime_ns)
+
+
+def refuse_foreign_bytes(path: Path, first_bytes: bytes) -> None:
+    """Raise UserError if a file's first bytes show that it holds no weights at all."""
+    if not first_bytes:
+        raise UserError(f"{path}: the file is empty; download it again")
+    if first_bytes.startswith(b"version "):
+        raise UserError(
+            f"{path}: a git-lfs pointer, not the weights; "
+            "run `git lfs pull` or download the file itself"
+        )
+    if first_bytes.lstrip()[:1] == b"<":
+        raise UserError(
+            f"{path}: a web page, not the weights; "
+            "download the file itself (…/resolve/…, not …/blob/…)"
+        )
+
+
+@lru_cache(maxsize=MAPPED_FILES)
+def _load(path: Path, *version: int) -> dict[str, Tensor]:
+    """Map a file. `version` changes when the file does, so that it is mapped again."""
+    with open(path, "rb") as file:
+        first_bytes = file.read(16)
+    refuse_foreign_bytes(path, first_bytes)
+    if first_bytes[:1] == b"\x80":
+        raise UserError(
+            f"{path}: torch.save's format from before torch 1.6; "
+            "load and save it once with a newer torch"
+        )
+    if first_bytes[:4] != b"PK\x03\x04":
+        raise UserError(
+            f"{path}: not a file written by torch.save (it begins with {first_bytes[:4]!r})"
+        )
+    try:
+        storage_sizes = _check_archive(path)
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        tensors = _tensors_of(path, content)
+        _check_tensors(tensors, storage_sizes)
+    except DAMAGE as error:
+        reason = str(error).split("\n")[0]
+        raise UserError(
+            f"{path}: cut short or damaged ({type(error).__name__}: {reason}); download it again"
+        ) from None
+    return tensors
+
+
+def _check_archive(path: Path) -> Counter[int]:
+    """Check the zip archive around the tensors. Returns how many storages there are of each size."""
+    with zipfile.ZipFile(path) as archive:
+        entries = archive.infolist()
+        pickles = []
+        for entry in entries:
+            folder, _, name = entry.filename.partition("/")
+            if name == "data.pkl" and folder:
+                pickles.append(entry)
         if len(pickles) != 1 or pickles[0].file_size > LARGEST_PICKLE:
             raise UserError(f"{path}: a zip archive, but not torch.save's: no NAME/data.pkl")
-        self.prefix = pickles[0].filename.removesuffix("data.pkl")
-        if (
-            f"{self.prefix}byteorder" in self.archive.namelist()
-            and self.archive.read(f"{self.prefix}byteorder") != b"little"
-        ):
+        for entry in entries:
+            if entry.compress_type != zipfile.ZIP_STORED:
+                raise UserError(f"{path}: {entry.filename} is compressed; download the file again")
+        prefix = pickles[0].filename.removesuffix("data.pkl")
+        byteorder = f"{prefix}byteorder"
+        if byteorder in archive.namelist() and archive.read(byteorder) != b"little":
             raise UserError(
                 f"{path}: written on a big-endian machine; save it again on a little-endian one"
             )
-        super().__init__(io.BytesIO(self.archive.read(pickles[0])))
+        _check_names(path, archive.read(pickles[0]))
+    data = f"{prefix}data/"
+    return Counter(entry.file_size for entry in entries if entry.filename.startswith(data))
 
-    def find_class(self, module: str, name: str) -> Any:
-        allowed = {
-            "torch._utils._rebuild_tensor_v2": self._tensor,
-            "torch._utils._rebuild_parameter": lambda data, *_: data,
-            "collections.OrderedDict": OrderedDict,
-            **{f"torch.{storage}": dtype for storage, dtype in STORAGES.items()},
-        }
-        if f"{module}.{name}" not in allowed:
+
+def _check_names(path: Path, data: bytes) -> None:
+    """Raise UserError if a pickle names anything that a dictionary of tensors does not need."""
+    for opcode, argument, _ in pickletools.genops(data):
+        is_unknown = opcode.name == "GLOBAL" and argument not in NAMES
+        if is_unknown or opcode.name in OTHER_NAME_OPCODES:
+            name = str(argument or opcode.name).replace(" ", ".")
             raise UserError(
-                f"{self.path}: its pickle asks for {module}.{name}, which a file of weights does not need; "
+                f"{path}: its pickle asks for {name}, which a file of weights does not need; "
                 "nothing was executed. Do not trust this file; look for a safetensors version"
             )
-        return allowed[f"{module}.{name}"]
-
-    def persistent_load(self, pid: Any) -> Storage:
-        _, dtype, key, _, count = pid
-        info = self.archive.getinfo(f"{self.prefix}data/{key}")
-        self.file.seek(
-            info.header_offset + 26
-        )  # the local header's own name and extra lengths; its fixed part has 30 bytes
-        offset = info.header_offset + 30 + sum(struct.unpack("<HH", self.file.read(4)))
-        if (
-            info.compress_type != zipfile.ZIP_STORED
-            or offset + info.file_size > self.path.stat().st_size
-        ):
-            raise UserError(
-                f"{self.path}: {info.filename} is compressed or cut short; download the file again"
-            )
-        if not isinstance(dtype, torch.dtype) or count * dtype.itemsize > info.file_size:
-            raise ValueError(
-                f"storage {key} claims {count} elements of {dtype} in {info.file_size} bytes"
-            )
-        return dtype, offset, info.file_size
-
-    def _tensor(
-        self, storage: Storage, start: int, shape: tuple[int, ...], stride: tuple[int, ...], *_: Any
-    ) -> TensorRef:
-        dtype, offset, nbytes = storage
-        if len(shape) != len(stride) or not all(
-            type(number) is int and 0 <= number < 2**48 for number in (start, *shape, *stride)
-        ):
-            raise ValueError(f"a tensor of shape {shape}, stride {stride}, from {start}")
-        # From the first to the last element: with shape (2, 3) and stride (8, 1), 1·8 + 2·1 + 1 = 11 elements.
-        span = (
-            1 + sum((n - 1) * step for n, step in zip(shape, stride, strict=True))
-            if prod(shape)
-            else 0
-        )
-        if (start + span) * dtype.itemsize > nbytes:
-            raise ValueError(
-                f"a tensor of shape {shape} reaches beyond its storage of {nbytes} bytes"
-            )
-        if span < prod(shape):
-            raise ValueError(f"a tensor of shape {shape}, stride {stride} whose elements overlap")
-        return TensorRef(
-            self.path,
-            dtype,
-            tuple(shape),
-            offset + start * dtype.itemsize,
-            span * dtype.itemsize,
-            tuple(stride),
-        )
 
 
-def read_torch(path: Path) -> dict[str, TensorRef]:
-    """The entries of a torch.save file, by name; of a training state {"module" | "model" | "state_dict": {…}}, those inside.
-    Raises UserError for a file of another kind, a cut one, or one whose pickle asks for anything but tensors."""
-    with open(path, "rb") as file:
-        first = file.read(16)
-        refuse_foreign_bytes(path, first)
-        if first[:1] == b"\x80":
-            raise UserError(
-                f"{path}: torch.save's format from before torch 1.6; load and save it once with a newer torch"
-            )
-        if first[:4] != b"PK\x03\x04":
-            raise UserError(
-                f"{path}: not a file written by torch.save (it begins with {first[:4]!r})"
-            )
-        try:
-            content = _Unpickler(path, file).load()
-        except DAMAGE as error:
-            raise UserError(
-                f"{path}: cut short or damaged ({type(error).__name__}: {error}); download it again"
-            ) from None
+def _tensors_of(path: Path, content: Any) -> dict[str, Tensor]:
     if not isinstance(content, dict):
         raise UserError(f"{path}: holds a {type(content).__name__}, not a dictionary of tensors")
-    content = next(
-        (
-            content[key]
-            for key in ("module", "model", "state_dict")
-            if isinstance(content.get(key), dict)
-        ),
-        content,
-    )
+    for key in WRAPPERS:
+        if isinstance(content.get(key), dict):
+            content = content[key]
+            break
+    tensors = {}
     for name, value in content.items():
-        if not isinstance(name, str) or not isinstance(value, TensorRef):
+        if not isinstance(name, str) or not isinstance(value, Tensor):
             raise UserError(f"{path}: {name!r} is a {type(value).__name__}, not a tensor")
-    return dict(content)
+        tensors[name] = value.detach()
+    return tensors
 
 
-def read_tensors(path: Path) -> dict[str, TensorRef]:
-    """The entries of a file of either kind, told by its name. Raises UserError for what is not there, or is something else."""
-    if not path.is_file():
-        raise UserError(f"{path}: the index names this file, but it is not there; download it")
-    return read_safetensors(path) if path.suffix == ".safetensors" else read_torch(path)
+def _check_tensors(tensors: dict[str, Tensor], storage_sizes: Counter[int]) -> None:
+    """Raise ValueError for a storage that no entry of the archive holds, and for elements that overlap.
 
-
-class _Pickler(pickle.Pickler):
-    """Pickles a `partial` as that call, and a storage by its id alone, as torch does with tensors."""
-
-    dispatch_table: ClassVar = {partial: lambda call: (call.func, call.args)}
-
-    def persistent_id(self, value: Any) -> tuple | None:
-        return value if isinstance(value, tuple) and value[:1] == ("storage",) else None
-
-
-@contextmanager
-def torch_writer(path: Path, plan: TensorSpecs) -> Iterator[Append]:
-    """What torch.load(weights_only=True) opens, on the disk when the `with` block ends: a stored zip entry per tensor."""
-    table, keys, tensors = io.BytesIO(), count(), {}
-    for key, (name, (dtype, shape)) in enumerate(plan.items()):
-        storage = ("storage", getattr(torch, STORAGE_NAMES[dtype]), str(key), "cpu", prod(shape))
-        stride = tuple(prod(shape[axis + 1 :]) for axis in range(len(shape)))  # row after row
-        tensors[name] = partial(
-            torch._utils._rebuild_tensor_v2, storage, 0, shape, stride, False, OrderedDict()
-        )
-    _Pickler(table, protocol=2).dump(tensors)
-    with open(path, "wb") as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
-        for name, data in {
-            "data.pkl": table.getbuffer(),
-            "byteorder": b"little",
-            "version": b"3\n",
-        }.items():
-            _write_entry(archive, f"{path.stem}/{name}", memoryview(data))
-        yield from appending(
-            plan, lambda data: _write_entry(archive, f"{path.stem}/data/{next(keys)}", data)
-        )
-    to_disk(path)
-
-
-def _write_entry(archive: zipfile.ZipFile, name: str, data: memoryview) -> None:
-    info = zipfile.ZipInfo(name)  # its date is constant: equal tensors make equal files
-    info.file_size = data.nbytes
-    before = (
-        archive.fp.tell()
-        + 30
-        + len(name.encode())
-        + 4
-        + (20 if data.nbytes * 1.05 > zipfile.ZIP64_LIMIT else 0)
-    )
-    padding = -before % ALIGNMENT
-    info.extra = struct.pack("<2sH", b"FB", padding) + b"Z" * padding  # torch's own padding field
-    with archive.open(info, "w") as entry:
-        entry.write(data)
+    torch cuts a storage of the size that the pickle gives out of the whole file, so a larger one
+    would reach into the next entry.
+    """
+    sizes: dict[int, int] = {}  # by the address of the storage
+    for name, tensor in tensors.items():
+        storage = tensor.untyped_storage()
+        if tensor.numel() * tensor.itemsize > storage.nbytes():
+            raise ValueError(f"{name}, of shape {tuple(tensor.shape)}, has elements that overlap")
+        if storage.nbytes() > 0:
+            sizes[storage.data_ptr()] = storage.nbytes()
+    unknown = Counter(sizes.values()) - storage_sizes
+    if unknown:
+        raise ValueError(f"a storage of {next(iter(unknown))} bytes is not in the archive")

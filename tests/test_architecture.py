@@ -28,7 +28,7 @@ FLOORS: list[list[set[str]]] = [
     [{"llama_config", "hf_config"}, {"device"}, {"memory"}, {"loss_curves"}],
     [{"train_config", "cli"}],
     [{"compat"}],
-    [{"ops"}, {"tokenizer"}, {"chat"}, {"comm"}, {"tensor_files", "torch_files"}],
+    [{"ops"}, {"tokenizer"}, {"chat"}, {"comm"}, {"tensor_files", "torch_files", "tensor_writers"}],
     [{"model"}, {"parallel"}, {"data"}],
     [{"checkpoint"}, {"lora", "lora_layers", "peft_adapters"}],
     [{"generation"}],

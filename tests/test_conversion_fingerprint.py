@@ -11,7 +11,7 @@ from minillama.conversion.checksums import check, manifest, write_manifest
 from minillama.conversion.meta import hf_to_meta
 from minillama.conversion.writer import Output, write_checkpoint
 from minillama.errors import UserError
-from minillama.tensor_files import write_safetensors
+from minillama.tensor_writers import write_safetensors
 
 
 def change(directory, name: str, index: int, by: float) -> None:

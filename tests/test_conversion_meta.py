@@ -25,7 +25,7 @@ from minillama.errors import UserError
 from minillama.hf_config import read_config
 from minillama.llama_config import PUBLISHED, LlamaConfig, ffn_width
 from minillama.model import Llama
-from minillama.torch_files import read_torch
+from minillama.tensor_files import read_torch
 
 # 6 query and 3 key/value heads: n_heads != n_kv_heads², so a key permuted as if it had all heads cannot come out right by chance.
 TINY = LlamaConfig(

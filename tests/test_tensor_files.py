@@ -4,6 +4,7 @@ import gc
 import io
 import json
 import pickle
+import re
 import struct
 import sys
 import zipfile
@@ -18,8 +19,9 @@ from hypothesis import strategies as st
 
 from minillama.checkpoint.hf_format import load_model, open_weights, write_weights
 from minillama.errors import UserError
-from minillama.tensor_files import read_safetensors, safetensors_writer, specs_of
-from minillama.torch_files import ALIGNMENT, read_torch, torch_writer
+from minillama.tensor_files import read_safetensors, read_tensors, read_torch
+from minillama.tensor_writers import ALIGNMENT, safetensors_writer, specs_of, torch_writer
+from minillama.torch_files import map_torch
 
 few = settings(
     max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
@@ -96,7 +98,8 @@ def test_storages_we_write_are_aligned_as_torch_aligns_them(tmp_path):
         tmp_path / "w.bin",
         random_tensors([(torch.float16, (3,)), (torch.float32, (5, 5)), (torch.float32, (1,))]),
     )
-    assert all(entry.offset % ALIGNMENT == 0 for entry in read_torch(tmp_path / "w.bin").values())
+    tensors = map_torch(tmp_path / "w.bin").values()  # a mapping begins at a page
+    assert all(tensor.data_ptr() % ALIGNMENT == 0 for tensor in tensors)
 
 
 def test_equal_tensors_make_equal_files(tmp_path):
@@ -135,7 +138,12 @@ class Mischief:
 def forged(path: Path, data: bytes, storage: bytes = b"", **entries: bytes) -> Path:
     """A torch archive with this pickle, and one storage "0"."""
     with zipfile.ZipFile(path, "w") as archive:
-        for name, content in {"data.pkl": data, "data/0": storage, **entries}.items():
+        for name, content in {
+            "data.pkl": data,
+            "version": b"3",
+            "data/0": storage,
+            **entries,
+        }.items():
             archive.writestr(f"w/{name}", content)
     return path
 
@@ -155,6 +163,8 @@ def test_nothing_in_a_pickle_is_executed(tmp_path):
         b"c__builtin__\neval\n(Vprint(1)\ntR.",
         b"cposix\nsystem\n(Vtrue\ntR.",
         b"ctorch\nload\n.",
+        b"cbuiltins\nbytearray\n(I1000000000000\ntR.",  # torch allows it, and its memory
+        b"ctorch\nTensor\n(I1000000000000\nt\x81.",
         b"ctorch._utils\n_rebuild_tensor_v2\n(tR.",
         b"(lp0\n0g0\ng0\na.",
         b"\x80\x04\x8c\x02os\x8c\x04exit\x93.",
@@ -380,9 +390,58 @@ def test_real_bin_checkpoints_load_like_their_safetensors(shared):
         )
 
 
-def test_a_truncated_tensor_is_noticed_even_after_the_header_was_read(tmp_path):
-    write(torch_writer, tmp_path / "w.bin", {"w": torch.zeros(100)})
-    entry = read_torch(tmp_path / "w.bin")["w"]
-    (tmp_path / "w.bin").write_bytes((tmp_path / "w.bin").read_bytes()[:500])
-    with pytest.raises(UserError, match="truncated"):
-        entry.read()
+@pytest.mark.parametrize("writer", [torch_writer, safetensors_writer])
+def test_a_file_cut_short_after_its_header_was_read_is_noticed(tmp_path, writer):
+    path = tmp_path / ("w.bin" if writer is torch_writer else "w.safetensors")
+    write(writer, path, {"w": torch.zeros(1000)})
+    ref = read_tensors(path)["w"]
+    path.write_bytes(path.read_bytes()[:500])
+    with pytest.raises(UserError, match=r"w\..*: .*cut short"):
+        ref.read()
+
+
+def anonymous_bytes() -> int:
+    """The memory of this process that the system cannot drop and read again from a file."""
+    status = Path("/proc/self/status")
+    if not status.is_file():
+        pytest.skip("RssAnon is Linux's")
+    match = re.search(r"RssAnon:\s+(\d+) kB", status.read_text())
+    return int(match[1]) * 1024
+
+
+@pytest.mark.parametrize("writer", [torch_writer, safetensors_writer])
+def test_reading_a_file_takes_the_memory_of_a_tensor_not_of_the_file(tmp_path, writer):
+    """The files are mapped, and mapped pages are the system's to drop; so RssAnon is measured.
+
+    16 tensors of 8 MB each: at most two of them are in memory, one read and one still to be freed.
+    """
+    path = tmp_path / ("w.bin" if writer is torch_writer else "w.safetensors")
+    specs = {f"layer.{i}.weight": (torch.float32, (2048, 1024)) for i in range(16)}
+    with writer(path, specs) as append:
+        for name in specs:
+            append(name, torch.ones(2048, 1024))
+    before = anonymous_bytes()
+    for ref in read_tensors(path).values():
+        tensor = ref.read()
+        assert anonymous_bytes() - before < 2.5 * tensor.nbytes
+
+
+def test_a_part_and_a_transposed_tensor_are_read_alike_from_both_kinds(tmp_path):
+    tensors = {"w": torch.arange(12.0).view(4, 3)}
+    write(torch_writer, tmp_path / "w.bin", tensors)
+    write(safetensors_writer, tmp_path / "w.safetensors", tensors)
+    for name in ("w.bin", "w.safetensors"):
+        ref = read_tensors(tmp_path / name)["w"]
+        assert torch.equal(ref.read_part(1, 3), tensors["w"][1:3])
+        assert ref.transposed().shape == (3, 4)
+        assert torch.equal(ref.transposed().read(), tensors["w"].T)
+        assert ref.transposed().read().is_contiguous()
+        assert torch.equal(ref.transposed().transposed().read(), tensors["w"])
+
+
+def test_what_is_read_is_a_copy_and_changing_it_changes_nothing_else(tmp_path):
+    for writer, name in ((torch_writer, "w.bin"), (safetensors_writer, "w.safetensors")):
+        write(writer, tmp_path / name, {"w": torch.zeros(3)})
+        ref = read_tensors(tmp_path / name)["w"]
+        ref.read().add_(1)
+        assert torch.equal(ref.read(), torch.zeros(3))

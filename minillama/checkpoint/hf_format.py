@@ -20,13 +20,12 @@ from minillama.hf_config import read_config, to_hf
 from minillama.llama_config import LlamaConfig, with_layers
 from minillama.model import Llama
 from minillama.tensor_files import (
+    POSITIONS,
     TensorRef,
-    TensorSpecs,
-    safetensors_writer,
-    specs_of,
+    read_tensors,
 )
+from minillama.tensor_writers import TensorSpecs, safetensors_writer, specs_of, torch_writer
 from minillama.tokenizer import Tokenizer
-from minillama.torch_files import POSITIONS, read_tensors, torch_writer
 
 TOKENIZER_FILES = (
     "tokenizer.model",

@@ -27,7 +27,9 @@ from minillama.checkpoint.hf_format import list_states, write_json
 from minillama.comm import Mesh
 from minillama.data.sources import hash_of
 from minillama.errors import UserError
-from minillama.tensor_files import TensorRef, read_safetensors, to_disk, write_safetensors
+from minillama.files import flush_to_disk as to_disk
+from minillama.tensor_files import read_safetensors
+from minillama.tensor_writers import write_safetensors
 
 
 def save_state(
@@ -146,14 +148,7 @@ def slice_reader(directory: Path, number: int, total: int) -> Callable[[str, int
             entry = entries[name]
             first, last = max(start, begin), min(stop, begin + entry.shape[0])
             if first < last:
-                stretch = TensorRef(
-                    entry.file,
-                    entry.dtype,
-                    (last - first,),
-                    entry.offset + 4 * (first - begin),
-                    4 * (last - first),
-                )
-                result[first - start : last - start] = stretch.read()
+                result[first - start : last - start] = entry.read_part(first - begin, last - begin)
         return result
 
     return read

@@ -18,7 +18,7 @@ from minillama.conversion.writer import LazyTensors, write_file
 from minillama.data.sources import hash_of
 from minillama.errors import UserError, read_json
 from minillama.peft_adapters import adapter_tensors
-from minillama.tensor_files import bytes_of
+from minillama.tensor_writers import bytes_of
 
 MANIFEST, ABSENT = "manifest.json", "`convert.py sha256 DIR` writes one"
 

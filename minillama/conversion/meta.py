@@ -34,9 +34,9 @@ from minillama.conversion.writer import LazyTensor, LazyTensors, Output, write_c
 from minillama.errors import UserError, read_json
 from minillama.hf_config import read_config
 from minillama.llama_config import LlamaConfig, ffn_width
-from minillama.tensor_files import TensorRef, TensorSpecs, specs_of
+from minillama.tensor_files import TensorRef
+from minillama.tensor_writers import TensorSpecs, specs_of, torch_writer
 from minillama.tokenizer import open_tokenizer
-from minillama.torch_files import torch_writer
 
 # Hugging Face's name: Meta's name, and the axis along which Meta cuts it (None: every shard holds all of it)
 OUTER = {

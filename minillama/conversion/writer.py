@@ -34,8 +34,10 @@ from minillama.checkpoint.hf_format import (
     write_weights,
 )
 from minillama.errors import UserError, read_json
+from minillama.files import flush_to_disk
 from minillama.llama_config import LlamaConfig
-from minillama.tensor_files import TensorRef, TensorSpecs, to_disk
+from minillama.tensor_files import TensorRef
+from minillama.tensor_writers import TensorSpecs
 
 OURS = (
     "config.json",
@@ -189,11 +191,11 @@ def _refuse_existing(path: Path, overwrite: bool) -> None:
 
 def _publish(unfinished: Path, path: Path, aside: Path) -> None:
     for file in (*unfinished.iterdir(), unfinished):
-        to_disk(file)
+        flush_to_disk(file)
     if path.exists():
         path.rename(aside)
     unfinished.rename(path)
-    to_disk(path.parent)
+    flush_to_disk(path.parent)
 
 
 def write_file(path: Path, content: bytes, overwrite: bool) -> None:
@@ -203,7 +205,7 @@ def write_file(path: Path, content: bytes, overwrite: bool) -> None:
     unfinished = path.with_name(f".{path.name}.partial")
     try:
         unfinished.write_bytes(content)
-        to_disk(unfinished)
+        flush_to_disk(unfinished)
         unfinished.replace(path)
     finally:
         unfinished.unlink(missing_ok=True)
