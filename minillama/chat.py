@@ -1,16 +1,18 @@
 """Prompt templates: a conversation becomes pieces, and every piece knows whether it is trained on.
 
-A model tuned on one layout of a conversation answers worse in any other, and a label mask found by searching rendered text for
-"ASSISTANT:" goes wrong in silence. So a template is a function that yields pieces in order; ids and labels are made from them
-side by side (`data.encode`), and generation uses the same function with the last answer left open.
+A model that was tuned on one layout of a conversation answers worse in any other. And a label mask
+that is found by searching the rendered text for "ASSISTANT:" can be wrong without an error. So a
+template is a function that yields pieces in order. Ids and labels are made from the pieces together
+(data/encode.py), and generation uses the same function with the last answer left open.
 
-    vicuna_v1.1    BOS | A chat … USER: Hi ASSISTANT: | Hello | EOS | USER: Bye ASSISTANT: | Goodbye | EOS
-    trained on                                          ^^^^^   ^^^                          ^^^^^^^   ^^^
+    BOS | A chat … USER: Hi ASSISTANT: | Hello | EOS | USER: Bye ASSISTANT: | Goodbye | EOS
+    trained on:                          ^^^^^   ^^^                          ^^^^^^^   ^^^
 
-A piece is *fresh* (encoded by itself, with its own leading ▁) or *glued* to the one before (the reference system encodes the
-joint text, so we do too and cut where the first part's ids end). A space between prompt and answer belongs to whichever side the
-reference counts it on: that decides whether a prompt, left open, is the beginning of what was trained. Control tokens are pieces
-of their own, added by id: no text can produce one.
+A piece is *fresh* or *glued*. A fresh one is encoded by itself, and so has its own leading ▁. A
+glued one is encoded together with the text before it, because the reference system does so, and
+begins where the ids of that text would have ended. The space between prompt and answer belongs to
+the side where the reference system counts it. Then an open prompt has the ids that a training
+example begins with. Control tokens are pieces of their own, added by id: no text can produce one.
 """
 
 from collections.abc import Callable, Iterator
@@ -21,12 +23,12 @@ from minillama.errors import UserError, closest
 
 
 class Piece(NamedTuple):
-    """A stretch of a rendered conversation. `control` names a control token ("bos", "eos", …), and then there is no text."""
+    """A part of a rendered conversation: a text, or the control token named by `control`."""
 
     text: str
     is_target: bool = False
     glued: bool = False
-    control: str = ""
+    control: str = ""  # "bos", "eos", or a token such as "<|eot_id|>"; the text is empty then
 
 
 BOS = Piece("", control="bos")
@@ -35,20 +37,25 @@ EOS = Piece("", is_target=True, control="eos")
 
 @dataclass(frozen=True)
 class Turn:
-    """One question and its answer; the answer is None where the model is to write it."""
+    """One question and its answer.
+
+    answer: None if the model is to write it.
+    input: Alpaca's second field, what the instruction is about. None in formats without this field.
+    is_target: False for an answer that is context for later ones and is not trained on.
+    """
 
     user: str
     answer: str | None
-    input: str | None = (
-        ""  # alpaca's second field: what the instruction is about; None in formats that have no such field
-    )
-    is_target: bool = True  # False: the answer is there to be read, not learnt
+    input: str | None = ""
+    is_target: bool = True
 
 
 @dataclass(frozen=True)
 class Conversation:
+    """Turns, and a system text. If that is empty, the template uses its own."""
+
     turns: tuple[Turn, ...]
-    system: str = ""  # empty: the template's own
+    system: str = ""
 
 
 def render(template: str, conversation: Conversation) -> list[Piece]:
@@ -58,29 +65,24 @@ def render(template: str, conversation: Conversation) -> list[Piece]:
 
 def find_template(name: str) -> Callable[[Conversation], Iterator[Piece]]:
     if name not in TEMPLATES:
-        raise UserError(
-            f"no template {name!r}{closest(name, TEMPLATES)}; templates: {', '.join(TEMPLATES)}"
-        )
+        known = ", ".join(TEMPLATES)
+        raise UserError(f"no template {name!r}{closest(name, TEMPLATES)}; templates: {known}")
     return TEMPLATES[name]
 
 
-def _round(turn: Turn, text: str, glued: bool, form: str = "{}") -> list[Piece]:
-    """A question's text, the answer set into `form`, and the end token after it; no answer where the turn is open."""
+def _round(prompt: str, turn: Turn, glued: bool, answer_format: str = "{}") -> list[Piece]:
+    """Prompt, answer and EOS of a turn; the prompt alone if the turn has no answer yet."""
     if turn.answer is None:
-        return [Piece(text)]
+        return [Piece(prompt)]
+    answer = answer_format.format(turn.answer)
     return [
-        Piece(text),
-        Piece(form.format(turn.answer), turn.is_target, glued),
+        Piece(prompt),
+        Piece(answer, turn.is_target, glued),
         EOS._replace(is_target=turn.is_target),
     ]
 
 
-def _with_system(conversation: Conversation, head: str, later: str = "") -> list[tuple[Turn, str]]:
-    """Each turn and what stands before it: `head` before the first, `later` before the others."""
-    return [(turn, later if number else head) for number, turn in enumerate(conversation.turns)]
-
-
-def _joined(turn: Turn) -> str:
+def _question(turn: Turn) -> str:
     return f"{turn.user}\n{turn.input}" if turn.input else turn.user
 
 
@@ -95,115 +97,122 @@ VICUNA_SYSTEM = (
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
 )
 CHINESE_ALPACA_2_SYSTEM = "You are a helpful assistant. 你是一个乐于助人的助手。"
-ASCEND_SYSTEM = f"{ALPACA_INPUT} Please note that you need to think through your response logically and step by step."
+ASCEND_SYSTEM = (
+    f"{ALPACA_INPUT} Please note that you need to think through your response logically and step "
+    "by step."
+)
 
 
 def _raw(conversation: Conversation) -> Iterator[Piece]:
     """The text itself, then the answer: what a base model continues."""
+    system = conversation.system
     yield BOS
-    for turn, head in _with_system(conversation, conversation.system):
-        yield from _round(turn, head + _joined(turn), glued=True)
+    for turn in conversation.turns:
+        yield from _round(system + _question(turn), turn, glued=True)
+        system = ""  # it stands before the first round only; so below
 
 
 def _alpaca(conversation: Conversation) -> Iterator[Piece]:
-    """Stanford Alpaca's two prompts, encoded together with the answer; every round is complete, as it knows only one."""
+    """Stanford Alpaca's two prompts, with and without an input, encoded together with the answer.
+
+    Alpaca knows only one round, so every round of a longer conversation is complete in itself.
+    """
     for turn in conversation.turns:
-        head = conversation.system or (ALPACA_INPUT if turn.input else ALPACA)
-        middle = f"### Input:\n{turn.input}\n\n" if turn.input else ""
-        yield from [
-            BOS,
-            *_round(
-                turn,
-                f"{head}\n\n### Instruction:\n{turn.user}\n\n{middle}### Response:",
-                glued=True,
-            ),
-        ]
+        system = conversation.system or (ALPACA_INPUT if turn.input else ALPACA)
+        input_part = f"### Input:\n{turn.input}\n\n" if turn.input else ""
+        prompt = f"{system}\n\n### Instruction:\n{turn.user}\n\n{input_part}### Response:"
+        yield BOS
+        yield from _round(prompt, turn, glued=True)
 
 
 def _vicuna(conversation: Conversation) -> Iterator[Piece]:
-    """FastChat's vicuna_v1.1: nothing between the end token and the next USER, which has its own ▁."""
+    """FastChat's vicuna_v1.1. The next USER follows EOS directly, and has its own ▁."""
+    system = (conversation.system or VICUNA_SYSTEM) + " "
     yield BOS
-    for turn, head in _with_system(conversation, (conversation.system or VICUNA_SYSTEM) + " "):
-        yield from _round(turn, f"{head}USER: {_joined(turn)} ASSISTANT:", glued=True, form=" {}")
+    for turn in conversation.turns:
+        prompt = f"{system}USER: {_question(turn)} ASSISTANT:"
+        yield from _round(prompt, turn, glued=True, answer_format=" {}")
+        system = ""
 
 
 def _llama2(conversation: Conversation) -> Iterator[Piece]:
-    """Meta's Llama-2 chat: begin and end tokens around every round, questions and answers stripped, a space after the answer."""
-    for turn, head in _with_system(
-        conversation, f"<<SYS>>\n{conversation.system}\n<</SYS>>\n\n" if conversation.system else ""
-    ):
-        answered = replace(turn, answer=turn.answer and turn.answer.strip())
-        yield from [
-            BOS,
-            *_round(
-                answered,
-                f"[INST] {(head + _joined(turn)).strip()} [/INST]",
-                glued=True,
-                form=" {} ",
-            ),
-        ]
+    """Meta's Llama-2 chat: BOS and EOS around a round, stripped texts, a space after the answer."""
+    system = ""
+    if conversation.system:
+        system = f"<<SYS>>\n{conversation.system}\n<</SYS>>\n\n"
+    for turn in conversation.turns:
+        prompt = f"[INST] {(system + _question(turn)).strip()} [/INST]"
+        if turn.answer is not None:
+            turn = replace(turn, answer=turn.answer.strip())
+        yield BOS
+        yield from _round(prompt, turn, glued=True, answer_format=" {} ")
+        system = ""
 
 
 def _chinese_alpaca(conversation: Conversation) -> Iterator[Piece]:
-    """Chinese-LLaMA-Alpaca's training prompt, a space at its end, and the answer encoded by itself."""
+    """Chinese-LLaMA-Alpaca's prompt, with a space at its end. The answer is encoded by itself."""
+    system = conversation.system or ALPACA
     for turn in conversation.turns:
-        text = f"{conversation.system or ALPACA}\n\n### Instruction:\n{_joined(turn)}\n\n### Response: "
-        yield from [BOS, *_round(turn, text, glued=False)]
+        prompt = f"{system}\n\n### Instruction:\n{_question(turn)}\n\n### Response: "
+        yield BOS
+        yield from _round(prompt, turn, glued=False)
 
 
 def _chinese_alpaca_2(conversation: Conversation) -> Iterator[Piece]:
-    """Chinese-LLaMA-Alpaca-2: Llama-2's brackets around every round, the answer encoded by itself."""
-    for turn, head in _with_system(
-        conversation, f"<<SYS>>\n{conversation.system or CHINESE_ALPACA_2_SYSTEM}\n<</SYS>>\n\n"
-    ):
-        yield from [BOS, *_round(turn, f"[INST] {head}{_joined(turn)} [/INST]", glued=False)]
+    """Chinese-LLaMA-Alpaca-2: Llama-2's brackets, with the answer encoded by itself."""
+    system = f"<<SYS>>\n{conversation.system or CHINESE_ALPACA_2_SYSTEM}\n<</SYS>>\n\n"
+    for turn in conversation.turns:
+        yield BOS
+        yield from _round(f"[INST] {system}{_question(turn)} [/INST]", turn, glued=False)
+        system = ""
 
 
 def _ascend_instruction(conversation: Conversation) -> Iterator[Piece]:
-    """AscendSpeed's instruction prompt: encoded whole, an empty input leaves its line, only the last answer is trained on."""
-    text, (*earlier, last) = f"\n{conversation.system or ASCEND_SYSTEM}\n", conversation.turns
+    """AscendSpeed's instruction prompt. It is encoded as a whole; only the last answer is a target.
+
+    In a single round, an empty input still has its line.
+    """
+    *earlier, last = conversation.turns
+    prompt = f"\n{conversation.system or ASCEND_SYSTEM}\n"
     for turn in earlier:
-        text += f"### Instruction:\n{_joined(turn)}\n### Response:\n{turn.answer}\n"
-    question = _joined(last) if earlier or last.input is None else f"{last.user}\n{last.input}"
-    yield from [
-        BOS,
-        *_round(
-            last, f"{text}### Instruction:\n{question}\n### Response:\n", glued=True, form="{}\n"
-        ),
-    ]
+        prompt += f"### Instruction:\n{_question(turn)}\n### Response:\n{turn.answer}\n"
+    question = _question(last)
+    if not earlier and last.input is not None:
+        question = f"{last.user}\n{last.input}"
+    prompt += f"### Instruction:\n{question}\n### Response:\n"
+    yield BOS
+    yield from _round(prompt, last, glued=True, answer_format="{}\n")
 
 
 def _llama_factory_default(conversation: Conversation) -> Iterator[Piece]:
-    """LLaMA-Factory's `default` of early 2024: no begin token, every slot encoded by itself."""
-    for turn, head in _with_system(
-        conversation, conversation.system and conversation.system + "\n", later="\n"
-    ):
-        yield from [Piece(head)] if head else []
-        yield from _round(turn, f"Human: {_joined(turn)}\nAssistant: ", glued=False)
+    """LLaMA-Factory's `default` of early 2024: no BOS, and every slot is encoded by itself."""
+    before = conversation.system and conversation.system + "\n"
+    for turn in conversation.turns:
+        if before:
+            yield Piece(before)
+        yield from _round(f"Human: {_question(turn)}\nAssistant: ", turn, glued=False)
+        before = "\n"
 
 
 def _llama3(conversation: Conversation) -> Iterator[Piece]:
-    """Meta's Llama-3 chat: a header before every message, <|eot_id|> after it, both by id; messages stripped."""
-
-    def message(role: str, text: str | None, is_target: bool = False) -> list[Piece]:
-        header = [
-            Piece("", control="<|start_header_id|>"),
-            Piece(role),
-            Piece("", control="<|end_header_id|>"),
-            Piece("\n\n"),
-        ]
-        return header + (
-            []
-            if text is None
-            else [Piece(text.strip(), is_target), Piece("", is_target, control="<|eot_id|>")]
-        )
-
+    """Meta's Llama-3 chat: a header before each message, <|eot_id|> after it; texts stripped."""
     yield BOS
-    yield from message("system", conversation.system) if conversation.system else []
+    if conversation.system:
+        yield from _llama3_message("system", conversation.system)
     for turn in conversation.turns:
-        yield from message("user", _joined(turn)) + message(
-            "assistant", turn.answer, turn.is_target
-        )
+        yield from _llama3_message("user", _question(turn))
+        yield from _llama3_message("assistant", turn.answer, turn.is_target)
+
+
+def _llama3_message(role: str, text: str | None, is_target: bool = False) -> Iterator[Piece]:
+    """A message; its header alone if the model is to write the text."""
+    yield Piece("", control="<|start_header_id|>")
+    yield Piece(role)
+    yield Piece("", control="<|end_header_id|>")
+    yield Piece("\n\n")
+    if text is not None:
+        yield Piece(text.strip(), is_target)
+        yield Piece("", is_target, control="<|eot_id|>")
 
 
 TEMPLATES: dict[str, Callable[[Conversation], Iterator[Piece]]] = {
@@ -216,5 +225,5 @@ TEMPLATES: dict[str, Callable[[Conversation], Iterator[Piece]]] = {
     "chinese_alpaca_2": _chinese_alpaca_2,
     "ascend_instruction": _ascend_instruction,
     "llama_factory_default": _llama_factory_default,
-    "default": _llama_factory_default,  # as LLaMA-Factory's own command lines call it
+    "default": _llama_factory_default,  # its name in LLaMA-Factory's own command lines
 }

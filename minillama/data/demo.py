@@ -1,8 +1,9 @@
-"""The embedded data: instructions a small model can learn in two minutes, made by the package itself.
+"""The embedded data: instructions that a small model can learn in two minutes.
 
-Questions about short lists of words and pairs of numbers, whose answers follow from the question alone: a model that answers
-a prompt it has never seen has learnt the task, not the list. A prompt belongs to the held-out side by its own hash, so no
-prompt can be on both sides, whatever the seed or the number of records.
+The questions are about short lists of words and pairs of numbers, and the answer follows from the
+question alone. So a model that answers a prompt it has never seen has learnt the task, and not the
+list of prompts. A hash of the prompt decides whether it is held out. So no prompt is on both sides,
+whatever the seed or the number of records.
 """
 
 import hashlib
@@ -10,43 +11,46 @@ import json
 import random
 from pathlib import Path
 
+from minillama.files import write_bytes
 from minillama.tokenizer import train_tokenizer
 
 WORDS = (
-    "apple bird boat book bread bridge cat chair cloud coat corn cup desk dog door drum duck egg farm fish flag flower fork fox frog "
-    "garden goat gold grass hat horse house key king lamp leaf lemon milk moon nest owl paper pear river road ship shoe snow star tree"
+    "apple bird boat book bread bridge cat chair cloud coat corn cup desk dog door drum duck egg "
+    "farm fish flag flower fork fox frog garden goat gold grass hat horse house key king lamp leaf "
+    "lemon milk moon nest owl paper pear river road ship shoe snow star tree"
 ).split()
 
-
-DEMO = (
-    "first",
-    "second",
-    "last",
-    "repeat",
-    "count",
-    "larger",
-)  # kinds of question: what the preset `demo` learns
+DEMO = ("first", "second", "last", "repeat", "count", "larger")  # questions of the preset `demo`
 DEMO_LORA = ("third",)  # what the preset `demo_lora` adds
 KINDS = DEMO + DEMO_LORA
 
+MOST_WORDS = {"repeat": (2, 4), "count": (2, 6)}  # fewest and most words of a list; else 3 to 5
+NUMBER_NAMES = {2: "two", 3: "three", 4: "four", 5: "five", 6: "six"}
+POSITIONS = {"first": 0, "second": 1, "third": 2, "last": -1}
+
+# For each preset, the kinds of question in turn, and how many. Half of demo_lora's are old ones.
+PRESETS = {
+    "demo": (DEMO, 56_000),
+    "demo_lora": (DEMO_LORA * len(DEMO) + DEMO, 16_000),
+}
+VOCABULARY_SIZE = 640
+VOCABULARY_RECORDS = 5000  # records that the vocabulary is learnt from
+MOSTLY_ONE_ROUND = (1,) * 14 + (2, 3)
+
 
 def question(kind: str, rng: random.Random) -> tuple[str, str]:
-    """A question of one of KINDS and its answer, drawn."""
+    """A random question of one of KINDS, and its answer."""
     if kind == "larger":
         a, b = rng.sample(range(10, 100), 2)
         return f"Which number is larger, {a} or {b}?", str(max(a, b))
-    fewest, most = {"repeat": (2, 4), "count": (2, 6)}.get(kind, (3, 5))
+    fewest, most = MOST_WORDS.get(kind, (3, 5))
     words = rng.sample(WORDS, rng.randint(fewest, most))
     listed = ", ".join(words)
     if kind == "repeat":
         return f"Please repeat {listed}.", listed
     if kind == "count":
-        return f"How many words are in {listed}?", ("two", "three", "four", "five", "six")[
-            len(words) - 2
-        ]
-    return f"What is the {kind} word in {listed}?", words[
-        {"first": 0, "second": 1, "third": 2, "last": -1}[kind]
-    ]
+        return f"How many words are in {listed}?", NUMBER_NAMES[len(words)]
+    return f"What is the {kind} word in {listed}?", words[POSITIONS[kind]]
 
 
 def is_held_out(prompt: str) -> bool:
@@ -55,50 +59,59 @@ def is_held_out(prompt: str) -> bool:
 
 
 def records(kinds: tuple[str, ...], count: int, seed: int, held_out: bool) -> list[dict[str, str]]:
-    """`count` alpaca records, each with its `kind`, in turn, all on the asked-for side; held-out prompts are distinct."""
+    """`count` Alpaca records, all held out or none, of the kinds in turn.
+
+    Each has its `kind` as a field. Held-out prompts are distinct.
+    """
     rng = random.Random(seed)
-    made: list[dict[str, str]] = []
-    seen: set[str] = set()
-    while len(made) < count:
-        kind = kinds[len(made) % len(kinds)]
+    chosen: list[dict[str, str]] = []
+    prompts: set[str] = set()
+    while len(chosen) < count:
+        kind = kinds[len(chosen) % len(kinds)]
         prompt, answer = question(kind, rng)
-        if is_held_out(prompt) == held_out and not (held_out and prompt in seen):
-            seen.add(prompt)
-            made.append({"instruction": prompt, "input": "", "output": answer, "kind": kind})
-    return made
+        is_repeated = held_out and prompt in prompts
+        if is_held_out(prompt) == held_out and not is_repeated:
+            prompts.add(prompt)
+            chosen.append({"instruction": prompt, "input": "", "output": answer, "kind": kind})
+    return chosen
 
 
 def conversations(questions: list[dict[str, str]], seed: int) -> list[dict]:
-    """The same questions as alpaca records of one to three rounds, mostly one, so that the model also learns to go on after an answer."""
+    """The questions as Alpaca records of one to three rounds, mostly one.
+
+    With several rounds the model also learns to continue after an answer.
+    """
     rng = random.Random(seed)
-    shuffled, made = rng.sample(questions, len(questions)), []
-    while shuffled:
-        rounds = [shuffled.pop() for _ in range(min(rng.choice((1,) * 14 + (2, 3)), len(shuffled)))]
-        history = [[question["instruction"], question["output"]] for question in rounds[:-1]]
-        made.append(
-            {name: rounds[-1][name] for name in ("instruction", "input", "output")}
-            | {"history": history}
-        )
+    remaining = rng.sample(questions, len(questions))
+    made = []
+    while remaining:
+        num_rounds = min(rng.choice(MOSTLY_ONE_ROUND), len(remaining))
+        *earlier, last = [remaining.pop() for _ in range(num_rounds)]
+        conversation: dict = {name: last[name] for name in ("instruction", "input", "output")}
+        conversation["history"] = [[round["instruction"], round["output"]] for round in earlier]
+        made.append(conversation)
     return made
 
 
 def write_demo(name: str, directory: Path) -> tuple[Path, Path]:
-    """Write the training data of the preset `demo` or `demo_lora`, and demo's vocabulary; returns the two files."""
-    kinds, count = {"demo": (DEMO, 56_000), "demo_lora": (DEMO_LORA * len(DEMO) + DEMO, 16_000)}[
-        name
-    ]  # half new, half old
-    directory.mkdir(parents=True, exist_ok=True)
-    data, vocabulary = directory / f"{name}.json", directory / "tokenizer.model"
-    made = records(kinds, count, seed=0, held_out=False)
-    texts = [
-        f"Human: {record['instruction']}\nAssistant: {record['output']}" for record in made[:5000]
-    ]
-    for path, content in (
-        (data, json.dumps(conversations(made, seed=0), indent=0).encode()),
-        (vocabulary, train_tokenizer(texts, 640)),
-    ):
-        if (
-            not path.is_file() or path.read_bytes() != content
-        ):  # unchanged files keep their time, and so their cache
-            path.write_bytes(content)
-    return data, vocabulary
+    """Write the training data of the preset `demo` or `demo_lora`, and demo's vocabulary.
+
+    Returns the two paths.
+    """
+    kinds, count = PRESETS[name]
+    questions = records(kinds, count, seed=0, held_out=False)
+    texts = []
+    for record in questions[:VOCABULARY_RECORDS]:
+        texts.append(f"Human: {record['instruction']}\nAssistant: {record['output']}")
+    data_path = directory / f"{name}.json"
+    data = json.dumps(conversations(questions, seed=0), indent=0)
+    _write_if_changed(data_path, data.encode())
+    vocabulary_path = directory / "tokenizer.model"
+    _write_if_changed(vocabulary_path, train_tokenizer(texts, VOCABULARY_SIZE))
+    return data_path, vocabulary_path
+
+
+def _write_if_changed(path: Path, content: bytes) -> None:
+    """Write a file. An unchanged one keeps its time, and so its place in the token cache."""
+    if not path.is_file() or path.read_bytes() != content:
+        write_bytes(path, content)

@@ -1,41 +1,53 @@
 """AscendSpeed's and Megatron's tokenized `.bin/.idx`, read as they are.
 
-    .bin   arrays of tokens end to end, little-endian
-    .idx   "MMIDIDX\\0\\0" | uint64 version 1 | uint8 dtype | uint64 sequences | uint64 doc_idx entries
+    .bin   arrays of tokens, one after another, little-endian
+    .idx   "MMIDIDX\\0\\0" | uint64 version 1 | uint8 dtype | uint64 sequences | uint64 entries
            | int32 sizes[sequences] | int64 byte pointers[sequences] | int64 doc_idx[entries]
 
-`NAME_text_document` is pre-training text: doc_idx gives the sequences each document starts at. Instruction data is a triple,
-`NAME_packed_{input_ids,attention_mask,labels}_document`, whose labels stand unshifted, -100 where nothing is trained. The format
-records no tokenizer, so ids are only checked against the vocabulary's size.
+`NAME_text_document` is pre-training text: document i is the sequences doc_idx[i] to doc_idx[i + 1].
+Instruction data is three such pairs, `NAME_packed_{input_ids,attention_mask,labels}_document`. Its
+labels are not shifted, and are -100 where nothing is trained. The format does not record the
+tokenizer, so ids are only compared with the size of the vocabulary.
 """
 
 import struct
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from minillama.data.memmap import Dataset
 from minillama.errors import UserError
 
-MAGIC, OLD_MAGIC = b"MMIDIDX\x00\x00", b"TNTIDX"
-DTYPES = {
-    1: "<u1",
-    2: "<i1",
-    3: "<i2",
-    4: "<i4",
-    5: "<i8",
-    8: "<u2",
-}  # 6 and 7 are floats: no token ids
-IDS, LABELS = "_packed_input_ids_document", "_packed_labels_document"
+MAGIC = b"MMIDIDX\x00\x00"
+OLD_MAGIC = b"TNTIDX"
+HEADER = struct.Struct("<QBQQ")  # after MAGIC: version, dtype code, sequences, entries of doc_idx
+HEADER_BYTES = len(MAGIC) + HEADER.size
+DTYPES = {1: "<u1", 2: "<i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}  # 6 and 7 are floats: no ids
+IDS = "_packed_input_ids_document"
+LABELS = "_packed_labels_document"
 IGNORE = -100
-BLOCK = 1 << 24  # tokens looked at together
+BLOCK = 1 << 24  # tokens that are compared at a time
+
+
+class IndexedFile(NamedTuple):
+    """PART.bin and PART.idx. Sequence i is the tokens bounds[i] to bounds[i + 1]."""
+
+    tokens: np.ndarray  # (tokens,)
+    bounds: np.ndarray  # (sequences + 1,)
+    doc_idx: np.ndarray  # (documents + 1,) in sequences
 
 
 def find_part(prefix: Path | str) -> Path | None:
-    """The part with the tokens, of a prefix given in full, without its ending, or as one of its files; None: another kind of data."""
+    """The PART with the tokens of a Megatron data set, or None for another kind of data.
+
+    prefix: the part, its name without the ending, or one of its two files.
+    """
     base = str(prefix).removesuffix(".idx").removesuffix(".bin")
-    for part in (f"{base}{ending}" for ending in ("", "_text_document", IDS)):
+    for ending in ("", "_text_document", IDS):
+        part = base + ending
         with suppress(OSError), open(f"{part}.idx", "rb") as file:
             if file.read(len(MAGIC)).startswith((MAGIC, OLD_MAGIC)):
                 return Path(part)
@@ -43,81 +55,109 @@ def find_part(prefix: Path | str) -> Path | None:
 
 
 class MegatronDataset(Dataset):
-    """A tokenized set of AscendSpeed's, with the face of ours: tokens, offsets, mask, meta."""
+    """A data set of AscendSpeed or Megatron, with the attributes of our own."""
 
     def __init__(self, prefix: Path | str, vocab_size: int) -> None:
-        """Raises UserError for a damaged set, and for ids beyond `vocab_size`."""
-        self.prefix, self.mask, self.meta = (
-            find_part(prefix) or Path(prefix),
-            None,
-            {},
-        )  # the format does not say how it was made
-        self.tokens, ends, doc_idx = read_indexed(self.prefix)
-        self.offsets = ends[doc_idx]
-        blocks = [slice(i, i + BLOCK) for i in range(0, len(self.tokens), BLOCK)]
-        if (largest := max(int(self.tokens[block].max()) for block in blocks)) >= vocab_size:
+        """Raises UserError for a damaged data set, and for ids beyond `vocab_size`."""
+        self.prefix = find_part(prefix) or Path(prefix)
+        self.meta = {}  # the format does not say how it was made
+        indexed = read_indexed(self.prefix)
+        self.tokens = indexed.tokens
+        self.offsets = indexed.bounds[indexed.doc_idx]
+        self.mask = None
+        largest = max(int(self.tokens[block].max()) for block in self._blocks())
+        if largest >= vocab_size:
             raise UserError(
-                f"{self.prefix}.bin: token id {largest} is beyond the vocabulary of {vocab_size}; it needs its own tokenizer"
+                f"{self.prefix}.bin: token id {largest} is beyond the vocabulary of {vocab_size}; "
+                "it needs its own tokenizer"
             )
         if self.prefix.name.endswith(IDS):
-            labels_part = self.prefix.with_name(self.prefix.name.removesuffix(IDS) + LABELS)
-            labels, label_ends, _ = read_indexed(labels_part)
-            if not np.array_equal(ends, label_ends):
-                raise UserError(
-                    f"{labels_part}.idx: its sequences are not as long as those of {self.prefix}.idx; the triple does not fit"
-                )
-            if any(
-                ((labels[block] != IGNORE) & (labels[block] != self.tokens[block])).any()
-                for block in blocks
-            ):
-                raise UserError(
-                    f"{labels_part}.bin: labels differ from the input ids beside them; the files do not fit"
-                )
-            self.mask, self.offsets = (
-                np.concatenate([labels[block] != IGNORE for block in blocks]).view(np.uint8),
-                ends,
+            self.offsets = indexed.bounds  # each sequence is a document
+            self.mask = self._read_mask(indexed)
+
+    def _blocks(self) -> Iterator[slice]:
+        for start in range(0, len(self.tokens), BLOCK):
+            yield slice(start, start + BLOCK)
+
+    def _read_mask(self, indexed: IndexedFile) -> np.ndarray:
+        """Which tokens are targets, from the labels beside the input ids."""
+        name = self.prefix.name.removesuffix(IDS) + LABELS
+        part = self.prefix.with_name(name)
+        labels_file = read_indexed(part)
+        if not np.array_equal(indexed.bounds, labels_file.bounds):
+            raise UserError(
+                f"{part}.idx: its sequences are not as long as those of {self.prefix}.idx; "
+                "the triple does not fit"
             )
+        masks = []
+        for block in self._blocks():
+            labels = labels_file.tokens[block]
+            is_target = labels != IGNORE
+            if (is_target & (labels != self.tokens[block])).any():
+                raise UserError(
+                    f"{part}.bin: labels differ from the input ids beside them; "
+                    "the files do not fit"
+                )
+            masks.append(is_target)
+        return np.concatenate(masks).view(np.uint8)
 
 
-def read_indexed(part: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(tokens end to end, bounds of the sequences, doc_idx) of PART.bin and PART.idx. Raises UserError for what does not fit."""
+def read_indexed(part: Path) -> IndexedFile:
+    """Open PART.bin and PART.idx. Raises UserError if they are damaged or of another format."""
+    idx_path = Path(f"{part}.idx")
+    bin_path = Path(f"{part}.bin")
     try:
-        raw = Path(f"{part}.idx").read_bytes()
-        tokens_bytes = Path(f"{part}.bin").stat().st_size
+        raw = idx_path.read_bytes()
+        bin_bytes = bin_path.stat().st_size
     except FileNotFoundError as error:
         raise UserError(f"{error.filename}: no such file; the data set is not complete") from None
     if not raw.startswith(MAGIC):
         raise UserError(
-            f"{part}.idx: not Megatron's mmap format; make a set of its older lazy/cached format again: `--dataset-impl mmap`"
+            f"{idx_path}: not Megatron's mmap format; make a set of its older lazy/cached format "
+            "again: `--dataset-impl mmap`"
         )
-    version, code, sequences, documents = struct.unpack_from(
-        "<QBQQ", raw.ljust(34, b"\0"), len(MAGIC)
-    )
+    header = raw.ljust(HEADER_BYTES, b"\0")  # a file may be cut off
+    version, code, num_sequences, num_entries = HEADER.unpack_from(header, len(MAGIC))
     if version != 1 or code not in DTYPES:
         raise UserError(
-            f"{part}.idx: version {version} with dtype code {code}; expected version 1 and an integer dtype"
+            f"{idx_path}: version {version} with dtype code {code}; expected version 1 and an "
+            "integer dtype"
         )
-    needed = 34 + 12 * sequences + 8 * documents
+    sizes_start = HEADER_BYTES
+    pointers_start = sizes_start + 4 * num_sequences
+    doc_idx_start = pointers_start + 8 * num_sequences
+    needed = doc_idx_start + 8 * num_entries
     if len(raw) != needed:
         raise UserError(
-            f"{part}.idx: has {len(raw)} bytes, its {sequences} sequences need {needed}; the file is damaged"
+            f"{idx_path}: has {len(raw)} bytes, its {num_sequences} sequences need {needed}; "
+            "the file is damaged"
         )
-    sizes = np.frombuffer(raw, "<i4", sequences, 34)
-    pointers = np.frombuffer(raw, "<i8", sequences, 34 + 4 * sequences)
-    doc_idx = np.frombuffer(raw, "<i8", documents, 34 + 12 * sequences)
-    dtype, ends = np.dtype(DTYPES[code]), np.append(0, sizes.cumsum(dtype=np.int64))
-    in_order = (
-        documents > 0
-        and ends[-1] > 0
-        and (sizes >= 0).all()
-        and np.array_equal(pointers, ends[:-1] * dtype.itemsize)
-    )
-    if not in_order or doc_idx[0] != 0 or doc_idx[-1] != sequences or (np.diff(doc_idx) < 0).any():
+    sizes = np.frombuffer(raw, "<i4", num_sequences, sizes_start)
+    pointers = np.frombuffer(raw, "<i8", num_sequences, pointers_start)
+    doc_idx = np.frombuffer(raw, "<i8", num_entries, doc_idx_start)
+    dtype = np.dtype(DTYPES[code])
+    bounds = np.append(0, sizes.cumsum(dtype=np.int64))
+    if not _is_consistent(sizes, pointers, doc_idx, dtype.itemsize):
         raise UserError(
-            f"{part}.idx: its pointers do not follow from its sizes; the file is damaged"
+            f"{idx_path}: its pointers do not follow from its sizes; the file is damaged"
         )
-    if tokens_bytes != ends[-1] * dtype.itemsize:
+    expected_bytes = bounds[-1] * dtype.itemsize
+    if bin_bytes != expected_bytes:
         raise UserError(
-            f"{part}.bin: has {tokens_bytes} bytes, {part}.idx says {ends[-1] * dtype.itemsize}; the file is damaged"
+            f"{bin_path}: has {bin_bytes} bytes, {idx_path} says {expected_bytes}; "
+            "the file is damaged"
         )
-    return np.memmap(f"{part}.bin", dtype, mode="r"), ends, doc_idx
+    return IndexedFile(np.memmap(bin_path, dtype, mode="r"), bounds, doc_idx)
+
+
+def _is_consistent(
+    sizes: np.ndarray, pointers: np.ndarray, doc_idx: np.ndarray, itemsize: int
+) -> bool:
+    """Whether sequences follow each other without a gap, and so do documents."""
+    if len(doc_idx) == 0 or (sizes < 0).any() or sizes.sum(dtype=np.int64) == 0:
+        return False
+    starts = sizes.cumsum(dtype=np.int64) - sizes
+    if not np.array_equal(pointers, starts * itemsize):
+        return False
+    covers_all = doc_idx[0] == 0 and doc_idx[-1] == len(sizes)
+    return bool(covers_all and (np.diff(doc_idx) >= 0).all())

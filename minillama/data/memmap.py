@@ -1,6 +1,7 @@
 """A tokenized data set on disk, which is opened without reading it.
 
-    PREFIX.bin    the ids of all documents, one after another; uint16 or uint32 as the vocabulary needs
+    PREFIX.bin    the ids of all documents, one after another: uint16, or uint32 for a vocabulary
+                  of more than 65,536 tokens
     PREFIX.mask   uint8 for each token: is it a target; absent if all are
     PREFIX.idx    uint64[documents + 1]: where each document starts, and the end
     PREFIX.json   format version, counts, dtype, tokenizer sha256, template, sha256 of each file
@@ -105,7 +106,7 @@ class DatasetWriter:
         return self
 
     def _continue_from(self, meta: dict[str, Any]) -> None:
-        """Take over `meta` of an interrupted run, if it had the same input and its files are whole."""
+        """Take over `meta` of an interrupted run, if its input and files are right."""
         is_same_input = meta | Chunk().counts() == self.meta
         sizes = self._sizes(meta)
         if is_same_input and all(self.files[part].tell() >= sizes[part] for part in ARRAYS):
@@ -191,12 +192,6 @@ class Dataset:
     mask     (tokens,)         1 for a target; None if all tokens are targets
     meta                       what PREFIX.json says
     """
-
-    prefix: Path
-    offsets: np.ndarray
-    tokens: np.ndarray
-    mask: np.ndarray | None
-    meta: dict[str, Any]
 
     def __init__(self, prefix: Path | str, verify: bool = False) -> None:
         """Open PREFIX. Sizes are always checked, the sha256 of the files only if `verify`.

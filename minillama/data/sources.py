@@ -1,6 +1,6 @@
-"""Which files to read: files, folders, and names of data sets in a LLaMA-Factory `dataset_info.json`.
+"""Which files to read: files, folders, and names in a LLaMA-Factory `dataset_info.json`.
 
-    "a.json"            that file, as described by dataset_info.json beside it, if it is listed there
+    "a.json"            that file, as dataset_info.json beside it describes it, if it does
     "corpus/"           the files in the folder, in order of name
     "alpaca_gpt4_zh"    the entry of that name in DATASET_DIR/dataset_info.json: a file and what it
                         calls its columns and tags

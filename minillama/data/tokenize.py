@@ -1,6 +1,6 @@
 """Raw files to a tokenized data set: what `convert.py data` does, and train.py once for a raw file.
 
-    find_sources ─▶ read_records ─▶ chunks ─┬▶ parse ─▶ render ─▶ encode ─┬▶ DatasetWriter ─▶ PREFIX.*
+    find_sources ─▶ read_records ─▶ chunks ─┬▶ parse ─▶ render ─▶ encode ─┬▶ DatasetWriter
                                             └────── N worker processes ───┘
 
 Every step is a generator from which the next one pulls. So only a few chunks of records are in
