@@ -1,11 +1,11 @@
 """Peak memory of the conversions, and that it does not grow with the model.
 
-    python benchmarks/convert_memory.py                       # the 1.1B shape, fp16: needs 7 GB of disk
-    python benchmarks/convert_memory.py --models 1.1b,7b      # also 7B: needs 41 GB of disk and some minutes
+    python benchmarks/convert_memory.py                    1.1B shape, fp16: 7 GB of disk
+    python benchmarks/convert_memory.py --models 1.1b,7b   also 7B: 41 GB of disk, some minutes
 
-Builds a synthetic fp16 checkpoint of each shape in a temporary directory, runs each conversion in a fresh process and reads its
-ru_maxrss, in which mapped pages count too. This process stays small and builds in another: a child's ru_maxrss starts at the
-resident size of the parent it was forked from.
+Builds a synthetic fp16 checkpoint of each shape in a temporary directory, runs each conversion in a
+fresh process and reads its ru_maxrss, in which mapped pages count too. This process stays small and
+builds in another: a child's ru_maxrss starts at the resident size of the parent it was forked from.
 """
 
 import argparse
@@ -23,7 +23,10 @@ LIMIT = 1.2  # GB, at the 7B shape
 
 
 def measure(command: list[str]) -> tuple[float, float, float]:
-    """(CPU seconds, wall seconds, peak GB) of a command run in a process of its own. Its failure ends the benchmark."""
+    """(CPU seconds, wall seconds, peak GB) of a command run in a process of its own.
+
+    Its failure ends the benchmark.
+    """
     started = time.monotonic()
     child = subprocess.Popen(
         [sys.executable, *command],
@@ -40,7 +43,10 @@ def measure(command: list[str]) -> tuple[float, float, float]:
 
 
 def build(kind: str, model: str, directory: str) -> None:
-    """In another process: `kind` hf, a checkpoint with values that repeat; adapter, a LoRA of rank 8 on all linears."""
+    """In another process.
+
+    `kind` hf, a checkpoint with values that repeat; adapter, a LoRA of rank 8 on all linears.
+    """
     subprocess.run(
         [sys.executable, __file__, "--build", kind, "--models", model, "--dir", directory],
         check=True,
@@ -100,12 +106,16 @@ def require_disk(where: Path, needed: float) -> None:
     free = shutil.disk_usage(where).free / 1e9
     if free < needed + 2:
         sys.exit(
-            f"{where}: {needed + 2:.0f} GB of disk needed, {free:.0f} GB are free; name another place with --dir"
+            f"{where}: {needed + 2:.0f} GB of disk needed, {free:.0f} GB are free; name another "
+            "place with --dir"
         )
 
 
 def bench(model: str, where: Path) -> dict[str, float]:
-    """Peak GB of each conversion at one shape. Never more than three copies of the model on the disk."""
+    """Peak GB of each conversion at one shape.
+
+    Never more than three copies of the model on the disk.
+    """
     convert, peaks = str(ROOT / "convert.py"), {}
     with tempfile.TemporaryDirectory(dir=where) as folder:
 

@@ -1,11 +1,12 @@
-"""The conversions beside what people use today: CPU seconds, wall seconds and peak memory at one shape.
+"""The conversions beside what people use today: CPU and wall seconds, and peak memory.
 
-    python benchmarks/convert_speed.py                   # the 1.1B shape, fp16: needs 7 GB of disk, 5 GB of memory, some minutes
+    python benchmarks/convert_speed.py     1.1B shape, fp16: 7 GB of disk, 5 GB of memory
     python benchmarks/convert_speed.py --only merge --repeat 3
 
-For each conversion: ours; a peer that loads whole models, as FastChat's apply_delta, peft's merge and transformers' Meta converter
-do; and the bare loop, the least that reads, computes and writes one tensor at a time with nothing checked or reported. Rounds are
-interleaved, every run is a fresh process on one thread, and medians are compared.
+For each conversion: ours; a peer that loads whole models, as FastChat's apply_delta, peft's merge
+and transformers' Meta converter do; and the bare loop, the least that reads, computes and writes
+one tensor at a time with nothing checked or reported. Rounds are interleaved, every run is a fresh
+process on one thread, and medians are compared.
 """
 
 import argparse
@@ -45,7 +46,10 @@ def peft_merge(base: Path, adapter: Path, out: Path) -> None:
 
 
 def transformers_meta(source: Path, _: Path, out: Path) -> None:
-    """transformers' Meta converter, step by step: load all, permute, save by layers, load as a model, save again."""
+    """transformers' Meta converter, step by step.
+
+    Load all, permute, save by layers, load as a model, save again.
+    """
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -88,7 +92,10 @@ def transformers_meta(source: Path, _: Path, out: Path) -> None:
 
 
 def bare_read(path: Path) -> tuple[dict[str, tuple[int, ...]], Callable]:
-    """Shapes by name, and a function that reads one tensor by its offset (mapping the file would count all of it as memory)."""
+    """Return the shapes by name, and a function that reads one tensor by its offset.
+
+    A mapped file would count as memory as a whole.
+    """
     import torch
 
     file = open(path, "rb")  # noqa: SIM115, until the process ends

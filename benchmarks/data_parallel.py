@@ -1,16 +1,20 @@
-"""Data-parallel training beside torch's DDP, ZeroRedundancyOptimizer and FSDP2, and DeepSpeed: speed and memory of two ranks.
+"""Data-parallel training on two ranks: speed and memory beside torch and DeepSpeed.
+
+Of torch: DDP, ZeroRedundancyOptimizer and FSDP2.
 
     python benchmarks/data_parallel.py --shape 110m --tokens 256 --rounds 5
 
-DeepSpeed's ZeRO-1 and ZeRO-2 join where it is installed, best in an environment of its own, whose python then runs all sides (it
-builds one extension when first used, so a C++ compiler must be there):
+DeepSpeed's ZeRO-1 and ZeRO-2 join where it is installed, best in an environment of its own, whose
+python then runs all sides (it builds one extension when first used, so a C++ compiler must be
+there):
 
     pip install torch==2.13.0 numpy setuptools wheel ninja py-cpuinfo
     DS_BUILD_OPS=0 DS_ACCELERATOR=cpu pip install --no-build-isolation deepspeed
 
-Every side trains the same model of ours from the same weights in fp32 on the same tokens, with AdamW and clipping, in fresh
-processes over gloo, one thread a rank; sides take turns. Printed: tokens per second of all ranks, CPU seconds per step of a rank,
-peak resident memory of a rank (medians, smallest and largest), and the last loss, which must agree.
+Every side trains the same model of ours from the same weights in fp32 on the same tokens, with
+AdamW and clipping, in fresh processes over gloo, one thread a rank; sides take turns. Printed:
+tokens per second of all ranks, CPU seconds per step of a rank, peak resident memory of a rank
+(medians, smallest and largest), and the last loss, which must agree.
 """
 
 import argparse
@@ -280,13 +284,15 @@ def main() -> None:
     print(f"{'':26}{'tokens/s':>20}{'CPU s a step':>20}{'peak GB a rank':>20}{'last loss':>12}")
     for side, runs in found.items():
         print(
-            f"{side:26}{spread([r['tokens_per_second'] for r in runs], 0):>20}{spread([r['cpu'] for r in runs], 2):>20}"
+            f"{side:26}{spread([r['tokens_per_second'] for r in runs], 0):>20}"
+            f"{spread([r['cpu'] for r in runs], 2):>20}"
             f"{spread([r['peak'] / 1e9 for r in runs], 2):>20}{runs[-1]['loss']:>12.5f}"
         )
 
 
 def spread(values: list[float], digits: int) -> str:
-    return f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f}–{max(values):.{digits}f})"
+    median = statistics.median(values)
+    return f"{median:.{digits}f} ({min(values):.{digits}f}–{max(values):.{digits}f})"
 
 
 if __name__ == "__main__":

@@ -1,17 +1,21 @@
-"""Questions scored per CPU second, and memory, beside lm-evaluation-harness and a plain transformers loop on the same questions and model.
+"""Evaluation beside lm-evaluation-harness and a plain transformers loop: speed and memory.
 
-    python benchmarks/evaluation.py --task mmlu --data mmlu --tokenizer tokenizer.model --shape 15m --limit 50
-    python benchmarks/evaluation.py --task boolq --data boolq/dev.jsonl --tokenizer tokenizer.model --shape 15m --limit 200
+All score the same questions with the same model.
 
-Every side answers by the protocol `lm_eval` with the same random weights, on files, read anew in a process of its own:
+    python benchmarks/evaluation.py --task mmlu --data mmlu --tokenizer t.model --shape 15m
+    python benchmarks/evaluation.py --task boolq --data dev.jsonl --tokenizer t.model --shape 15m
+
+Every side answers by the protocol `lm_eval` with the same random weights, on files, read anew in a
+process of its own:
 
     minillama     `evaluation.runner.predict`, prompts and tokens included
-    lm_eval       lm-evaluation-harness's own task (mmlu, 5 shots; boolq), its installed prompts pointed at the local files, batches of 8
-    plain         transformers, a question at a time, the head applied to the last position only, our prompts
+    lm_eval       lm-evaluation-harness's own task (mmlu, 5 shots; boolq), batches of 8
+    plain         transformers, one question at a time, lm_head at the last position only
 
-Needs `pip install lm_eval transformers==4.57.6` (an environment of its own will do: this script imports minillama from the clone).
-Sides take turns; figures are medians over the rounds, with the smallest and largest. Memory is the process's peak, and how much of it
-came on top of what was held before the first question (weights, imports).
+Needs `pip install lm_eval transformers==4.57.6` (an environment of its own will do: this script
+imports minillama from the clone). Sides take turns; figures are medians over the rounds, with the
+smallest and largest. Memory is the process's peak, and how much of it came on top of what was held
+before the first question (weights, imports).
 """
 
 import argparse
@@ -140,7 +144,8 @@ def lm_eval(options: argparse.Namespace, place: Path):
             about["tag"] = None
         else:
             about["description"] = (
-                f"The following are multiple choice questions (with answers) about {subject.replace('_', ' ')}.\n\n"
+                "The following are multiple choice questions (with answers) about "
+                f"{subject.replace('_', ' ')}.\n\n"
             )
         (tasks / f"{names[subject]}.yaml").write_text(json.dumps(about))  # JSON is YAML
     model = transformers.LlamaForCausalLM.from_pretrained(place, dtype=torch.float32).eval()
@@ -263,10 +268,12 @@ def main() -> None:
                 rounds[side].append(json.loads(done.stdout.splitlines()[-1]))
     questions = len(rounds["minillama"][0]["predicted"])
     print(
-        f"{options.task}, {questions} questions, shape {options.shape}, {options.threads} threads, torch {torch.__version__}"
+        f"{options.task}, {questions} questions, shape {options.shape}, {options.threads} "
+        f"threads, torch {torch.__version__}"
     )
     print(
-        f"{'':10}{'questions / CPU s':>24}{'we are, by CPU time':>34}{'questions / s':>24}{'peak MB':>20}{'of it added':>20}"
+        f"{'':10}{'questions / CPU s':>24}{'we are, by CPU time':>34}{'questions / s':>24}"
+        f"{'peak MB':>20}{'of it added':>20}"
         "  same answers"
     )
     for side, taken in rounds.items():
@@ -279,14 +286,17 @@ def main() -> None:
             for id, answer in taken[0]["predicted"].items()
         )
         print(
-            f"{side:10}{spread([questions / t['cpu'] for t in taken]):>24}{spread(ratios, 2) + ' times faster':>34}"
-            f"{spread([questions / t['wall'] for t in taken]):>24}{spread([t['peak'] for t in taken], 0):>20}"
+            f"{side:10}{spread([questions / t['cpu'] for t in taken]):>24}"
+            f"{spread(ratios, 2) + ' times faster':>34}"
+            f"{spread([questions / t['wall'] for t in taken]):>24}"
+            f"{spread([t['peak'] for t in taken], 0):>20}"
             f"{spread([t['added'] for t in taken], 0):>20}  {same} of {questions}"
         )
 
 
 def spread(values: list[float], digits: int = 1) -> str:
-    return f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f}–{max(values):.{digits}f})"
+    median = statistics.median(values)
+    return f"{median:.{digits}f} ({min(values):.{digits}f}–{max(values):.{digits}f})"
 
 
 if __name__ == "__main__":

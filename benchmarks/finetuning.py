@@ -1,16 +1,18 @@
-"""Supervised fine-tuning on a real length distribution: useful tokens per CPU second, beside three ways of padding.
+"""Supervised fine-tuning on a real length distribution, beside three ways of padding.
 
     python benchmarks/finetuning.py --data alpaca_en_demo.json --tokenizer tokenizer.model
 
-Every side trains a LLaMA of the 15M shape in full (forward, backward, clipping, AdamW) on batches of four rows of up to 512 tokens
-drawn from the same records, rendered and labelled once by our template `alpaca`. They differ in how a batch is laid out:
+Every side trains a LLaMA of the 15M shape in full (forward, backward, clipping, AdamW) on batches
+of four rows of up to 512 tokens drawn from the same records, rendered and labelled once by our
+template `alpaca`. They differ in how a batch is laid out:
 
     fixed     transformers, every row padded to 512                            (FastChat's way)
     dynamic   transformers, rows padded to the longest of the batch
     grouped   transformers, the same over its own LengthGroupedSampler         (group_by_length)
     packed    minillama, documents end to end, four rows of up to 512 tokens
 
-Useful tokens are those of the documents. Sides take turns; each figure is the median over the rounds, with the smallest and largest.
+Useful tokens are those of the documents. Sides take turns; each figure is the median over the
+rounds, with the smallest and largest.
 """
 
 import argparse
@@ -127,7 +129,8 @@ def main() -> None:
         LENGTH,
     )
     print(
-        f"{len(windows.length)} records, {windows.length.sum():,} tokens, mean {windows.length.mean():.0f}; "
+        f"{len(windows.length)} records, {windows.length.sum():,} tokens, mean "
+        f"{windows.length.mean():.0f}; "
         f"{torch.get_num_threads()} threads, torch {torch.__version__}"
     )
     sides = {kind: Padded(windows, kind) for kind in ("fixed", "dynamic", "grouped")} | {
@@ -144,17 +147,20 @@ def main() -> None:
             cpu[name].append(useful / (time.process_time() - cpu_began))
             wall[name].append(useful / (time.perf_counter() - began))
     print(
-        f"{'':10}{'useful tokens / CPU s':>28}{'packed is, by CPU time':>34}{'useful tokens / s':>24}"
+        f"{'':10}{'useful tokens / CPU s':>28}{'packed is, by CPU time':>34}"
+        f"{'useful tokens / s':>24}"
     )
     for name in sides:
         ratios = [ours / theirs for ours, theirs in zip(cpu["packed"], cpu[name], strict=True)]
         print(
-            f"{name:10}{spread(cpu[name]):>28}{spread(ratios, 2) + ' times faster':>34}{spread(wall[name]):>24}"
+            f"{name:10}{spread(cpu[name]):>28}{spread(ratios, 2) + ' times faster':>34}"
+            f"{spread(wall[name]):>24}"
         )
 
 
 def spread(values: list[float], digits: int = 0) -> str:
-    return f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f}–{max(values):.{digits}f})"
+    median = statistics.median(values)
+    return f"{median:.{digits}f} ({min(values):.{digits}f}–{max(values):.{digits}f})"
 
 
 if __name__ == "__main__":

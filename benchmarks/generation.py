@@ -1,16 +1,19 @@
-"""Generation beside transformers and litgpt, and beside the memory: reading a prompt, decoding, a ragged batch, beams, start-up.
+"""Generation beside transformers and litgpt, and beside the bound that memory sets.
+
+Reading a prompt, decoding, a ragged batch, beams, and the start of the process.
 
     python benchmarks/generation.py                            # 110M, fp32 and bf16
     python benchmarks/generation.py --models 15m,110m,1.1b --rounds 7
-    python benchmarks/generation.py --startup                  # from a fresh process to the first token
+    python benchmarks/generation.py --startup             from a new process to the first token
 
-Random weights, the same on all sides; greedy; sides take turns. Each decodes `--tokens` after a prompt of `--prompt` tokens, the batch
-eight prompts of 1/8, 2/8, … of it (transformers pads them on the left; ours computes no padding). Reading the prompt is timed by
-itself and taken off. `bound` is a loop of nothing but torch's matrix-vector products over the same weights, one a linear and token:
+Random weights, the same on all sides; greedy; sides take turns. Each decodes `--tokens` after a
+prompt of `--prompt` tokens, the batch eight prompts of 1/8, 2/8, … of it (transformers pads them on
+the left; ours computes no padding). Reading the prompt is timed by itself and taken off. `bound` is
+a loop of nothing but torch's matrix-vector products over the same weights, one a linear and token:
 what decoding costs if all else were free. litgpt takes part where it is installed.
 
-Figures are tokens a second by the wall clock and by the processor's, medians over the rounds with the smallest and largest, and the
-median of ours over theirs within a round.
+Figures are tokens a second by the wall clock and by the processor's, medians over the rounds with
+the smallest and largest, and the median of ours over theirs within a round.
 """
 
 import argparse
@@ -60,7 +63,10 @@ def shape(name: str) -> LlamaConfig:
 
 
 class Ours:
-    """As a session does it: the weights are packed before the first texts of a number that gains from it."""
+    """As a session does it.
+
+    The weights are packed before the first texts of a number that gains from it.
+    """
 
     def __init__(self, model: Llama) -> None:
         self.model = deepcopy(model)
@@ -173,7 +179,7 @@ class LitGPT:
 
 
 class Bound:
-    """Nothing but the matrix-vector products of one token, `tokens` times for each prompt at once."""
+    """Compute only the matrix-vector products of `tokens` tokens, for all prompts together."""
 
     def __init__(self, model: Llama) -> None:
         self.weights = [
@@ -263,26 +269,33 @@ def show(title: str, rates: dict[str, list]) -> None:
             for i in (0, 1)
         ]
         print(
-            f"{side:36}{spread([f[0] for f in found], 1):>28}{spread([f[1] for f in found], 1):>28}{spread(ratios[0]):>20}"
+            f"{side:36}{spread([f[0] for f in found], 1):>28}"
+            f"{spread([f[1] for f in found], 1):>28}{spread(ratios[0]):>20}"
             f"{spread(ratios[1]):>18}",
             flush=True,
         )
 
 
 def spread(values: list[float], digits: int = 2) -> str:
-    return f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f}–{max(values):.{digits}f})"
+    median = statistics.median(values)
+    return f"{median:.{digits}f} ({min(values):.{digits}f}–{max(values):.{digits}f})"
 
 
 THEIR_START = """
 import sys, torch
 from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
-print(model.generate(torch.tensor([[1, 5, 9]]), max_new_tokens=1, do_sample=False, pad_token_id=0)[0, -1].item())
+prompt = torch.tensor([[1, 5, 9]])
+ids = model.generate(prompt, max_new_tokens=1, do_sample=False, pad_token_id=0)
+print(ids[0, -1].item())
 """
 
 
 def startup(options: argparse.Namespace) -> None:
-    """Seconds from a fresh process to the first token of a 15M model, beside a script that does the same with transformers."""
+    """Measure the seconds from a new process to the first token of a 15M model.
+
+    The peer is a script that does the same with transformers.
+    """
     with tempfile.TemporaryDirectory() as directory:
         save_model(
             Llama(shape("15m")).initialise(torch.Generator().manual_seed(0)), Path(directory)

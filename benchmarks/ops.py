@@ -1,14 +1,16 @@
-"""Each op, forward and backward, in every form there is on this machine: time, peak memory, bytes kept for backward.
+"""Each op, forward and backward, in every implementation on this machine: time and memory.
 
-    python benchmarks/ops.py                                  # all ops at LLaMA's shapes; about a quarter of an hour
+    python benchmarks/ops.py                       all ops at LLaMA's shapes, a quarter of an hour
     python benchmarks/ops.py --ops rms_norm,rope --rounds 3
 
-Forms: `reference` (the formula under autograd), `fused` (backward by hand), `torch` (the builtin: F.rms_norm, SDPA, F.linear and
-F.cross_entropy), `chunked` and `by 256` (F.linear_cross_entropy with its own choice of chunks, and with chunks of 256 rows), `compiled`
-(torch.compile of the reference); of AdamW, torch's three. All get the same tensors in fp32; a figure is the
-median over the rounds, in which forms take turns, with the smallest and largest; ratios are taken within a round. Time: seconds of
-the processor, and of the clock. Peak: of a fresh process, over what it held after a first call. Kept: the bytes of the tensors
-autograd saves, parameters and inputs (alive anyway) aside.
+Forms: `reference` (the formula under autograd), `fused` (backward by hand), `torch` (the builtin:
+F.rms_norm, SDPA, F.linear and F.cross_entropy), `chunked` and `by 256` (F.linear_cross_entropy with
+its own choice of chunks, and with chunks of 256 rows), `compiled` (torch.compile of the reference);
+of AdamW, torch's three. All get the same tensors in fp32; a figure is the median over the rounds,
+in which forms take turns, with the smallest and largest; ratios are taken within a round. Time:
+seconds of the processor, and of the clock. Peak: of a fresh process, over what it held after a
+first call. Kept: the bytes of the tensors autograd saves, parameters and inputs (alive anyway)
+aside.
 """
 
 import argparse
@@ -38,7 +40,10 @@ FORMS = ("reference", "fused", "torch", "chunked", "by 256", "compiled")
 
 @dataclass(frozen=True)
 class Measured:
-    """An op at one shape: `inputs` take gradients, `rest` does not; `builtins` are what torch has for it."""
+    """An op at one shape.
+
+    `inputs` take gradients, `rest` does not; `builtins` are what torch has for it.
+    """
 
     op: str
     shape: str
@@ -224,8 +229,10 @@ def report(op: str, T: int, C: int, options: argparse.Namespace) -> None:
         done = subprocess.run(command, capture_output=True, text=True, check=True, env=gives_back)
         grown = json.loads(done.stdout.splitlines()[-1])
         print(
-            f"{op if name == 'reference' else '':22}{measured.shape if name == 'reference' else '':20}{name:10}{spread(cpu[name]):>28}"
-            f"{spread(ratios, 2) + ' x':>22}{spread(wall[name]):>30}{grown / 1e6:>9.1f}{kept(form, measured) / 1e6:>9.1f}",
+            f"{op if name == 'reference' else '':22}"
+            f"{measured.shape if name == 'reference' else '':20}{name:10}{spread(cpu[name]):>28}"
+            f"{spread(ratios, 2) + ' x':>22}{spread(wall[name]):>30}{grown / 1e6:>9.1f}"
+            f"{kept(form, measured) / 1e6:>9.1f}",
             flush=True,
         )
 
@@ -265,13 +272,15 @@ def report_adamw(options: argparse.Namespace) -> None:
     for name, times in found.items():
         ratios = [a / b for a, b in zip(found["reference"][1:], times[1:], strict=True)]
         print(
-            f"{'adamw' if name == 'reference' else '':22}{'28.3 M' if name == 'reference' else '':18}{name:12}{spread(times[1:]):>28}"
+            f"{'adamw' if name == 'reference' else '':22}"
+            f"{'28.3 M' if name == 'reference' else '':18}{name:12}{spread(times[1:]):>28}"
             f"{spread(ratios, 2) + ' x':>22}"
         )
 
 
 def spread(values: list[float], digits: int = 1) -> str:
-    return f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f}–{max(values):.{digits}f})"
+    median = statistics.median(values)
+    return f"{median:.{digits}f} ({min(values):.{digits}f}–{max(values):.{digits}f})"
 
 
 def main() -> None:
@@ -298,11 +307,13 @@ def main() -> None:
         peak(OPS[options.ops](*sizes[0]), options.peak)
         return
     print(
-        f"forward + backward, fp32, {options.threads} threads, torch {torch.__version__}; medians of {options.rounds} rounds "
+        f"forward + backward, fp32, {options.threads} threads, torch {torch.__version__}; medians "
+        f"of {options.rounds} rounds "
         "(smallest–largest)"
     )
     print(
-        f"{'op':22}{'shape':20}{'form':10}{'CPU ms':>28}{'faster than formula':>22}{'wall ms':>30}{'peak MB':>9}{'kept MB':>9}"
+        f"{'op':22}{'shape':20}{'form':10}{'CPU ms':>28}{'faster than formula':>22}{'wall ms':>30}"
+        f"{'peak MB':>9}{'kept MB':>9}"
     )
     for op in options.ops.split(","):
         if op == "adamw":

@@ -1,4 +1,4 @@
-"""How long until a user sees something: importing the model class, and `--help`, beside transformers.
+"""How long until a user sees something: importing the model and `--help`, beside transformers.
 
     python benchmarks/startup.py
 
@@ -52,7 +52,8 @@ def main() -> None:
         )  # the first warms the disk's cache
         ratio = statistics.median(ours / other for ours, other in zip(cpu, theirs, strict=True))
         print(
-            f"{name:22} CPU {spread(cpu)} s   wall {spread(wall)} s   of transformers' CPU {ratio:.2f}"
+            f"{name:22} CPU {spread(cpu)} s   wall {spread(wall)} s   of transformers' CPU "
+            f"{ratio:.2f}"
         )
 
 

@@ -1,12 +1,14 @@
-"""Tokenizing 50,000 alpaca records: ours against transformers' fast tokenizer in batches, and FastChat's one by one.
+"""Tokenizing 50,000 alpaca records: ours, transformers' fast tokenizer, and FastChat's way.
 
-Every side reads the same JSON, renders Stanford's prompt, and ends with ids and a trained-on mask of every record. Ours also
-writes them to disk. The 999 given records are repeated with words altered at random, so that a cache of words meets new ones.
+Every side reads the same JSON, renders Stanford's prompt, and ends with ids and a trained-on mask
+of every record. Ours also writes them to disk. The 999 given records are repeated with words
+altered at random, so that a cache of words meets new ones.
 
-    python benchmarks/tokenizing.py --input alpaca.json --tokenizer tokenizer.model --records 50000 --pairs 5
+    python benchmarks/tokenizing.py --input alpaca.json --tokenizer tokenizer.model --pairs 5
 
-Each run is a process of its own; pairs are interleaved; CPU seconds are those of the process and its workers, peak memory that
-of the largest one. `transformers` tokenizes each text once and takes the boundary from its offsets, its cheapest way.
+Each run is a process of its own; pairs are interleaved; CPU seconds are those of the process and
+its workers, peak memory that of the largest one. `transformers` tokenizes each text once and takes
+the boundary from its offsets, its cheapest way.
 """
 
 import argparse
@@ -27,7 +29,10 @@ BATCH = 1000
 
 
 def make_records(source: Path, count: int) -> list[dict[str, str]]:
-    """`count` records: the given ones, over and over, with one word in fifty spelt in a way not seen before."""
+    """`count` records.
+
+    The given ones, over and over, with one word in fifty spelt in a way not seen before.
+    """
     rng, given = random.Random(0), json.loads(source.read_text(encoding="utf-8"))
 
     def vary(text: str) -> str:
@@ -95,7 +100,10 @@ def transformers_fast(data: Path, tokenizer: Path) -> int:
 
 
 def one_by_one(data: Path, tokenizer: Path) -> int:
-    """FastChat's and Stanford's way: the slow tokenizer, the prompt and the whole text of each record in turn."""
+    """FastChat's and Stanford's way.
+
+    The slow tokenizer, the prompt and the whole text of each record in turn.
+    """
     from transformers import LlamaTokenizer
 
     slow = LlamaTokenizer(str(tokenizer), legacy=True)
@@ -177,20 +185,23 @@ def main() -> None:
             {side: measure(side, data, args.tokenizer) for side in sides} for _ in range(args.pairs)
         ]
     print(
-        f"{'':8}{'records/CPU s':>16}{'records/s':>12}{'spread of wall':>18}{'peak MB':>10}{'tokens':>12}"
+        f"{'':8}{'records/CPU s':>16}{'records/s':>12}{'spread of wall':>18}{'peak MB':>10}"
+        f"{'tokens':>12}"
     )
     for side in sides:
         wall = [run[side]["wall"] for run in runs]
         cpu = statistics.median(run[side]["cpu"] for run in runs)
         print(
-            f"{side:8}{args.records / cpu:16.0f}{args.records / statistics.median(wall):12.0f}{min(wall):10.2f} - {max(wall):.2f}"
+            f"{side:8}{args.records / cpu:16.0f}{args.records / statistics.median(wall):12.0f}"
+            f"{min(wall):10.2f} - {max(wall):.2f}"
             f"{max(run[side]['peak_mb'] for run in runs):10.0f}{runs[0][side]['tokens']:12.0f}"
         )
     for side in sides[1:]:
         for what in ("cpu", "wall"):
             ratios = sorted(run[side][what] / run[sides[0]][what] for run in runs)
             print(
-                f"{what:4} of {side} / {sides[0]}: median {statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})"
+                f"{what:4} of {side} / {sides[0]}: median {statistics.median(ratios):.2f} ("
+                f"{ratios[0]:.2f} to {ratios[-1]:.2f})"
             )
 
 

@@ -1,14 +1,17 @@
-"""Whole training steps beside transformers, peft and litgpt: tokens per second, per CPU second, peak memory, bytes kept for backward.
+"""Whole training steps beside transformers, peft and litgpt: speed and memory.
 
     python benchmarks/training.py --shape 15m --litgpt_python PYTHON
     python benchmarks/training.py --shape 110m --rounds 5 --steps 2
 
-LazyTensors: full training; LoRA of rank 8 on q and v; LoRA of rank 16 on all seven linears. Every side takes the same step in fp32 on the
-same random tokens: forward, mean cross entropy over all positions, backward, clipping at norm 1, fused AdamW. Each measurement is a
-fresh process (so its peak is its own), sides take turns, and a first step is not counted. litgpt pins other versions of some
-packages: install it in an environment of its own (`pip install litgpt torch==2.13.0`) and name that interpreter.
+Three recipes: full training; LoRA of rank 8 on q and v; LoRA of rank 16 on all seven linears. Every
+side takes the same step in fp32 on the same random tokens: forward, mean cross entropy over all
+positions, backward, clipping at norm 1, fused AdamW. Each measurement is a fresh process (so its
+peak is its own), sides take turns, and a first step is not counted. litgpt pins other versions of
+some packages: install it in an environment of its own (`pip install litgpt torch==2.13.0`) and name
+that interpreter.
 
-The bytes kept are those of the storages, parameters aside, that autograd saves in one forward: our ops and the reference formulas.
+The bytes kept are those of the storages, parameters aside, that autograd saves in one forward: our
+ops and the reference formulas.
 """
 
 import argparse
@@ -242,7 +245,8 @@ def report(recipe: str, options: argparse.Namespace) -> None:
             found[side].append(fresh(side, options, recipe))
     print(f"\n{recipe}{f', rank {RECIPES[recipe]}' if RECIPES[recipe] else ''}")
     print(
-        f"{'':14}{'tokens / CPU s':>22}{'ours is, by CPU time':>26}{'tokens / s':>22}{'peak GB':>18}{'ours is':>10}{'loss':>10}"
+        f"{'':14}{'tokens / CPU s':>22}{'ours is, by CPU time':>26}{'tokens / s':>22}"
+        f"{'peak GB':>18}{'ours is':>10}{'loss':>10}"
     )
     ours = found["minillama"]
     for side, runs in found.items():
@@ -251,19 +255,23 @@ def report(recipe: str, options: argparse.Namespace) -> None:
         ]
         memory = statistics.median(a["peak"] / b["peak"] for a, b in zip(ours, runs, strict=True))
         print(
-            f"{side:14}{spread([r['per_cpu_second'] for r in runs]):>22}{spread(ratios, 2) + ' x':>26}"
-            f"{spread([r['per_second'] for r in runs]):>22}{spread([r['peak'] for r in runs], 2):>18}{memory:>8.2f} x"
+            f"{side:14}{spread([r['per_cpu_second'] for r in runs]):>22}"
+            f"{spread(ratios, 2) + ' x':>26}"
+            f"{spread([r['per_second'] for r in runs]):>22}"
+            f"{spread([r['peak'] for r in runs], 2):>18}{memory:>8.2f} x"
             f"{runs[-1]['loss']:>10.3f}"
         )
     kept, formulas = (fresh("kept", options, recipe, ops) for ops in ("auto", "reference"))
     print(
-        f"kept for backward: {kept / 1e6:.1f} MB, reference ops {formulas / 1e6:.1f} MB: {kept / formulas:.2f} x",
+        f"kept for backward: {kept / 1e6:.1f} MB, reference ops {formulas / 1e6:.1f} MB: "
+        f"{kept / formulas:.2f} x",
         flush=True,
     )
 
 
 def spread(values: list[float], digits: int = 0) -> str:
-    return f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f}–{max(values):.{digits}f})"
+    median = statistics.median(values)
+    return f"{median:.{digits}f} ({min(values):.{digits}f}–{max(values):.{digits}f})"
 
 
 def main() -> None:
@@ -298,8 +306,10 @@ def main() -> None:
         run_side(options.side, options)
     else:
         print(
-            f"{options.shape}, fp32, {options.batch} rows of {options.tokens} tokens, {options.threads} threads, "
-            f"torch {torch.__version__}; medians of {options.rounds} rounds of {options.steps} steps (smallest–largest)"
+            f"{options.shape}, fp32, {options.batch} rows of {options.tokens} tokens, "
+            f"{options.threads} threads, "
+            f"torch {torch.__version__}; medians of {options.rounds} rounds of {options.steps} "
+            "steps (smallest–largest)"
         )
         for recipe in options.recipes.split(","):
             report(recipe, options)
