@@ -25,9 +25,9 @@ from torch import Tensor
 from minillama import comm
 from minillama.checkpoint.hf_format import list_states, write_json
 from minillama.comm import Mesh
-from minillama.data.sources import hash_of
 from minillama.errors import UserError
 from minillama.files import flush_to_disk as to_disk
+from minillama.files import sha256_of
 from minillama.tensor_files import read_safetensors
 from minillama.tensor_writers import write_safetensors
 
@@ -91,7 +91,7 @@ def save_state(
 def flush_and_hash(path: Path) -> str:
     """Flush a file to the disk; returns the sha256 of what it holds."""
     to_disk(path)
-    return hash_of(path)
+    return sha256_of(path)
 
 
 def publish(partial: Path, final: Path) -> None:
@@ -108,7 +108,7 @@ def damage(directory: Path) -> str:
     try:
         expected = json.loads((directory / "manifest.json").read_text(encoding="utf-8"))["sha256"]
         for name, sha in expected.items():
-            if hash_of(directory / name) != sha:
+            if sha256_of(directory / name) != sha:
                 return f"{directory / name}: its content is not what was written"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{directory}: {error}"

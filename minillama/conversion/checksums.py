@@ -15,8 +15,8 @@ from tqdm import tqdm
 from minillama.checkpoint.hf_format import open_weights
 from minillama.conversion.meta import read_meta
 from minillama.conversion.writer import LazyTensors, write_file
-from minillama.data.sources import hash_of
 from minillama.errors import UserError, read_json
+from minillama.files import sha256_of
 from minillama.peft_adapters import adapter_tensors
 from minillama.tensor_writers import bytes_of
 
@@ -53,7 +53,7 @@ def manifest(directory: Path) -> dict:
         for name, line in tensors.items()
     )
     files = {
-        path.name: {"bytes": path.stat().st_size, "sha256": hash_of(path)}
+        path.name: {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
         for path in sorted(directory.iterdir())
         if path.is_file() and path.name != MANIFEST
     }

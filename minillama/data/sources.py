@@ -118,7 +118,7 @@ def _source_of_entry(info_path: Path, name: str, entry: dict[str, Any]) -> Sourc
         )
     expected_sha1 = entry.get("file_sha1")
     if expected_sha1:
-        sha1 = hash_of(path, "sha1")
+        sha1 = _sha1_of(path)
         if sha1 != expected_sha1:
             raise UserError(
                 f"{path}: its sha1 is {sha1}, {info_path} says {expected_sha1} for {name}; "
@@ -147,6 +147,6 @@ def _is_entry(entry: Any) -> bool:
     return all(isinstance(entry.get(table, {}), dict) for table in NAME_TABLES)
 
 
-def hash_of(path: Path, algorithm: str = "sha256") -> str:
+def _sha1_of(path: Path) -> str:
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, algorithm).hexdigest()
+        return hashlib.file_digest(file, "sha1").hexdigest()

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from minillama.data.formats import read_records
+from minillama.data.records import read_records
 from minillama.data.sources import Source
 from minillama.errors import UserError, closest
 

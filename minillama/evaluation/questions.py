@@ -9,8 +9,8 @@ import re
 from argparse import Namespace
 from pathlib import Path
 
-from minillama.data.formats import read_records
-from minillama.data.sources import Source, hash_of
+from minillama.data.records import read_records
+from minillama.data.sources import Source
 from minillama.errors import UserError
 from minillama.evaluation import report
 from minillama.evaluation.likelihood import Query, QueryResult
@@ -22,6 +22,7 @@ from minillama.evaluation.protocols import (
     read_questions,
     read_shots,
 )
+from minillama.files import sha256_of
 from minillama.generation.output_file import Record
 from minillama.tokenizer import Tokenizer
 
@@ -46,7 +47,7 @@ class Choices:
         self.about = {"protocol": name, "n_shots": n_shots, "split": TASKS[options.task]["split"]}
         self.notes = {"shots_dropped": 0, "prompts_cut": 0, "example_prompt": ""}
         files = find_files(options.task, Path(options.data), options.subjects)
-        self.hashes = {subject: hash_of(file) for subject, file in files.items()}
+        self.hashes = {subject: sha256_of(file) for subject, file in files.items()}
         for subject, file in files.items():
             shots = read_shots(options.task, subject, Path(options.data), n_shots)
             for number, question in enumerate(
@@ -111,7 +112,7 @@ class Perplexity:
             "n_shots": 0,
             "split": "whole",
         }
-        self.hashes, self.queries, self.bytes = {path.name: hash_of(path)}, {}, 0
+        self.hashes, self.queries, self.bytes = {path.name: sha256_of(path)}, {}, 0
         for number, (place, row) in enumerate(
             list(read_records(Source(path)))[: options.limit or None]
         ):
