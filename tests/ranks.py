@@ -13,7 +13,8 @@ from typing import Any
 def run_on_ranks(
     size: int, function: Callable[..., Any], *arguments: Any, timeout: float = 60.0
 ) -> list[Any]:
-    """function(*arguments) on each of `size` ranks, with torchrun's environment; returns the results in order of rank.
+    """function(*arguments) on each of `size` ranks, with torchrun's environment; returns the
+    results in order of rank.
 
     A rank that fails raises its traceback here; one that hangs is killed at `timeout`.
     """

@@ -1,4 +1,4 @@
-"""Ranks: the few collectives of training, on real processes, and the harness of the tests that fork them."""
+"""Ranks: the few collectives of training, on real processes; and the harness that forks them."""
 
 import time
 
@@ -7,6 +7,7 @@ import torch
 
 from minillama import comm
 from minillama.comm import Mesh
+from minillama.errors import UserError
 from tests.ranks import run_on_ranks
 
 
@@ -67,3 +68,34 @@ def test_a_rank_that_fails_fails_the_test_with_its_traceback() -> None:
 def test_ranks_that_hang_are_killed() -> None:
     with pytest.raises(TimeoutError, match="rank 0, 1"):
         run_on_ranks(2, time.sleep, 1000.0, timeout=0.3)
+
+
+def test_ranks_that_disagree_about_a_collective_stop_with_both_places(monkeypatch):
+    monkeypatch.setenv("MINILLAMA_DEBUG_COLLECTIVES", "1")
+
+    def run():
+        with comm.start("cpu", timeout_minutes=1) as mesh:
+            try:
+                comm.barrier(mesh) if mesh.rank else comm.all_reduce_sum(mesh, torch.ones(3))
+            except UserError as error:
+                return str(error)
+
+    for message in run_on_ranks(2, run):
+        assert (
+            "rank 0: all_reduce of (3,) at" in message
+            and "rank 1: barrier" in message
+            and message.count("test_comm.py") == 2
+        )
+
+
+def test_a_lost_peer_is_one_line_that_names_the_rank():
+    def run():
+        with comm.start("cpu", timeout_minutes=0.05) as mesh:
+            if mesh.rank == 1:
+                return "gone"
+            try:
+                comm.all_reduce_sum(mesh, torch.ones(3))
+            except UserError as error:
+                return str(error)
+
+    assert run_on_ranks(2, run)[0].startswith("rank 0 of 2: all_reduce failed: a peer has ended")

@@ -1,5 +1,6 @@
-"""Devices: which one is picked, by what, and what is said where it is not there. Plug-ins that are not here are written for the test:
-packages that put a fake device (`tests.vendor.fake_device`) in their vendor's place. One plug-in a process, so most tests start one."""
+"""Devices: which one is picked, by what, and what is said where it is not there. Plug-ins that are
+not here are written for the test: packages that put a fake device (`tests.vendor.fake_device`) in
+their vendor's place. One plug-in a process, so most tests start one."""
 
 import os
 import subprocess

@@ -1,0 +1,105 @@
+"""The reducer: every gradient reaches its place once, and its memory is bounded."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from minillama import comm
+from minillama.comm import Mesh
+from minillama.parallel.reducer import GradientReducer, PairwiseSum
+from minillama.parallel.sharded_optimizer import ShardedOptimizer
+from tests.conftest import random_model, random_tokens
+from tests.test_zero import settings_of
+
+
+def test_stage_2_sends_and_frees_its_buckets_while_backward_goes_on():
+    """Never more under way than two buckets and the vectors, of which the first layer's come
+    last.
+    """
+    net = random_model(n_layers=6)
+    gradients = (
+        ShardedOptimizer(net.named_parameters(), Mesh(), settings_of(2, bucket_elements=3000))
+        .vectors[0]
+        .gradients
+    )
+    under_way = []
+    for parameter in net.parameters():
+        parameter.register_post_accumulate_grad_hook(
+            lambda _: under_way.append(sum(t.numel() for t in gradients.filled.values()))
+        )
+    tokens = random_tokens(1, 9)
+    net.loss_sum(tokens, tokens).backward()
+    sizes, vectors = (
+        [p.numel() for p in net.parameters()],
+        sum(p.numel() for p in net.parameters() if p.ndim == 1),
+    )
+    assert len(under_way) == len(sizes)
+    assert 0 < max(under_way) <= 2 * max(3000, *sizes) + vectors < sum(sizes) / 2
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.integers(1, 90), max_size=6),
+    st.lists(st.integers(1, 9), min_size=1, max_size=6),
+    st.sampled_from([0, 1, 2]),
+    st.integers(1, 5),
+    st.integers(1, 100),
+    st.booleans(),
+)
+def test_every_gradient_reaches_its_place_in_its_owners_slice_once(
+    matrices, vectors, stage, size, bucket, accumulates
+):
+    """The gradient of each number is its position, so the sum over rounds is the positions
+    themselves, slice after slice.
+    """
+    parameters = [nn.Parameter(torch.zeros(n, 1)) for n in matrices] + [
+        nn.Parameter(torch.zeros(n)) for n in vectors
+    ]
+    sizes = [p.numel() for p in parameters]
+    total = sum(sizes)
+    slice_size, rounds, slices = -(-total // size) + 1, 1 + accumulates, []
+    positions = [
+        x.view(p.shape)
+        for x, p in zip(torch.arange(float(total)).split(sizes), parameters, strict=True)
+    ]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(comm, "reduce_to", lambda mesh, tensor, **_: lambda: tensor)
+        for rank in range(size if stage else 1):
+            gradients = GradientReducer(
+                parameters, Mesh(rank, size), slice_size, settings_of(stage, bucket_elements=bucket)
+            )
+            for _ in range(rounds):
+                sum((p * x).sum() for p, x in zip(parameters, positions, strict=True)).backward()
+                gradients.end_micro_batch()
+            slices.append(gradients.reduced())
+            parameters = [nn.Parameter(p.detach()) for p in parameters]  # without hooks
+    found = torch.cat(slices)
+    assert (
+        torch.equal(found[:total], rounds * torch.arange(float(total))) and not found[total:].any()
+    )
+
+
+@given(st.integers(1, 40), st.sampled_from([1, 2, 4, 8]))
+def test_the_tree_of_sums_does_not_depend_on_the_ranks(count, ranks):
+    """Strings as numbers whose sum shows the order: ranks first, then a binary counter, is the
+    tree that one rank builds alone.
+    """
+
+    class Sum:
+        def __init__(self, text):
+            self.text = text
+
+        def add_(self, other):
+            return Sum(f"({self.text}+{other.text})")
+
+    def tree(leaves: list[Sum]) -> str:
+        counter = PairwiseSum()
+        for leaf in leaves:
+            counter.add(leaf)
+        return counter.result().text
+
+    leaves = [Sum(str(i)) for i in range(count)]
+    groups = [comm.pairwise_sum(list(leaves[i : i + ranks])) for i in range(0, count, ranks)]
+    assert tree(groups) == tree(leaves)
