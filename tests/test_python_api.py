@@ -1,6 +1,7 @@
 """minillama from Python: a model is loaded and completes prompts; nothing is imported too early."""
 
 import ast
+import doctest
 import subprocess
 import sys
 from pathlib import Path
@@ -110,3 +111,12 @@ def test_every_name_of_the_api_exists_and_is_known_to_type_checkers() -> None:
     with pytest.raises(AttributeError, match="no attribute 'laod'"):
         minillama.laod  # noqa: B018
     assert (ROOT / "minillama/py.typed").is_file()
+
+
+def test_the_examples_of_the_python_page_give_what_it_shows(monkeypatch) -> None:
+    monkeypatch.chdir(ROOT)
+    page = ROOT / "docs/python.md"
+    flags = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+    outcome = doctest.testfile(str(page), False, optionflags=flags, encoding="utf-8")
+    assert outcome.attempted > 10
+    assert outcome.failed == 0
