@@ -286,12 +286,12 @@ def _is_list_of_strings(value: Any) -> bool:
 
 
 def list_presets() -> dict[str, str]:
-    """Return what each preset is: the first comment of its file, up to the command after ": "."""
+    """Return what each preset is, by name: the first comment of its file."""
     paths = sorted(PRESETS.glob("*.toml"), key=_demo_first)
     presets = {}
     for path in paths:
         first_line = read_text(path).partition("\n")[0]
-        presets[path.stem] = first_line.lstrip("# ").partition(": ")[0]
+        presets[path.stem] = first_line.removeprefix("# ")
     return presets
 
 
