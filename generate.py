@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from minillama import cli, threads
 from minillama.compat.flags import GENERATION
 from minillama.errors import UserError
+from minillama.options import from_flags
 
 if TYPE_CHECKING:  # torch is imported when the flags and prompts are known to be right
     from minillama.generation.engine import Engine
@@ -205,7 +206,7 @@ def check(options: argparse.Namespace) -> None:
 
 def open_engine(options: argparse.Namespace) -> "Engine":
     """The engine that the flags describe."""
-    from minillama.generation.config import GenerationConfig, from_flags
+    from minillama.generation.config import GenerationConfig
     from minillama.generation.loading import LoadOptions, load_engine
 
     config = from_flags(GenerationConfig, vars(options))

@@ -24,7 +24,7 @@ TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in SOURCES}
 # A file imports from lower floors, or from its own room; rooms of one floor do not know each other.
 FLOORS: list[list[set[str]]] = [
     [{"errors"}, {"threads"}],
-    [{"files", "output_directory"}],
+    [{"files", "output_directory"}, {"options"}],
     [{"llama_config", "hf_config"}, {"device"}, {"memory"}, {"loss_curves"}],
     [{"train_config", "cli"}],
     [{"compat"}],

@@ -13,8 +13,9 @@ import pytest
 from minillama.checkpoint.hf_format import load_model
 from minillama.errors import UserError
 from minillama.generation import engine as sessions
-from minillama.generation.config import GenerationConfig, from_flags
+from minillama.generation.config import GenerationConfig
 from minillama.generation.sampling import Sampling
+from minillama.options import from_flags
 from minillama.tokenizer import open_tokenizer
 from tests.conftest import generate
 

@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any, overload
 
 from minillama.chat import find_template
-from minillama.generation.config import GenerationConfig, from_keywords
+from minillama.generation.config import GenerationConfig
 from minillama.generation.engine import ChatSession, Engine
 from minillama.generation.loading import LoadOptions, load_engine
 from minillama.model import Llama
+from minillama.options import from_keywords
 from minillama.tokenizer import Tokenizer
 
 

@@ -1,36 +1,11 @@
 """How completions are written: one table, with the names and defaults of generate.py's flags."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
-from typing import Any, TypeVar
+from dataclasses import dataclass
+from typing import Any
 
-from minillama.errors import UserError, closest
+from minillama.errors import UserError
 from minillama.generation.beam import EARLY_STOPPING, BeamOptions
 from minillama.generation.sampling import Sampling
-
-Options = TypeVar("Options")
-
-
-def from_flags(kind: type[Options], flags: Mapping[str, Any]) -> Options:
-    """An options dataclass from those flags that have the names of its fields."""
-    names = {field.name for field in fields(kind)}  # type: ignore[arg-type]
-    return from_keywords(kind, {name: flags[name] for name in flags if name in names})
-
-
-def from_keywords(kind: type[Options], keywords: Mapping[str, Any]) -> Options:
-    """An options dataclass from Python keywords; lists become tuples.
-
-    Raises UserError for a keyword that is no field of it, with the closest one.
-    """
-    names = [field.name for field in fields(kind)]  # type: ignore[arg-type]
-    values = {}
-    for name, value in keywords.items():
-        if name not in names:
-            raise UserError(
-                f"no option {name!r}{closest(name, names)}; options: {', '.join(names)}"
-            )
-        values[name] = tuple(value) if isinstance(value, list) else value
-    return kind(**values)
 
 
 @dataclass(frozen=True)
