@@ -77,6 +77,17 @@ def published(name: str) -> LlamaConfig:
     )
 
 
+def stop_ids(directory: Path, config: LlamaConfig) -> tuple[int, ...]:
+    """The ids that end a text: those of config.json and of generation_config.json."""
+    path = directory / "generation_config.json"
+    eos_ids = read_json(path).get("eos_token_id") if path.is_file() else None
+    if eos_ids is None:
+        eos_ids = []
+    elif not isinstance(eos_ids, list):
+        eos_ids = [eos_ids]
+    return tuple(dict.fromkeys([*config.eos_ids, *eos_ids]))
+
+
 def read_config(path: Path) -> LlamaConfig:
     """Read `config.json`, given as the file or the directory that holds it."""
     if path.is_dir():

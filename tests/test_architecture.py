@@ -99,7 +99,6 @@ def test_a_file_imports_only_from_floors_below_its_own_or_from_its_own_room(path
 LONG_FILES = {
     "convert.py",
     "minillama/training/run.py",
-    "minillama/checkpoint/hf_format.py",
     "minillama/conversion/meta.py",
     "minillama/ops/fused.py",
     "minillama/training/trainer.py",

@@ -2,7 +2,7 @@
 
     base weights ──▶ Llama ──▶ + adapter 1 + adapter 2 … ──▶ Engine with tokenizer and template
 
-Adapters are not merged: two on one linear layer become one of both ranks (`add_adapter`).
+Adapters are not merged: two on one linear layer become one of both ranks (`load_adapter`).
 """
 
 import hashlib

@@ -1,0 +1,197 @@
+"""Reading a model directory: config.json, model*.safetensors (and their index), tokenizer files.
+
+That is Hugging Face's layout of a LLaMA. Older directories hold pytorch_model*.bin in place of the
+safetensors, and load alike. Loading is a loop over tensors: check name and shape, read, copy, free.
+A tensor that the model needs and the files lack is an error, and so is one that the model has no
+place for; nothing is filled in silently.
+"""
+
+from collections.abc import Collection, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from minillama.errors import UserError, listed
+from minillama.files import read_json
+from minillama.hf_config import read_config
+from minillama.llama_config import LlamaConfig, with_layers
+from minillama.model import Llama
+from minillama.tensor_files import POSITIONS, TensorRef, read_tensors
+
+EMBEDDING = "model.embed_tokens.weight"
+HEAD = "lm_head.weight"
+
+
+class HasShape(Protocol):
+    """A tensor of a file, or one that is still to be made."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+
+def load_model(
+    directory: Path, dtype: torch.dtype = torch.float32, n_layers: int = 0, vocab_size: int = 0
+) -> Llama:
+    """Read a model directory as a `Llama` of `dtype` on the CPU, one tensor at a time.
+
+    n_layers: only the first N (0: all).
+    vocab_size: grow the embeddings to this many rows; new rows are the mean of the old.
+    Raises UserError for any difference between the files and what config.json describes.
+    """
+    config = read_config(directory)
+    tensors = open_weights(directory)
+    check_names(config, tensors, directory)
+    if n_layers:
+        config = with_layers(config, n_layers)
+    config = replace(config, vocab_size=max(vocab_size, config.vocab_size))
+    model = empty_model(config, dtype)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            tensor = tensors[name].read()
+            rows = len(tensor)
+            parameter[:rows].copy_(tensor)
+            if rows < len(parameter):
+                parameter[rows:] = tensor.float().mean(0).to(dtype)
+    return model
+
+
+def empty_model(config: LlamaConfig, dtype: torch.dtype) -> Llama:
+    """Return a `Llama` whose parameters have memory but no values.
+
+    The model is made on the meta device first, so that torch neither initialises the parameters
+    nor allocates them twice. `nn.Module.to_empty` would do the rest too, but it loads torch's
+    compiler, which takes half a second.
+    """
+    with torch.device("meta"):
+        model = Llama(config)
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            values = torch.empty(parameter.shape, dtype=dtype, device="cpu")
+            setattr(module, name, nn.Parameter(values))
+    if config.tie_embeddings:
+        model.lm_head.weight = model.model.embed_tokens.weight
+    return model
+
+
+def open_weights(directory: Path) -> dict[str, TensorRef]:
+    """Return every tensor of a model directory, by name; only headers are read.
+
+    Raises UserError for missing or unreadable files, all of them in one message.
+    """
+    if not directory.is_dir():
+        raise UserError(
+            f"{directory}: no such directory; "
+            "a checkpoint is a directory with config.json and model*.safetensors"
+        )
+    files = _weight_files(directory)
+    weights: dict[str, TensorRef] = {}
+    for tensors in open_files(files, "the index promises; download it again"):
+        weights |= tensors
+    return weights
+
+
+def open_files(
+    files: Mapping[Path, Collection[str]], promise: str, alike: bool = False
+) -> list[dict[str, TensorRef]]:
+    """Return the tensors in each of `files`, by name, without rotary positions.
+
+    files: the names that each file must have. promise: where these come from, for the error.
+    alike: whether all files may have the same names, as slices of the same tensors do.
+    Raises UserError that lists all files which are missing, cannot be read, lack a name, or have a
+    name that another file has.
+    """
+    opened = []
+    problems = []
+    file_of: dict[str, str] = {}  # the file in which a name was seen last
+    for path, names in files.items():
+        try:
+            tensors = read_tensors(path)
+        except UserError as error:
+            problems.append(str(error))
+            continue
+        opened.append(
+            {name: tensor for name, tensor in tensors.items() if not POSITIONS.search(name)}
+        )
+        for name in names:
+            if name not in tensors:
+                problems.append(f"{path}: lacks {name}, which {promise}")
+        for name in tensors:
+            if name in file_of and not alike:
+                problems.append(f"{path}: {name} is in {file_of[name]} too")
+            file_of[name] = path.name
+    if problems:
+        raise UserError(listed(problems, 8))
+    return opened
+
+
+def check_names(config: LlamaConfig, tensors: Mapping[str, HasShape], directory: Path) -> None:
+    """Compare tensors with those that `config` describes. Raises UserError that lists differences.
+
+    A tied head may be among the tensors or not.
+    """
+    shapes = config.parameter_shapes()
+    problems = [f"missing {name}" for name in shapes if name not in tensors]
+    for name in tensors:
+        is_tied_head = config.tie_embeddings and name == HEAD
+        if name not in shapes and not is_tied_head:
+            problems.append(f"unexpected {name}")
+    for name, shape in shapes.items():
+        if name in tensors and tensors[name].shape != shape:
+            problems.append(f"{name} is {tensors[name].shape}, config.json says {shape}")
+    if problems:
+        raise UserError(f"{directory}: the weights do not fit config.json: {listed(problems)}")
+
+
+def read_about(directory: Path) -> dict[str, Any]:
+    """Return minillama.json: the template and what made the model; {} where there is none."""
+    path = directory / "minillama.json"
+    return read_json(path) if path.is_file() else {}
+
+
+def _weight_files(directory: Path) -> dict[Path, list[str]]:
+    """Return the files that hold the weights, and the tensors that an index promises in each."""
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        index = directory / f"{name}.index.json"
+        if index.is_file():
+            return _read_index(index)
+        if (directory / name).is_file():
+            return {directory / name: []}
+    raise _no_weights(directory)
+
+
+def _no_weights(directory: Path) -> UserError:
+    """The error that says what a directory without weights holds instead."""
+    shards = list(directory.glob("model-*-of-*.safetensors"))
+    shards += directory.glob("pytorch_model-*-of-*.bin")
+    if shards:
+        return UserError(
+            f"{directory}: holds shards ({shards[0].name}, …) without their index; "
+            "download the *.index.json too"
+        )
+    if list(directory.glob("consolidated.*.pth")):
+        return UserError(
+            f"{directory}: Meta's; convert it first: "
+            f"python convert.py meta --input {directory} --output {directory.name}-hf"
+        )
+    if (directory / "adapter_config.json").is_file():
+        return UserError(
+            f"{directory}: a LoRA adapter, not a whole model; name its base with --base DIR"
+        )
+    return UserError(f"{directory}: holds no model*.safetensors and no pytorch_model*.bin")
+
+
+def _read_index(index: Path) -> dict[Path, list[str]]:
+    """Return the shards of an index, sorted, and the tensors in each."""
+    content = read_json(index, keys={"weight_map": dict}, what="a weight index")
+    files: dict[Path, list[str]] = {}
+    for tensor, name in content["weight_map"].items():
+        if Path(str(name)).name != name:
+            raise UserError(
+                f"{index}: names the file {name!r}; "
+                "only plain file names inside the directory are read"
+            )
+        files.setdefault(index.with_name(name), []).append(tensor)
+    return dict(sorted(files.items()))

@@ -1,0 +1,43 @@
+"""The checkpoints of a run directory.
+
+out_dir/checkpoints/step-000100/    complete, or absent
+out_dir/final/                      the finished model or adapter
+"""
+
+from pathlib import Path
+
+from minillama.checkpoint.hf_reader import open_weights
+
+CONFIG_FILES = ("config.json", "adapter_config.json")  # of a model, of an adapter
+
+
+def checkpoint_path(out_dir: Path, step: int) -> Path:
+    """Return the directory of the checkpoint after a step."""
+    return out_dir / "checkpoints" / f"step-{step:06d}"
+
+
+def list_states(out_dir: Path) -> list[Path]:
+    """Return the complete checkpoints of a run, oldest first."""
+    steps: dict[Path, int] = {}
+    for path in (out_dir / "checkpoints").glob("step-*"):
+        number = path.name.removeprefix("step-")
+        if number.isdigit():
+            steps[path] = int(number)
+    return sorted(steps, key=lambda path: steps[path])
+
+
+def find_checkpoint(path: Path) -> Path:
+    """Return the model or adapter directory that `path` means.
+
+    For a run directory that is its final/, else its newest complete checkpoint; otherwise `path`.
+    Raises UserError where there is no model, and says what is there instead.
+    """
+    found = path
+    checkpoints = list_states(path)
+    if (path / "final").is_dir():
+        found = path / "final"
+    elif checkpoints:
+        found = checkpoints[-1]
+    if not any((found / name).is_file() for name in CONFIG_FILES):
+        open_weights(found)  # its error says what the directory holds
+    return found

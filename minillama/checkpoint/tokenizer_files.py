@@ -1,0 +1,48 @@
+"""The tokenizer's files in a model directory."""
+
+import shutil
+from pathlib import Path
+
+from minillama.files import write_json
+
+MODEL_FILES = ("tokenizer.model", "tokenizer.json")  # each is a whole tokenizer
+TOKENIZER_FILES = (
+    *MODEL_FILES,
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
+# What a bare tokenizer.model means: LLaMA's own settings, by which transformers opens it.
+LLAMA_TOKENIZER_CONFIG = {
+    "tokenizer_class": "LlamaTokenizer",
+    "legacy": True,
+    "add_bos_token": True,
+    "add_eos_token": False,
+    "bos_token": "<s>",
+    "eos_token": "</s>",
+    "unk_token": "<unk>",
+    "clean_up_tokenization_spaces": False,
+}
+
+
+def has_tokenizer(directory: Path) -> bool:
+    """Tell whether a directory has a tokenizer."""
+    return any((directory / name).is_file() for name in MODEL_FILES)
+
+
+def copy_tokenizer(source: Path, directory: Path) -> None:
+    """Copy a tokenizer and the files that describe it into a model directory.
+
+    source: the directory that has it, or its file. A file whose name is not the usual one is copied
+    alone, under the usual name. Files that `directory` has already stay.
+    """
+    if source.is_file():
+        usual_name = "tokenizer.json" if source.suffix == ".json" else "tokenizer.model"
+        shutil.copyfile(source, directory / usual_name)
+        source = source.parent if source.name == usual_name else directory
+    for name in TOKENIZER_FILES:
+        if (source / name).is_file() and not (directory / name).exists():
+            shutil.copyfile(source / name, directory / name)
+    config = directory / "tokenizer_config.json"
+    if (directory / "tokenizer.model").exists() and not config.exists():
+        write_json(config, LLAMA_TOKENIZER_CONFIG)
