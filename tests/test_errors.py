@@ -1,4 +1,4 @@
-"""What a script says of a mistake that no chapter foresaw: one line, exit code 2, nothing left behind."""
+"""Errors that no chapter expects: the script prints one line, exits with 2, leaves nothing behind."""
 
 import errno
 import re
@@ -19,7 +19,7 @@ from tests.conftest import random_model
 GOLDEN = Path(__file__).parent / "golden"
 
 
-def said(capsys: pytest.CaptureFixture, main, arguments: list[str]) -> str:
+def error_line(capsys: pytest.CaptureFixture, main, arguments: list[str]) -> str:
     with pytest.raises(SystemExit) as ended:
         cli.run(main, arguments)
     text = capsys.readouterr().err
@@ -39,7 +39,9 @@ def test_an_output_that_cannot_be_written_is_one_line(
         if command == "tokenizer"
         else ["--tokenizer", vocabulary, "--input", str(tmp_path / "one.json")]
     )
-    text = said(capsys, convert.main, [command, *given, "--output", str(tmp_path / "file/inside")])
+    text = error_line(
+        capsys, convert.main, [command, *given, "--output", str(tmp_path / "file/inside")]
+    )
     assert str(tmp_path / "file") in text and "name another path" in text
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "one.json"]
 
@@ -67,7 +69,7 @@ def test_a_full_disk_or_memory_is_one_line(
     def main(arguments: list[str]) -> None:
         raise error
 
-    assert re.search(named, said(capsys, main, []))
+    assert re.search(named, error_line(capsys, main, []))
 
 
 def test_a_defect_of_ours_keeps_its_traceback() -> None:
@@ -84,7 +86,8 @@ def test_a_defect_of_ours_keeps_its_traceback() -> None:
         ("[1]", "holds no JSON object"),
         ("null", "holds no JSON object"),
         (
-            '{"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 0, "intermediate_size": 8, "vocab_size": 8, "rms_norm_eps": 1}',
+            '{"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 0, '
+            '"intermediate_size": 8, "vocab_size": 8, "rms_norm_eps": 1}',
             "a value is wrong or of the wrong type .integer division",
         ),
     ],
