@@ -14,6 +14,7 @@ from minillama.generation.sampling import Sampling
 from minillama.llama_config import LlamaConfig
 from minillama.model import Llama
 from minillama.tokenizer import SentencePieceTokenizer, open_tokenizer, train_tokenizer
+from tests.datasets import alpaca, build, write_json_lines
 
 torch.set_num_threads(
     1
@@ -105,3 +106,17 @@ def small_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> SentencePieceTo
     path = tmp_path_factory.mktemp("small") / "tokenizer.model"
     path.write_bytes(train_tokenizer(TEXTS * 3, 400))
     return open_tokenizer(path)
+
+
+@pytest.fixture
+def alpaca_dataset(tmp_path: Path, small_tokenizer: SentencePieceTokenizer) -> tuple[Path, Path]:
+    """The file of 40 Alpaca records, and the prefix of the data set made from it."""
+    source = write_json_lines(tmp_path / "a.jsonl", alpaca(40))
+    build([source], small_tokenizer, tmp_path / "set")
+    return source, tmp_path / "set"
+
+
+@pytest.fixture(scope="session")
+def llama_tokenizer(shared: Path) -> SentencePieceTokenizer:
+    """The published vocabulary of LLaMA."""
+    return open_tokenizer(shared / "tokenizers/llama")

@@ -1,136 +1,54 @@
-"""Templates: golden vectors of the reference systems, their algorithms written down again, and laws every template keeps."""
+"""Templates: golden vectors of the reference systems, and laws that every template keeps.
 
-import re
+test_chat_references.py compares them with the algorithms of those systems.
+"""
+
 from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from minillama import chat
 from minillama.chat import TEMPLATES, Conversation, Turn, render
 from minillama.data.encode import encode_pieces
 from minillama.errors import UserError
-from minillama.tokenizer import open_tokenizer
+from tests.conversations import conversations, encode, text_of
 
 SENTENCEPIECE = [name for name in TEMPLATES if name != "llama3"]
-words = st.sampled_from(
-    ["Hello", "天日", "12", "it's", "(a)", ":)", "x\ny", "é", "###", "the", "end."]
-)
-sentences = st.lists(words, min_size=1, max_size=5).map(" ".join)
-turns = st.builds(Turn, sentences, sentences)
-conversations = st.builds(
-    Conversation, st.lists(turns, min_size=1, max_size=3).map(tuple), st.just("") | sentences
-)
-
-
-def encode(tokenizer, template, conversation):
-    return encode_pieces(tokenizer, render(template, conversation))
-
-
-def text_of(template, conversation):
-    """The rendering as text, control tokens by their letters."""
-    letters = {"bos": "<s>", "eos": "</s>"}
-    return "".join(
-        letters.get(piece.control, piece.control) or piece.text
-        for piece in render(template, conversation)
-    )
-
-
-@pytest.fixture(scope="module")
-def llama(shared):
-    return open_tokenizer(shared / "tokenizers/llama")
-
 
 # --- golden vectors, made with the reference systems
 
 
-def test_vicuna_golden_vector(llama):
+def test_vicuna_golden_vector(llama_tokenizer):
     conversation = Conversation((Turn("Who are you?", "I am Vicuna."), Turn("Bye", "Bye!")))
-    ids, mask = encode(llama, "vicuna_v1.1", conversation)
+    ids, mask = encode(llama_tokenizer, "vicuna_v1.1", conversation)
+    # fmt: off
     assert ids == [
-        1,
-        319,
-        13563,
-        1546,
-        263,
-        12758,
-        1404,
-        322,
-        385,
-        23116,
-        21082,
-        20255,
-        29889,
-        450,
-        20255,
-        4076,
-        8444,
-        29892,
-        13173,
-        29892,
-        322,
-        1248,
-        568,
-        6089,
-        304,
-        278,
-        1404,
-        29915,
-        29879,
-        5155,
-        29889,
-        3148,
-        1001,
-        29901,
-        11644,
-        526,
-        366,
-        29973,
-        319,
-        1799,
-        9047,
-        13566,
-        29901,
-        306,
-        626,
-        13423,
-        4347,
-        29889,
-        2,
-        3148,
-        1001,
-        29901,
-        2648,
-        29872,
-        319,
-        1799,
-        9047,
-        13566,
-        29901,
-        2648,
-        29872,
-        29991,
-        2,
+        1, 319, 13563, 1546, 263, 12758, 1404, 322, 385, 23116, 21082, 20255, 29889, 450,
+        20255, 4076, 8444, 29892, 13173, 29892, 322, 1248, 568, 6089, 304, 278, 1404, 29915,
+        29879, 5155, 29889, 3148, 1001, 29901, 11644, 526, 366, 29973, 319, 1799, 9047, 13566,
+        29901, 306, 626, 13423, 4347, 29889, 2, 3148, 1001, 29901, 2648, 29872, 319, 1799,
+        9047, 13566, 29901, 2648, 29872, 29991, 2,
     ]
+    # fmt: on
     assert [i for i, trained in enumerate(mask) if trained] == [*range(43, 49), *range(59, 63)]
 
 
-def test_llama_factory_default_golden_vector(llama):
-    ids, mask = encode(
-        llama, "llama_factory_default", Conversation((Turn("hi", "hello"), Turn("hi", "hello")))
-    )
-    source, target = [12968, 29901, 7251, 13, 7900, 22137, 29901, 29871], [22172, 2]
-    assert (
-        ids == source + target + llama.encode("\n") + source + target
-    )  # no begin token; the second round begins ▁ \n ▁Human
-    assert llama.encode("\n") == [29871, 13]
+def test_llama_factory_default_golden_vector(llama_tokenizer):
+    conversation = Conversation((Turn("hi", "hello"), Turn("hi", "hello")))
+    ids, mask = encode(llama_tokenizer, "llama_factory_default", conversation)
+    source = [12968, 29901, 7251, 13, 7900, 22137, 29901, 29871]
+    target = [22172, 2]
+    line_break = [29871, 13]  # ▁ and the byte
+    assert ids == source + target + line_break + source + target  # no BOS
     assert mask == [0] * 8 + [1] * 2 + [0] * 10 + [1] * 2
 
 
-def test_ascend_instruction_golden_lengths(llama):
+def test_ascend_instruction_golden_lengths(llama_tokenizer):
     pieces = render("ascend_instruction", Conversation((Turn("Say hi", "Hi there"),)))
-    ids, mask = encode_pieces(llama, pieces[:-1])  # the golden sample was made without --append-eod
+    ids, mask = encode_pieces(
+        llama_tokenizer, pieces[:-1]
+    )  # the golden sample was made without --append-eod
     assert len(ids) == 71 and mask == [0] * 68 + [1] * 3
     assert ids[-1] == 13 and mask[-1]  # the line break after the answer is trained on
     text = text_of("ascend_instruction", Conversation((Turn("Say hi", "Hi there"),)))
@@ -163,7 +81,8 @@ def test_renderings_are_those_of_the_reference_systems():
         == f"<s>{task}. {request}\n\n### Instruction:\nQ\nI\n\n### Response: A</s>"
     )
     assert text_of("chinese_alpaca_2", with_input) == (
-        "<s>[INST] <<SYS>>\nYou are a helpful assistant. 你是一个乐于助人的助手。\n<</SYS>>\n\nQ\nI [/INST]A</s>"
+        "<s>[INST] <<SYS>>\nYou are a helpful assistant. 你是一个乐于助人的助手。\n<</SYS>>\n\n"
+        "Q\nI [/INST]A</s>"
     )
     assert text_of("chinese_alpaca_2", two).endswith("Q [/INST]A</s><s>[INST] R [/INST]B</s>")
     assert text_of("ascend_instruction", two) == (
@@ -178,117 +97,6 @@ def test_renderings_are_those_of_the_reference_systems():
 
 
 # --- the reference algorithms, on rendered text
-
-
-def fastchat(slow, conversation):
-    """FastChat at system 000's commit: tokenize the whole text, then count the masks out of its parts."""
-    system = conversation.system or chat.VICUNA_SYSTEM
-    text = (
-        system
-        + " "
-        + "".join(f"USER: {t.user} ASSISTANT: {t.answer}</s>" for t in conversation.turns)
-    )
-    ids = slow(text).input_ids
-    trained, cursor = [1] * len(ids), 1
-    trained[0] = 0
-    for part in text.split("</s>"):
-        if part == "":
-            break
-        instruction = part.split(" ASSISTANT: ")[0] + " ASSISTANT: "
-        masked = len(slow(instruction).input_ids) - 2
-        trained[cursor : cursor + masked] = [0] * masked
-        cursor += len(slow(part).input_ids)
-    assert cursor == len(ids)
-    return ids, trained
-
-
-def stanford(slow, conversation):
-    """Stanford Alpaca: the joint text, the prompt masked by its own count."""
-    (turn,), head = (
-        conversation.turns,
-        text_of("alpaca", Conversation((Turn(conversation.turns[0].user, None),))),
-    )
-    ids, count = (
-        slow(head.removeprefix("<s>") + turn.answer + "</s>").input_ids,
-        len(slow(head.removeprefix("<s>")).input_ids),
-    )
-    return ids, [0] * count + [1] * (len(ids) - count)
-
-
-def chinese_alpaca(slow, conversation):
-    """Chinese-LLaMA-Alpaca: source and target tokenized apart, the target without a begin token."""
-    (turn,) = conversation.turns
-    source = slow(
-        f"Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
-        f"### Instruction:\n{turn.user}\n\n### Response: "
-    ).input_ids
-    target = slow(turn.answer + "</s>", add_special_tokens=False).input_ids
-    return source + target, [0] * len(source) + [1] * len(target)
-
-
-def chinese_alpaca_2(slow, conversation):
-    (turn,) = conversation.turns
-    system = "You are a helpful assistant. 你是一个乐于助人的助手。"
-    source = slow(f"[INST] <<SYS>>\n{system}\n<</SYS>>\n\n{turn.user} [/INST]").input_ids
-    target = slow(turn.answer + "</s>", add_special_tokens=False).input_ids
-    return source + target, [0] * len(source) + [1] * len(target)
-
-
-def ascend(slow, conversation):
-    """AscendSpeed with --append-eod: the whole text, all up to the last response's mark masked by its own count."""
-    text = "\n" + chat.ASCEND_SYSTEM + "\n"
-    for turn in conversation.turns:
-        text += f"### Instruction:\n{turn.user}{chr(10) if len(conversation.turns) == 1 else ''}\n### Response:\n{turn.answer}\n"
-    ids = [*slow(text).input_ids, 2]
-    count = len(slow(text.rsplit("### Response:", 1)[0] + "### Response:\n").input_ids)
-    return ids, [0] * count + [1] * (len(ids) - count)
-
-
-def llama_factory(slow, conversation):
-    """LLaMA-Factory's default: slots encoded apart."""
-    ids, trained = [], []
-    for number, turn in enumerate(conversation.turns):
-        for text, target in (
-            ("\n" if number else "", 0),
-            (f"Human: {turn.user}\nAssistant: ", 0),
-            (turn.answer + "</s>", 1),
-        ):
-            slot = slow(text, add_special_tokens=False).input_ids if text else []
-            ids, trained = ids + slot, trained + [target] * len(slot)
-    return ids, trained
-
-
-@pytest.mark.parametrize(
-    ("template", "reference", "most_turns"),
-    [
-        ("vicuna_v1.1", fastchat, 3),
-        ("alpaca", stanford, 1),
-        ("chinese_alpaca", chinese_alpaca, 1),
-        ("chinese_alpaca_2", chinese_alpaca_2, 1),
-        ("ascend_instruction", ascend, 3),
-        ("llama_factory_default", llama_factory, 3),
-    ],
-)
-def test_ids_and_trained_positions_are_those_of_the_reference_algorithm(
-    llama, template, reference, most_turns
-):
-    transformers = pytest.importorskip("transformers")
-    slow = transformers.LlamaTokenizer(str(llama.path), legacy=True)
-    marked = re.compile("###") if template == "ascend_instruction" else re.compile("(?!)")
-
-    @given(
-        st.lists(
-            turns.filter(lambda turn: not marked.search(turn.answer)),
-            min_size=1,
-            max_size=most_turns,
-        ).map(tuple)
-    )
-    @settings(max_examples=40, deadline=None)
-    def equal(some):
-        conversation = Conversation(some)
-        assert encode(llama, template, conversation) == reference(slow, conversation)
-
-    equal()
 
 
 # --- laws
@@ -334,7 +142,7 @@ def test_an_open_llama3_prompt_is_the_beginning_of_what_was_trained():
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
-def test_every_trained_answer_ends_in_one_trained_end_token(template):
+def test_every_trained_answer_ends_in_one_trained_eos(template):
     pieces = render(template, Conversation((Turn("Q", "A"), Turn("R", "B"))))
     answers = [i for i, piece in enumerate(pieces) if piece.is_target and piece.text]
     assert len(answers) == (1 if template == "ascend_instruction" else 2)

@@ -1,4 +1,4 @@
-"""Text and ids: equal to the reference, safe against control tokens in text, never half a character."""
+"""Text and ids: equal to the reference, no control token from text, never half a character."""
 
 import json
 import re
@@ -11,26 +11,21 @@ from minillama.errors import UserError
 from minillama.tokenizer import Stream, WordIds, open_tokenizer, train_tokenizer
 
 CONTROL = re.compile(r"</?s>|<unk>")
-# Text with what the word cache has to get right: runs of spaces, line breaks, the letter ▁ itself, other scripts.
-parts = [
-    "the",
-    " ",
-    "  ",
-    "\n",
-    "▁",
-    "\t",
-    "天",
-    "龘",
-    "é",
-    "1999",
-    ":(",
-    "</",
-    "https://",
-    "###",
-    "\r\n",
-    "\u3000",
-]
-texts = st.lists(st.sampled_from(parts) | st.text(max_size=6), max_size=12).map("".join)
+# What a cache of words can get wrong: runs of spaces, line breaks, the letter ▁, other scripts.
+SPACES = [" ", "  ", "\n", "▁", "\t", "\r\n", "\u3000"]
+WORDS = ["the", "天", "龘", "é", "1999", ":(", "</", "https://", "###"]
+texts = st.lists(st.sampled_from(SPACES + WORDS) | st.text(max_size=6), max_size=12).map("".join)
+
+
+@pytest.fixture(scope="module")
+def chinese_tokenizer(shared):
+    return open_tokenizer(shared / "tokenizers/chinese_llama2")
+
+
+def streamed(tokenizer, ids):
+    """The text of ids that come one by one."""
+    stream = Stream(tokenizer)
+    return "".join(stream.push(token) for token in ids) + stream.flush()
 
 
 def slow_tokenizer(path):
@@ -47,37 +42,28 @@ def test_ids_of_words_laid_end_to_end_are_the_ids_of_the_text(small_tokenizer, t
 
 @given(text=texts)
 @settings(max_examples=300, deadline=None)
-def test_ids_of_llamas_vocabulary_by_words_and_by_text_agree(shared, text):
-    for tokenizer in _cached(shared):
+def test_ids_of_llamas_vocabulary_by_words_and_by_text_agree(
+    llama_tokenizer, chinese_tokenizer, text
+):
+    for tokenizer in (llama_tokenizer, chinese_tokenizer):
         assert tokenizer.encode(text) == tokenizer.model.encode(text)
 
 
-_OPEN = {}
+def test_sentencepiece_equals_transformers_on_plain_text(llama_tokenizer, shared):
+    slow = slow_tokenizer(llama_tokenizer.path)
 
-
-def _cached(shared):
-    if not _OPEN:
-        for name in ("llama", "chinese_llama2"):
-            _OPEN[name] = open_tokenizer(shared / "tokenizers" / name)
-    return list(_OPEN.values())
-
-
-def test_sentencepiece_equals_transformers_on_plain_text(shared):
-    tokenizer = open_tokenizer(shared / "tokenizers/llama")
-    slow = slow_tokenizer(tokenizer.path)
+    def check(text):
+        assert llama_tokenizer.encode(text) == slow.encode(text, add_special_tokens=False)
 
     @given(text=texts.filter(lambda text: not CONTROL.search(text)))
     @settings(max_examples=150, deadline=None)
-    def equal(text):
-        assert tokenizer.encode(text) == slow.encode(text, add_special_tokens=False)
+    def check_random_text(text):
+        check(text)
 
-    equal()
-    for record in json.loads((shared / "sft/alpaca_en_demo.json").read_text(encoding="utf-8"))[
-        :150
-    ]:
-        assert tokenizer.encode(record["output"]) == slow.encode(
-            record["output"], add_special_tokens=False
-        )
+    check_random_text()
+    records = json.loads((shared / "sft/alpaca_en_demo.json").read_text(encoding="utf-8"))
+    for record in records[:150]:
+        check(record["output"])
 
 
 def test_the_letters_of_a_control_token_stay_text(small_tokenizer):
@@ -85,15 +71,12 @@ def test_the_letters_of_a_control_token_stay_text(small_tokenizer):
         ids = small_tokenizer.encode(text)
         assert not {small_tokenizer.bos_id, small_tokenizer.eos_id, 0} & set(ids)
         assert small_tokenizer.decode(ids) == text
-    assert (
-        small_tokenizer.control_id("eos")
-        == small_tokenizer.eos_id
-        == small_tokenizer.control_id("</s>")
-    )
+    assert small_tokenizer.control_id("eos") == small_tokenizer.eos_id
+    assert small_tokenizer.control_id("</s>") == small_tokenizer.eos_id
     assert small_tokenizer.control_id("<|eot_id|>") is None
 
 
-def test_a_vocabulary_whose_pieces_reach_over_a_line_break_is_not_cut_into_words(tmp_path):
+def test_a_vocabulary_with_tokens_across_a_line_break_is_not_split_at_words(tmp_path):
     path = tmp_path / "tokenizer.model"
     path.write_bytes(train_tokenizer(["one:\ntwo:\n\nthree:\n"] * 9, 290))
     tokenizer = open_tokenizer(path)
@@ -119,8 +102,7 @@ def test_the_word_cache_is_bounded_and_forgetting_changes_nothing(small_tokenize
 @settings(max_examples=200, deadline=None)
 def test_streaming_decode_equals_decode(small_tokenizer, text):
     ids = small_tokenizer.encode(text)
-    stream = Stream(small_tokenizer)
-    assert "".join(map(stream.push, ids)) + stream.flush() == small_tokenizer.decode(ids)
+    assert streamed(small_tokenizer, ids) == small_tokenizer.decode(ids)
 
 
 def test_a_control_token_in_a_stream_leaves_the_space_behind_it(small_tokenizer):
@@ -129,32 +111,25 @@ def test_a_control_token_in_a_stream_leaves_the_space_behind_it(small_tokenizer)
         small_tokenizer.eos_id,
         *small_tokenizer.encode("sat on"),
     ]
-    stream = Stream(small_tokenizer)
-    assert (
-        "".join(map(stream.push, ids)) + stream.flush()
-        == small_tokenizer.decode(ids)
-        == "the cat sat on"
-    )
+    assert streamed(small_tokenizer, ids) == small_tokenizer.decode(ids) == "the cat sat on"
 
 
-def test_streaming_never_prints_half_a_character(shared):
+def test_streaming_never_prints_half_a_character(llama_tokenizer, shared):
     text = (shared / "text/sanguo_ch1-20_zh.txt").read_text(encoding="utf-8")
-    tokenizer = open_tokenizer(
-        shared / "tokenizers/llama"
-    )  # knows few Chinese characters: the others are three byte pieces
+    # LLaMA's vocabulary has few Chinese characters. The others are three byte tokens.
     for character in sorted(set(text)):
-        stream = Stream(tokenizer)
-        printed = [stream.push(token) for token in tokenizer.encode(character)]
+        stream = Stream(llama_tokenizer)
+        printed = [stream.push(token) for token in llama_tokenizer.encode(character)]
         assert "".join(printed) + stream.flush() == character
         assert all(part in ("", " ", character) for part in printed)
 
 
 def test_a_stream_cut_inside_a_character_says_so(small_tokenizer):
-    stream, ids = Stream(small_tokenizer), small_tokenizer.encode("龘")[:-1]
+    stream = Stream(small_tokenizer)
+    ids = small_tokenizer.encode("龘")[:-1]
     assert [stream.push(token) for token in ids][1:] == ["", ""]
-    assert (
-        stream.flush() == small_tokenizer.decode(ids) == "\ufffd" * 2
-    )  # one for each byte, as in the whole text
+    # one U+FFFD for each byte, as in the whole text
+    assert stream.flush() == small_tokenizer.decode(ids) == "\ufffd" * 2
 
 
 @pytest.fixture(scope="module")
@@ -185,8 +160,7 @@ def test_a_tokenizer_json_keeps_the_same_promises(json_tokenizer):
         ids = json_tokenizer.encode(text)
         assert json_tokenizer.eos_id not in ids
         assert json_tokenizer.decode(ids) == text
-        stream = Stream(json_tokenizer)
-        assert "".join(map(stream.push, ids)) + stream.flush() == text
+        assert streamed(json_tokenizer, ids) == text
 
 
 def test_a_damaged_tokenizer_config_is_named(json_tokenizer, tmp_path):
