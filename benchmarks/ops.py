@@ -32,7 +32,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minillama.ops import fused, reference
+from minillama import ops
+from minillama.ops import fused_elementwise, reference
 
 EPS, VOCABULARY = 1e-5, 32000
 FORMS = ("reference", "fused", "torch", "chunked", "by 256", "compiled")
@@ -54,8 +55,10 @@ class Measured:
     def form(self, name: str) -> Callable[..., Tensor] | None:
         if name == "compiled":
             return torch.compile(getattr(reference, self.op), dynamic=False)
-        module = {"reference": reference, "fused": fused}.get(name)
-        return getattr(module, self.op) if module else self.builtins.get(name)
+        for implementation in ops.TABLE[self.op].implementations:
+            if implementation.name == name:
+                return implementation.function
+        return self.builtins.get(name)
 
 
 def randn(*shape: int) -> Tensor:
@@ -249,7 +252,7 @@ def report_adamw(options: argparse.Namespace) -> None:
     )
     grad = torch.randn(size)
     steps: dict[str, Callable[[], object]] = {}
-    for name, module in (("reference", reference), ("fused", fused)):
+    for name, module in (("reference", reference), ("fused", fused_elementwise)):
         state = [torch.zeros(size) for _ in range(3)]
         settings = {
             "learning_rate": 1e-5,

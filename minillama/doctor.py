@@ -250,7 +250,7 @@ def check_op(case: Case, device: torch.device, dtype: torch.dtype) -> bool:
     right = solve(case, reference, torch.device("cpu"), torch.float32)
     result = solve(case, op, device, dtype)
     plain = solve(case, reference, device, dtype)
-    chosen = case.call(op.pick, *case.inputs_on(device, dtype))
+    chosen = case.call(op.select, *case.inputs_on(device, dtype))
     error = relative_error(result.tensors, right.tensors)
     is_right = error <= LIMITS[dtype]
     print(

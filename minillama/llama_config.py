@@ -13,7 +13,7 @@ from minillama.errors import UserError
 class RopeScaling:
     """How rotary frequencies are scaled beyond the trained context.
 
-    `ops.reference.rope_frequencies` has the formulas.
+    `ops.rotary.rope_frequencies` has the formulas.
     """
 
     kind: str  # linear | dynamic | llama3 | yarn

@@ -1,16 +1,22 @@
 """LLaMA on one page.
 
-    tokens ─ embed ─▶ x ─▶ [ x + attention(norm(x)) ─▶ x + mlp(norm(x)) ] × n_layers ─▶ norm ─▶ hidden ─ lm_head ─▶ logits
+    tokens ─ embed ─▶ x ─▶ [ x + attention(norm(x)) ─▶ x + mlp(norm(x)) ] × n_layers
+                        ─▶ norm ─▶ hidden ─ lm_head ─▶ logits
 
-A decoder of identical layers over a residual stream (Touvron et al. 2023). What makes it a LLaMA: RMSNorm before each part,
-rotary positions inside attention, an MLP gated by SiLU, no biases, key/value heads that may be shared by groups of query heads.
-Parameters carry Hugging Face's names, so a released checkpoint loads as it is.
+A decoder of identical layers over a residual stream (Touvron et al. 2023). What makes it a LLaMA:
+RMSNorm before each part, rotary positions inside attention, an MLP gated by SiLU, no biases,
+key/value heads that may be shared by groups of query heads. Parameters carry Hugging Face's names,
+so a released checkpoint loads as it is.
 
-The model knows nothing of LoRA, recomputation or parallelism: those change a finished `Llama` from outside. Attention infers
-its heads from the width of the projections, so a rank that holds a part of them runs the same code.
+The formulas are in ops/reference.py, and the comment at each call repeats them. `ops` computes them
+by the fastest implementation on the device.
 
-Shapes: B batch, T query positions, S key positions, C model width, H query heads, K key/value heads, D head size,
-F MLP width, V vocabulary.
+The model knows nothing of LoRA, recomputation or parallelism: those change a finished `Llama` from
+outside. Attention infers the number of heads from the width of the projections, so a rank of tensor
+parallelism that holds some of them runs the same code.
+
+Shapes: B batch, T query positions, S key positions, C model width, H query heads, K key/value
+heads, D head size, F MLP width, V vocabulary.
 """
 
 from typing import Protocol
@@ -23,22 +29,28 @@ from minillama.llama_config import LlamaConfig
 
 
 class KeyValueCache(Protocol):
-    """What cached decoding hands to the model; `generation.cache` has one."""
+    """What the model needs of the cache in cached decoding. `generation.cache` has one."""
 
     config: LlamaConfig  # the model's, or with other rotary settings
-    positions: Tensor  # where the next tokens stand: (T,), or (B, T)
-    lengths: Tensor | None  # the keys of each row, (B,), where rows are of unlike length
-    capacity: int
+    positions: Tensor  # of the tokens in this call: (T,), or (B, T)
+    lengths: Tensor | None  # number of keys of each sequence, (B,); None where all have S keys
+    capacity: int  # all positions are below it
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store the new keys and values of a layer, (B, T, K, D) each; returns all of it so far, (B, S, K, D) each."""
+        """Store new keys and values, (B, T, K, D) each. Returns all so far, (B, S, K, D) each."""
 
 
 class Linear(nn.Linear):
-    """x W^T + b through the table of ops."""
-
     def forward(self, x: Tensor) -> Tensor:
+        # ops/reference.py: x W^T + b
         return ops.linear(x, self.weight, self.bias)
+
+
+class Embedding(nn.Embedding):
+    """A vector for each token, (V, C). Uninitialised: `initialise` or a checkpoint sets it."""
+
+    def reset_parameters(self) -> None:
+        """Do nothing, where torch would sample the vectors."""
 
 
 class RMSNorm(nn.Module):
@@ -48,18 +60,22 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
+        # ops/reference.py: x / sqrt(mean(x^2) + eps) * weight
         return ops.rms_norm(x, self.weight, self.eps)
 
 
 class Attention(nn.Module):
     def __init__(self, config: LlamaConfig, layer: int) -> None:
         super().__init__()
-        self.layer, self.head_dim = layer, config.head_dim
-        C, bias = config.dim, config.attention_bias
-        self.q_proj = Linear(C, config.n_heads * config.head_dim, bias=bias)
-        self.k_proj = Linear(C, config.n_kv_heads * config.head_dim, bias=bias)
-        self.v_proj = Linear(C, config.n_kv_heads * config.head_dim, bias=bias)
-        self.o_proj = Linear(config.n_heads * config.head_dim, C, bias=bias)
+        self.layer = layer
+        self.head_dim = config.head_dim
+        C = config.dim
+        q_width = config.n_heads * config.head_dim  # H·D
+        kv_width = config.n_kv_heads * config.head_dim  # K·D
+        self.q_proj = Linear(C, q_width, bias=config.attention_bias)
+        self.k_proj = Linear(C, kv_width, bias=config.attention_bias)
+        self.v_proj = Linear(C, kv_width, bias=config.attention_bias)
+        self.o_proj = Linear(q_width, C, bias=config.attention_bias)
 
     def forward(
         self,
@@ -73,25 +89,32 @@ class Attention(nn.Module):
         q = self.q_proj(x).view(B, T, -1, self.head_dim)  # (B, T, H, D)
         k = self.k_proj(x).view(B, T, -1, self.head_dim)  # (B, T, K, D)
         v = self.v_proj(x).view(B, T, -1, self.head_dim)  # (B, T, K, D)
-        q, k = ops.rope(q, cos, sin), ops.rope(k, cos, sin)
+
+        # ops/reference.py: with x1, x2 the halves of a head, (x1 cos - x2 sin, x2 cos + x1 sin)
+        q = ops.rope(q, cos, sin)
+        k = ops.rope(k, cos, sin)
+
+        lengths = None
         if cache is not None:
             k, v = cache.append(self.layer, k, v)  # (B, S, K, D)
-        y = ops.attention(
-            q, k, v, documents, None if cache is None else cache.lengths
-        )  # (B, T, H, D)
+            lengths = cache.lengths
+
+        # ops/reference.py: softmax(q k^T / sqrt(D)) v, where a query sees only the keys before it
+        y = ops.attention(q, k, v, documents, lengths)  # (B, T, H, D)
         return self.o_proj(y.reshape(B, T, -1))  # (B, T, C)
 
 
 class MLP(nn.Module):
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
-        C, F, bias = config.dim, config.ffn_dim, config.mlp_bias
-        self.gate_proj = Linear(C, F, bias=bias)
-        self.up_proj = Linear(C, F, bias=bias)
-        self.down_proj = Linear(F, C, bias=bias)
+        self.gate_proj = Linear(config.dim, config.ffn_dim, bias=config.mlp_bias)
+        self.up_proj = Linear(config.dim, config.ffn_dim, bias=config.mlp_bias)
+        self.down_proj = Linear(config.ffn_dim, config.dim, bias=config.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(ops.swiglu(self.gate_proj(x), self.up_proj(x)))
+        # ops/reference.py: silu(gate) * up, silu(a) = a * sigmoid(a)
+        hidden = ops.swiglu(self.gate_proj(x), self.up_proj(x))  # (B, T, F)
+        return self.down_proj(hidden)  # (B, T, C)
 
 
 class Layer(nn.Module):
@@ -119,16 +142,16 @@ class Decoder(nn.Module):
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
-        weight = torch.empty(
-            config.vocab_size, config.dim
-        )  # torch's own first draw would, without storage, load half of torch's compiler
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.dim, _weight=weight)
+        self.embed_tokens = Embedding(config.vocab_size, config.dim)
         self.layers = nn.ModuleList(Layer(config, index) for index in range(config.n_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
 
 
 class Llama(nn.Module):
-    """A LLaMA with uninitialised weights; `initialise` draws them, `checkpoint.hf_format.load_model` reads them."""
+    """A LLaMA with uninitialised parameters.
+
+    `initialise` samples them, `checkpoint.hf_format.load_model` reads them from a checkpoint.
+    """
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
@@ -137,9 +160,7 @@ class Llama(nn.Module):
         self.lm_head = Linear(config.dim, config.vocab_size, bias=False)
         if config.tie_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
-        self._rope: tuple[Tensor, Tensor, LlamaConfig] | None = (
-            None  # fp32 in any dtype, so neither a buffer nor in a checkpoint
-        )
+        self.rotary = ops.RotaryTables()
 
     def forward(
         self,
@@ -148,21 +169,32 @@ class Llama(nn.Module):
         cache: KeyValueCache | None = None,
     ) -> Tensor:
         """tokens (B, T) -> hidden (B, T, C), normed and ready for `logits` or the loss.
-        documents: the B·T tokens are these documents end to end; positions restart in each and none sees another.
-        cache: keys and values of the tokens before these."""
-        B, T = tokens.shape
-        if cache is not None:
-            positions, length = cache.positions, cache.capacity
-        elif documents is not None:
-            positions, length = documents.positions.view(B, T), max(documents.lengths)
-        else:
-            positions, length = slice(T), T
-        tables = self.rope_tables(length, tokens.device, None if cache is None else cache.config)
-        cos, sin = (table[positions] for table in tables)  # (T, 1, D) or (B, T, 1, D)
+
+        documents: the B·T tokens are these documents end to end. Positions restart in each, and
+        no document sees another.
+        cache: keys and values of the tokens before these.
+        """
+        cos, sin = self.rotary_tables(tokens, documents, cache)  # (T, 1, D) or (B, T, 1, D)
         x = self.model.embed_tokens(tokens)  # (B, T, C)
         for layer in self.model.layers:
             x = layer(x, cos, sin, documents, cache)
         return self.model.norm(x)
+
+    def rotary_tables(
+        self, tokens: Tensor, documents: ops.Documents | None, cache: KeyValueCache | None
+    ) -> tuple[Tensor, Tensor]:
+        """cos and sin at the positions of the tokens: (T, 1, D), or (B, T, 1, D)."""
+        B, T = tokens.shape
+        if cache is not None:
+            cos, sin = self.rotary.get(cache.config, cache.capacity, tokens.device)
+            return cos[cache.positions], sin[cache.positions]
+        if documents is not None:
+            positions = documents.positions.view(B, T)
+            longest = max(documents.lengths)
+            cos, sin = self.rotary.get(self.config, longest, tokens.device)
+            return cos[positions], sin[positions]
+        cos, sin = self.rotary.get(self.config, T, tokens.device)
+        return cos[:T], sin[:T]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden (..., C) -> logits (..., V)."""
@@ -171,31 +203,20 @@ class Llama(nn.Module):
     def loss_sum(
         self, tokens: Tensor, labels: Tensor, documents: ops.Documents | None = None
     ) -> Tensor:
-        """The sum of -log p(label) over the positions of `labels` (B, T) that are not IGNORE. labels[t] is the token *after* t."""
-        return ops.linear_cross_entropy(self(tokens, documents), self.lm_head.weight, labels)
+        """The sum of -log p(label) over the positions of `labels` (B, T) that are not IGNORE.
 
-    def rope_tables(
-        self, length: int, device: torch.device, config: LlamaConfig | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """cos and sin for positions below `length`, kept from call to call ("dynamic" scaling depends on the length itself)."""
-        config = config or self.config
-        dynamic = config.rope_scaling is not None and config.rope_scaling.kind == "dynamic"
-        kept = self._rope
-        if (
-            kept is None
-            or kept[0].device != device
-            or kept[2] != config
-            or len(kept[0]) < length
-            or (dynamic and len(kept[0]) != length)
-        ):
-            grown = length if dynamic else max(length, min(config.max_seq_len, 2 * length))
-            cos, sin = ops.rope_tables(config, grown)
-            self._rope = kept = cos.to(device), sin.to(device), config
-        return kept[:2]
+        labels[:, t] is the token *after* tokens[:, t]. The logits (B, T, V) never exist as a whole.
+        """
+        hidden = self(tokens, documents)  # (B, T, C)
+        # ops/reference.py: sum of -log softmax(hidden W^T)[label]
+        return ops.linear_cross_entropy(hidden, self.lm_head.weight, labels)
 
     @torch.no_grad()
     def initialise(self, generator: torch.Generator | None = None) -> "Llama":
-        """Draw weights as LLaMA's pre-training does: matrices from N(0, initializer_range), biases 0, norms 1."""
+        """Sample the parameters as for LLaMA's pre-training.
+
+        Matrices come from N(0, initializer_range^2), biases are 0, norms are 1.
+        """
         for name, parameter in self.named_parameters():
             if name.endswith("norm.weight"):
                 parameter.fill_(1.0)

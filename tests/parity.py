@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minillama.ops.reference import IGNORE
+from minillama import ops
+from minillama.ops import IGNORE
 
 BOUNDS = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 EPS = 1e-5
@@ -161,6 +162,11 @@ EXACT: dict[str, Callable] = {
     "linear": linear64,
     "linear_cross_entropy": linear_cross_entropy64,
 }
+
+
+def implementations(op: str) -> dict[str, Callable]:
+    """The implementations of an op that run on any device, by name."""
+    return {each.name: each.function for each in ops.TABLE[op].implementations if not each.device}
 
 
 def cells(op: str) -> list[Case]:

@@ -98,7 +98,6 @@ LONG_FILES = {
     "convert.py",
     "minillama/training/run.py",
     "minillama/conversion/meta.py",
-    "minillama/ops/fused.py",
     "minillama/training/trainer.py",
 }
 LONG_FUNCTIONS = {

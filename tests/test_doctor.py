@@ -12,7 +12,7 @@ from torch import Tensor
 
 from minillama import doctor, ops
 from minillama.errors import UserError
-from minillama.ops import Form, Op, reference
+from minillama.ops import Implementation, Op, reference
 from tests.vendor import fake_device
 
 
@@ -77,7 +77,11 @@ def test_a_wrong_answer_is_named_and_ends_with_1(
     capsys: pytest.CaptureFixture,
 ) -> None:
     monkeypatch.setitem(
-        ops.TABLE, op, Op(op, Form("broken", wrong), Form("reference", getattr(reference, op)))
+        ops.TABLE,
+        op,
+        Op(
+            op, Implementation("broken", wrong), Implementation("reference", getattr(reference, op))
+        ),
     )
     assert doctor.main(["--device", "cpu"]) == 1
     told = capsys.readouterr().out
@@ -88,7 +92,11 @@ def test_a_wrong_answer_is_named_and_ends_with_1(
 def test_a_wrong_model_is_named(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    monkeypatch.setattr(ops.swiglu, "forms", (Form("broken", swapped), *ops.swiglu.forms))
+    monkeypatch.setattr(
+        ops.swiglu,
+        "implementations",
+        (Implementation("broken", swapped), *ops.swiglu.implementations),
+    )
     assert doctor.main(["--device", "cpu"]) == 1
     assert "wrong: the model, swiglu" in capsys.readouterr().out
 

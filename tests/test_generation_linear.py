@@ -12,7 +12,7 @@ from minillama.generation.decode import Completion, decode
 from minillama.generation.engine import Engine
 from minillama.generation.sampling import Sampling
 from minillama.model import Llama
-from minillama.ops import fused, packed_weights, reference
+from minillama.ops import cpu_linear, fused_attention, reference
 from minillama.tokenizer import open_tokenizer
 from tests.conftest import TINY, random_model
 
@@ -43,7 +43,7 @@ def test_every_form_of_the_linear_is_its_formula_rounded_once(
     rows: int, dtype: torch.dtype, bias: bool, units: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever is chosen by rows, dtype and processor; large weights and small ones."""
-    monkeypatch.setattr(fused, "has_bf16_units", lambda: units)
+    monkeypatch.setattr(cpu_linear, "has_bf16_units", lambda: units)
     generator = torch.Generator().manual_seed(rows)
     x, weight, b = (
         torch.randn(shape, generator=generator).to(dtype)
@@ -52,13 +52,13 @@ def test_every_form_of_the_linear_is_its_formula_rounded_once(
     exact = x.double() @ weight.double().T + (b.double() if bias else 0)
     as_it_is, shuffled = nn.Linear(64, 48), nn.Linear(64, 48)
     as_it_is.weight = shuffled.weight = nn.Parameter(weight, requires_grad=False)
-    monkeypatch.setattr(packed_weights, "gains", lambda weight, rows: True)
-    packed_weights.pack(shuffled, rows)
+    monkeypatch.setattr(cpu_linear, "packing_gains", lambda weight, rows: True)
+    cpu_linear.pack(shuffled, rows)
     assert shuffled.weight.is_mkldnn
     assert torch.equal(shuffled.weight.to_dense(), weight)
     for linear in (as_it_is, shuffled):
         with torch.inference_mode():
-            y = fused.linear(x, linear.weight, b if bias else None)
+            y = cpu_linear.linear(x, linear.weight, b if bias else None)
         assert (y.shape, y.dtype) == ((rows, 1, 48), dtype)
         assert (y.double() - exact).abs().max() <= max(
             torch.finfo(dtype).eps, 1e-6
@@ -78,8 +78,8 @@ def test_every_form_of_the_linear_is_its_formula_rounded_once(
 def test_weights_are_packed_where_the_rows_and_the_processor_gain(
     dtype: torch.dtype, rows: int, units: bool, packs: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(packed_weights, "has_bf16_units", lambda: units)
-    monkeypatch.setattr(packed_weights, "LARGE", TINY.dim**2 + 1)
+    monkeypatch.setattr(cpu_linear, "has_bf16_units", lambda: units)
+    monkeypatch.setattr(cpu_linear, "LARGE", TINY.dim**2 + 1)
     model = random_model().to(dtype)
     model.lm_head.weight = model.model.embed_tokens.weight
     layer, embedding = model.model.layers[0], model.lm_head.weight
@@ -95,7 +95,7 @@ def test_weights_are_packed_where_the_rows_and_the_processor_gain(
 def test_packed_weights_give_the_same_texts_and_are_for_the_fused_linear_only(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(packed_weights, "LARGE", 1)
+    monkeypatch.setattr(cpu_linear, "LARGE", 1)
     model = random_model()
     try:
         ops.choose("reference")
@@ -118,13 +118,13 @@ def test_packed_weights_give_the_same_texts_and_are_for_the_fused_linear_only(
 def test_a_16_bit_linear_is_trained_by_the_processors_own_products_where_it_has_them(
     units: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fused, "has_bf16_units", lambda: units)
+    monkeypatch.setattr(cpu_linear, "has_bf16_units", lambda: units)
     generator = torch.Generator().manual_seed(0)
     x, weight, dy = (
         torch.randn(shape, generator=generator).bfloat16()
         for shape in ((40, 64), (48, 64), (40, 48))
     )
-    y = fused.linear(x.requires_grad_(), weight.requires_grad_())
+    y = cpu_linear.linear(x.requires_grad_(), weight.requires_grad_())
     assert ("Linear16" in y.grad_fn.name()) is not units
     y.backward(dy)
     for found, exact in (
@@ -140,8 +140,8 @@ def test_a_mask_that_decoding_made_serves_where_gradients_are_asked_for() -> Non
         (torch.randn(2, n, 4, 8, generator=torch.Generator().manual_seed(n)) for n in (2, 5, 5)),
     )
     with torch.inference_mode():
-        before = fused.attention(q, k, v, None, lengths)
-    after = fused.attention(q.requires_grad_(), k, v, None, lengths)
+        before = fused_attention.attention(q, k, v, None, lengths)
+    after = fused_attention.attention(q.requires_grad_(), k, v, None, lengths)
     after.sum().backward()
     assert torch.equal(after, before)
 
@@ -161,7 +161,7 @@ def test_a_session_packs_for_as_many_texts_as_it_writes(monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize("T", [1, 3])
 @pytest.mark.parametrize(
-    "attention", [fused.attention, reference.attention], ids=["fused", "reference"]
+    "attention", [fused_attention.attention, reference.attention], ids=["fused", "reference"]
 )
 def test_attention_over_rows_of_unlike_length_is_attention_over_each(T: int, attention) -> None:
     q, k, v = (

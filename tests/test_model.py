@@ -149,7 +149,7 @@ def test_every_published_config_is_read_as_transformers_reads_it_or_refused_by_n
         assert list(ours.eos_ids) == (
             theirs.eos_token_id if isinstance(theirs.eos_token_id, list) else [theirs.eos_token_id]
         )
-        frequencies, _ = ops.reference.rope_frequencies(ours, 8)
+        frequencies = ops.rotary.rope_frequencies(ours, 8)
         rotary = transformers.models.llama.modeling_llama.LlamaRotaryEmbedding(theirs)
         assert torch.allclose(frequencies, rotary.inv_freq, rtol=1e-6)
 
@@ -280,9 +280,9 @@ def test_rope_tables_stay_fp32_in_a_16_bit_model() -> None:
     """bf16 has 8 bits: position 257 would stand where 256 does."""
     model = random_model().bfloat16()
     model(random_tokens(1, 8))
-    cos, sin = model.rope_tables(8, torch.device("cpu"))
+    cos, sin = model.rotary.get(model.config, 8, torch.device("cpu"))
     assert cos.dtype == sin.dtype == torch.float32
-    assert torch.equal(cos, random_model().rope_tables(8, torch.device("cpu"))[0])
+    assert torch.equal(cos, ops.rope_tables(model.config, 16)[0])
 
 
 def test_rope_scores_depend_only_on_distance() -> None:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minillama import ops
-from minillama.ops import IGNORE, Documents, fused
+from minillama.ops import IGNORE, Documents, cpu_linear, fused_elementwise, fused_loss
 from tests.parity import attention64
 
 EPS = 1e-5
@@ -20,7 +20,7 @@ EPS = 1e-5
 
 def implementations(op: str) -> pytest.MarkDecorator:
     """The forms of an op that run on any device."""
-    forms = [form for form in ops.TABLE[op].forms if not form.device]
+    forms = [form for form in ops.TABLE[op].implementations if not form.device]
     return pytest.mark.parametrize(
         "implementation", [form.function for form in forms], ids=[form.name for form in forms]
     )
@@ -106,7 +106,7 @@ def test_linear_in_16_bits_rounds_once(
     implementation: Callable, dtype: torch.dtype, units: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Half a unit in the last place of the exact result, up to the two roundings of an exact tie: 2^-8 for bf16's 8 bits."""
-    monkeypatch.setattr(fused, "has_bf16_units", lambda: units)
+    monkeypatch.setattr(cpu_linear, "has_bf16_units", lambda: units)
     inputs = [
         randn(2, 5, 64).to(dtype),
         randn(11, 64, seed=1).to(dtype),
@@ -163,7 +163,7 @@ def test_long_and_short_documents_are_grouped_and_put_back(implementation: Calla
     lengths = [40, 3, 38, 90, 1, 88, 17]
     q, k, v = randn(1, 277, 4, 4), randn(1, 277, 2, 4, seed=1), randn(1, 277, 2, 4, seed=2)
     assert len(Documents(lengths).groups) > 1
-    assert len(Documents(lengths).layout.holes) > 0
+    assert len(Documents(lengths).layout.padding) > 0
     whole = implementation(q, k, v, Documents(lengths))
     alone = [
         attention64(*part)
@@ -189,7 +189,7 @@ def test_cross_entropy_is_its_formula_in_any_chunks(
     implementation: Callable, chunk: int, labels: list, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Some, none or one position is labelled; the labels include both ends of the vocabulary of 13."""
-    monkeypatch.setattr(fused, "LOGIT_CHUNK", chunk)
+    monkeypatch.setattr(fused_loss, "LOGIT_CHUNK", chunk)
     labels = torch.tensor(labels)
     hidden, weight = randn(2, 5, 7), randn(13, 7, seed=1)
     assert_same(
@@ -284,7 +284,7 @@ def bytes_kept(run: Callable[[], Tensor]) -> int:
 def test_rms_norm_keeps_its_inputs_and_one_number_a_row() -> None:
     N, C = 10, 24
     x, weight = randn(N, C).requires_grad_(), randn(C, seed=1).requires_grad_()
-    assert bytes_kept(lambda: fused.rms_norm(x, weight, EPS)) == 4 * (N * C + C + N)
+    assert bytes_kept(lambda: fused_elementwise.rms_norm(x, weight, EPS)) == 4 * (N * C + C + N)
     assert bytes_kept(lambda: ops.reference.rms_norm(x, weight, EPS)) > 2 * 4 * N * C
 
 
@@ -294,7 +294,7 @@ def test_cross_entropy_keeps_two_gradients_and_no_logits() -> None:
     hidden, weight = randn(N, C).requires_grad_(), randn(V, C, seed=1).requires_grad_()
     labels = torch.arange(N)
     labels[:4] = IGNORE
-    assert bytes_kept(lambda: fused.linear_cross_entropy(hidden, weight, labels)) == 4 * (
+    assert bytes_kept(lambda: fused_loss.linear_cross_entropy(hidden, weight, labels)) == 4 * (
         N * C + V * C
     )
     assert (

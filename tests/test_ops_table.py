@@ -1,4 +1,4 @@
-"""The table of ops: which form a call gets, what may be asked for, and what is said about it."""
+"""The table of ops: which implementation a call gets, what may be asked for, and what is said about it."""
 
 import logging
 from collections.abc import Iterator
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from minillama import ops
 from minillama.errors import UserError
-from minillama.ops import Form, Op, fused, reference
+from minillama.ops import Implementation, Op, fused_attention, fused_elementwise, reference
 
 
 @pytest.fixture(autouse=True)
@@ -20,28 +20,28 @@ def as_it_was(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     ops.choose("")
 
 
-def form_for(spec: str, op: str) -> object:
+def function_for(spec: str, op: str) -> object:
     ops.choose(spec)
     return ops.TABLE[op].usable("cpu")[0].function
 
 
 def test_a_spec_chooses_all_ops_or_some() -> None:
-    assert form_for("reference", "attention") is reference.attention
-    assert form_for("auto", "attention") is fused.attention
-    assert form_for("rms_norm=reference,adamw=fused", "rms_norm") is reference.rms_norm
-    assert form_for("rms_norm=reference,adamw=fused", "attention") is fused.attention
+    assert function_for("reference", "attention") is reference.attention
+    assert function_for("auto", "attention") is fused_attention.attention
+    assert function_for("rms_norm=reference,adamw=fused", "rms_norm") is reference.rms_norm
+    assert function_for("rms_norm=reference,adamw=fused", "attention") is fused_attention.attention
 
 
-def test_a_form_for_all_leaves_ops_that_lack_it_to_the_table() -> None:
-    lacks = Op("lacks", Form("reference", reference.swiglu))
-    lacks.want("fused")
+def test_a_function_for_all_leaves_ops_that_lack_it_to_the_table() -> None:
+    lacks = Op("lacks", Implementation("reference", reference.swiglu))
+    lacks.choose("fused")
     assert lacks.usable("cpu")[0].name == "reference"
 
 
 def test_the_environment_chooses_where_no_flag_does(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MINILLAMA_OPS", "reference")
-    assert form_for("", "rms_norm") is reference.rms_norm
-    assert form_for("fused", "rms_norm") is fused.rms_norm
+    assert function_for("", "rms_norm") is reference.rms_norm
+    assert function_for("fused", "rms_norm") is fused_elementwise.rms_norm
 
 
 @pytest.mark.parametrize(
@@ -71,9 +71,9 @@ def test_a_form_of_another_device_that_is_asked_for_is_an_error_at_its_first_cal
 
 def test_vendors_forms_come_first_and_the_formula_last_and_takes_everything() -> None:
     for op in ops.TABLE.values():
-        assert op.forms[-1].name == "reference"
-        assert op.forms[-1].supports is None
-        general = [bool(form.device) for form in op.forms]
+        assert op.implementations[-1].name == "reference"
+        assert op.implementations[-1].supports is None
+        general = [bool(implementation.device) for implementation in op.implementations]
         assert general == sorted(general, reverse=True), op.name
 
 
@@ -91,12 +91,12 @@ def test_a_form_is_used_where_it_supports_the_arguments_and_each_change_is_said_
     asked = []
     op = Op(
         "add",
-        Form(
+        Implementation(
             "short", short, "cpu", lambda: asked.append("available") or True, lambda x: len(x) < 3
         ),
-        Form("reference", any_length),
+        Implementation("reference", any_length),
     )
-    op.want("auto")
+    op.choose("auto")
     with caplog.at_level(logging.INFO, "minillama.ops"):
         found = [float(op(torch.zeros(n))[0]) for n in (2, 2, 5, 2, 5)]
     assert found == [1.0, 1.0, 2.0, 1.0, 2.0]
@@ -109,9 +109,11 @@ def test_a_form_is_used_where_it_supports_the_arguments_and_each_change_is_said_
 
 def test_a_form_asked_for_that_does_not_take_a_call_is_an_error_and_not_replaced() -> None:
     op = Op(
-        "add", Form("short", short, supports=lambda x: len(x) < 3), Form("reference", any_length)
+        "add",
+        Implementation("short", short, supports=lambda x: len(x) < 3),
+        Implementation("reference", any_length),
     )
-    op.want("short")
+    op.choose("short")
     assert float(op(torch.zeros(2))[0]) == 1.0
     with pytest.raises(UserError, match=r"add=short does not take \(5,\) torch.float32"):
         op(torch.zeros(5))
@@ -121,22 +123,24 @@ def test_a_kernel_that_fails_is_an_error_and_not_a_reason_to_try_the_next() -> N
     def fails(x: Tensor) -> Tensor:
         raise RuntimeError("the kernel stopped")
 
-    op = Op("add", Form("fails", fails), Form("reference", any_length))
-    op.want("auto")
+    op = Op("add", Implementation("fails", fails), Implementation("reference", any_length))
+    op.choose("auto")
     with pytest.raises(RuntimeError, match="the kernel stopped"):
         op(torch.zeros(2))
 
 
 def test_a_form_that_is_not_available_is_passed_over() -> None:
-    op = Op("add", Form("short", short, available=lambda: False), Form("reference", any_length))
-    op.want("auto")
+    op = Op(
+        "add",
+        Implementation("short", short, available=lambda: False),
+        Implementation("reference", any_length),
+    )
+    op.choose("auto")
     assert float(op(torch.zeros(2))[0]) == 2.0
 
 
 def test_the_processor_asks_nothing_at_a_call() -> None:
-    """Every op has one form there, so a call is a look into one dict."""
+    """Every op has one implementation there, so a call is a look into one dict."""
     ops.choose("auto")
     for op in ops.TABLE.values():
         assert op.usable("cpu")[0].supports is None, op.name
-    ops.swiglu(torch.ones(2), torch.ones(2))
-    assert set(ops.swiglu._only) == {torch.device("cpu")}

@@ -97,18 +97,18 @@ def test_every_kernel_compiles_for_the_two_architectures(tmp_path: Path) -> None
 
 def test_what_a_kernel_does_not_take_is_left_to_the_next_form() -> None:
     x, weight = randn(3, 8, seed=0), randn(8, seed=1)
-    assert cuda.can_rms_norm(x, weight, 1e-5)
-    assert not cuda.can_rms_norm(x.bfloat16(), weight, 1e-5)
-    assert not cuda.can_rms_norm(x.double(), weight.double(), 1e-5)
-    assert not cuda.can_rms_norm(x[:0], weight, 1e-5)
-    assert not cuda.can_rms_norm(torch.empty(1, 1 << 15), torch.empty(1 << 15), 1e-5)
-    assert cuda.can_swiglu(x, x)
-    assert not cuda.can_swiglu(x, x.bfloat16())
-    assert not cuda.can_swiglu(x, x[:1])
+    assert cuda.supports_rms_norm(x, weight, 1e-5)
+    assert not cuda.supports_rms_norm(x.bfloat16(), weight, 1e-5)
+    assert not cuda.supports_rms_norm(x.double(), weight.double(), 1e-5)
+    assert not cuda.supports_rms_norm(x[:0], weight, 1e-5)
+    assert not cuda.supports_rms_norm(torch.empty(1, 1 << 15), torch.empty(1 << 15), 1e-5)
+    assert cuda.supports_swiglu(x, x)
+    assert not cuda.supports_swiglu(x, x.bfloat16())
+    assert not cuda.supports_swiglu(x, x[:1])
 
 
 def test_triton_is_not_imported_until_a_kernel_is_called() -> None:
-    program = "import sys; from minillama import ops; from minillama.ops import cuda; print('triton' in sys.modules, cuda.available())"
+    program = "import sys; from minillama import ops; from minillama.ops import cuda; print('triton' in sys.modules, cuda.has_triton())"
     done = subprocess.run(
         [sys.executable, "-c", program],
         cwd=Path(__file__).parents[1],

@@ -5,6 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minillama.ops import IGNORE, Documents
+from minillama.ops.packing import Group
 from tests.conftest import random_model, random_tokens
 
 LENGTHS = st.lists(st.integers(1, 60), min_size=1, max_size=12)
@@ -14,37 +15,46 @@ def test_positions_restart_in_each_document() -> None:
     assert Documents([5, 2, 4]).positions.tolist() == [0, 1, 2, 3, 4, 0, 1, 0, 1, 2, 3]
 
 
-def test_the_picture_of_the_layout() -> None:
-    """The worked example of `ops.packing`, where three lengths within 16 of each other share one group of three rows."""
+def test_two_documents_are_the_rows_of_one_group() -> None:
+    """The picture of `ops.packing`: a a a and b b, where slot 5 is padding and repeats the last b."""
+    documents = Documents([3, 2])
+    layout = documents.layout
+    assert documents.groups == [Group(documents=[0, 1], length=3)]
+    assert layout.gather_index.tolist() == [0, 1, 2, 3, 4, 4]
+    assert layout.inverse_index.tolist() == [0, 1, 2, 3, 4]
+    assert layout.padding.tolist() == [5]
+
+
+def test_the_longest_document_comes_first_in_its_group() -> None:
     documents = Documents([5, 2, 4])
-    assert documents.group_shapes == [(3, 5)]
-    assert documents.layout.slots.tolist() == [0, 1, 2, 3, 4, 7, 8, 9, 10, 10, 5, 6, 6, 6, 6]
-    assert documents.layout.back.tolist() == [0, 1, 2, 3, 4, 10, 11, 5, 6, 7, 8]
-    assert documents.layout.holes.tolist() == [9, 12, 13, 14]
+    layout = documents.layout
+    assert documents.groups == [Group(documents=[0, 2, 1], length=5)]
+    assert layout.gather_index.tolist() == [0, 1, 2, 3, 4, 7, 8, 9, 10, 10, 5, 6, 6, 6, 6]
+    assert layout.inverse_index.tolist() == [0, 1, 2, 3, 4, 10, 11, 5, 6, 7, 8]
+    assert layout.padding.tolist() == [9, 12, 13, 14]
 
 
 @given(LENGTHS)
 @settings(max_examples=150, deadline=None)
-def test_every_token_has_one_slot_and_every_other_slot_is_a_hole(lengths: list[int]) -> None:
-    documents, total = Documents(lengths), sum(lengths)
-    assert documents.layout.slots[documents.layout.back].tolist() == list(range(total))
-    assert sorted([*documents.layout.back.tolist(), *documents.layout.holes.tolist()]) == list(
-        range(len(documents.layout.slots))
+def test_every_token_has_one_slot_and_every_other_slot_is_padding(lengths: list[int]) -> None:
+    documents = Documents(lengths)
+    layout = documents.layout
+    num_slots = len(layout.gather_index)
+    assert layout.gather_index[layout.inverse_index].tolist() == list(range(sum(lengths)))
+    assert sorted([*layout.inverse_index.tolist(), *layout.padding.tolist()]) == list(
+        range(num_slots)
     )
-    assert len(documents.layout.slots) == sum(
-        rows * length for rows, length in documents.group_shapes
-    )
-    assert sorted(document for group in documents.groups for document in group) == list(
-        range(len(lengths))
-    )
+    assert num_slots == sum(group.num_slots for group in documents.groups)
+    grouped = [document for group in documents.groups for document in group.documents]
+    assert sorted(grouped) == list(range(len(lengths)))
 
 
 @given(LENGTHS)
 @settings(max_examples=150, deadline=None)
 def test_padding_is_bounded_by_an_eighth_and_sixteen(lengths: list[int]) -> None:
-    documents = Documents(lengths)
-    for group, (_, padded) in zip(documents.groups, documents.group_shapes, strict=True):
-        assert all(padded - lengths[document] <= 16 + padded // 8 for document in group)
+    for group in Documents(lengths).groups:
+        bound = 16 + group.length // 8
+        assert all(group.length - lengths[document] <= bound for document in group.documents)
 
 
 def test_the_loss_of_packed_documents_is_the_sum_of_their_losses() -> None:

@@ -1,11 +1,19 @@
-"""One table of ops, one lookup: `ops.rms_norm(x, weight, eps)` computes what `ops.reference` specifies, by the first form that can.
+"""One table of ops and one lookup: `ops.rms_norm(x, w, eps)` computes what `ops.reference`
+specifies.
 
-A form is one implementation: the vendor's kernel, the hand-derived one (`fused`), or the formula (`reference`), which takes everything
-and stands last. Whether a form is *available* is asked once; whether it *supports* the arguments at every call, by shapes and dtypes
-alone, so all ranks choose alike. A kernel that fails is an error, never a reason to try the next one.
+Each op has a list of implementations in order of preference: a vendor's kernel, then `fused`
+(backward derived by hand), then `reference` (the formula), which takes all arguments. A call runs
+the first implementation that
 
-`MINILLAMA_OPS`, or `--ops`, takes a form for all ops that have it (`reference`, `fused`, `npu`, …; `auto` is the table's order), or
-for some (`rms_norm=reference,attention=fused`). A form that was asked for and cannot be used is an error.
+    is for the device of x, and is available        asked once: is the kernel installed?
+    supports the arguments                          asked at every call, by shapes and dtypes alone,
+                                                    so all ranks choose the same
+
+A kernel that fails is an error, never a reason to try the next one.
+
+`--ops NAME`, or the variable MINILLAMA_OPS, chooses an implementation for all ops that have it
+(`reference`, `fused`, `npu`, …), or for some (`rms_norm=reference,attention=fused`). `auto` is the
+order of the table. A chosen implementation that cannot be used is an error.
 """
 
 import logging
@@ -14,191 +22,210 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from minillama.errors import UserError, closest
-from minillama.ops import cuda, fused, mlu, npu, packed_weights, reference, tpu
+from minillama.ops import (
+    cpu_linear,
+    cuda,
+    fused_attention,
+    fused_elementwise,
+    fused_loss,
+    mlu,
+    npu,
+    reference,
+    rotary,
+    tpu,
+)
 from minillama.ops.packing import Documents
-from minillama.ops.reference import IGNORE, rope_tables
+from minillama.ops.reference import IGNORE
+from minillama.ops.rotary import RotaryTables, rope_tables
 
-__all__ = ["IGNORE", "Documents", "rope_tables"]
+__all__ = ["IGNORE", "Documents", "RotaryTables", "rope_tables", "rotary"]
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Form:
+class Implementation:
     """One implementation of an op."""
 
     name: str
     function: Callable[..., Any]
-    device: str = ""  # the only type of device it runs on; "": all
+    device: str = ""  # the only device type it runs on; "": any
     available: Callable[[], bool] = lambda: True
-    supports: Callable[..., bool] | None = None  # of a call's arguments; None: all
+    supports: Callable[..., bool] | None = None  # takes a call's arguments; None: supports all
 
 
 class Op:
-    """An op: called, it calls the first of its forms that can."""
+    """An op with its implementations in order. Calling it runs the first that can."""
 
-    def __init__(self, name: str, *forms: Form) -> None:
-        self.name, self.forms = name, forms
-        self.want("")
+    def __init__(self, name: str, *implementations: Implementation) -> None:
+        self.name = name
+        self.implementations = implementations
+        self.choose("")  # at the first call: as MINILLAMA_OPS says
 
-    def __call__(self, x: Tensor, *rest: Any, **named: Any) -> Any:
-        function = self._only.get(x.device) or self.pick(x, *rest, **named).function
-        return function(x, *rest, **named)
+    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return self.select(x, *args, **kwargs).function(x, *args, **kwargs)
 
-    def want(self, name: str) -> None:
-        """Use the form of this name alone; "auto", or a name that this op has no form of: the table's order."""
-        self.wanted = name
-        self._usable: dict[str, list[Form]] = {}  # by type of device
-        self._only: dict[
-            torch.device, Callable
-        ] = {}  # where there is nothing to ask: the common case costs one look
-        self._said: dict[str, list[str]] = {}  # forms used so far
-
-    def usable(self, device: str) -> list[Form]:
-        """The forms to choose from on a type of device. Raises UserError where the one asked for is not among them."""
-        if device not in self._usable:
-            if not self.wanted:
-                choose("")
-            forms = [
-                form for form in self.forms if form.device in ("", device) and form.available()
-            ]
-            if self.wanted in [form.name for form in self.forms]:
-                forms = [form for form in forms if form.name == self.wanted]
-                if not forms:
-                    raise UserError(
-                        f"--ops, MINILLAMA_OPS: {self.name}={self.wanted} cannot be used on {device}: no such kernel; use auto"
-                    )
-            self._usable[device] = forms
-        return self._usable[device]
-
-    def pick(self, x: Tensor, *rest: Any, **named: Any) -> Form:
-        """The form for a call with these arguments."""
-        device = x.device.type
-        for i, form in enumerate(self.usable(device)):
-            if form.supports is None or form.supports(x, *rest, **named):
-                self._say(device, form)
-                if i == 0 and form.supports is None:
-                    self._only[x.device] = form.function
-                return form
-        shapes = ", ".join(
-            f"{tuple(a.shape)} {a.dtype}" for a in (x, *rest) if isinstance(a, Tensor)
-        )
+    def select(self, x: Tensor, *args: Any, **kwargs: Any) -> Implementation:
+        """The implementation that a call with these arguments runs."""
+        device_type = x.device.type
+        for implementation in self.usable(device_type):
+            if implementation.supports is None or implementation.supports(x, *args, **kwargs):
+                if implementation.name not in self._logged.get(device_type, ()):
+                    self._log(device_type, implementation)
+                return implementation
+        tensors = [arg for arg in (x, *args) if isinstance(arg, Tensor)]
+        shapes = ", ".join(f"{tuple(tensor.shape)} {tensor.dtype}" for tensor in tensors)
         raise UserError(
-            f"--ops, MINILLAMA_OPS: {self.name}={self.wanted} does not take {shapes}; use auto"
+            f"--ops, MINILLAMA_OPS: {self.name}={self.choice} does not take {shapes}; use auto"
         )
 
-    def _say(self, device: str, form: Form) -> None:
-        """One line when the choice for a device is made, and one when it changes."""
-        said = self._said.setdefault(device, [])
-        if form.name not in said:
-            log.log(
-                logging.WARNING if said else logging.INFO,
-                "op %s on %s: %s%s",
-                self.name,
-                device,
-                form.name,
-                f" takes a call that {said[-1]} does not" if said else "",
+    def choose(self, name: str) -> None:
+        """Use only the implementation of this name.
+
+        "auto", or a name that this op does not have, means the order of the table.
+        """
+        self.choice = name
+        self._usable: dict[str, list[Implementation]] = {}  # by device type
+        self._logged: dict[str, list[str]] = {}  # names of those used so far, by device type
+
+    def usable(self, device_type: str) -> list[Implementation]:
+        """The implementations to select from on a type of device."""
+        if device_type not in self._usable:
+            self._usable[device_type] = self._find_usable(device_type)
+        return self._usable[device_type]
+
+    def _find_usable(self, device_type: str) -> list[Implementation]:
+        if not self.choice:
+            choose("")
+        usable = [
+            implementation
+            for implementation in self.implementations
+            if implementation.device in ("", device_type) and implementation.available()
+        ]
+        if self.choice not in [implementation.name for implementation in self.implementations]:
+            return usable
+        chosen = [implementation for implementation in usable if implementation.name == self.choice]
+        if not chosen:
+            raise UserError(
+                f"--ops, MINILLAMA_OPS: {self.name}={self.choice} cannot be used on {device_type}: "
+                "no such kernel; use auto"
             )
-            said.append(form.name)
+        return chosen
+
+    def _log(self, device_type: str, implementation: Implementation) -> None:
+        """Log the first choice for a device, and warn when a call needs another implementation."""
+        names = self._logged.setdefault(device_type, [])
+        message = f"op {self.name} on {device_type}: {implementation.name}"
+        if names:
+            log.warning(f"{message} takes a call that {names[-1]} does not")
+        else:
+            log.info(message)
+        names.append(implementation.name)
 
 
+# In each line: name, function, then for a vendor's kernel its device, available() and supports().
+# fmt: off
 rms_norm = Op(
     "rms_norm",
-    Form("npu", npu.rms_norm, "npu", npu.has("npu_rms_norm"), npu.can_rms_norm),
-    Form("mlu", mlu.rms_norm, "mlu", mlu.has_rms_norm, mlu.can_infer),
-    Form("tpu", tpu.rms_norm, "tpu", tpu.has_rms_norm, tpu.can_rms_norm),
-    Form("triton", cuda.rms_norm, "cuda", cuda.available, cuda.can_rms_norm),
-    Form("fused", fused.rms_norm),
-    Form("reference", reference.rms_norm),
+    Implementation("npu", npu.rms_norm, "npu", npu.has("npu_rms_norm"), npu.supports_rms_norm),
+    Implementation("mlu", mlu.rms_norm, "mlu", mlu.has_rms_norm, mlu.supports_rms_norm),
+    Implementation("tpu", tpu.rms_norm, "tpu", tpu.has_rms_norm, tpu.supports_rms_norm),
+    Implementation("triton", cuda.rms_norm, "cuda", cuda.has_triton, cuda.supports_rms_norm),
+    Implementation("fused", fused_elementwise.rms_norm),
+    Implementation("reference", reference.rms_norm),
 )
 rope = Op(
     "rope",
-    Form("npu", npu.rope, "npu", npu.has("npu_rotary_mul"), npu.can_rope),
-    Form("fused", fused.rope),
-    Form("reference", reference.rope),
+    Implementation("npu", npu.rope, "npu", npu.has("npu_rotary_mul"), npu.supports_rope),
+    Implementation("fused", fused_elementwise.rope),
+    Implementation("reference", reference.rope),
 )
 swiglu = Op(
     "swiglu",
-    Form("npu", npu.swiglu, "npu", npu.has("npu_swiglu"), npu.can_swiglu),
-    Form("mlu", mlu.swiglu, "mlu", mlu.has_active, mlu.can_infer),
-    Form("triton", cuda.swiglu, "cuda", cuda.available, cuda.can_swiglu),
-    Form("fused", fused.swiglu),
-    Form("reference", reference.swiglu),
+    Implementation("npu", npu.swiglu, "npu", npu.has("npu_swiglu"), npu.supports_swiglu),
+    Implementation("mlu", mlu.swiglu, "mlu", mlu.has_swiglu, mlu.supports_swiglu),
+    Implementation("triton", cuda.swiglu, "cuda", cuda.has_triton, cuda.supports_swiglu),
+    Implementation("fused", fused_elementwise.swiglu),
+    Implementation("reference", reference.swiglu),
 )
 scaled_masked_softmax = Op(
     "scaled_masked_softmax",
-    Form(
-        "npu",
-        npu.scaled_masked_softmax,
-        "npu",
-        npu.has("npu_scaled_masked_softmax"),
-        npu.can_scaled_masked_softmax,
-    ),
-    Form("fused", fused.scaled_masked_softmax),
-    Form("reference", reference.scaled_masked_softmax),
+    Implementation("npu", npu.scaled_masked_softmax, "npu",
+                   npu.has("npu_scaled_masked_softmax"), npu.supports_scaled_masked_softmax),
+    Implementation("fused", fused_elementwise.scaled_masked_softmax),
+    Implementation("reference", reference.scaled_masked_softmax),
 )
-linear = Op("linear", Form("fused", fused.linear), Form("reference", reference.linear))
+linear = Op(
+    "linear",
+    Implementation("fused", cpu_linear.linear),
+    Implementation("reference", reference.linear),
+)
 attention = Op(
     "attention",
-    Form("npu", npu.attention, "npu", npu.has(*npu.ATTENTION), npu.can_attention),
-    Form("fused", fused.attention),
-    Form("reference", reference.attention),
+    Implementation("npu", npu.attention, "npu", npu.has(*npu.ATTENTION), npu.supports_attention),
+    Implementation("fused", fused_attention.attention),
+    Implementation("reference", reference.attention),
 )
 linear_cross_entropy = Op(
     "linear_cross_entropy",
-    Form("fused", fused.linear_cross_entropy),
-    Form("reference", reference.linear_cross_entropy),
+    Implementation("fused", fused_loss.linear_cross_entropy),
+    Implementation("reference", reference.linear_cross_entropy),
 )
 adamw = Op(
     "adamw",
-    Form("npu", npu.adamw, "npu", npu.has("npu_apply_adam_w"), npu.can_adamw),
-    Form("mlu", mlu.adamw, "mlu", mlu.has_fused_adam, mlu.can_adamw),
-    Form("fused", fused.adamw),
-    Form("reference", reference.adamw),
+    Implementation("npu", npu.adamw, "npu", npu.has("npu_apply_adam_w"), npu.supports_adamw),
+    Implementation("mlu", mlu.adamw, "mlu", mlu.has_adamw, mlu.supports_adamw),
+    Implementation("fused", fused_elementwise.adamw),
+    Implementation("reference", reference.adamw),
 )
-TABLE = {
-    op.name: op
-    for op in (
-        rms_norm,
-        rope,
-        swiglu,
-        scaled_masked_softmax,
-        linear,
-        attention,
-        linear_cross_entropy,
-        adamw,
-    )
-}
-
-
-def pack(model: nn.Module, rows: int) -> None:
-    """Before decoding `rows` texts at a time: `packed_weights.pack`, where the fused linear is in use. Doing it again costs nothing."""
-    if linear.usable("cpu")[0].name == "fused":
-        packed_weights.pack(model, rows)
+OPS = (
+    rms_norm, rope, swiglu, scaled_masked_softmax, linear, attention, linear_cross_entropy, adamw,
+)
+# fmt: on
+TABLE = {op.name: op for op in OPS}
 
 
 def choose(spec: str) -> None:
-    """Let `spec` say which forms to use from here on; "": what `MINILLAMA_OPS` says. Raises UserError for a name that does not exist."""
-    spec = spec or os.environ.get("MINILLAMA_OPS") or "auto"
-    names = ["auto", *dict.fromkeys(form.name for op in TABLE.values() for form in op.forms)]
-    pairs = (
-        [part.partition("=")[::2] for part in spec.split(",")]
-        if "=" in spec
-        else [(op, spec) for op in TABLE]
-    )  # (op, form)
-    for op, name in pairs:
-        if op not in TABLE:
-            raise UserError(
-                f"--ops, MINILLAMA_OPS: no op {op!r}{closest(op, TABLE)}; ops: {', '.join(TABLE)}"
-            )
-        allowed = ["auto", *(form.name for form in TABLE[op].forms)] if "=" in spec else names
-        if name not in allowed:
-            raise UserError(
-                f"--ops, MINILLAMA_OPS: {op}={name!r}; choose one of: {', '.join(allowed)}"
-            )
+    """Choose implementations from here on; "" means as MINILLAMA_OPS says.
+
+    Raises UserError for an op or an implementation that does not exist.
+    """
+    choices = _parse(spec or os.environ.get("MINILLAMA_OPS") or "auto")
     for op in TABLE.values():
-        op.want(dict(pairs).get(op.name, "auto"))
+        op.choose(choices.get(op.name, "auto"))
+
+
+def _parse(spec: str) -> dict[str, str]:
+    """`fused`, or `rms_norm=reference,attention=fused`, as {op: implementation}."""
+    if "=" not in spec:
+        names = [implementation.name for op in OPS for implementation in op.implementations]
+        _check_choice(repr(spec), spec, names)
+        return dict.fromkeys(TABLE, spec)
+    choices = {}
+    for part in spec.split(","):
+        op, _, name = part.partition("=")
+        if op not in TABLE:
+            hint = closest(op, TABLE)
+            raise UserError(f"--ops, MINILLAMA_OPS: no op {op!r}{hint}; ops: {', '.join(TABLE)}")
+        names = [implementation.name for implementation in TABLE[op].implementations]
+        _check_choice(f"{op}={name!r}", name, names)
+        choices[op] = name
+    return choices
+
+
+def _check_choice(text: str, name: str, names: list[str]) -> None:
+    allowed = list(dict.fromkeys(["auto", *names]))
+    if name not in allowed:
+        raise UserError(f"--ops, MINILLAMA_OPS: {text}; choose one of: {', '.join(allowed)}")
+
+
+def pack(model: nn.Module, rows: int) -> None:
+    """Before decoding `rows` sequences at a time: pack the weights, where the fused linear is used.
+
+    See `cpu_linear.pack`. To do it again costs nothing.
+    """
+    if linear.usable("cpu")[0].function is cpu_linear.linear:
+        cpu_linear.pack(model, rows)

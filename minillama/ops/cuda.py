@@ -1,4 +1,8 @@
-"""CUDA: Triton's kernels (`ops.triton`), imported at the first call, and what they take. The rest is torch's own or `fused`."""
+"""CUDA: the kernels of `ops.triton`, and which arguments they support.
+
+The other ops are torch's own kernels or `fused`. `ops.triton` is imported at the first call:
+importing Triton is slow, and it may not be installed.
+"""
 
 from importlib.util import find_spec
 
@@ -6,21 +10,17 @@ import torch
 from torch import Tensor
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-WIDEST = 1 << 14  # elements of a row that a program holds in registers
+MAX_WIDTH = 1 << 14  # elements of a row that one program holds in registers
 
 
-def available() -> bool:
+def has_triton() -> bool:
     return find_spec("triton") is not None
 
 
-def can_rms_norm(x: Tensor, weight: Tensor, eps: float) -> bool:
-    return (
-        x.dtype in FLOATS
-        and weight.dtype == x.dtype
-        and weight.is_contiguous()
-        and x.numel() > 0
-        and x.shape[-1] <= WIDEST
-    )
+def supports_rms_norm(x: Tensor, weight: Tensor, eps: float) -> bool:
+    has_rows = x.numel() > 0 and x.shape[-1] <= MAX_WIDTH
+    same_dtype = x.dtype in FLOATS and weight.dtype == x.dtype
+    return has_rows and same_dtype and weight.is_contiguous()
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -29,13 +29,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return triton.rms_norm(x, weight, eps)
 
 
-def can_swiglu(gate: Tensor, up: Tensor) -> bool:
-    return (
-        gate.dtype in FLOATS
-        and gate.dtype == up.dtype
-        and gate.shape == up.shape
-        and gate.numel() > 0
-    )
+def supports_swiglu(gate: Tensor, up: Tensor) -> bool:
+    same_dtype = gate.dtype in FLOATS and gate.dtype == up.dtype
+    return same_dtype and gate.shape == up.shape and gate.numel() > 0
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:

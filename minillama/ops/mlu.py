@@ -1,59 +1,54 @@
-"""Cambricon: AdamW as torch_mlu's fused kernel, and two inference kernels of torch_mlu_ops. Attention is torch's own SDPA, which the
-plug-in implements; nothing else there has a backward.
+"""Cambricon: AdamW by a kernel of torch_mlu, RMSNorm and SwiGLU by kernels of torch_mlu_ops.
 
-Transcribed from the vendor's public code (torch_mlu d578002; torch_mlu_ops as vllm-mlu calls it), never executed. Arguments of
-torch_mlu_ops changed their order between releases, so they are passed by name, and a release without those names is not used.
+The kernels of torch_mlu_ops are for inference. Attention is torch's own
+scaled_dot_product_attention, which the plug-in implements. No other kernel there has a backward.
+
+Transcribed from the vendor's public code (torch_mlu d578002; torch_mlu_ops as vllm-mlu calls it),
+never executed. Arguments of torch_mlu_ops changed their order between releases, so they are passed
+by name, and a release without those names is not used.
 """
 
 import importlib
 import importlib.util
 import inspect
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from minillama.ops.reference import needs_grad
 
-
-def has_fused_adam() -> bool:
-    return hasattr(torch.ops.torch_mlu, "fused_adam")
-
-
-def has_rms_norm() -> bool:
-    return _takes(
-        "fused_rms_norm",
-        "x",
-        "residual",
-        "gamma",
-        "beta",
-        "bias",
-        "eps",
-        "store_output_before_norm",
-    )
+RMS_NORM = {"x", "residual", "gamma", "beta", "bias", "eps", "store_output_before_norm"}
+ACTIVE = {"input", "act_mode", "is_gated"}
 
 
-def has_active() -> bool:
-    return _takes("active", "input", "act_mode", "is_gated")
+def _mlu_ops() -> ModuleType:
+    return importlib.import_module("torch_mlu_ops")
 
 
-def _takes(name: str, *parameters: str) -> bool:
-    """Whether torch_mlu_ops is installed, and its function `name` takes parameters of these names."""
-    function = (
-        getattr(importlib.import_module("torch_mlu_ops"), name, None)
-        if importlib.util.find_spec("torch_mlu_ops")
-        else None
-    )
-    return function is not None and set(parameters) <= set(inspect.signature(function).parameters)
+def _has_function(name: str, parameters: set[str]) -> bool:
+    """Whether torch_mlu_ops is installed, and its function `name` has these parameters."""
+    if importlib.util.find_spec("torch_mlu_ops") is None:
+        return False
+    function = getattr(_mlu_ops(), name, None)
+    return function is not None and parameters <= set(inspect.signature(function).parameters)
 
 
-def can_infer(x: Tensor, other: Tensor, eps: float = 0.0) -> bool:
-    """Whether nothing needs a gradient, and the data is 16-bit."""
+def _is_inference(x: Tensor, other: Tensor) -> bool:
+    """Whether the data is 16-bit and nothing needs a gradient."""
     return x.dtype == other.dtype != torch.float32 and not needs_grad(x, other)
 
 
+def has_rms_norm() -> bool:
+    return _has_function("fused_rms_norm", RMS_NORM)
+
+
+def supports_rms_norm(x: Tensor, weight: Tensor, eps: float) -> bool:
+    return _is_inference(x, weight)
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    kernel = importlib.import_module("torch_mlu_ops").fused_rms_norm
-    return kernel(
+    return _mlu_ops().fused_rms_norm(
         x=x,
         residual=None,
         gamma=weight,
@@ -64,13 +59,24 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     )
 
 
+def has_swiglu() -> bool:
+    return _has_function("active", ACTIVE)
+
+
+def supports_swiglu(gate: Tensor, up: Tensor) -> bool:
+    return _is_inference(gate, up)
+
+
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    return importlib.import_module("torch_mlu_ops").active(
-        input=torch.cat((gate, up), dim=-1), act_mode="silu", is_gated=True
-    )
+    """The kernel takes one tensor, [gate | up]."""
+    return _mlu_ops().active(input=torch.cat((gate, up), dim=-1), act_mode="silu", is_gated=True)
 
 
-def can_adamw(
+def has_adamw() -> bool:
+    return hasattr(torch.ops.torch_mlu, "fused_adam")
+
+
+def supports_adamw(
     weight: Tensor, grad: Tensor, m: Tensor, v: Tensor, step: int, **settings: float
 ) -> bool:
     return weight.dtype == grad.dtype == m.dtype == v.dtype == torch.float32
@@ -90,7 +96,8 @@ def adamw(
     weight_decay: float,
 ) -> None:
     overflow = torch.zeros(1, dtype=torch.int32, device=weight.device)
-    decoupled_decay, bias_correction = 1, 1
+    decoupled_decay = 1
+    bias_correction = 1
     torch.ops.torch_mlu.fused_adam(
         overflow,
         [grad],

@@ -1,14 +1,18 @@
-"""Ascend: the ops as Huawei's fused kernels, called through torch_npu's schemas (2.13.0), each beside the limits its manual states.
+"""Ascend: the ops as Huawei's fused kernels, called by torch_npu's schemas (2.13.0).
 
-`can_…` takes an op's arguments and says whether the kernel takes them, by shapes and dtypes; what it refuses goes to the next form in
-the table. docs/devices.md lists the conventions that differ from ours. The loss is not here: `npu_cross_entropy_loss` cannot both
-ignore labels and have a gradient; the chunked form in `fused.py` does.
+Each `supports_…` states the limits in the kernel's manual, by shapes and dtypes. What it refuses
+goes to the next implementation in the table. docs/devices.md lists the conventions that differ from
+ours.
+
+The loss is not here: `npu_cross_entropy_loss` cannot both ignore labels and have a gradient.
+`fused_loss.linear_cross_entropy` does both.
 """
 
 import math
 from collections.abc import Callable
 from functools import cache
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,78 +20,68 @@ from torch import Tensor
 from minillama.ops.packing import Documents
 from minillama.ops.reference import needs_grad
 
-FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+HALVES = (torch.float16, torch.bfloat16)
+FLOATS = (torch.float32, *HALVES)
 ATTENTION = ("npu_fusion_attention", "npu_prompt_flash_attention", "npu_incre_flash_attention")
 RIGHT_DOWN_CAUSAL = 3  # sparse_mode: the last query sees the last key
 
 
-def has(*names: str) -> Callable[[], bool]:
-    """Whether the plug-in in this process brings these kernels, asked when called."""
-    return lambda: all(hasattr(torch.ops.npu, name) for name in names)
+def has(*kernels: str) -> Callable[[], bool]:
+    """A function that tells whether the plug-in in this process has these kernels."""
+    return lambda: all(hasattr(torch.ops.npu, kernel) for kernel in kernels)
 
 
-@cache
-def _triangle(device: torch.device) -> Tensor:
-    """True above the diagonal, (2048, 2048): the compressed mask of the causal modes."""
-    return torch.ones(2048, 2048, dtype=torch.bool, device=device).triu(1)
-
-
-def can_rms_norm(x: Tensor, weight: Tensor, eps: float) -> bool:
+def supports_rms_norm(x: Tensor, weight: Tensor, eps: float) -> bool:
     return x.dtype in FLOATS and weight.dtype == x.dtype and 2 <= x.dim() <= 8
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    return torch.ops.npu.npu_rms_norm(x, weight, epsilon=eps)[
-        0
-    ]  # not its own default; the other result is rstd
+    """eps is given because the kernel has another default."""
+    y, _rstd = torch.ops.npu.npu_rms_norm(x, weight, epsilon=eps)
+    return y
 
 
-def can_rope(x: Tensor, cos: Tensor, sin: Tensor) -> bool:
+def supports_rope(x: Tensor, cos: Tensor, sin: Tensor) -> bool:
     B, _, H, D = x.shape
-    return (
-        x.dtype in FLOATS
-        and D % 2 == 0
-        and D < 896
-        and B < 1000
-        and H < 1000
-        and not (cos.requires_grad or sin.requires_grad)
-    )
+    size_fits = D % 2 == 0 and D < 896 and B < 1000 and H < 1000
+    trains_tables = cos.requires_grad or sin.requires_grad
+    return x.dtype in FLOATS and size_fits and not trains_tables
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """The kernel wants 4 dimensions, and a sine without the minus of its first half. Tables and product stay fp32."""
-    sin = torch.cat([sin[..., x.shape[-1] // 2 :]] * 2, dim=-1)
-    cos, sin = (
-        table.view(-1, x.shape[1], 1, x.shape[-1]) for table in (cos, sin)
-    )  # (1 or B, T, 1, D)
+    """The kernel wants tables of 4 dimensions, and a sine without the minus of its first half.
+
+    Tables and product stay fp32.
+    """
+    T, D = x.shape[1], x.shape[-1]
+    half_sin = sin[..., D // 2 :]  # the half without the minus
+    sin = torch.cat((half_sin, half_sin), dim=-1).view(-1, T, 1, D)  # (1 or B, T, 1, D)
+    cos = cos.view(-1, T, 1, D)
     return torch.ops.npu.npu_rotary_mul(x.float(), cos, sin).to(x.dtype)
 
 
-def can_swiglu(gate: Tensor, up: Tensor) -> bool:
-    return (
-        gate.dtype in FLOATS
-        and gate.dtype == up.dtype
-        and gate.shape == up.shape
-        and gate.dim() <= 8
-    )
+def supports_swiglu(gate: Tensor, up: Tensor) -> bool:
+    same_dtype = gate.dtype in FLOATS and gate.dtype == up.dtype
+    return same_dtype and gate.shape == up.shape and gate.dim() <= 8
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    return torch.ops.npu.npu_swiglu(
-        torch.cat((gate, up), dim=-1), dim=-1
-    )  # one tensor, [gate | up]
+    """The kernel takes one tensor, [gate | up]."""
+    return torch.ops.npu.npu_swiglu(torch.cat((gate, up), dim=-1), dim=-1)
 
 
-def can_scaled_masked_softmax(x: Tensor, mask: Tensor, scale: float) -> bool:
+def supports_scaled_masked_softmax(x: Tensor, mask: Tensor, scale: float) -> bool:
     sides_fit = x.dim() == 4 and all(32 <= side <= 4096 and side % 32 == 0 for side in x.shape[-2:])
     return sides_fit and x.dtype in FLOATS and mask.dtype == torch.bool
 
 
 def scaled_masked_softmax(x: Tensor, mask: Tensor, scale: float) -> Tensor:
-    return torch.ops.npu.npu_scaled_masked_softmax(x, mask, scale, False)  # True masks, by -10000
+    """The kernel masks at True, by -10000, as the reference does."""
+    generate_mask = False
+    return torch.ops.npu.npu_scaled_masked_softmax(x, mask, scale, generate_mask)
 
 
-def can_attention(
+def supports_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -96,22 +90,17 @@ def can_attention(
 ) -> bool:
     B, T, H, D = q.shape
     S, K = k.shape[1], k.shape[2]
-    if lengths is not None or not q.dtype == k.dtype == v.dtype or H > 256 or H % K or T > S:
+    if lengths is not None or T > S:
         return False
-    if documents is not None:
-        return (
-            q.dtype in FLOATS and D <= 768 and len(documents.lengths) <= 1024 and B * T <= 1 << 20
-        )
-    if needs_grad(q, k, v):
-        return q.dtype in FLOATS and D <= 768
-    return (
-        q.dtype in (torch.float16, torch.bfloat16)
-        and D <= 512
-        and D % 16 == 0
-        and H // K <= 64
-        and H * D < 65535
-        and B <= 65535
-    )
+    if not q.dtype == k.dtype == v.dtype or H > 256 or H % K:
+        return False
+    if documents is not None or needs_grad(q, k, v):  # the training kernel
+        fits = q.dtype in FLOATS and D <= 768
+        if documents is not None:
+            fits = fits and len(documents.lengths) <= 1024 and B * T <= 1 << 20
+        return fits
+    heads_fit = D <= 512 and D % 16 == 0 and H // K <= 64 and H * D < 65535
+    return q.dtype in HALVES and heads_fit and B <= 65535
 
 
 def attention(
@@ -121,33 +110,70 @@ def attention(
     documents: Documents | None = None,
     lengths: Tensor | None = None,
 ) -> Tensor:
-    """Training: the flash kernel with a backward; documents as one ragged run (TND) by the places they end. Inference: the kernel for
-    prompts, or for a single query, over the cache as it lies."""
-    B, T, H, D = q.shape
-    scale = 1 / math.sqrt(D)
-    causal = {"atten_mask": _triangle(q.device), "sparse_mode": RIGHT_DOWN_CAUSAL}
     if documents is not None:
-        ends = list(accumulate(documents.lengths))
-        run = [x.reshape(B * T, -1, D) for x in (q, k, v)]  # (B·T, heads, D)
-        y = torch.ops.npu.npu_fusion_attention(
-            *run, H, "TND", scale=scale, actual_seq_qlen=ends, actual_seq_kvlen=ends, **causal
-        )[0]
-        return y.view(B, T, H, D)
+        return _packed_attention(q, k, v, documents)
     if needs_grad(q, k, v):
-        return torch.ops.npu.npu_fusion_attention(q, k, v, H, "BSND", scale=scale, **causal)[0]
-    q, k, v = (x.contiguous() for x in (q, k, v))
-    shape = {
+        H = q.shape[2]
+        scale = _scale(q)
+        return torch.ops.npu.npu_fusion_attention(
+            q, k, v, H, "BSND", scale=scale, **_causal_mask(q.device)
+        )[0]
+    return _inference_attention(q, k, v)
+
+
+def _packed_attention(q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tensor:
+    """The training kernel on one ragged sequence (layout TND), given where each document ends."""
+    B, T, H, D = q.shape
+    ends = list(accumulate(documents.lengths))
+    q = q.reshape(B * T, H, D)
+    k = k.reshape(B * T, -1, D)  # (B·T, K, D)
+    v = v.reshape(B * T, -1, D)
+    y = torch.ops.npu.npu_fusion_attention(
+        q,
+        k,
+        v,
+        H,
+        "TND",
+        scale=_scale(q),
+        actual_seq_qlen=ends,
+        actual_seq_kvlen=ends,
+        **_causal_mask(q.device),
+    )[0]
+    return y.view(B, T, H, D)
+
+
+def _inference_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The kernel for prompts, or that for a single query. They read contiguous tensors only."""
+    T, H = q.shape[1], q.shape[2]
+    q = q.contiguous()
+    k = k.contiguous()
+    v = v.contiguous()
+    shape: dict[str, Any] = {
         "num_heads": H,
         "num_key_value_heads": k.shape[2],
         "input_layout": "BSND",
-        "scale_value": scale,
+        "scale_value": _scale(q),
     }
     if T == 1:
         return torch.ops.npu.npu_incre_flash_attention(q, k, v, inner_precise=0, **shape)
-    return torch.ops.npu.npu_prompt_flash_attention(q, k, v, **shape, **causal)
+    return torch.ops.npu.npu_prompt_flash_attention(q, k, v, **shape, **_causal_mask(q.device))
 
 
-def can_adamw(
+def _scale(q: Tensor) -> float:
+    return 1 / math.sqrt(q.shape[-1])
+
+
+def _causal_mask(device: torch.device) -> dict[str, Any]:
+    return {"atten_mask": _triangle(device), "sparse_mode": RIGHT_DOWN_CAUSAL}
+
+
+@cache
+def _triangle(device: torch.device) -> Tensor:
+    """True above the diagonal, (2048, 2048): the compressed mask of the causal modes."""
+    return torch.ones(2048, 2048, dtype=torch.bool, device=device).triu(1)
+
+
+def supports_adamw(
     weight: Tensor, grad: Tensor, m: Tensor, v: Tensor, step: int, **settings: float
 ) -> bool:
     return weight.dtype in FLOATS and weight.dtype == grad.dtype == m.dtype == v.dtype
@@ -166,17 +192,23 @@ def adamw(
     epsilon: float,
     weight_decay: float,
 ) -> None:
-    torch.ops.npu.npu_apply_adam_w.out(  # which wants beta^(t-1)
-        beta1 ** (step - 1),
-        beta2 ** (step - 1),
+    """The kernel wants the powers beta^(t-1) of the step before."""
+    beta1_power = beta1 ** (step - 1)
+    beta2_power = beta2 ** (step - 1)
+    max_grad_norm = None
+    amsgrad = False
+    maximize = False
+    torch.ops.npu.npu_apply_adam_w.out(
+        beta1_power,
+        beta2_power,
         learning_rate,
         weight_decay,
         beta1,
         beta2,
         epsilon,
         grad,
-        None,
-        False,
-        False,
+        max_grad_norm,
+        amsgrad,
+        maximize,
         out=[weight, m, v],
     )

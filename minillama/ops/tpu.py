@@ -1,39 +1,49 @@
-"""Sophgo: RMSNorm as torch_tpu's kernels, which write into the tensors they are given and know no autograd. AdamW is torch's fused
-kernel, which the plug-in implements (`fused.adamw`); the rest are composites.
+"""Sophgo: RMSNorm by torch_tpu's kernels.
+
+The kernels write into the tensors they are given and have no autograd. AdamW is torch's fused
+kernel, which the plug-in implements (`fused_elementwise.adamw`). The other ops have no kernel here.
 
 Transcribed from the vendor's public code (sophgo/torch-tpu fe9b478), never executed.
 """
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
 
 def has_rms_norm() -> bool:
-    return hasattr(torch.ops.my_ops, "rmsnorm_forward") and hasattr(
-        torch.ops.my_ops, "rmsnorm_backward"
-    )
+    kernels = torch.ops.my_ops
+    return hasattr(kernels, "rmsnorm_forward") and hasattr(kernels, "rmsnorm_backward")
 
 
-def can_rms_norm(x: Tensor, weight: Tensor, eps: float) -> bool:
+def supports_rms_norm(x: Tensor, weight: Tensor, eps: float) -> bool:
     return x.dtype == weight.dtype and x.is_contiguous()
 
 
 class _RMSNorm(torch.autograd.Function):
+    """The formulas are those of `fused_elementwise._RMSNorm`."""
+
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.eps = eps
         y = torch.empty_like(x)
-        torch.ops.my_ops.rmsnorm_forward(x, weight, None, y, x.dim() - 1, eps)
+        bias = None
+        last_dim = x.dim() - 1
+        torch.ops.my_ops.rmsnorm_forward(x, weight, bias, y, last_dim, eps)
         return y
 
     @staticmethod
-    def backward(ctx, dy: Tensor):
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor | None, None]:
         x, weight = ctx.saved_tensors
-        rms, dx = torch.zeros_like(x), torch.zeros_like(x)
+        rms = torch.zeros_like(x)
+        dx = torch.zeros_like(x)
         dw = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+        bias = dbias = None
+        last_dim = x.dim() - 1
         torch.ops.my_ops.rmsnorm_backward(
-            dy.contiguous(), x, weight, None, rms, dx, dw, None, x.dim() - 1, ctx.eps
+            dy.contiguous(), x, weight, bias, rms, dx, dw, dbias, last_dim, ctx.eps
         )
         return dx, dw, None
 

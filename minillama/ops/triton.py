@@ -1,12 +1,23 @@
-"""CUDA kernels in Triton: what `fused.py` derives, with each row read from memory once and everything between in registers.
+"""CUDA kernels in Triton for RMSNorm and SwiGLU: the formulas of `fused_elementwise`.
 
-A program is one row (RMSNorm) or one stretch of elements (SwiGLU). The gradient of RMSNorm's weight is a sum over all rows: each of a
-fixed number of programs adds up rows of its own and writes one partial sum, so none waits for or races another.
+Each row is read from memory once. A program works on one row (RMSNorm) or one block of elements
+(SwiGLU), and holds everything between in registers. The gradient of RMSNorm's weight is a sum over
+all rows. A fixed number of programs each add up rows of their own and write one partial sum, so no
+program waits for another or writes where another does.
 
-Imported by `ops.cuda` alone, where Triton is installed. The tests run these kernels in Triton's interpreter and compile them for
-sm_80 and sm_90; they have not been executed on a GPU. Left out: attention and the loss, where torch's own kernels
-do as well, and rope.
+Imported by `ops.cuda` alone, where Triton is installed. The tests run these kernels in Triton's
+interpreter and compile them for sm_80 and sm_90; they have not been executed on a GPU. Left out:
+attention and the loss, where torch's own kernels do as well, and rope.
+
+In the kernels, x, w, y, … are pointers to the first element. C is the width of a row, N the number
+of rows (RMSNorm) or elements (SwiGLU), BLOCK the number of elements of a program: a power of two,
+so the elements behind the end are masked.
 """
+
+# mypy: disable-error-code="no-untyped-def"
+# (the kernels: their arguments are pointers and numbers of Triton's own)
+
+from typing import Any
 
 import torch
 import triton
@@ -14,106 +25,121 @@ import triton.language as tl
 from torch import Tensor
 
 PARTIAL_SUMS = 256  # programs that share RMSNorm's backward
-STRETCH = 1024  # elements of a SwiGLU program
+SWIGLU_BLOCK = 1024  # elements of a SwiGLU program
 
 
 @triton.jit
 def _rms_norm_forward(x, w, y, r, eps, C, BLOCK: tl.constexpr):
-    row, c = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
-    x32 = tl.load(x + row * C + c, mask=c < C, other=0.0).to(tl.float32)
-    scale = 1.0 / tl.sqrt(tl.sum(x32 * x32, axis=0) / C + eps)
-    n = (
-        (x32 * scale).to(y.dtype.element_ty).to(tl.float32)
-    )  # rounded before the product, as the formula says
-    weight = tl.load(w + c, mask=c < C, other=0.0).to(tl.float32)
-    tl.store(y + row * C + c, (n * weight).to(y.dtype.element_ty), mask=c < C)
+    """y = x r w with r = 1 / sqrt(mean(x^2) + eps), for one row."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    inside = column < C
+    x_row = tl.load(x + row * C + column, mask=inside, other=0.0).to(tl.float32)
+    weight = tl.load(w + column, mask=inside, other=0.0).to(tl.float32)
+    scale = 1.0 / tl.sqrt(tl.sum(x_row * x_row, axis=0) / C + eps)
+    n = (x_row * scale).to(y.dtype.element_ty).to(tl.float32)  # rounded, as the reference does
+    tl.store(y + row * C + column, (n * weight).to(y.dtype.element_ty), mask=inside)
     tl.store(r + row, scale)
 
 
 @triton.jit
 def _rms_norm_backward(dy, x, w, r, dx, partial, N, C, rows, BLOCK: tl.constexpr):
-    program, c = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
-    weight = tl.load(w + c, mask=c < C, other=0.0).to(tl.float32)
+    """dx = r (g - n mean(g n)) with g = dy w, and a partial sum of dw = dy n, for `rows` rows."""
+    program = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    weight = tl.load(w + column, mask=column < C, other=0.0).to(tl.float32)
     dw = tl.zeros((BLOCK,), dtype=tl.float32)
     for i in range(rows):
         row = program * rows + i
-        inside = c < tl.where(row < N, C, 0)
+        inside = column < tl.where(row < N, C, 0)  # the last program may have rows too many
         scale = tl.load(r + row, mask=row < N, other=0.0)
-        n = tl.load(x + row * C + c, mask=inside, other=0.0).to(tl.float32) * scale
-        upstream = tl.load(dy + row * C + c, mask=inside, other=0.0).to(tl.float32)
-        g = upstream * weight
-        down = scale * (g - n * (tl.sum(g * n, axis=0) / C))
-        tl.store(dx + row * C + c, down.to(dx.dtype.element_ty), mask=inside)
-        dw += upstream * n
-    tl.store(partial + program * C + c, dw, mask=c < C)
+        x_row = tl.load(x + row * C + column, mask=inside, other=0.0).to(tl.float32)
+        dy_row = tl.load(dy + row * C + column, mask=inside, other=0.0).to(tl.float32)
+        n = x_row * scale
+        g = dy_row * weight
+        mean_g_n = tl.sum(g * n, axis=0) / C
+        dx_row = scale * (g - n * mean_g_n)
+        tl.store(dx + row * C + column, dx_row.to(dx.dtype.element_ty), mask=inside)
+        dw += dy_row * n
+    tl.store(partial + program * C + column, dw, mask=column < C)
 
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        x, weight, C = x.contiguous(), weight.contiguous(), x.shape[-1]
-        y, r = (
-            torch.empty_like(x),
-            torch.empty(x.numel() // C, dtype=torch.float32, device=x.device),
-        )
-        _rms_norm_forward[(len(r),)](x, weight, y, r, eps, C, BLOCK=triton.next_power_of_2(C))
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        x = x.contiguous()
+        weight = weight.contiguous()
+        C = x.shape[-1]
+        N = x.numel() // C
+        y = torch.empty_like(x)
+        r = torch.empty(N, dtype=torch.float32, device=x.device)
+        block = triton.next_power_of_2(C)
+        _rms_norm_forward[(N,)](x, weight, y, r, eps, C, BLOCK=block)
         ctx.save_for_backward(x, weight, r)
         return y
 
     @staticmethod
-    def backward(ctx, dy: Tensor):
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weight, r = ctx.saved_tensors
-        N, C = len(r), x.shape[-1]
-        rows = triton.cdiv(N, PARTIAL_SUMS)  # of a program
-        dx, partial = (
-            torch.empty_like(x),
-            torch.empty(triton.cdiv(N, rows), C, dtype=torch.float32, device=x.device),
-        )
-        _rms_norm_backward[(len(partial),)](
-            dy.contiguous(), x, weight, r, dx, partial, N, C, rows, BLOCK=triton.next_power_of_2(C)
-        )
+        C = x.shape[-1]
+        N = len(r)
+        rows = triton.cdiv(N, PARTIAL_SUMS)  # per program
+        programs = triton.cdiv(N, rows)
+        dx = torch.empty_like(x)
+        partial = torch.empty(programs, C, dtype=torch.float32, device=x.device)
+        block = triton.next_power_of_2(C)
+        launch = _rms_norm_backward[(programs,)]
+        launch(dy.contiguous(), x, weight, r, dx, partial, N, C, rows, BLOCK=block)
         return dx, partial.sum(0).to(weight.dtype), None
 
 
 @triton.jit
 def _swiglu_forward(gate, up, y, N, BLOCK: tl.constexpr):
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    a = tl.load(gate + at, mask=at < N, other=0.0).to(tl.float32)
-    b = tl.load(up + at, mask=at < N, other=0.0).to(tl.float32)
-    tl.store(y + at, (a * tl.sigmoid(a) * b).to(y.dtype.element_ty), mask=at < N)
+    """y = a s b with s = sigmoid(a), a = gate, b = up."""
+    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = index < N
+    a = tl.load(gate + index, mask=inside, other=0.0).to(tl.float32)
+    b = tl.load(up + index, mask=inside, other=0.0).to(tl.float32)
+    tl.store(y + index, (a * tl.sigmoid(a) * b).to(y.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def _swiglu_backward(dy, gate, up, dgate, dup, N, BLOCK: tl.constexpr):
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    a = tl.load(gate + at, mask=at < N, other=0.0).to(tl.float32)
-    b = tl.load(up + at, mask=at < N, other=0.0).to(tl.float32)
-    upstream, s = tl.load(dy + at, mask=at < N, other=0.0).to(tl.float32), tl.sigmoid(a)
-    tl.store(
-        dgate + at,
-        (upstream * b * s * (1.0 + a * (1.0 - s))).to(dgate.dtype.element_ty),
-        mask=at < N,
-    )
-    tl.store(dup + at, (upstream * a * s).to(dup.dtype.element_ty), mask=at < N)
+    """da = dy b s (1 + a (1 - s)),   db = dy a s."""
+    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = index < N
+    a = tl.load(gate + index, mask=inside, other=0.0).to(tl.float32)
+    b = tl.load(up + index, mask=inside, other=0.0).to(tl.float32)
+    upstream = tl.load(dy + index, mask=inside, other=0.0).to(tl.float32)
+    s = tl.sigmoid(a)
+    da = upstream * b * s * (1.0 + a * (1.0 - s))
+    db = upstream * a * s
+    tl.store(dgate + index, da.to(dgate.dtype.element_ty), mask=inside)
+    tl.store(dup + index, db.to(dup.dtype.element_ty), mask=inside)
 
 
 class _SwiGLU(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, gate: Tensor, up: Tensor) -> Tensor:
-        gate, up = gate.contiguous(), up.contiguous()
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        gate = gate.contiguous()
+        up = up.contiguous()
         ctx.save_for_backward(gate, up)
         y = torch.empty_like(gate)
-        _swiglu_forward[(triton.cdiv(y.numel(), STRETCH),)](gate, up, y, y.numel(), BLOCK=STRETCH)
+        N = y.numel()
+        launch = _swiglu_forward[(triton.cdiv(N, SWIGLU_BLOCK),)]
+        launch(gate, up, y, N, BLOCK=SWIGLU_BLOCK)
         return y
 
     @staticmethod
-    def backward(ctx, dy: Tensor):
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
         gate, up = ctx.saved_tensors
-        dgate, dup = torch.empty_like(gate), torch.empty_like(up)
-        _swiglu_backward[(triton.cdiv(dy.numel(), STRETCH),)](
-            dy.contiguous(), gate, up, dgate, dup, dy.numel(), BLOCK=STRETCH
-        )
+        dgate = torch.empty_like(gate)
+        dup = torch.empty_like(up)
+        N = dy.numel()
+        launch = _swiglu_backward[(triton.cdiv(N, SWIGLU_BLOCK),)]
+        launch(dy.contiguous(), gate, up, dgate, dup, N, BLOCK=SWIGLU_BLOCK)
         return dgate, dup
 
 
-rms_norm, swiglu = _RMSNorm.apply, _SwiGLU.apply
+rms_norm = _RMSNorm.apply
+swiglu = _SwiGLU.apply

@@ -87,7 +87,7 @@ def softmax64(x: Tensor, mask: Tensor, scale: float) -> Tensor:
 def check_rms_norm(call: Callable, dtype: torch.dtype = torch.float32) -> None:
     for size in (1.0, 1e-3):  # small inputs, where epsilon is most of the sum
         x, w = (size * randn(2, 3, 33)).to(dtype), randn(33, seed=1).to(dtype)
-        assert npu.can_rms_norm(x, w, EPS)
+        assert npu.supports_rms_norm(x, w, EPS)
         assert_same(lambda x, w: call(x, w, EPS), rms_norm64, x, w, bound=BOUNDS[dtype])
 
 
@@ -95,7 +95,7 @@ def check_rope(call: Callable, dtype: torch.dtype = torch.float32) -> None:
     tables = wide_tables(randn(5, 4, seed=1).clamp(-1, 1), randn(5, 4, seed=2).clamp(-1, 1))
     for cos, sin in (tables, [t.expand(2, 5, 1, 8) + 0 * randn(2, 1, 1, 1) for t in tables]):
         x = randn(2, 5, 3, 8).to(dtype)
-        assert npu.can_rope(x, cos, sin)
+        assert npu.supports_rope(x, cos, sin)
         assert_same(
             lambda x, c=cos, s=sin: call(x, c, s),
             lambda x, c=cos, s=sin: rope64(x, c, s),
@@ -106,13 +106,13 @@ def check_rope(call: Callable, dtype: torch.dtype = torch.float32) -> None:
 
 def check_swiglu(call: Callable, dtype: torch.dtype = torch.float32) -> None:
     gate, up = randn(2, 7, 11).to(dtype), randn(2, 7, 11, seed=1).to(dtype)
-    assert npu.can_swiglu(gate, up)
+    assert npu.supports_swiglu(gate, up)
     assert_same(call, lambda g, u: g / (1 + (-g).exp()) * u, gate, up, bound=BOUNDS[dtype])
 
 
 def check_softmax(call: Callable, dtype: torch.dtype = torch.float32) -> None:
     x, mask = randn(2, 3, 32, 64).to(dtype), torch.ones(32, 64, dtype=torch.bool).triu(33)
-    assert npu.can_scaled_masked_softmax(x, mask, 0.3)
+    assert npu.supports_scaled_masked_softmax(x, mask, 0.3)
     assert_same(
         lambda x: call(x, mask, 0.3), lambda x: softmax64(x, mask, 0.3), x, bound=BOUNDS[dtype]
     )
@@ -129,7 +129,7 @@ def check_attention(call: Callable, dtype: torch.dtype = torch.float32) -> None:
             assert_same(call, attention64, *qkv, bound=BOUNDS[dtype])
         d = Documents([4, 1, 7])
         qkv = [randn(1, 12, heads, 8, seed=i).to(dtype) for i, heads in enumerate((H, K, K))]
-        assert npu.can_attention(*qkv, d)
+        assert npu.supports_attention(*qkv, d)
         assert_same(
             lambda q, k, v, d=d: call(q, k, v, d),
             lambda q, k, v, d=d: attention64(q, k, v, d),
@@ -144,7 +144,7 @@ def check_inference(call: Callable, dtype: torch.dtype = torch.float16) -> None:
         cache = [randn(2, 20, 3, 16, seed=i).to(dtype) for i in (1, 2)]
         q = randn(2, T, 6, 16).to(dtype)
         with torch.no_grad():
-            assert npu.can_attention(q, *(x[:, :S] for x in cache))
+            assert npu.supports_attention(q, *(x[:, :S] for x in cache))
             y = call(q, *(x[:, :S] for x in cache))
         exact = attention64(q.double(), *(x[:, :S].double() for x in cache))
         assert y.shape == q.shape
@@ -165,7 +165,7 @@ def check_adamw(call: Callable, dtype: torch.dtype = torch.float32) -> None:
     )
     for step in (1, 2, 3):
         grad = randn(40, seed=step).to(dtype)
-        assert npu.can_adamw(mine[0], grad, *mine[1:], step, **settings)
+        assert npu.supports_adamw(mine[0], grad, *mine[1:], step, **settings)
         call(mine[0], grad, *mine[1:], step, **settings)
         reference.adamw(theirs[0], grad.double(), *theirs[1:], step, **settings)
     for a, b in zip(mine, theirs, strict=True):
@@ -432,39 +432,39 @@ F16 = torch.float16
 @pytest.mark.parametrize(
     ("guard", "arguments"),
     [
-        (npu.can_rms_norm, (torch.zeros(2, 4), torch.zeros(4, dtype=F16), EPS)),
-        (npu.can_rms_norm, (torch.zeros(4), torch.zeros(4), EPS)),
-        (npu.can_rms_norm, (torch.zeros(2, 4).double(), torch.zeros(4).double(), EPS)),
-        (npu.can_rope, (torch.zeros(1, 2, 1, 896), torch.zeros(2, 448), torch.zeros(2, 448))),
-        (npu.can_rope, (torch.zeros(1000, 1, 1, 4), torch.zeros(1, 2), torch.zeros(1, 2))),
-        (npu.can_swiglu, (torch.zeros(2, 4), torch.zeros(2, 4, dtype=F16))),
+        (npu.supports_rms_norm, (torch.zeros(2, 4), torch.zeros(4, dtype=F16), EPS)),
+        (npu.supports_rms_norm, (torch.zeros(4), torch.zeros(4), EPS)),
+        (npu.supports_rms_norm, (torch.zeros(2, 4).double(), torch.zeros(4).double(), EPS)),
+        (npu.supports_rope, (torch.zeros(1, 2, 1, 896), torch.zeros(2, 448), torch.zeros(2, 448))),
+        (npu.supports_rope, (torch.zeros(1000, 1, 1, 4), torch.zeros(1, 2), torch.zeros(1, 2))),
+        (npu.supports_swiglu, (torch.zeros(2, 4), torch.zeros(2, 4, dtype=F16))),
         *[
             (
-                npu.can_scaled_masked_softmax,
+                npu.supports_scaled_masked_softmax,
                 (torch.zeros(1, 1, *sides), torch.zeros(sides, dtype=torch.bool), 1.0),
             )
             for sides in ((1, 64), (64, 33), (16, 32), (32, 4128))
         ],
         (
-            npu.can_attention,
+            npu.supports_attention,
             (torch.zeros(1, 4, 6, 8), torch.zeros(1, 4, 4, 8), torch.zeros(1, 4, 4, 8)),
         ),
         (
-            npu.can_attention,
+            npu.supports_attention,
             (torch.zeros(1, 4, 6, 8), torch.zeros(1, 4, 6, 8), torch.zeros(1, 4, 6, 8)),
         ),  # fp32 without a gradient
         (
-            npu.can_attention,
+            npu.supports_attention,
             (torch.zeros(1, 1, 6, 24, dtype=F16),) * 3,
         ),  # a head size that is not a multiple of 32 bytes
         (
-            npu.can_attention,
+            npu.supports_attention,
             (torch.zeros(2, 1, 6, 16, dtype=F16),) * 3 + (None, torch.tensor([1, 1])),
         ),  # rows of their own lengths
-        (npu.can_attention, (torch.zeros(1, 1025, 2, 8),) * 3 + (Documents([1] * 1025),)),
-        (npu.can_attention, (torch.zeros(1, 4, 257, 8, requires_grad=True),) * 3),
+        (npu.supports_attention, (torch.zeros(1, 1025, 2, 8),) * 3 + (Documents([1] * 1025),)),
+        (npu.supports_attention, (torch.zeros(1, 4, 257, 8, requires_grad=True),) * 3),
         (
-            npu.can_adamw,
+            npu.supports_adamw,
             (torch.zeros(3), torch.zeros(3, dtype=F16), torch.zeros(3), torch.zeros(3), 1),
         ),
     ],
