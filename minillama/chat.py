@@ -109,7 +109,7 @@ def _raw(conversation: Conversation) -> Iterator[Piece]:
     yield BOS
     for turn in conversation.turns:
         yield from _round(system + _question(turn), turn, glued=True)
-        system = ""  # it stands before the first round only; so below
+        system = ""  # it stands before the first round only, here and in the templates below
 
 
 def _alpaca(conversation: Conversation) -> Iterator[Piece]:

@@ -119,24 +119,16 @@ def _alpaca(record: dict[str, Any], source: Source) -> list[Document]:
     {instruction, input?, output, system?, history?: [[question, answer], …]}
     """
     columns = COLUMNS | source.columns
-    history_key = columns["history"]
-    turns = []
-    for pair in _history_pairs(record.get(history_key) or [], history_key):
-        question, answer = pair
-        turns.append(Turn(question, answer))
+    history = record.get(columns["history"]) or []
+    if not isinstance(history, list) or not all(map(_is_pair, history)):
+        raise UserError(f"{columns['history']!r} is not a list of [question, answer] pairs")
+    turns = [Turn(question, answer) for question, answer in history]
     prompt = _text_at(record, columns["prompt"])
     response = _text_at(record, columns["response"])
     query = _text_at(record, columns["query"], default="")
     turns.append(Turn(prompt, response, query))
     system = _text_at(record, columns["system"], default="")
     return [Conversation(tuple(turns), system)]
-
-
-def _history_pairs(history: Any, key: str) -> list[list[str]]:
-    """The history, if it is a list of pairs of texts."""
-    if not isinstance(history, list) or not all(map(_is_pair, history)):
-        raise UserError(f"{key!r} is not a list of [question, answer] pairs")
-    return history
 
 
 def _is_pair(value: Any) -> bool:
