@@ -1,4 +1,4 @@
-"""Errors that no chapter expects: the script prints one line, exits with 2, leaves nothing behind."""
+"""Errors that no chapter expects: one line, exit code 2, and no file left behind."""
 
 import errno
 import re
