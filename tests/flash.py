@@ -1,14 +1,18 @@
-"""Flash attention by hand (Dao et al. 2022), in blocks: to be read, and to check the derivation that torch's kernel relies on.
+"""Flash attention by hand (Dao et al. 2022), in blocks: the derivation of torch's kernel, checked.
 
-    forward    over blocks of keys, carrying the row's maximum m, the sum l of exp(s - m) and the weighted values a:
-               m' = max(m, max s),   l' = l exp(m - m') + sum exp(s - m'),   a' = a exp(m - m') + exp(s - m') v
-               then o = a / l, and of the scores only their log-sum-exp is kept, one number a row: m + log l
+    forward    over blocks of keys, with the maximum m of a row of scores, the sum l of exp(s - m)
+               and the weighted values a:
+               m' = max(m, max s)
+               l' = l exp(m - m') + sum exp(s - m')
+               a' = a exp(m - m') + exp(s - m') v
+               then o = a / l; of the scores only their log-sum-exp is kept: m + log l
     backward   p = exp(s - lse) again, a block at a time;   dv = p^T do,   dp = do v^T
                softmax's ds = p (dp - sum p dp), and sum p dp = sum do o: one number a row again
                dq = ds k / sqrt(D),   dk = ds^T q / sqrt(D)
 
-No T x S matrix exists at any time; blocks above the diagonal are never visited. Shapes as in `ops.reference.attention`, without
-documents. It is no faster than `scaled_dot_product_attention`, which is why the table of ops has that one.
+No T x S matrix exists at any time; blocks above the diagonal are never visited. Shapes as in
+`ops.reference.attention`, without documents. It is no faster than `scaled_dot_product_attention`,
+which is why the table of ops has that one.
 """
 
 import math
@@ -21,7 +25,10 @@ BLOCK = 8  # positions; small, so that the tests cross block borders
 
 
 class _Flash(torch.autograd.Function):
-    """q (B, K, G, T, D), k and v (B, K, 1, S, D): G = H/K query heads share a key head, and broadcasting says so."""
+    """q (B, K, G, T, D), k and v (B, K, 1, S, D).
+
+    G = H/K query heads share a key head, and broadcasting says so.
+    """
 
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -75,7 +82,7 @@ def _scores(q: Tensor, k: Tensor, rows: slice, keys: slice) -> Tensor:
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """`ops.reference.attention` without documents, keeping its inputs, its output and one number a row."""
+    """`ops.reference.attention` without documents. Keeps inputs, output and a number per row."""
     B, T, H, D = q.shape
     K = k.shape[2]
     q_ = q.float().view(B, T, K, H // K, D).permute(0, 2, 3, 1, 4).contiguous()  # (B, K, G, T, D)

@@ -1,4 +1,4 @@
-"""The embedded demo: data that the package makes itself, and the three commands of the first screen."""
+"""The embedded demo: data that the package makes itself, and README's first three commands."""
 
 import json
 import os
@@ -57,7 +57,7 @@ def test_every_answer_follows_from_its_question(held_out: bool) -> None:
 
 @pytest.mark.parametrize("name", ["demo", "demo_lora"])
 def test_no_held_out_prompt_is_ever_trained_on(name: str, tmp_path: Path) -> None:
-    """In no round of any conversation of the training file, and for any seed: the side of a prompt is its own hash's."""
+    """Not in any round of a conversation, for any seed: the hash of a prompt decides its side."""
     data, _ = demo.write_demo(name, tmp_path)
     records = json.loads(data.read_text())
     trained = {r["instruction"] for r in records} | {

@@ -155,9 +155,11 @@ def test_a_seed_holds_for_its_body_only() -> None:
 
 LOOK = """
 one, two = device.pick("auto"), device.pick("auto", 1)
-print(one, two, getattr(torch, one.type).current_device(), torch.distributed.get_default_backend_for_device(one))
+backend = torch.distributed.get_default_backend_for_device(one)
+print(one, two, getattr(torch, one.type).current_device(), backend)
 from minillama.memory import device_memory
-print(device_memory(one).peak, device_memory(one).free, device.supports_bf16(one), device.synchronize(one))
+memory = device_memory(one)
+print(memory.peak, memory.free, device.supports_bf16(one), device.synchronize(one))
 module = getattr(torch, one.type)
 before = module.get_rng_state()
 with device.seeded(7, one):
@@ -203,7 +205,8 @@ def test_auto_finds_a_plugin_that_is_installed(
 def test_auto_takes_what_torch_has_loaded_then_the_first_in_the_table(tmp_path: Path) -> None:
     for name in ("npu", "mlu"):
         fake_plugin(tmp_path / "both", name)
-    report = "import sys; print(device.pick('auto'), 'torch_npu' in sys.modules, 'torch_mlu' in sys.modules)"
+    modules = "'torch_npu' in sys.modules, 'torch_mlu' in sys.modules"
+    report = f"import sys; print(device.pick('auto'), {modules})"
     assert lines(run(tmp_path / "both", report)) == ["npu:0 True False"]
     package(
         tmp_path / "loaded", "torch_npu", "raise AssertionError('imported beside another plug-in')"
@@ -215,7 +218,11 @@ def test_auto_takes_what_torch_has_loaded_then_the_first_in_the_table(tmp_path: 
 @needs_fake
 def test_each_rank_of_sophgos_gets_the_chip_of_the_ring(tmp_path: Path) -> None:
     fake_plugin(tmp_path, "tpu")
-    program = "print(device.pick('tpu', 1)); print(device.group_options(torch.device('tpu:1'), 2).chip_map); device.pick('tpu', 2)"
+    program = """
+print(device.pick('tpu', 1))
+print(device.group_options(torch.device('tpu:1'), 2).chip_map)
+device.pick('tpu', 2)
+"""
     done = run(tmp_path, program, CHIPS="1,0")
     assert done.stdout.splitlines() == ["tpu:0", "[1, 0]"]
     assert "local rank 2 has no chip: 2 to be seen (CHIPS is 1,0); start 2 processes" in done.stderr
@@ -234,7 +241,8 @@ def test_googles_package_of_the_same_name_is_known_without_importing_it(
     package(tmp_path, "torch_tpu", "import os; os._exit(3)", metadata)
     done = run(
         tmp_path,
-        "print(device.pick('auto')); torch.tpu = torch.cpu; print(device.pick('auto')); device.pick('tpu')",
+        "print(device.pick('auto')); torch.tpu = torch.cpu; print(device.pick('auto')); "
+        "device.pick('tpu')",
     )
     assert done.stdout.splitlines() == ["cpu", "cpu"]
     assert "tpu passed over: the torch_tpu installed here is Google's" in done.stderr
@@ -247,8 +255,9 @@ def test_a_plugin_that_does_not_load_is_named_with_what_to_set(tmp_path: Path) -
     done = run(tmp_path, "", script="train.py --max_steps 1 --out_dir unused")
     assert done.returncode == 2
     assert done.stderr == (
-        "error: torch's device plug-in torch_npu does not load (libhccl.so: cannot open shared object file); mend it, "
-        "or set TORCH_DEVICE_BACKEND_AUTOLOAD=0 to go on without it\n"
+        "error: torch's device plug-in torch_npu does not load (libhccl.so: cannot open shared "
+        "object file); mend it, "
+        "or set TORCH_DEVICE_BACKEND_AUTOLOAD=0 to continue without it\n"
     )
     done = run(
         tmp_path,

@@ -1,6 +1,7 @@
-"""Equality with the outside world, as files: what transformers and peft computed with a model that this project trained.
+"""Equality with transformers and peft, as files: what they computed with a model trained here.
 
-`golden/make_golden.py` made them. Nothing here imports either package, so a fresh clone proves the equality by itself.
+`golden/make_golden.py` made them. Nothing here imports either package, so a fresh clone proves the
+equality by itself.
 """
 
 import json

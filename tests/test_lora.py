@@ -149,7 +149,7 @@ def test_a_tied_head_trained_whole_is_saved_under_both_its_names(tmp_path: Path)
 
 @pytest.mark.parametrize("one", ["embed_tokens", "lm_head"])
 def test_half_of_a_tied_pair_cannot_be_trained_whole(one: str) -> None:
-    """PEFT would train a copy and leave the other half as it was; with one weight for both there is no such model."""
+    """PEFT would train a copy of one of the two. With one weight for both, no such model exists."""
     with pytest.raises(UserError, match=r"modules_to_save: .*tied"):
         add_lora(random_model(tie_embeddings=True), LoraConfig(modules_to_save=(one,)))
 

@@ -1,4 +1,4 @@
-"""Adapters as PEFT writes them: what generation computes is what peft computes, and what merging makes."""
+"""Adapters as PEFT writes them: generation computes what peft computes, and what merging gives."""
 
 import json
 from pathlib import Path

@@ -42,7 +42,7 @@ def two_updates(stage: int, matrix_chunks: float, vector_chunks: float) -> list[
 @pytest.mark.parametrize("stage", [0, 1, 2])
 @pytest.mark.parametrize("matrix_chunks", [1.5, 2.5], ids=["border in rank 1", "border in rank 2"])
 def test_decay_ends_at_the_first_1d_parameter_on_whichever_rank_it_lies(stage, matrix_chunks):
-    """The last matrix and the first 1-D parameter meet inside the slice of rank 1, then of rank 2."""
+    """The last matrix and the first 1-D parameter meet in the slice of rank 1, then of rank 2."""
     vector_chunks = 3.8 - matrix_chunks  # four ranks, one chunk each
     matrix, vector = (p for _, p in parameters(matrix_chunks, vector_chunks))
     groups = [

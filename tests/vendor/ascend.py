@@ -1,8 +1,11 @@
-"""torch_npu's fused kernels, emulated: the true schemas (npu_schemas.json, as the 2.13.0 wheel registers them), and behind each the
-formula and the limits of its manual page, in differentiable torch. A call outside a limit raises ValueError, as the vendor's checks would.
+"""torch_npu's fused kernels, emulated.
 
-Written from the manual, not from `minillama.ops`: nothing of that package is used here. What is emulated is what the manual says; whether
-the silicon agrees is not known here.
+The schemas are the true ones (npu_schemas.json, as the 2.13.0 wheel registers them). Behind each is
+the formula and the limits of its manual page, in differentiable torch. A call outside a limit
+raises ValueError, as the vendor's checks would.
+
+Written from the manual, not from `minillama.ops`: nothing of that package is used here. What is
+emulated is what the manual says; whether the silicon agrees is not known here.
 """
 
 import json
@@ -336,7 +339,10 @@ def _counted(name: str, kernel: Callable) -> Callable:
 
 
 def install() -> None:
-    """Register the kernels under `torch.ops.npu`, for tensors of any device. Does nothing the second time."""
+    """Register the kernels under `torch.ops.npu`, for tensors of any device.
+
+    Does nothing the second time.
+    """
     if _KEPT:
         return
     library = torch.library.Library("npu", "DEF")

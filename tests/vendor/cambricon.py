@@ -1,5 +1,8 @@
-"""Cambricon's kernels, emulated: torch_mlu's fused Adam by the schema in its repository (Cambricon/torch_mlu d578002), and a
-`torch_mlu_ops` module with the signatures that Cambricon's vllm-mlu calls. Transcribed, not verified: there is no public wheel.
+"""Cambricon's kernels, emulated.
+
+torch_mlu's fused Adam by the schema in its repository (Cambricon/torch_mlu d578002), and a
+`torch_mlu_ops` module with the signatures that Cambricon's vllm-mlu calls. Transcribed, not
+verified: there is no public wheel.
 """
 
 import sys
@@ -28,7 +31,7 @@ def fused_adam(
     bias_correction: int,
     weight_decay: float,
 ) -> bool:
-    """apex's multi_tensor_adam: mode 0 adds the decay to the gradient, mode 1 (AdamW) to the update."""
+    """apex's multi_tensor_adam: mode 0 adds the decay to the gradient, mode 1 to the update."""
     CALLS.append("fused_adam")
     if _dummy_overflow_buf.dtype != torch.int32:
         raise ValueError("fused_adam: the overflow buffer is int32")
@@ -74,10 +77,11 @@ def active(input: Tensor, act_mode: str = "silu", is_gated: bool = False) -> Ten
 
 
 def install() -> None:
-    """Register the kernels, for tensors of any device, and put `torch_mlu_ops` among the modules."""
+    """Register the kernels, for tensors of any device, and the module `torch_mlu_ops`."""
     library = torch.library.Library("torch_mlu", "DEF")
     library.define(
-        "fused_adam(Tensor(a!) _dummy_overflow_buf, Tensor[] grads, Tensor(b!)[] params, Tensor(c!)[] exp_avgs, "
+        "fused_adam(Tensor(a!) _dummy_overflow_buf, Tensor[] grads, Tensor(b!)[] params, "
+        "Tensor(c!)[] exp_avgs, "
         ""
         "Tensor(d!)[] exp_avg_sqs, float learning_rate, float beta1, float beta2, float epsilon, "
         "int step, int mode, int bias_correction, float weight_decay) -> bool"

@@ -1,8 +1,12 @@
-"""`python tests/vendor/cann_stub.py FOLDER`: libraries that let the real torch_npu be imported on a machine without CANN or a chip.
+"""`python tests/vendor/cann_stub.py FOLDER`: libraries in the place of CANN.
 
-torch_npu's own library leaves some ninety symbols to Huawei's CANN. Each becomes a C function that returns 0, their "success"; the few
-that hand something back are written out. Nothing can be computed with them: they carry the plug-in as far as FakeTensorMode, where
-its schemas, shape functions and autograd formulas run. Run it with the Python that has torch_npu; it needs a C compiler and nm.
+With them the real torch_npu can be imported on a machine without CANN or a chip.
+
+torch_npu's own library leaves some ninety symbols to Huawei's CANN. Each becomes a C function that
+returns 0, their "success"; the few that hand something back are written out. Nothing can be
+computed with them: they carry the plug-in as far as FakeTensorMode, where its schemas, shape
+functions and autograd formulas run. Run it with the Python that has torch_npu; it needs a C
+compiler and nm.
 """
 
 import importlib.util
@@ -33,13 +37,22 @@ int aclrtGetDevice(int *device) { *device = 0; return 0; }
 const char *aclrtGetSocName(void) { return "Ascend910B1"; }
 int aclrtGetCurrentContext(void **context) { *context = (void *)1; return 0; }
 int aclrtCreateStream(void **stream) { *stream = (void *)1; return 0; }
-int aclrtCreateStreamWithConfig(void **stream, unsigned priority, unsigned flag) { *stream = (void *)1; return 0; }
+int aclrtCreateStreamWithConfig(void **stream, unsigned priority, unsigned flag) {
+    *stream = (void *)1;
+    return 0;
+}
 int aclrtCreateEventExWithFlag(void **event, unsigned flag) { *event = (void *)1; return 0; }
 int aclrtMalloc(void **memory, size_t size, int policy) { *memory = malloc(size); return 0; }
 int aclrtMallocHost(void **memory, size_t size) { *memory = malloc(size); return 0; }
-int aclrtGetMemInfo(int kind, size_t *free, size_t *total) { *free = *total = (size_t)1 << 30; return 0; }
+int aclrtGetMemInfo(int kind, size_t *free, size_t *total) {
+    *free = *total = (size_t)1 << 30;
+    return 0;
+}
 int aclrtGetSysParamOpt(int option, long *value) { *value = 0; return 0; }
-int aclrtMemcpy(void *to, size_t room, const void *from, size_t size, int kind) { memcpy(to, from, size); return 0; }
+int aclrtMemcpy(void *to, size_t room, const void *from, size_t size, int kind) {
+    memcpy(to, from, size);
+    return 0;
+}
 """
 
 
@@ -52,7 +65,10 @@ def symbols(library: Path, which: str) -> set[str]:
 
 
 def missing() -> set[str]:
-    """What torch_npu's libraries need and no library of torch's or their own has: CANN's names, recognised by their beginnings."""
+    """What torch_npu's libraries need and no library of torch's or their own has.
+
+    CANN's names, recognised by their beginnings.
+    """
     torch_npu, torch = (
         Path(importlib.util.find_spec(name).origin).parent / "lib"
         for name in ("torch_npu", "torch")
@@ -88,7 +104,8 @@ def main(folder: Path) -> None:
             check=True,
         )
     print(
-        f"{len(empty)} functions that do nothing, {WRITTEN_OUT.count('return')} that hand something back"
+        f"{len(empty)} functions that do nothing, {WRITTEN_OUT.count('return')} that hand "
+        "something back"
     )
 
 

@@ -1,9 +1,11 @@
-"""A device that is not there: tensors that say `npu:0` (or mlu, tpu) and keep their numbers on the host.
+"""A device that is not there: tensors that say `npu:0` (or mlu, tpu) and are on the host.
 
-torch lets a pure-Python back end take the place of a vendor's plug-in (`_setup_privateuseone_for_python_backend`, experimental, torch
-2.13). Every tensor of the device is a `DeviceTensor`: a wrapper whose `host` is an ordinary tensor. Operators are run on the hosts and
-their results wrapped again; a tensor of the processor among them is refused, as a real device would. What this proves is plumbing: what
-is moved where, what is called with which devices, what is saved and gathered. One device name a process, so each has processes of its own.
+torch lets a pure-Python back end take the place of a vendor's plug-in
+(`_setup_privateuseone_for_python_backend`, experimental, torch 2.13). Every tensor of the device is
+a `DeviceTensor`: a wrapper whose `host` is an ordinary tensor. Operators are run on the hosts and
+their results wrapped again; a tensor of the processor among them is refused, as a real device
+would. What this proves is plumbing: what is moved where, what is called with which devices, what is
+saved and gathered. One device name a process, so each has processes of its own.
 """
 
 from collections.abc import Callable
@@ -49,7 +51,7 @@ class DeviceTensor(torch.Tensor):
 
     @property
     def device(self) -> torch.device:
-        """The process's one chip: autograd knows a single chip of such a back end, so to it every tensor is on chip 0."""
+        """The process's one chip. Autograd knows only chip 0 of such a back end."""
         return torch.device(name(), torch.get_device_module(name()).index)
 
     @classmethod
@@ -91,7 +93,10 @@ def name() -> str:
 
 
 def run_on_host(function: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
-    """An operator on the hosts of its tensors. Only copies may mix the device with the processor."""
+    """An operator on the hosts of its tensors.
+
+    Only copies may mix the device with the processor.
+    """
     operator = function.__name__.split(".")[0]
     tensors = [x for x in pytree.arg_tree_leaves(*args, **kwargs) if isinstance(x, Tensor)]
     of_device = [x for x in tensors if isinstance(x, DeviceTensor)]
@@ -102,7 +107,8 @@ def run_on_host(function: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         and any(not isinstance(x, DeviceTensor) and x.dim() for x in tensors)
     ):  # a number of the host may take part
         raise RuntimeError(
-            f"{function}: Expected all tensors to be on the same device, found {[str(x.device) for x in tensors]}"
+            f"{function}: Expected all tensors to be on the same device, found "
+            f"{[str(x.device) for x in tensors]}"
         )
     asked = torch.device(kwargs["device"]) if kwargs.get("device") is not None else None
     if (
@@ -188,7 +194,10 @@ class DeviceModule(ModuleType):
 
 
 class FakeGroup(dist.ProcessGroup):
-    """hccl, cncl or sccl: gloo on the hosts. Takes tensors of the device only, as the vendors' libraries do."""
+    """hccl, cncl or sccl, as gloo on the hosts.
+
+    Takes tensors of the device only, as the vendors' libraries do.
+    """
 
     def __init__(self, store: dist.Store, rank: int, size: int, timeout: Any) -> None:
         super().__init__(rank, size)
@@ -237,7 +246,10 @@ class FakeGroup(dist.ProcessGroup):
 
 
 def install(vendor: str) -> ModuleType:
-    """Make this process one that has an accelerator called `vendor`, and its vendor's kernels; returns its module, `torch.VENDOR`."""
+    """Give this process an accelerator called `vendor`, with the vendor's kernels.
+
+    Returns its module, `torch.VENDOR`.
+    """
     from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
     module = DeviceModule(vendor)

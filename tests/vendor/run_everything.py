@@ -1,6 +1,9 @@
-"""`python -m tests.vendor.run_everything NAME FOLDER`: train, stop, resume, generate and shard on a fake device called NAME, or on the cpu.
+"""`python -m tests.vendor.run_everything NAME FOLDER`: every command on a device called NAME.
 
-Each part is a forked process of this one, which itself never touches the device; the result is FOLDER/result.json.
+Train, stop, resume, generate and shard, on a fake device or on the cpu.
+
+Each part is a forked process of this one, which itself never touches the device; the result is
+FOLDER/result.json.
 """
 
 import json
@@ -79,7 +82,7 @@ def train(name: str, folder: Path, out: str, **changes: object) -> dict:
 
 
 def stop_and_resume(name: str, folder: Path) -> list[float]:
-    """The losses of a run that a signal stops after its first step, and that goes on from what it saved."""
+    """The losses of a run that a signal stops after its first step, and that resumes."""
     update = trainer.Trainer.update
 
     def signalled(self: trainer.Trainer, batches: list, rate: float) -> object:

@@ -1,5 +1,8 @@
-"""Sophgo's kernels, emulated: RMSNorm as the wrappers in its repository call it (sophgo/torch-tpu fe9b478, `my_ops`), results written into
-arguments, no autograd; and the options of its process group. Transcribed, not verified: the wheels are not public.
+"""Sophgo's kernels, emulated.
+
+RMSNorm as the wrappers in its repository call it (sophgo/torch-tpu fe9b478, `my_ops`), results
+written into arguments, no autograd; and the options of its process group. Transcribed, not
+verified: the wheels are not public.
 """
 
 import sys
@@ -57,11 +60,14 @@ def install() -> None:
     """Register the kernels, for tensors of any device, and put `torch_tpu` among the modules."""
     library = torch.library.Library("my_ops", "DEF")
     library.define(
-        "rmsnorm_forward(Tensor input, Tensor? scale, Tensor? bias, Tensor(a!) output, int axis, float eps) -> ()"
+        "rmsnorm_forward(Tensor input, Tensor? scale, Tensor? bias, Tensor(a!) output, int axis, "
+        "float eps) -> ()"
     )
     library.define(
-        "rmsnorm_backward(Tensor grad_output, Tensor input, Tensor? scale, Tensor? bias, Tensor(a!) rms, "
-        "Tensor(b!)? grad_input, Tensor(c!)? grad_scale, Tensor(d!)? grad_bias, int axis, float eps) -> ()"
+        "rmsnorm_backward(Tensor grad_output, Tensor input, Tensor? scale, Tensor? bias, "
+        "Tensor(a!) rms, "
+        "Tensor(b!)? grad_input, Tensor(c!)? grad_scale, Tensor(d!)? grad_bias, int axis, float "
+        "eps) -> ()"
     )
     library.impl("rmsnorm_forward", rmsnorm_forward, "CompositeImplicitAutograd")
     library.impl("rmsnorm_backward", rmsnorm_backward, "CompositeImplicitAutograd")

@@ -1,7 +1,10 @@
-"""Train, save, resume, generate and shard on each fake device, beside the processor: `run_everything.py`, a process for each.
+"""Train, save, resume, generate and shard on each fake device, beside the CPU.
 
-It proves the plumbing: that everything is on the device when it should be and on the host when it is saved, that the vendor's kernels are
-the ones that run, and that collectives get tensors of the device. The numbers come from emulated kernels, so they say nothing of the chip.
+`run_everything.py` does it, in a process for each device.
+
+It proves the plumbing: that everything is on the device when it should be and on the host when it
+is saved, that the vendor's kernels are the ones that run, and that collectives get tensors of the
+device. The numbers come from emulated kernels, so they say nothing of the chip.
 """
 
 import json

@@ -1,7 +1,10 @@
-"""Our emulation of Ascend's kernels beside Huawei's own golden functions, which its tools hold results of the chip against.
+"""Our emulation of Ascend's kernels beside Huawei's golden functions.
 
-They are in the wheel of mindstudio-probe (MulanPSL-2.0), which is neither installed nor copied here: MINILLAMA_MSPROBE names a folder
-into which it was unpacked, and the tests skip without it (CONTRIBUTING.md has the two commands).
+Huawei's tools compare results of the chip with these.
+
+They are in the wheel of mindstudio-probe (MulanPSL-2.0), which is neither installed nor copied
+here: MINILLAMA_MSPROBE names a folder into which it was unpacked, and the tests skip without it
+(CONTRIBUTING.md has the two commands).
 """
 
 import importlib.util

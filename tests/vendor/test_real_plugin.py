@@ -1,8 +1,12 @@
-"""The real torch_npu, without a chip: its own schemas, shape functions and autograd formulas judge a whole training step of ours.
+"""The real torch_npu, without a chip, checks a whole training step of ours.
 
-Under FakeTensorMode a tensor has a shape, a dtype and a device but no numbers. Names, keywords, arities, dtypes and shapes of our calls,
-and that each op in training has a gradient, are checked by Huawei's code; values and limits of shape are not (`test_npu.py` has those).
-Needs an environment of its own with CANN's place taken by `cann_stub.py`; CONTRIBUTING.md has the commands. Skips elsewhere.
+It does so by its own schemas, shape functions and autograd formulas.
+
+Under FakeTensorMode a tensor has a shape, a dtype and a device but no numbers. Names, keywords,
+arities, dtypes and shapes of our calls, and that each op in training has a gradient, are checked by
+Huawei's code; values and limits of shape are not (`test_npu.py` has those). Needs an environment of
+its own with CANN's place taken by `cann_stub.py`; CONTRIBUTING.md has the commands. Skips
+elsewhere.
 """
 
 import importlib.util
@@ -151,7 +155,10 @@ def test_the_softmax_passes_its_schema_shape_and_gradient() -> None:
 
 
 def test_the_emulation_has_the_installed_plugins_schemas() -> None:
-    """But for the name of the first argument, which we never use (`self` in the plug-in's list, `input` as npu_rms_norm registers it)."""
+    """Except for the name of the first argument, which we never use.
+
+    It is `self` in the plug-in's list, and `input` as npu_rms_norm registers it.
+    """
     for name in KERNELS:
         op, _, overload = name.partition(".")
         true, ours = (
