@@ -230,7 +230,10 @@ def _misfits(model: Llama, adapter: Adapter, config: LoraConfig) -> list[str]:
 def _misfits_of_whole(
     adapter: Adapter, config: LoraConfig, shapes: dict[str, tuple[int, ...]]
 ) -> list[str]:
-    """The same for the tensors that replace the model's. Enters a larger one's shape in `shapes`."""
+    """The same for the tensors that replace the model's.
+
+    shapes: of the model's weights; a larger one's new shape is entered.
+    """
     problems = []
     for name in config.modules_to_save:
         if name not in WHOLE:
@@ -272,7 +275,10 @@ def _is_target(config: LoraConfig, module: str) -> bool:
 
 
 def _matches(module: str, target: str) -> bool:
-    """PEFT's rule: the name or a dotted tail of it; a pattern, `re:…` here, must match the whole."""
+    """PEFT's rule: a target is the name or a dotted tail of it.
+
+    A pattern, which is written `re:…` here, must match the whole name.
+    """
     if target.startswith("re:"):
         return re.fullmatch(target[3:], module) is not None
     return module == target or module.endswith(f".{target}")

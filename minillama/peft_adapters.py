@@ -196,8 +196,7 @@ def write_adapter(
     # The order of safetensors' own writer: wide dtypes first, then by name.
     order = sorted(tensors, key=lambda name: (-tensors[name].itemsize, name))
     write_safetensors(directory / WEIGHTS_FILE, {name: tensors[name] for name in order})
-    first_target = config.targets[0]
-    is_pattern = first_target.startswith("re:")
+    patterns = [target[3:] for target in config.targets if target.startswith("re:")]
     content = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -205,7 +204,7 @@ def write_adapter(
         "r": config.rank,
         "lora_alpha": config.alpha,
         "lora_dropout": config.dropout,
-        "target_modules": first_target[3:] if is_pattern else list(config.targets),
+        "target_modules": patterns[0] if patterns else list(config.targets),
         "modules_to_save": list(config.modules_to_save) or None,
         "bias": "none",
         "fan_in_fan_out": False,

@@ -131,7 +131,7 @@ def _load(path: Path, *version: int) -> dict[str, Tensor]:
 
 
 def _check_archive(path: Path) -> Counter[int]:
-    """Check the zip archive around the tensors. Returns how many storages there are of each size."""
+    """Check the zip archive around the tensors. Returns the number of storages of each size."""
     with zipfile.ZipFile(path) as archive:
         entries = archive.infolist()
         pickles = []
@@ -183,10 +183,10 @@ def _tensors_of(path: Path, content: Any) -> dict[str, Tensor]:
 
 
 def _check_tensors(tensors: dict[str, Tensor], storage_sizes: Counter[int]) -> None:
-    """Raise ValueError for a storage that no entry of the archive holds, and for elements that overlap.
+    """Raise ValueError for elements that overlap, and for a storage that is not in the archive.
 
-    torch cuts a storage of the size that the pickle gives out of the whole file, so a larger one
-    would reach into the next entry.
+    torch cuts each storage out of the whole file, and takes its size from the pickle. A size that
+    is too large would reach into the next entry.
     """
     sizes: dict[int, int] = {}  # by the address of the storage
     for name, tensor in tensors.items():

@@ -1,13 +1,8 @@
-"""Chapter: files of tensors. What we write others open, what others write we open, and nothing in a file is ever executed."""
+"""Files of tensors: others open what we write, and we open what others write."""
 
 import gc
-import io
-import json
-import pickle
 import re
-import struct
 import sys
-import zipfile
 from collections import OrderedDict
 from pathlib import Path
 
@@ -17,42 +12,23 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from minillama.checkpoint.hf_format import load_model, open_weights, write_weights
 from minillama.errors import UserError
 from minillama.tensor_files import read_safetensors, read_tensors, read_torch
-from minillama.tensor_writers import ALIGNMENT, safetensors_writer, specs_of, torch_writer
+from minillama.tensor_writers import ALIGNMENT, safetensors_writer, torch_writer
 from minillama.torch_files import map_torch
+from tests.tensors import assert_same, random_tensors, read, write
 
 few = settings(
     max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
+
+
 dtypes = st.sampled_from(
     [torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.uint8, torch.bool]
 )
+
+
 shapes = st.lists(st.integers(0, 5), max_size=3).map(tuple)
-
-
-def random_tensors(specs: list[tuple[torch.dtype, tuple[int, ...]]]) -> dict[str, torch.Tensor]:
-    return {
-        f"layer.{i}.weight": (100 * torch.rand(shape)).to(dtype)
-        for i, (dtype, shape) in enumerate(specs)
-    }
-
-
-def write(writer, path: Path, tensors: dict[str, torch.Tensor]) -> None:
-    with writer(path, specs_of(tensors)) as append:
-        for name, tensor in tensors.items():
-            append(name, tensor)
-
-
-def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
-    assert list(found) == list(expected)
-    for name, tensor in expected.items():
-        assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor), name
-
-
-def read(reader, path: Path) -> dict[str, torch.Tensor]:
-    return {name: entry.read() for name, entry in reader(path).items()}
 
 
 @few
@@ -123,271 +99,6 @@ def test_a_file_given_up_half_way_is_let_go_of_silently(tmp_path, monkeypatch):
 def test_a_training_state_gives_the_weights_inside(tmp_path):
     torch.save({"module": {"w": torch.ones(2)}, "step": 3}, tmp_path / "state.pt")
     assert_same(read(read_torch, tmp_path / "state.pt"), {"w": torch.ones(2)})
-
-
-class Mischief:
-    """Pickles as a call that creates a file."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self):
-        return open, (str(self.path), "w")
-
-
-def forged(path: Path, data: bytes, storage: bytes = b"", **entries: bytes) -> Path:
-    """A torch archive with this pickle, and one storage "0"."""
-    with zipfile.ZipFile(path, "w") as archive:
-        for name, content in {
-            "data.pkl": data,
-            "version": b"3",
-            "data/0": storage,
-            **entries,
-        }.items():
-            archive.writestr(f"w/{name}", content)
-    return path
-
-
-def test_nothing_in_a_pickle_is_executed(tmp_path):
-    path = forged(
-        tmp_path / "w.bin", pickle.dumps({"w": Mischief(tmp_path / "created")}, protocol=2)
-    )
-    with pytest.raises(UserError, match=r"asks for (io|__builtin__|builtins|_io)\.open"):
-        read_torch(path)
-    assert not (tmp_path / "created").exists()
-
-
-@pytest.mark.parametrize(
-    "opcode",
-    [
-        b"c__builtin__\neval\n(Vprint(1)\ntR.",
-        b"cposix\nsystem\n(Vtrue\ntR.",
-        b"ctorch\nload\n.",
-        b"cbuiltins\nbytearray\n(I1000000000000\ntR.",  # torch allows it, and its memory
-        b"ctorch\nTensor\n(I1000000000000\nt\x81.",
-        b"ctorch._utils\n_rebuild_tensor_v2\n(tR.",
-        b"(lp0\n0g0\ng0\na.",
-        b"\x80\x04\x8c\x02os\x8c\x04exit\x93.",
-    ],
-)
-def test_hostile_pickles_end_in_one_line(tmp_path, opcode):
-    with pytest.raises(UserError, match=r"w\.bin"):
-        read_torch(forged(tmp_path / "w.bin", opcode))
-
-
-class Storage:
-    def __init__(self, count: int) -> None:
-        self.pid = "storage", torch.FloatStorage, "0", "cpu", count
-
-
-class Claim:
-    """A tensor that claims this start, shape and stride of a storage of `count` elements."""
-
-    def __init__(self, count, start, shape, stride) -> None:
-        self.arguments = Storage(count), start, shape, stride, False, OrderedDict()
-
-    def __reduce__(self):
-        return torch._utils._rebuild_tensor_v2, self.arguments
-
-
-def claiming(path: Path, **claim) -> Path:
-    data = io.BytesIO()
-    pickler = pickle.Pickler(data, protocol=2)
-    pickler.persistent_id = lambda value: value.pid if isinstance(value, Storage) else None
-    pickler.dump({"w": Claim(**claim)})
-    return forged(path, data.getvalue(), storage=bytes(16))
-
-
-@pytest.mark.parametrize(
-    "claim",
-    [
-        {"count": 4, "start": 0, "shape": (5,), "stride": (1,)},  # longer than the storage
-        {"count": 4, "start": 3, "shape": (2,), "stride": (1,)},  # begins too late
-        {"count": 4, "start": -1, "shape": (2,), "stride": (1,)},
-        {"count": 4, "start": 0, "shape": (2, 2), "stride": (-1, 1)},
-        {"count": 4, "start": 0, "shape": (2, 2), "stride": (4, 1)},  # strides lead outside
-        {
-            "count": 4,
-            "start": 0,
-            "shape": (1000, 1000),
-            "stride": (0, 0),
-        },  # four bytes that unfold into a million elements
-        {
-            "count": 5,
-            "start": 0,
-            "shape": (4,),
-            "stride": (1,),
-        },  # the storage itself is shorter than it says
-    ],
-)
-def test_a_tensor_must_lie_inside_its_storage(tmp_path, claim):
-    assert (
-        read_torch(claiming(tmp_path / "fine.bin", count=4, start=1, shape=(3,), stride=(1,)))[
-            "w"
-        ].nbytes
-        == 12
-    )
-    with pytest.raises(UserError, match="damaged"):
-        read_torch(claiming(tmp_path / "w.bin", **claim))
-
-
-def test_what_is_not_weights_is_told_by_its_first_bytes(tmp_path):
-    path = tmp_path / "f"
-    for content, message in [
-        (b"<!DOCTYPE html>", "a web page"),
-        (b"version https://git-lfs.github.com/spec/v1", "git-lfs pointer"),
-        (b"", "empty"),
-    ]:
-        path.write_bytes(content)
-        for reader in (read_torch, read_safetensors):
-            with pytest.raises(UserError, match=message):
-                reader(path)
-    for content, message in [
-        (b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.", "before torch 1.6"),
-        (b"GGUF", "not a file written"),
-    ]:
-        path.write_bytes(content)
-        with pytest.raises(UserError, match=message):
-            read_torch(path)
-
-
-def test_archives_that_torch_did_not_write_are_refused(tmp_path):
-    tensors = {"w": torch.zeros(100)}
-    torch.save(tensors, tmp_path / "w.bin")
-    whole = (tmp_path / "w.bin").read_bytes()
-    for cut in (10, len(whole) // 2, len(whole) - 1):
-        (tmp_path / "cut.bin").write_bytes(whole[:cut])
-        with pytest.raises(UserError, match="cut short or damaged"):
-            read_torch(tmp_path / "cut.bin")
-    with (
-        zipfile.ZipFile(tmp_path / "w.bin") as source,
-        zipfile.ZipFile(tmp_path / "z.bin", "w", zipfile.ZIP_DEFLATED) as packed,
-    ):
-        for name in source.namelist():
-            packed.writestr(name, source.read(name))
-    with pytest.raises(UserError, match="compressed"):
-        read_torch(tmp_path / "z.bin")
-    with pytest.raises(UserError, match="big-endian"):
-        read_torch(forged(tmp_path / "b.bin", pickle.dumps({}), byteorder=b"big"))
-    with zipfile.ZipFile(tmp_path / "other.bin", "w") as other:
-        other.writestr("readme", "hello")
-    with pytest.raises(UserError, match=r"no NAME/data\.pkl"):
-        read_torch(tmp_path / "other.bin")
-    for content, message in [
-        ([torch.zeros(1)], "holds a list"),
-        ({"step": 3}, "'step' is a int"),
-        ({1: torch.zeros(1)}, "1 is a"),
-    ]:
-        torch.save(content, tmp_path / "w.bin")
-        with pytest.raises(UserError, match=message):
-            read_torch(tmp_path / "w.bin")
-
-
-@pytest.mark.parametrize(
-    "header",
-    [
-        {"w": {"dtype": "F32", "shape": [9], "data_offsets": [0, 16]}},
-        {"w": {"dtype": "F32", "shape": [4], "data_offsets": [16, 32]}},
-        {"w": {"dtype": "F32", "shape": [-2, -2], "data_offsets": [0, 16]}},
-        {"w": {"dtype": "F32", "shape": [4], "data_offsets": [-8, 8]}},
-        {"w": {"dtype": "F99", "shape": [4], "data_offsets": [0, 16]}},
-        {"w": 3},
-        [],
-    ],
-)
-def test_a_safetensors_header_must_fit_its_file(tmp_path, header):
-    text = json.dumps(header).encode()
-    (tmp_path / "w").write_bytes(struct.pack("<Q", len(text)) + text + bytes(16))
-    with pytest.raises(UserError, match="w: "):
-        read_safetensors(tmp_path / "w")
-
-
-def sharded(directory: Path, bin: bool) -> dict[str, torch.Tensor]:
-    tensors = random_tensors([(torch.float16, (8, 8))] * 4)
-    directory.mkdir()
-    write_weights(directory, iter(tensors.items()), specs_of(tensors), 200, bin)
-    return tensors
-
-
-@pytest.mark.parametrize("bin", [False, True])
-def test_sharded_weights_come_back_whatever_the_kind(tmp_path, bin):
-    tensors = sharded(tmp_path / "c", bin)
-    assert len(list((tmp_path / "c").glob("*-of-00004.*"))) == 4
-    assert_same(
-        {name: entry.read() for name, entry in open_weights(tmp_path / "c").items()}, tensors
-    )
-
-
-@pytest.mark.parametrize("bin", [False, True])
-def test_all_bad_shards_are_listed_at_once(tmp_path, bin):
-    sharded(tmp_path / "c", bin)
-    shards = sorted((tmp_path / "c").glob("*-of-*"))
-    shards[0].write_bytes(b"<html>")
-    shards[1].write_bytes(shards[1].read_bytes()[:-80])
-    shards[2].unlink()
-    write(torch_writer if bin else safetensors_writer, shards[3], {"another": torch.zeros(1)})
-    with pytest.raises(UserError) as caught:
-        open_weights(tmp_path / "c")
-    for part in (
-        f"{shards[0].name}: a web page",
-        shards[1].name,
-        f"{shards[2].name}: the index names this file, but it is not",
-        f"{shards[3].name}: lacks layer.3.weight, which the index promises",
-    ):
-        assert part in str(caught.value)
-
-
-def test_an_index_may_not_lead_out_of_its_directory(tmp_path):
-    sharded(tmp_path / "c", bin=True)
-    index = tmp_path / "c" / "pytorch_model.bin.index.json"
-    for name in ("../secret.bin", "/etc/passwd", "sub/w.bin"):
-        index.write_text(json.dumps({"weight_map": {"w": name}}))
-        with pytest.raises(UserError, match="only plain file names"):
-            open_weights(tmp_path / "c")
-    index.unlink()
-    with pytest.raises(UserError, match="without their index"):
-        open_weights(tmp_path / "c")
-
-
-def test_a_tensor_in_two_shards_is_an_error(tmp_path):
-    sharded(tmp_path / "c", bin=True)
-    first, second, *_ = sorted((tmp_path / "c").glob("*-of-*"))
-    write(
-        torch_writer, second, {"layer.0.weight": torch.zeros(1), "layer.1.weight": torch.zeros(1)}
-    )
-    with pytest.raises(UserError, match=rf"layer\.0\.weight is in {first.name} too"):
-        open_weights(tmp_path / "c")
-
-
-def test_stray_rotary_buffers_of_old_files_are_ignored(tmp_path, tiny_checkpoint):
-    base = tiny_checkpoint()
-    tensors = safetensors.torch.load_file(base / "model.safetensors")
-    (base / "model.safetensors").unlink()
-    torch.save(
-        tensors | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(2)},
-        base / "pytorch_model.bin",
-    )
-    assert open_weights(base).keys() == tensors.keys()
-    raw = json.loads((base / "config.json").read_text())
-    (base / "config.json").write_text(
-        json.dumps({key: raw[key] for key in raw if key not in ("rope_theta", "head_dim")})
-    )
-    assert torch.equal(load_model(base).lm_head.weight, tensors["lm_head.weight"])
-
-
-def test_real_bin_checkpoints_load_like_their_safetensors(shared):
-    models = shared / "models"
-    expected = {name: entry.read() for name, entry in open_weights(models / "stories260K").items()}
-    for name in (
-        "stories260K_fp16_bin",
-        "stories260K_untied_fp16_sharded_bin",
-        "stories260K_untied_sharded",
-    ):
-        found = open_weights(models / name)
-        dtype = next(iter(found.values())).dtype
-        assert all(
-            torch.equal(found[key].read(), tensor.to(dtype)) for key, tensor in expected.items()
-        )
 
 
 @pytest.mark.parametrize("writer", [torch_writer, safetensors_writer])

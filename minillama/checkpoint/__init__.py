@@ -1,1 +1,1 @@
-"""Checkpoints: Hugging Face directories read and written tensor by tensor, and the state of a run."""
+"""Checkpoints: model directories, read and written tensor by tensor, and the state of a run."""
