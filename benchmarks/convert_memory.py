@@ -58,7 +58,8 @@ def build_here(kind: str, model: str, directory: Path) -> None:
 
     import torch
 
-    from minillama.checkpoint.hf_format import write_json, write_weights
+    from minillama.checkpoint.hf_writer import write_weights
+    from minillama.files import write_json
     from minillama.hf_config import published, to_hf
 
     config, generator = published(model), torch.Generator().manual_seed(len(directory.name))

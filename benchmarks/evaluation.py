@@ -51,7 +51,7 @@ def test_of(options: argparse.Namespace, place: Path):
 
 
 def minillama(options: argparse.Namespace, place: Path):
-    from minillama.checkpoint.hf_format import load_model
+    from minillama.checkpoint.hf_reader import load_model
     from minillama.comm import Mesh
     from minillama.evaluation.runner import predict
 
@@ -230,7 +230,7 @@ def main() -> None:
         return
     import torch
 
-    from minillama.checkpoint.hf_format import save_model
+    from minillama.checkpoint.hf_writer import save_model
     from minillama.hf_config import published
     from minillama.model import Llama
     from minillama.tokenizer import open_tokenizer

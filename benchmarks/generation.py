@@ -34,7 +34,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from minillama import ops
-from minillama.checkpoint.hf_format import save_model
+from minillama.checkpoint.hf_writer import save_model
 from minillama.generation.beam import BeamOptions, beam_search
 from minillama.generation.decode import Completion, decode
 from minillama.generation.sampling import Sampling

@@ -150,7 +150,7 @@ class Decoder(nn.Module):
 class Llama(nn.Module):
     """A LLaMA with uninitialised parameters.
 
-    `initialise` samples them, `checkpoint.hf_format.load_model` reads them from a checkpoint.
+    `initialise` samples them, `checkpoint.hf_reader.load_model` reads them from a checkpoint.
     """
 
     def __init__(self, config: LlamaConfig) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from minillama.checkpoint.hf_format import save_model
+from minillama.checkpoint.hf_writer import save_model
 from minillama.generation.decode import Completion, decode
 from minillama.generation.sampling import Sampling
 from minillama.llama_config import LlamaConfig

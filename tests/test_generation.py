@@ -5,7 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from minillama.checkpoint.hf_format import find_checkpoint, load_model, save_model
+from minillama.checkpoint.hf_reader import load_model
+from minillama.checkpoint.hf_writer import save_model
+from minillama.checkpoint.run_directory import find_checkpoint
 from minillama.errors import UserError
 from minillama.generation.cache import Cache
 from minillama.generation.sampling import (

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from minillama.checkpoint.hf_format import load_model
+from minillama.checkpoint.hf_reader import load_model
 from minillama.errors import UserError
 from minillama.generation import decode as decoding
 from minillama.generation.cache import Cache

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from minillama.checkpoint.hf_format import load_model
+from minillama.checkpoint.hf_reader import load_model
 from minillama.errors import UserError
 from minillama.generation import engine as sessions
 from minillama.generation.config import GenerationConfig

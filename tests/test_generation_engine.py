@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from minillama import chat
-from minillama.checkpoint.hf_format import load_model
+from minillama.checkpoint.hf_reader import load_model
 from minillama.errors import UserError
 from minillama.generation.config import GenerationConfig
 from minillama.generation.decode import Completion

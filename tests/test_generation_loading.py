@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from minillama.checkpoint.hf_format import load_model
+from minillama.checkpoint.hf_reader import load_model
 from minillama.errors import UserError
 from minillama.generation.sampling import Sampling
 from minillama.lora import LoraConfig, add_lora, merge_lora, save_adapter

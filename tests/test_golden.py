@@ -13,10 +13,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from minillama import chat
-from minillama.checkpoint.hf_format import load_model, stop_ids
+from minillama.checkpoint.hf_reader import load_model
 from minillama.comm import Mesh
 from minillama.data.encode import encode_pieces
 from minillama.generation.sampling import Sampling
+from minillama.hf_config import stop_ids
 from minillama.lora import load_adapter, merge_lora
 from minillama.model import Llama
 from minillama.ops import IGNORE, Documents

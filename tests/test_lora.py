@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from minillama.checkpoint.hf_format import load_model, save_model
+from minillama.checkpoint.hf_reader import load_model
+from minillama.checkpoint.hf_writer import save_model
 from minillama.errors import UserError
 from minillama.lora import (
     LINEARS,

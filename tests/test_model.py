@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from minillama import ops
-from minillama.checkpoint.hf_format import load_model, save_model
+from minillama.checkpoint.hf_reader import load_model
+from minillama.checkpoint.hf_writer import save_model
 from minillama.errors import UserError
 from minillama.hf_config import from_hf, published, read_config, to_hf
 from minillama.llama_config import PUBLISHED, RopeScaling, ffn_width, with_layers

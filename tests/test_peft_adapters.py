@@ -7,7 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from minillama.checkpoint.hf_format import load_model, save_model
+from minillama.checkpoint.hf_reader import load_model
+from minillama.checkpoint.hf_writer import save_model
 from minillama.conversion.merge import merge_lora
 from minillama.conversion.writer import Output
 from minillama.lora import LoraConfig, add_lora, load_adapter, save_adapter

@@ -7,7 +7,8 @@ import pytest
 import safetensors.torch
 import torch
 
-from minillama.checkpoint.hf_format import load_model, open_weights, write_weights
+from minillama.checkpoint.hf_reader import load_model, open_weights
+from minillama.checkpoint.hf_writer import write_weights
 from minillama.errors import UserError
 from minillama.tensor_writers import safetensors_writer, specs_of, torch_writer
 from tests.tensors import assert_same, random_tensors, write

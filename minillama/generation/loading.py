@@ -15,12 +15,15 @@ from typing import NamedTuple
 import torch
 
 from minillama import chat, ops
-from minillama.checkpoint import hf_format
+from minillama.checkpoint.hf_reader import load_model, read_about
+from minillama.checkpoint.run_directory import find_checkpoint
+from minillama.checkpoint.tokenizer_files import has_tokenizer
 from minillama.device import compute_dtype, pick
 from minillama.errors import UserError, closest
 from minillama.files import read_json
 from minillama.generation.config import GenerationConfig
 from minillama.generation.engine import Engine
+from minillama.hf_config import stop_ids
 from minillama.lora import load_adapter
 from minillama.model import Llama
 from minillama.peft_adapters import base_model_of
@@ -57,16 +60,16 @@ def load_engine(
     device: in place of options.device, for a rank that has a device of its own.
     """
     ops.choose(options.ops)
-    path = hf_format.find_checkpoint(Path(options.ckpt))
+    path = find_checkpoint(Path(options.ckpt))
     model, base = load_with_adapters(
         path, options.base, options.lora, options.dtype, device or pick(options.device)
     )
-    has_own_tokenizer = hf_format.has_tokenizer(path)
+    has_own_tokenizer = has_tokenizer(path)
     tokenizer = open_tokenizer(options.tokenizer or (path if has_own_tokenizer else base))
     config = config or GenerationConfig(greedy=True)
     config = replace(config, template=choose_template(config.template, path, base))
     check_vocabulary(tokenizer, model)
-    eos_ids = hf_format.stop_ids(base, model.config)
+    eos_ids = stop_ids(base, model.config)
     return Engine(model, tokenizer, config, eos_ids, path)
 
 
@@ -75,7 +78,7 @@ def choose_template(name: str, path: Path, base: Path) -> str:
 
     Warns of a template that nothing says the model was tuned with.
     """
-    tuned_with = hf_format.read_about(path).get("template")
+    tuned_with = read_about(path).get("template")
     template = name or tuned_with or "none"
     if template not in (*chat.TEMPLATES, "none"):
         raise UserError(
@@ -117,7 +120,7 @@ def load_with_adapters(
     if (path / "adapter_config.json").is_file():
         adapter_paths.insert(0, path)
         base_path = find_base(path, base)
-    model = hf_format.load_model(base_path, torch_dtype)
+    model = load_model(base_path, torch_dtype)
     replaced_by: dict[str, Path] = {}  # a module that an adapter replaces whole -> the adapter
     for adapter in adapter_paths:
         config = load_adapter(model, adapter, dropout=0.0)
@@ -141,7 +144,7 @@ def find_base(adapter: Path, base: str) -> Path:
         raise UserError(
             f"{adapter}: its base model {directory} is not here; name it with --base DIR"
         )
-    return hf_format.find_checkpoint(directory)
+    return find_checkpoint(directory)
 
 
 def weights_checksum(model: Llama) -> str:
