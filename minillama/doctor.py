@@ -25,6 +25,7 @@ from minillama import device as devices
 from minillama.llama_config import LlamaConfig
 from minillama.memory import device_memory
 from minillama.model import Llama
+from minillama.threads import WAITING
 from minillama.train_config import DEVICES, PRECISIONS
 
 PACKAGES = ("torch", "torch_npu", "torch_mlu", "torch_mlu_ops", "torch_tpu", "triton")
@@ -40,6 +41,7 @@ VARIABLES = (
     "MLU_VISIBLE_DEVICES",
     "CUDA_VISIBLE_DEVICES",
     "OMP_NUM_THREADS",
+    *WAITING,
 )
 # The largest relative error: another order of addition stays below it, another formula does not.
 LIMITS = {
