@@ -142,7 +142,7 @@ def test_a_caller_may_end_a_completion() -> None:
 
 
 @torch.no_grad()
-def test_rows_of_unlike_length_take_several_tokens_at_once() -> None:
+def test_rows_of_different_length_take_several_tokens_at_once() -> None:
     """Ragged rows of the cache extended by four tokens each equal each row's whole text."""
     model, lengths = random_model(), [9, 2, 6]
     texts = [random_tokens(length + 4, seed=length).tolist() for length in lengths]
@@ -163,7 +163,7 @@ def test_the_cache_holds_shared_heads_once_and_every_position_once() -> None:
     )
 
 
-def test_the_same_seed_gives_the_same_text_whatever_the_batch_and_its_order() -> None:
+def test_the_same_seed_gives_the_same_text_in_any_batch_and_order() -> None:
     model = random_model()
     texts = {tuple(a.prompt_ids): a.ids for a in together(model, PROMPTS, 20, SAMPLED, seed=5)}
     backwards = {

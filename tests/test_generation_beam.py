@@ -131,7 +131,7 @@ def test_the_repetition_penalty_works_on_log_probabilities_as_in_transformers(bo
     [Sampling(1.0, 0, 1.0), Sampling(0.7, 10, 1.0), Sampling(1.2, 0, 0.6), Sampling(1.0, 1, 0.1)],
     ids=str,
 )
-def test_sampled_beams_draw_what_transformers_draws(
+def test_sampled_beams_are_transformers(
     both: tuple, sampling: Sampling, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The same stream of random numbers on both sides gives the same texts."""
@@ -159,7 +159,7 @@ def test_sampled_beams_draw_what_transformers_draws(
         )
 
 
-def test_a_search_over_every_beginning_finds_the_likeliest_text() -> None:
+def test_a_search_over_every_hypothesis_finds_the_likeliest_sequence() -> None:
     """As many beams as there are texts of two tokens: an exhaustive search."""
     model = random_model(vocab_size=6)
     best = ours(model, [1, 3], 3, BeamOptions(36), ())[0]

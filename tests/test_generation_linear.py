@@ -42,7 +42,7 @@ def together(
 def test_every_form_of_the_linear_is_its_formula_rounded_once(
     rows: int, dtype: torch.dtype, bias: bool, units: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whatever is chosen by rows, dtype and processor; large weights and small ones."""
+    """For any rows, dtype and CPU; large weights and small ones."""
     monkeypatch.setattr(cpu_linear, "has_bf16_units", lambda: units)
     generator = torch.Generator().manual_seed(rows)
     x, weight, b = (
@@ -75,7 +75,7 @@ def test_every_form_of_the_linear_is_its_formula_rounded_once(
         (torch.float32, 4, False, True),
     ],
 )
-def test_weights_are_packed_where_the_rows_and_the_processor_gain(
+def test_weights_are_packed_where_rows_and_cpu_gain(
     dtype: torch.dtype, rows: int, units: bool, packs: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cpu_linear, "has_bf16_units", lambda: units)
@@ -115,7 +115,7 @@ def test_packed_weights_give_the_same_texts_and_are_for_the_fused_linear_only(
 
 
 @pytest.mark.parametrize("units", [True, False], ids=["16-bit units", "none"])
-def test_a_16_bit_linear_is_trained_by_the_processors_own_products_where_it_has_them(
+def test_a_16_bit_linear_is_trained_by_the_cpus_own_products_where_it_has_them(
     units: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cpu_linear, "has_bf16_units", lambda: units)
@@ -163,7 +163,7 @@ def test_a_session_packs_for_as_many_texts_as_it_writes(monkeypatch: pytest.Monk
 @pytest.mark.parametrize(
     "attention", [fused_attention.attention, reference.attention], ids=["fused", "reference"]
 )
-def test_attention_over_rows_of_unlike_length_is_attention_over_each(T: int, attention) -> None:
+def test_attention_over_rows_of_different_length_is_attention_over_each(T: int, attention) -> None:
     q, k, v = (
         torch.randn(4, n, heads, 8, generator=torch.Generator().manual_seed(n))
         for n, heads in ((T, 6), (11, 3), (11, 3))

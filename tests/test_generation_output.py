@@ -37,7 +37,7 @@ def run(*words: str, output: Path) -> list[dict]:
 
 @pytest.fixture
 def prompts(tmp_path: Path) -> Path:
-    """Twelve prompts of unlike length, one of them twice."""
+    """Twelve prompts of different length, one of them twice."""
     path = tmp_path / "prompts.jsonl"
     path.write_text(
         "".join(
@@ -99,7 +99,7 @@ def test_order_is_the_files_and_texts_are_those_of_each_alone(
     )
     assert [record["prompt"] for record in five] == asked
     assert texts(five) == texts(one)
-    drawn = (
+    sampled = (
         "--prompt_file",
         str(prompts),
         "--temperature",
@@ -109,26 +109,26 @@ def test_order_is_the_files_and_texts_are_those_of_each_alone(
         "--num_samples",
         "3",
     )
-    assert texts(run(*drawn, "--batch_size", "2", output=tmp_path / "2.jsonl")) == texts(
-        run(*drawn, output=tmp_path / "8.jsonl")
+    assert texts(run(*sampled, "--batch_size", "2", output=tmp_path / "2.jsonl")) == texts(
+        run(*sampled, output=tmp_path / "8.jsonl")
     )
 
 
 def test_samples_differ_and_the_same_prompt_again_gets_other_ones(tmp_path: Path) -> None:
-    drawn = ["--temperature", "2", "--top_p", "1", "--seed", "3", "--ignore_eos"]
+    sampled = ["--temperature", "2", "--top_p", "1", "--seed", "3", "--ignore_eos"]
     first, again = run(
         "--prompt",
         "cat",
         "--prompt",
         "cat",
-        *drawn,
+        *sampled,
         "--num_samples",
         "2",
         output=tmp_path / "a.jsonl",
     )
     four = [tuple(ids) for record in (first, again) for ids in record["completion_ids"]]
     assert len(set(four)) == 4
-    (alone,) = run("--prompt", "cat", *drawn, output=tmp_path / "b.jsonl")
+    (alone,) = run("--prompt", "cat", *sampled, output=tmp_path / "b.jsonl")
     assert tuple(alone["completion_ids"][0]) == four[0]
 
 

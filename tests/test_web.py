@@ -160,7 +160,7 @@ def test_clear_starts_over(browser: object) -> None:
     wait_for(browser, lambda window: bubbles(window) == [QUESTION, "62"])
 
 
-def test_the_server_listens_on_this_machine_only_whatever_the_environment_says(
+def test_the_server_listens_on_this_machine_only_in_any_environment(
     address: str,
 ) -> None:
     """GRADIO_SERVER_NAME and GRADIO_SHARE ask for more; only --host may."""

@@ -100,7 +100,7 @@ def beam_search(
     logits = prefill(model, cache, [prompt] * W)  # (W, V)
     hypotheses = [Hypothesis(ids=[], row=row) for row in range(W)]  # the best first
     scores = torch.full((W,), NEVER, device=logits.device)
-    scores[0] = 0.0  # all W are alike at first, so only one counts
+    scores[0] = 0.0  # all W are equal at first, so only one counts
     finished: list[Finished] = []  # at most W, the best first
 
     while True:
