@@ -22,6 +22,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from minillama.errors import UserError, closest
@@ -66,15 +67,19 @@ class Op:
         self.choose("")  # at the first call: as MINILLAMA_OPS says
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        return self.select(x, *args, **kwargs).function(x, *args, **kwargs)
+        function = self._settled.get(x.device)
+        if function is None:
+            function = self.select(x, *args, **kwargs).function
+        return function(x, *args, **kwargs)
 
     def select(self, x: Tensor, *args: Any, **kwargs: Any) -> Implementation:
         """The implementation that a call with these arguments runs."""
-        device_type = x.device.type
-        for implementation in self.usable(device_type):
+        usable = self.usable(x.device.type)
+        if usable[0].supports is None:
+            self._settled[x.device] = usable[0].function
+        for implementation in usable:
             if implementation.supports is None or implementation.supports(x, *args, **kwargs):
-                if implementation.name not in self._logged.get(device_type, ()):
-                    self._log(device_type, implementation)
+                self._log(x.device.type, implementation)
                 return implementation
         tensors = [arg for arg in (x, *args) if isinstance(arg, Tensor)]
         shapes = ", ".join(f"{tuple(tensor.shape)} {tensor.dtype}" for tensor in tensors)
@@ -89,6 +94,7 @@ class Op:
         """
         self.choice = name
         self._usable: dict[str, list[Implementation]] = {}  # by device type
+        self._settled: dict[torch.device, Callable[..., Any]] = {}  # nothing to ask at a call
         self._logged: dict[str, list[str]] = {}  # names of those used so far, by device type
 
     def usable(self, device_type: str) -> list[Implementation]:
@@ -118,6 +124,8 @@ class Op:
     def _log(self, device_type: str, implementation: Implementation) -> None:
         """Log the first choice for a device, and warn when a call needs another implementation."""
         names = self._logged.setdefault(device_type, [])
+        if implementation.name in names:
+            return
         message = f"op {self.name} on {device_type}: {implementation.name}"
         if names:
             log.warning(f"{message} takes a call that {names[-1]} does not")

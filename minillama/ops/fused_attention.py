@@ -60,9 +60,9 @@ def _causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 class _Gather(torch.autograd.Function):
     """y = x[index],   dx = dy[inverse].
 
-    `inverse` gives the row of y at which each row of x counts; another row that repeats it is
-    padding, whose gradient is 0. So backward is a gather too, where autograd would scatter and add.
-    unread: the rows of x that y does not read, whose gradient is 0; None where all are read.
+    inverse: for each row of x, the row of y that counts. Other rows of y are padding, whose
+    gradient is 0. So backward is a gather too, where autograd would scatter and add.
+    unread: the rows of x that y does not contain, whose gradient is 0; None if there are none.
     """
 
     @staticmethod

@@ -111,56 +111,38 @@ def attention(
     lengths: Tensor | None = None,
 ) -> Tensor:
     if documents is not None:
-        return _packed_attention(q, k, v, documents)
+        B, T, H, D = q.shape
+        ends = list(accumulate(documents.lengths))  # where each document ends
+        q = q.reshape(B * T, H, D)  # one ragged sequence
+        k = k.reshape(B * T, -1, D)  # (B·T, K, D)
+        v = v.reshape(B * T, -1, D)
+        y = _train(q, k, v, "TND", actual_seq_qlen=ends, actual_seq_kvlen=ends)
+        return y.view(B, T, H, D)
     if needs_grad(q, k, v):
-        H = q.shape[2]
-        scale = _scale(q)
-        return torch.ops.npu.npu_fusion_attention(
-            q, k, v, H, "BSND", scale=scale, **_causal_mask(q.device)
-        )[0]
-    return _inference_attention(q, k, v)
+        return _train(q, k, v, "BSND")
+    return _infer(q.contiguous(), k.contiguous(), v.contiguous())
 
 
-def _packed_attention(q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tensor:
-    """The training kernel on one ragged sequence (layout TND), given where each document ends."""
-    B, T, H, D = q.shape
-    ends = list(accumulate(documents.lengths))
-    q = q.reshape(B * T, H, D)
-    k = k.reshape(B * T, -1, D)  # (B·T, K, D)
-    v = v.reshape(B * T, -1, D)
-    y = torch.ops.npu.npu_fusion_attention(
-        q,
-        k,
-        v,
-        H,
-        "TND",
-        scale=_scale(q),
-        actual_seq_qlen=ends,
-        actual_seq_kvlen=ends,
-        **_causal_mask(q.device),
-    )[0]
-    return y.view(B, T, H, D)
+def _train(q: Tensor, k: Tensor, v: Tensor, layout: str, **ends: list[int]) -> Tensor:
+    """The flash kernel with a backward."""
+    H, D = q.shape[-2:]
+    scale = 1 / math.sqrt(D)
+    causal = _causal_mask(q.device)
+    return torch.ops.npu.npu_fusion_attention(q, k, v, H, layout, scale=scale, **ends, **causal)[0]
 
 
-def _inference_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def _infer(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """The kernel for prompts, or that for a single query. They read contiguous tensors only."""
-    T, H = q.shape[1], q.shape[2]
-    q = q.contiguous()
-    k = k.contiguous()
-    v = v.contiguous()
+    H, D = q.shape[-2:]
     shape: dict[str, Any] = {
         "num_heads": H,
         "num_key_value_heads": k.shape[2],
         "input_layout": "BSND",
-        "scale_value": _scale(q),
+        "scale_value": 1 / math.sqrt(D),
     }
-    if T == 1:
+    if q.shape[1] == 1:
         return torch.ops.npu.npu_incre_flash_attention(q, k, v, inner_precise=0, **shape)
     return torch.ops.npu.npu_prompt_flash_attention(q, k, v, **shape, **_causal_mask(q.device))
-
-
-def _scale(q: Tensor) -> float:
-    return 1 / math.sqrt(q.shape[-1])
 
 
 def _causal_mask(device: torch.device) -> dict[str, Any]:

@@ -29,16 +29,28 @@ SWIGLU_BLOCK = 1024  # elements of a SwiGLU program
 
 
 @triton.jit
+def _load(pointer, index, inside):
+    """The elements at `index` in fp32, 0 where not `inside`."""
+    return tl.load(pointer + index, mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _store(pointer, index, values, inside):
+    """Round to the dtype of the tensor and write where `inside`."""
+    tl.store(pointer + index, values.to(pointer.dtype.element_ty), mask=inside)
+
+
+@triton.jit
 def _rms_norm_forward(x, w, y, r, eps, C, BLOCK: tl.constexpr):
-    """y = x r w with r = 1 / sqrt(mean(x^2) + eps), for one row."""
+    """y = n w,   n = x r,   r = 1 / sqrt(mean(x^2) + eps), for one row."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < C
-    x_row = tl.load(x + row * C + column, mask=inside, other=0.0).to(tl.float32)
-    weight = tl.load(w + column, mask=inside, other=0.0).to(tl.float32)
+    x_row = _load(x, row * C + column, inside)
+    weight = _load(w, column, inside)
     scale = 1.0 / tl.sqrt(tl.sum(x_row * x_row, axis=0) / C + eps)
     n = (x_row * scale).to(y.dtype.element_ty).to(tl.float32)  # rounded, as the reference does
-    tl.store(y + row * C + column, (n * weight).to(y.dtype.element_ty), mask=inside)
+    _store(y, row * C + column, n * weight, inside)
     tl.store(r + row, scale)
 
 
@@ -47,19 +59,18 @@ def _rms_norm_backward(dy, x, w, r, dx, partial, N, C, rows, BLOCK: tl.constexpr
     """dx = r (g - n mean(g n)) with g = dy w, and a partial sum of dw = dy n, for `rows` rows."""
     program = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
-    weight = tl.load(w + column, mask=column < C, other=0.0).to(tl.float32)
+    weight = _load(w, column, column < C)
     dw = tl.zeros((BLOCK,), dtype=tl.float32)
     for i in range(rows):
         row = program * rows + i
+        index = row * C + column
         inside = column < tl.where(row < N, C, 0)  # the last program may have rows too many
         scale = tl.load(r + row, mask=row < N, other=0.0)
-        x_row = tl.load(x + row * C + column, mask=inside, other=0.0).to(tl.float32)
-        dy_row = tl.load(dy + row * C + column, mask=inside, other=0.0).to(tl.float32)
-        n = x_row * scale
+        n = _load(x, index, inside) * scale
+        dy_row = _load(dy, index, inside)
         g = dy_row * weight
         mean_g_n = tl.sum(g * n, axis=0) / C
-        dx_row = scale * (g - n * mean_g_n)
-        tl.store(dx + row * C + column, dx_row.to(dx.dtype.element_ty), mask=inside)
+        _store(dx, index, scale * (g - n * mean_g_n), inside)
         dw += dy_row * n
     tl.store(partial + program * C + column, dw, mask=column < C)
 
@@ -95,12 +106,12 @@ class _RMSNorm(torch.autograd.Function):
 
 @triton.jit
 def _swiglu_forward(gate, up, y, N, BLOCK: tl.constexpr):
-    """y = a s b with s = sigmoid(a), a = gate, b = up."""
+    """y = a s b with s = sigmoid(a), where a is gate and b is up."""
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = index < N
-    a = tl.load(gate + index, mask=inside, other=0.0).to(tl.float32)
-    b = tl.load(up + index, mask=inside, other=0.0).to(tl.float32)
-    tl.store(y + index, (a * tl.sigmoid(a) * b).to(y.dtype.element_ty), mask=inside)
+    a = _load(gate, index, inside)
+    b = _load(up, index, inside)
+    _store(y, index, a * tl.sigmoid(a) * b, inside)
 
 
 @triton.jit
@@ -108,14 +119,14 @@ def _swiglu_backward(dy, gate, up, dgate, dup, N, BLOCK: tl.constexpr):
     """da = dy b s (1 + a (1 - s)),   db = dy a s."""
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = index < N
-    a = tl.load(gate + index, mask=inside, other=0.0).to(tl.float32)
-    b = tl.load(up + index, mask=inside, other=0.0).to(tl.float32)
-    upstream = tl.load(dy + index, mask=inside, other=0.0).to(tl.float32)
+    a = _load(gate, index, inside)
+    b = _load(up, index, inside)
+    upstream = _load(dy, index, inside)
     s = tl.sigmoid(a)
     da = upstream * b * s * (1.0 + a * (1.0 - s))
     db = upstream * a * s
-    tl.store(dgate + index, da.to(dgate.dtype.element_ty), mask=inside)
-    tl.store(dup + index, db.to(dup.dtype.element_ty), mask=inside)
+    _store(dgate, index, da, inside)
+    _store(dup, index, db, inside)
 
 
 class _SwiGLU(torch.autograd.Function):
