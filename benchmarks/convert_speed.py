@@ -53,15 +53,15 @@ def transformers_meta(source: Path, _: Path, out: Path) -> None:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from minillama.conversion.meta import _names
+    from minillama.conversion.meta_layout import meta_tensors
 
     params, staging = json.loads((source / "params.json").read_text()), out / "tmp"
     loaded = torch.load(source / "consolidated.00.pth", weights_only=True)
     staging.mkdir(parents=True)
     dim, heads, weight_map = params["dim"], params["n_heads"], {}
     groups: dict[str, dict] = {}
-    for name, (meta, _) in _names(params["n_layers"]).items():
-        tensor = loaded[meta]
+    for name, meta in meta_tensors(params["n_layers"]).items():
+        tensor = loaded[meta.name]
         if "q_proj" in name or "k_proj" in name:
             n = heads if "q_proj" in name else params["n_kv_heads"]
             tensor = (
@@ -162,13 +162,13 @@ def bare_merge(base: Path, adapter: Path, out: Path) -> None:
 def bare_meta(source: Path, _: Path, out: Path) -> None:
     import torch
 
-    from minillama.conversion.meta import _names
+    from minillama.conversion.meta_layout import meta_tensors
 
     params = json.loads((source / "params.json").read_text())
     loaded = torch.load(
         source / "consolidated.00.pth", weights_only=True, mmap=True
     )  # maps the file, which spares a copy
-    table = {name: meta for name, (meta, _) in _names(params["n_layers"]).items()}
+    table = {name: meta.name for name, meta in meta_tensors(params["n_layers"]).items()}
 
     def permuted(name: str) -> torch.Tensor:
         tensor = loaded[table[name]]

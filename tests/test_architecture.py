@@ -95,13 +95,10 @@ def test_a_file_imports_only_from_lower_layers_or_from_its_own_group(path: Path)
 
 # Longer than the rule allows, until they are split. These lists may only shrink.
 LONG_FILES = {
-    "convert.py",
     "minillama/training/run.py",
-    "minillama/conversion/meta.py",
     "minillama/training/trainer.py",
 }
 LONG_FUNCTIONS = {
-    "convert.py:data",
     "eval.py:parse",
     "minillama/training/run.py:build_plans",
     "minillama/training/trainer.py:run",

@@ -1,131 +1,191 @@
-"""Is this the same model? A manifest answers twice: for the files, and for what they mean.
+"""Is this the same model? A manifest holds two answers: one for the files, one for the weights.
 
-The sha256 of a file covers zip metadata, shard boundaries and torch versions, so the same weights saved twice seldom agree. The
-content fingerprint covers the weights alone: for each tensor, in the order of names, its name, dtype, shape and the sha256 of its
-bytes. Safetensors or .bin, one file or forty, Meta's layout or Hugging Face's: equal weights have equal fingerprints.
+The sha256 of a file covers zip metadata, shard boundaries and torch versions, so the same weights
+saved twice seldom have the same sha256. The content fingerprint covers the weights alone:
+
+    for each tensor, in the order of names     "name dtype shape sha256-of-its-bytes"
+    content                                    sha256 of these lines
+
+Equal weights have equal fingerprints: in safetensors or .bin, in one file or forty, in Meta's
+layout or Hugging Face's.
 """
 
 import hashlib
-import json
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
-from minillama.checkpoint.hf_format import open_weights
-from minillama.conversion.meta import read_meta
-from minillama.conversion.writer import LazyTensors, write_file
-from minillama.errors import UserError, read_json
-from minillama.files import sha256_of
+from minillama.checkpoint.hf_reader import open_weights
+from minillama.conversion.meta_reader import read_meta
+from minillama.conversion.writer import LazyTensors
+from minillama.errors import UserError
+from minillama.files import read_json, sha256_of, write_json
 from minillama.peft_adapters import adapter_tensors
 from minillama.tensor_writers import bytes_of
 
-MANIFEST, ABSENT = "manifest.json", "`convert.py sha256 DIR` writes one"
+MANIFEST = "manifest.json"
+MUST_BE_EQUAL = ("dtype", "shape", "sha256")  # of a tensor; norm follows from them
 
 
-def recipes_of(directory: Path) -> LazyTensors:
-    """The tensors of a checkpoint: Hugging Face's, Meta's (under Hugging Face's names, whole) or an adapter's."""
+@dataclass(frozen=True)
+class WrittenManifest:
+    """A manifest that was written. `str()` gives the line for the user."""
+
+    directory: Path
+    content: str  # the fingerprint
+
+    def __str__(self) -> str:
+        return f"{self.directory}: content {self.content}"
+
+
+@dataclass(frozen=True)
+class Equality:
+    """Two checkpoints with equal tensors. `str()` gives the lines for the user."""
+
+    content: str  # the fingerprint
+    num_tensors: int
+    notes: tuple[str, ...]  # on other files, which may differ
+
+    def __str__(self) -> str:
+        summary = f"content {self.content}: all {self.num_tensors} tensors are equal"
+        return "\n".join([summary, *self.notes])
+
+
+def write_manifest(directory: Path) -> WrittenManifest:
+    """Write DIR/manifest.json for a checkpoint."""
+    content = manifest(directory)
+    write_json(directory / MANIFEST, content)
+    return WrittenManifest(directory, content["content"])
+
+
+def check(directory: Path, against: Path) -> Equality:
+    """Compare a checkpoint with a manifest file, or with another checkpoint directory.
+
+    Raises UserError naming the first tensor that differs. It says by how much, element by element
+    if `against` is a directory, and else by the norms.
+    """
+    expected = manifest(against) if against.is_dir() else _read_manifest(against)
+    actual = manifest(directory)
+    for name in sorted(actual["tensors"] | expected["tensors"]):
+        if name not in expected["tensors"]:
+            raise UserError(f"{name}: only in {directory}")
+        if name not in actual["tensors"]:
+            raise UserError(f"{name}: only in {against}")
+        difference = _compare_tensor(directory, against, name, actual, expected)
+        if difference:
+            raise UserError(
+                f"{name}: the first tensor that differs between {directory} and {against}: "
+                f"{difference}"
+            )
+    return Equality(
+        content=actual["content"],
+        num_tensors=len(actual["tensors"]),
+        notes=tuple(_compare_files(actual["files"], expected["files"])),
+    )
+
+
+def manifest(directory: Path) -> dict[str, Any]:
+    """Return the content of a checkpoint's manifest.
+
+    {"version": 1, "content": fingerprint, "tensors": {name: {dtype, shape, sha256, norm}},
+    "files": {name: {bytes, sha256}}}
+    """
+    tensors = open_tensors(directory)
+    described = {}
+    content = hashlib.sha256()
+    for name in tqdm(sorted(tensors), unit="tensor", disable=None):
+        entry = _describe(tensors[name].read())
+        described[name] = entry
+        line = f"{name} {entry['dtype']} {entry['shape']} {entry['sha256']}\n"
+        content.update(line.encode())
+    files = {}
+    for path in sorted(directory.iterdir()):
+        if path.is_file() and path.name != MANIFEST:
+            files[path.name] = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+    return {
+        "version": 1,
+        "content": content.hexdigest(),
+        "tensors": described,
+        "files": files,
+    }
+
+
+def open_tensors(directory: Path) -> LazyTensors:
+    """Return the tensors of a checkpoint in Hugging Face's or Meta's layout, or of an adapter.
+
+    Meta's are whole, under Hugging Face's names.
+    """
     if list(directory.glob("consolidated.*.pth")):
-        return read_meta(directory)[1]
+        return read_meta(directory).tensors
     if (directory / "adapter_config.json").is_file():
         return adapter_tensors(directory)
     return open_weights(directory)
 
 
-def manifest(directory: Path) -> dict:
-    """{"content": fingerprint, "tensors": {name: dtype, shape, sha256, norm}, "files": {name: bytes, sha256}} of a checkpoint."""
-    tensors, recipes = {}, recipes_of(directory)
-    for name in tqdm(sorted(recipes), unit="tensor", disable=None):
-        tensor = recipes[name].read().contiguous()
-        norm = (
-            torch.linalg.vector_norm(tensor, dtype=torch.float64).item()
-            if tensor.is_floating_point()
-            else 0.0
-        )
-        tensors[name] = {
-            "dtype": str(tensor.dtype).removeprefix("torch."),
-            "shape": list(tensor.shape),
-            "sha256": hashlib.sha256(bytes_of(tensor)).hexdigest(),
-            "norm": norm,
-        }
-    lines = (
-        f"{name} {line['dtype']} {line['shape']} {line['sha256']}\n"
-        for name, line in tensors.items()
-    )
-    files = {
-        path.name: {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
-        for path in sorted(directory.iterdir())
-        if path.is_file() and path.name != MANIFEST
-    }
+def _describe(tensor: Tensor) -> dict[str, Any]:
+    tensor = tensor.contiguous()
+    norm = 0.0
+    if tensor.is_floating_point():
+        norm = torch.linalg.vector_norm(tensor, dtype=torch.float64).item()
     return {
-        "version": 1,
-        "content": hashlib.sha256("".join(lines).encode()).hexdigest(),
-        "tensors": tensors,
-        "files": files,
+        "dtype": str(tensor.dtype).removeprefix("torch."),
+        "shape": list(tensor.shape),
+        "sha256": hashlib.sha256(bytes_of(tensor)).hexdigest(),
+        "norm": norm,
     }
 
 
-def write_manifest(directory: Path) -> str:
-    """Write DIR/manifest.json and return the content fingerprint."""
-    made = manifest(directory)
-    write_file(
-        directory / MANIFEST,
-        json.dumps(made, indent=2, ensure_ascii=False).encode() + b"\n",
-        overwrite=True,
-    )
-    return made["content"]
+def _read_manifest(path: Path) -> dict[str, Any]:
+    remedy = "`convert.py sha256 DIR` writes one"
+    keys = {"tensors": dict, "files": dict}
+    return read_json(path, remedy, keys, "a manifest of convert.py sha256")
 
 
-def check(directory: Path, against: Path) -> list[str]:
-    """Compare `directory` with a manifest file, or with another checkpoint directory. Returns remarks on what is equal enough.
-    Raises UserError naming the first tensor that differs, and by how much where both sides' tensors are at hand."""
-    wanted = (
-        {}
-        if against.is_dir()
-        else read_json(
-            against, ABSENT, {"tensors": dict, "files": dict}, "a manifest of convert.py sha256"
-        )
-    )
-    found, wanted = manifest(directory), wanted or manifest(against)
-    ours, theirs = found["tensors"], wanted["tensors"]
-    for name in sorted(ours | theirs):
-        if name not in ours or name not in theirs:
-            raise UserError(f"{name}: only in {directory if name in ours else against}")
-        here, there = ours[name], theirs[name]
-        if wrong := [
-            what for what in ("dtype", "shape", "sha256") if here[what] != there.get(what)
-        ]:
-            gap = (
-                _distance(directory, against, name, here, there)
-                if wrong == ["sha256"]
-                else (f"{wrong[0]} {here[wrong[0]]} here, {there.get(wrong[0])} there")
-            )
-            raise UserError(
-                f"{name}: the first tensor that differs between {directory} and {against}: {gap}"
-            )
-    sides = {
-        name: (found["files"].get(name), wanted["files"].get(name))
-        for name in sorted(found["files"] | wanted["files"])
-    }
-    notes = [
-        f"note: {name} {'differs' if a and b else 'is on one side only'}"
-        for name, (a, b) in sides.items()
-        if a != b
-    ]
-    return [f"content {found['content']}: all {len(ours)} tensors are equal", *notes]
-
-
-def _distance(directory: Path, against: Path, name: str, here: dict, there: dict) -> str:
-    """How far apart two tensors of one dtype and shape are: element by element, or by their norms where only a manifest is at hand."""
+def _compare_tensor(
+    directory: Path, against: Path, name: str, actual: dict[str, Any], expected: dict[str, Any]
+) -> str:
+    """Describe the difference between two tensors; "": they are equal."""
+    here = actual["tensors"][name]
+    there = expected["tensors"][name]
+    unequal = [key for key in MUST_BE_EQUAL if here[key] != there.get(key)]
+    if not unequal:
+        return ""
+    if unequal != ["sha256"]:
+        key = unequal[0]
+        return f"{key} {here[key]} here, {there.get(key)} there"
     if not against.is_dir():
         return (
             f"its norm is {here['norm']:.9g} here, {there.get('norm')} there "
             "(--check GOOD_DIR compares with another copy, element by element)"
         )
-    a, b = (recipes_of(side)[name].read().float().view(-1) for side in (directory, against))
+    return _compare_elements(
+        open_tensors(directory)[name].read(), open_tensors(against)[name].read()
+    )
+
+
+def _compare_elements(here: Tensor, there: Tensor) -> str:
+    """Describe the largest difference between tensors of one dtype and shape."""
+    a = here.float().view(-1)
+    b = there.float().view(-1)
     gap = (a - b).abs().nan_to_num(nan=torch.inf)
     worst = int(gap.argmax())
+    num_unequal = int((a != b).sum())
     return (
-        f"by up to {gap[worst]:.3g} (element {worst}: {a[worst]:.6g} here, {b[worst]:.6g} there), "
-        f"in {int((a != b).sum())} elements"
+        f"by up to {gap[worst]:.3g} (element {worst}: {a[worst]:.6g} here, "
+        f"{b[worst]:.6g} there), in {num_unequal} elements"
     )
+
+
+def _compare_files(actual: dict[str, Any], expected: dict[str, Any]) -> list[str]:
+    """Return a note for each file that differs or is on one side only."""
+    notes = []
+    for name in sorted(actual | expected):
+        if name not in actual or name not in expected:
+            notes.append(f"note: {name} is on one side only")
+        elif actual[name] != expected[name]:
+            notes.append(f"note: {name} differs")
+    return notes

@@ -1,232 +1,282 @@
-"""Merging LoRA adapters into their base (Hu et al. 2021): W' = W + s·B·A, with s = alpha / R, or alpha / sqrt(R) for rsLoRA.
+"""Merging LoRA adapters into their base (Hu et al. 2021):
 
-The product and the sum are fp32 and are rounded once, to the output's dtype, however many adapters there are. Whole tensors in an
-adapter (`modules_to_save`: a grown vocabulary lives there) replace the base's, and all that earlier adapters made of it.
+    W' = W + s·B·A        s = alpha / R, or alpha / sqrt(R) for rsLoRA
 
-An adapter whose names do not match would merge without effect, so every key must find its tensor, exactly once. Every merge reports
-how much W changed, |W' - W| / |W|, and whether W'x equals W x + s·B(A x) on random x, up to the rounding of W'.
+The product and the sum are fp32 and are rounded once, to the output's dtype, however many adapters
+there are. A whole tensor of an adapter (`modules_to_save`, for example a larger embedding) replaces
+the base's tensor, and what earlier adapters have added to it.
+
+An adapter whose names do not match would merge without effect. So every tensor of an adapter must
+find its place in the base, exactly once. The report says for each merged weight how much it
+changed, |W' - W| / |W|, and whether W'x equals W x + s·B(A x) on random x, up to rounding.
 
 Left out on purpose: DoRA (its merge rescales columns), and merging into quantized weights.
 
-Shapes: a linear is (out, in); A is (R, in), B is (out, R).
+Shapes: a linear is (out, in); A is (R, in), B is (out, R); P random hidden states x are (in, P).
 """
 
 import math
 import re
 from collections import defaultdict
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from minillama import peft_adapters
-from minillama.checkpoint.hf_format import (
-    EMBEDDING,
-    HEAD,
-    check_names,
-    has_tokenizer,
-    open_weights,
+from minillama.checkpoint.hf_reader import EMBEDDING, HEAD, check_names, open_weights
+from minillama.checkpoint.tokenizer_files import has_tokenizer
+from minillama.conversion.meta_writer import write_meta
+from minillama.conversion.writer import (
+    Conversion,
+    LazyTensor,
+    Output,
+    tokenizer_notes,
+    write_checkpoint,
+    write_companions,
 )
-from minillama.conversion.meta import write_meta
-from minillama.conversion.writer import LazyTensor, Output, write_checkpoint, write_companions
-from minillama.errors import UserError, closest, read_json
+from minillama.errors import UserError, closest
+from minillama.files import read_json
 from minillama.hf_config import read_config
+from minillama.peft_adapters import Adapter, LoraFactors, read_adapter
 from minillama.tensor_files import TensorRef
-from minillama.tokenizer import open_tokenizer
+from minillama.tokenizer import SentencePieceTokenizer
 
-PROBES = 4  # random hidden states in the check
-Product = tuple[
-    TensorRef, TensorRef, float
-]  # s·B·A as B (rows, R), A (R, columns) and s; or as Aᵀ and Bᵀ where weights lie as (in, out)
+NUM_PROBES = 4  # P, the random hidden states of the check
 
 
 @dataclass(frozen=True)
-class Adapter:
-    path: Path
-    products: dict[str, Product]  # by the base tensor's name
-    replacements: dict[str, TensorRef]
-
-
-@dataclass(frozen=True)
-class Merged:
-    """What merging did to a tensor. change: |W' - W| / |W|; deviation: max |W'x - (Wx + s·BAx)| / max |W'x|."""
+class MergedWeight:
+    """What merging did to a weight."""
 
     name: str
-    change: float
-    deviation: float
+    change: float  # |W' - W| / |W|
+    deviation: float  # max |W'x - (Wx + s·B(Ax))| / max |W'x|
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What a merge wrote and changed. `str()` gives the table for the user."""
+
+    conversion: Conversion
+    weights: list[MergedWeight]
+    adapters: list[Adapter]
+
+    def __str__(self) -> str:
+        lines = [str(self.conversion)]
+        lines.append(
+            f"{'layer':>12} {'modules':>8} {'relative change':>16} {'merged - unmerged':>18}"
+        )
+        for layer, weights in self._by_layer().items():
+            change = sum(weight.change for weight in weights) / len(weights)
+            deviation = max(weight.deviation for weight in weights)
+            lines.append(f"{layer:>12} {len(weights):8} {change:16.2e} {deviation:18.1e}")
+        for adapter in self.adapters:
+            numbers = f"{len(adapter.factors)} products and {len(adapter.whole)} whole tensors"
+            lines.append(f"{adapter.path}: {numbers}, each used once")
+        unchanged = [weight.name for weight in self.weights if weight.change == 0]
+        if unchanged:
+            lines.append(
+                f"warning: {len(unchanged)} of {len(self.weights)} modules did not change "
+                f"({unchanged[0]}, …); was the adapter trained?"
+            )
+        return "\n".join(lines)
+
+    def _by_layer(self) -> dict[str, list[MergedWeight]]:
+        layers = defaultdict(list)
+        for weight in self.weights:
+            match = re.match(r"model\.layers\.(\d+)\.", weight.name)
+            layer = match[1] if match else weight.name.split(".")[-2]
+            layers[layer].append(weight)
+        return layers
+
+
+@dataclass
+class PlannedTensor:
+    """A tensor of the output: `source`, plus s·B·A of each of `factors`."""
+
+    source: TensorRef
+    factors: list[LoraFactors] = field(default_factory=list)
+
+
+Plan = dict[str, PlannedTensor]  # by the tensor's name
 
 
 def merge_lora(
     base: Path,
-    adapters: list[Path],
+    adapters: Sequence[Path],
     output: Output,
     meta: bool = False,
-    shards: int = 0,
+    num_shards: int = 0,
     device: torch.device | str = "cpu",
     seed: int = 0,
-) -> list[Merged]:
-    """Merge `adapters`, in order, into `base`, and write a Hugging Face directory, or Meta's layout in `shards` files.
-    Raises UserError for an adapter that does not fit, before anything is written."""
-    config, entries = read_config(base), open_weights(base)
-    check_names(config, entries, base)
+) -> MergeReport:
+    """Merge adapters, in order, into the model `base`.
+
+    Args:
+        meta: write Meta's layout instead of Hugging Face's.
+        num_shards: files of Meta's layout; 0: as many as Meta has for this width.
+        device: where B·A is computed.
+        seed: of the random hidden states of the check.
+
+    Raises UserError for an adapter that does not fit, before anything is written.
+    """
+    config = read_config(base)
+    base_tensors = open_weights(base)
+    check_names(config, base_tensors, base)
     opened = [read_adapter(path) for path in adapters]
-    if config.tie_embeddings and any(
-        HEAD in adapter.replacements | adapter.products for adapter in opened
-    ):
-        entries, config = (
-            entries | {HEAD: entries[EMBEDDING]},
-            replace(config, tie_embeddings=False),
-        )
-    recipes, products = dict(entries), defaultdict(list)
+    if config.tie_embeddings and any(_changes_head(adapter) for adapter in opened):
+        base_tensors = base_tensors | {HEAD: base_tensors[EMBEDDING]}
+        config = replace(config, tie_embeddings=False)
+
+    plan = {name: PlannedTensor(tensor) for name, tensor in base_tensors.items()}
     for adapter in opened:
-        _stack(adapter, recipes, products)
-    config = replace(config, vocab_size=recipes[EMBEDDING].shape[0])
-    check_names(config, recipes, base)
-    dtypes = {name: output.dtype or entry.dtype for name, entry in entries.items()}
-    report: list[Merged] = []
-    for name, entry in recipes.items():
-        read = (
-            partial(_merge, name, entry, products[name], dtypes[name], report, device, seed)
-            if products[name]
-            else entry.read
-        )
-        recipes[name] = LazyTensor(dtypes[name], entry.shape, read)
+        _add_to_plan(plan, adapter)
+    config = replace(config, vocab_size=plan[EMBEDDING].source.shape[0])
+    check_names(config, {name: planned.source for name, planned in plan.items()}, base)
+
+    weights: list[MergedWeight] = []  # filled as the tensors are read
+    tensors = {}
+    for name, planned in plan.items():
+        dtype = output.dtype or base_tensors[name].dtype
+        tensors[name] = _merge_lazily(name, planned, dtype, device, seed, weights)
+
     sources = [*reversed(adapters), base]
     if meta:
-        write_meta(output, recipes, config, next(filter(has_tokenizer, sources), base), shards)
+        with_tokenizer = [source for source in sources if has_tokenizer(source)]
+        companions = with_tokenizer[0] if with_tokenizer else base
+        conversion = write_meta(output, tensors, config, companions, num_shards)
     else:
-        write_checkpoint(
-            output,
-            recipes,
-            lambda path: write_companions(path, base, config, dtypes[EMBEDDING], sources),
-        )
-    _show(report, opened)
-    return report
+
+        def write_other_files(directory: Path) -> None:
+            write_companions(directory, base, config, tensors[EMBEDDING].dtype, sources)
+
+        notes = tokenizer_notes(sources)
+        conversion = write_checkpoint(output, tensors, write_other_files, notes=notes)
+    return MergeReport(conversion, weights, opened)
 
 
-def read_adapter(path: Path) -> Adapter:
-    """A PEFT adapter directory of any age, or a raw training state with PEFT's names."""
-    adapter = peft_adapters.read_adapter(path)
-    products = {
-        factors.weight_name: (factors.b, factors.a, factors.scale) for factors in adapter.factors
-    }
-    return Adapter(path, products, adapter.whole)
+def _changes_head(adapter: Adapter) -> bool:
+    return HEAD in adapter.whole or any(entry.weight_name == HEAD for entry in adapter.factors)
 
 
-def _stack(
-    adapter: Adapter, final: dict[str, TensorRef], products: dict[str, list[Product]]
-) -> None:
-    """Put one more adapter on top: `final` is where each whole tensor comes from, `products` what is added to it."""
-    if strange := [name for name in adapter.replacements | adapter.products if name not in final]:
-        raise UserError(
-            f"{adapter.path}: {strange[0]}: the base has no such tensor{closest(strange[0], final)}"
-        )
-    for name, entry in adapter.replacements.items():
-        old = final[name].shape
-        grows = (
-            name in (EMBEDDING, HEAD) and entry.shape[1:] == old[1:] and entry.shape[0] >= old[0]
-        )
-        if entry.shape != old and not grows:
+def _add_to_plan(plan: Plan, adapter: Adapter) -> None:
+    """Add one more adapter. Raises UserError if one of its tensors does not fit."""
+    names = [*adapter.whole, *(entry.weight_name for entry in adapter.factors)]
+    for name in names:
+        if name not in plan:
             raise UserError(
-                f"{adapter.path}: {name} is {entry.shape}, in the base {old}; it was trained on another base"
+                f"{adapter.path}: {name}: the base has no such tensor{closest(name, plan)}"
             )
-        final[name], products[name] = entry, []
-    for name, product in adapter.products.items():
-        made = product[0].shape[0], product[1].shape[1]
-        if made != final[name].shape:
+    for name, tensor in adapter.whole.items():
+        shape = plan[name].source.shape
+        may_grow = name in (EMBEDDING, HEAD) and tensor.shape[1:] == shape[1:]
+        grows = may_grow and tensor.shape[0] >= shape[0]
+        if tensor.shape != shape and not grows:
             raise UserError(
-                f"{adapter.path}: {name}: the adapter makes {made}, the base has {final[name].shape}"
+                f"{adapter.path}: {name} is {tensor.shape}, in the base {shape}; "
+                "it was trained on another base"
             )
-        products[name].append(product)
+        plan[name] = PlannedTensor(tensor)
+    for entry in adapter.factors:
+        planned = plan[entry.weight_name]
+        if entry.weight_shape != planned.source.shape:
+            raise UserError(
+                f"{adapter.path}: {entry.weight_name}: the adapter makes {entry.weight_shape}, "
+                f"the base has {planned.source.shape}"
+            )
+        planned.factors.append(entry)
     if (adapter.path / "tokenizer.model").is_file():
-        _check_vocabulary(adapter, final[EMBEDDING].shape[0])
+        _check_vocabulary(adapter, plan[EMBEDDING].source.shape[0])
 
 
-def _check_vocabulary(adapter: Adapter, rows: int) -> None:
-    """Pieces of tokenizer.model, and the tokens that the JSON files beside it add (Chinese-Alpaca's [PAD]), against the embedding."""
-    path, tokens = adapter.path / "tokenizer.model", []
-    for name, part in (("added_tokens.json", dict.keys), ("special_tokens_map.json", dict.values)):
-        if (adapter.path / name).is_file():
-            tokens += part(read_json(adapter.path / name))
-    texts = {
-        token["content"] if isinstance(token, dict) else token
-        for token in tokens
-        if isinstance(token, (dict, str))
-    }
-    model = open_tokenizer(path).model
-    pieces = len(texts.union(map(model.id_to_piece, range(model.get_piece_size()))))
-    if EMBEDDING in adapter.replacements and pieces != rows:
+def _check_vocabulary(adapter: Adapter, num_rows: int) -> None:
+    """Compare the size of an adapter's vocabulary with the rows of the embedding."""
+    path = adapter.path / "tokenizer.model"
+    vocab_size = _count_tokens(path)
+    if EMBEDDING in adapter.whole and vocab_size != num_rows:
         raise UserError(
-            f"{path}: {pieces} pieces, but the adapter's embedding has {rows} rows; a tokenizer of another model "
-            "(LLaMA's has 32000, Chinese-LLaMA's 49953, Chinese-Alpaca's 49954, Chinese-LLaMA-2's 55296)"
+            f"{path}: {vocab_size} tokens, but the adapter's embedding has {num_rows} rows; a "
+            "tokenizer of another model (LLaMA's has 32000, Chinese-LLaMA's 49953, "
+            "Chinese-Alpaca's 49954, Chinese-LLaMA-2's 55296)"
         )
-    if pieces > rows:
+    if vocab_size > num_rows:
         raise UserError(
-            f"{path}: {pieces} pieces, but the embedding has {rows} rows and the adapter brings no larger one "
-            "(modules_to_save: embed_tokens, lm_head); was it saved whole?"
+            f"{path}: {vocab_size} tokens, but the embedding has {num_rows} rows and the adapter "
+            "brings no larger one (modules_to_save: embed_tokens, lm_head); was it saved whole?"
         )
+
+
+def _count_tokens(path: Path) -> int:
+    """Count the tokens of tokenizer.model and those that the JSON files beside it add.
+
+    Chinese-Alpaca's [PAD] is such an added token.
+    """
+    added: list[object] = []
+    if path.with_name("added_tokens.json").is_file():
+        added.extend(read_json(path.with_name("added_tokens.json")))
+    if path.with_name("special_tokens_map.json").is_file():
+        added.extend(read_json(path.with_name("special_tokens_map.json")).values())
+    model = SentencePieceTokenizer(path).model
+    tokens = {model.id_to_piece(index) for index in range(model.get_piece_size())}
+    for token in added:
+        if isinstance(token, dict):
+            tokens.add(token["content"])
+        elif isinstance(token, str):
+            tokens.add(token)
+    return len(tokens)
+
+
+def _merge_lazily(
+    name: str,
+    planned: PlannedTensor,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    seed: int,
+    weights: list[MergedWeight],
+) -> LazyTensor:
+    """The tensor of the output. Its reading appends to `weights` what merging did to it."""
+    source = planned.source
+    if not planned.factors:
+        return LazyTensor(dtype, source.shape, source.read)
+
+    def read() -> Tensor:
+        # Several adapters are one adapter of their summed rank.
+        b = [entry.b.read().float() * entry.scale for entry in planned.factors]
+        a = [entry.a.read().float() for entry in planned.factors]
+        scaled_b = torch.cat(b, dim=1).to(device)  # (out, R)
+        whole_a = torch.cat(a, dim=0).to(device)  # (R, in)
+        weight = source.read().to(device).float()
+        merged, report = _merge(name, weight, scaled_b, whole_a, dtype, seed)
+        weights.append(report)
+        return merged
+
+    return LazyTensor(dtype, source.shape, read)
 
 
 def _merge(
-    name: str,
-    entry: TensorRef,
-    products: list[Product],
-    dtype: torch.dtype,
-    report: list[Merged],
-    device: torch.device | str,
-    seed: int,
-) -> Tensor:
-    """W' for one tensor, and its line of the report."""
-    left = torch.cat([left.read().float() * scale for left, _, scale in products], 1).to(
-        device
-    )  # several adapters are
-    right = torch.cat([right.read().float() for _, right, _ in products], 0).to(
-        device
-    )  # one of their summed rank
-    x = torch.randn(entry.shape[1], PROBES, generator=torch.Generator().manual_seed(seed)).to(
-        device
-    )  # (in, P)
-    weight = entry.read().to(device).float()
-    norm, unmerged = (
-        weight.norm(dim=1).norm().item(),
-        weight @ x + left @ (right @ x),
-    )  # by rows, so fp32 is enough; (out, P)
-    merged = weight.addmm_(left, right).to(dtype)
-    seen = weight.copy_(merged) @ x  # in the fp32 copy, so that there is only one
-    # |B·A|² = Σ (BᵀB) ∘ (AAᵀ): R×R numbers in place of out×in
-    change = (
-        ((left.T.double() @ left.double()) * (right.double() @ right.T.double()))
-        .sum()
-        .clamp(min=0)
-        .sqrt()
-        .item()
-    )
-    deviation, largest = (seen - unmerged).abs().max().item(), seen.abs().max().item()
-    report.append(
-        Merged(name, change / norm if norm else math.inf, deviation / largest if largest else 0.0)
-    )
-    return merged
+    name: str, weight: Tensor, scaled_b: Tensor, a: Tensor, dtype: torch.dtype, seed: int
+) -> tuple[Tensor, MergedWeight]:
+    """Return W' = W + s·B·A in `dtype`, and what merging did to W.
 
-
-def _show(report: list[Merged], adapters: list[Adapter]) -> None:
-    layers: dict[str, list[Merged]] = defaultdict(list)
-    for merged in report:
-        layer = re.match(r"model\.layers\.(\d+)\.", merged.name)
-        layers[layer[1] if layer else merged.name.split(".")[-2]].append(merged)
-    print(f"{'layer':>12} {'modules':>8} {'relative change':>16} {'merged - unmerged':>18}")
-    for layer, group in layers.items():
-        change, deviation = (
-            sum(merged.change for merged in group) / len(group),
-            max(merged.deviation for merged in group),
-        )
-        print(f"{layer:>12} {len(group):8} {change:16.2e} {deviation:18.1e}")
-    for adapter in adapters:
-        print(
-            f"{adapter.path}: {len(adapter.products)} products and {len(adapter.replacements)} whole tensors, each used once"
-        )
-    if unchanged := [merged.name for merged in report if merged.change == 0]:
-        print(
-            f"warning: {len(unchanged)} of {len(report)} modules did not change ({unchanged[0]}, …); was the adapter trained?"
-        )
+    weight: W in fp32 (out, in), overwritten. scaled_b: s·B (out, R). a: A (R, in).
+    """
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(weight.shape[1], NUM_PROBES, generator=generator).to(weight.device)  # (in, P)
+    norm = weight.norm(dim=1).norm().item()  # by rows first, so that fp32 is exact enough
+    unmerged = weight @ x + scaled_b @ (a @ x)  # (out, P)
+    merged = weight.addmm_(scaled_b, a).to(dtype)  # (out, in)
+    output = weight.copy_(merged) @ x  # W'x (out, P); in place: one fp32 copy is enough
+    # |B·A|² = Σ (BᵀB) ∘ (AAᵀ): (R, R) in place of (out, in)
+    gram_b = scaled_b.T.double() @ scaled_b.double()
+    gram_a = a.double() @ a.T.double()
+    change = (gram_b * gram_a).sum().clamp(min=0).sqrt().item()
+    deviation = (output - unmerged).abs().max().item()
+    largest = output.abs().max().item()
+    report = MergedWeight(
+        name=name,
+        change=change / norm if norm else math.inf,
+        deviation=deviation / largest if largest else 0.0,
+    )
+    return merged, report

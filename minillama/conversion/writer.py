@@ -1,21 +1,19 @@
 """How every conversion writes: one tensor at a time, and all or nothing.
 
-A conversion is a table of recipes: what has a dtype, a shape and `read()`, be it an `TensorRef` of a file or a `LazyTensor` that computes.
-Since the whole output is known before the first byte, the disk is checked first and headers are written first; then each tensor is
-made, written and forgotten, so memory holds one or two of them, whatever the size of the model.
+A conversion is a dictionary of lazy tensors. Each has a dtype, a shape and `read()`. It is either a
+`TensorRef` of a file, or a `LazyTensor` that computes its value when `read` is called.
 
-The output grows in a hidden directory beside its final name and is renamed after everything is on the disk; an old output steps
-aside and is removed last. Killed at any moment, a conversion leaves what was there before, and the next one clears its remains.
+    headers of the inputs ──▶ names, dtypes, shapes ──▶ is the disk large enough?
+        ──▶ for each tensor: read, compute, write, forget ──▶ fsync, rename: the output exists
+
+The whole output is known before the first byte is written. So the free disk space is checked first,
+and headers are written first. Memory holds one or two tensors, whatever the size of the model. A
+conversion that is killed leaves what was there before (output_directory.py).
 """
 
-import fcntl
-import os
-import resource
-import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from math import prod
@@ -25,32 +23,22 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from minillama.checkpoint.hf_format import (
-    GB,
-    copy_tokenizer,
-    has_tokenizer,
-    write_configs,
-    write_json,
-    write_weights,
-)
-from minillama.errors import UserError, read_json
-from minillama.files import flush_to_disk
+from minillama.checkpoint.hf_writer import write_configs, write_weights
+from minillama.checkpoint.tokenizer_files import copy_tokenizer, has_tokenizer
+from minillama.files import read_json, write_bytes, write_json
 from minillama.llama_config import LlamaConfig
+from minillama.memory import peak_resident_bytes
+from minillama.output_directory import GB, new_directory
 from minillama.tensor_files import TensorRef
 from minillama.tensor_writers import TensorSpecs
 
-OURS = (
-    "config.json",
-    "params.json",
-    "adapter_config.json",
-    "manifest.json",
-)  # a directory with one of these may be overwritten
-HEADROOM = 16 * 2**20  # bytes for headers, config and tokenizer
+# A directory with one of these files is a checkpoint, which --overwrite may replace.
+CHECKPOINT_FILES = ("config.json", "params.json", "adapter_config.json", "manifest.json")
 
 
 @dataclass(frozen=True)
 class LazyTensor:
-    """A tensor to be written: what it will be, and how to make it when its turn comes."""
+    """A tensor of the output that is computed when `read` is called."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -58,50 +46,76 @@ class LazyTensor:
 
 
 LazyTensors = Mapping[str, TensorRef | LazyTensor]
-Writer = Callable[[Path, Iterator[tuple[str, Tensor]], TensorSpecs], None]
+TensorWriter = Callable[[Path, Iterator[tuple[str, Tensor]], TensorSpecs], None]
 
 
 @dataclass(frozen=True)
 class Output:
-    """What the user said about the output. dtype None: as the input."""
+    """Where and how a conversion writes."""
 
     path: Path
-    overwrite: bool = False
-    dtype: torch.dtype | None = None
-    max_shard_bytes: int = 5 * GB
-    bin: bool = False
-    verbose: bool = False
+    overwrite: bool = False  # replace an existing checkpoint, once the new one is complete
+    dtype: torch.dtype | None = None  # None: as the input
+    max_shard_bytes: int = 5 * GB  # of a file in Hugging Face's layout
+    bin: bool = False  # pytorch_model.bin instead of model.safetensors
+    verbose: bool = False  # print each tensor to stderr
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What a conversion wrote. `str()` gives the lines for the user."""
+
+    path: Path
+    num_tensors: int
+    num_bytes: int
+    seconds: float
+    peak_bytes: int | None  # resident memory of this process; None: unknown on this system
+    notes: tuple[str, ...] = ()  # what the user should know about the output
+
+    def __str__(self) -> str:
+        size = f"{self.num_tensors} tensors, {self.num_bytes / GB:.3g} GB"
+        summary = f"{self.path}: {size} in {self.seconds:.1f} s"
+        if self.peak_bytes is not None:
+            summary += f", peak memory {self.peak_bytes / GB:.2f} GB"
+        return "\n".join([*self.notes, summary])
 
 
 def write_checkpoint(
     output: Output,
-    recipes: LazyTensors,
-    finish: Callable[[Path], None],
-    write: Writer | None = None,
-) -> None:
-    """Carry out `recipes`. write: how weights are laid out (default: as Hugging Face does); finish: adds the other files."""
+    tensors: LazyTensors,
+    write_other_files: Callable[[Path], None],
+    write_tensors: TensorWriter | None = None,
+    notes: Iterable[str] = (),
+) -> Conversion:
+    """Compute `tensors` and write them to a new directory.
+
+    Args:
+        write_other_files: writes config and tokenizer into the directory, after the tensors.
+        write_tensors: the layout of the tensors; None: Hugging Face's.
+        notes: for the result.
+
+    Raises UserError if the output exists and may not be replaced, or cannot be written.
+    """
     started = time.monotonic()
-    plan = {name: (output.dtype or recipe.dtype, recipe.shape) for name, recipe in recipes.items()}
-    sizes = {name: prod(shape) * dtype.itemsize for name, (dtype, shape) in plan.items()}
-    total = sum(sizes.values())
-    write = write or partial(write_weights, max_shard_bytes=output.max_shard_bytes, bin=output.bin)
-
-    def tensors() -> Iterator[tuple[str, Tensor]]:
-        with tqdm(total=total, unit="B", unit_scale=True, disable=None) as bar:
-            for name, recipe in recipes.items():
-                if output.verbose:
-                    bar.write(f"{name} {tuple(recipe.shape)} {plan[name][0]}", file=sys.stderr)
-                yield name, recipe.read()
-                bar.update(sizes[name])
-
-    with complete_or_absent(output.path, total, output.overwrite) as directory:
-        write(directory, tensors(), plan)
-        finish(directory)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
-        1 if sys.platform == "darwin" else 1024
-    )
-    print(
-        f"{output.path}: {len(plan)} tensors, {total / GB:.3g} GB in {time.monotonic() - started:.1f} s, peak memory {peak / GB:.2f} GB"
+    specs: TensorSpecs = {
+        name: (output.dtype or tensor.dtype, tensor.shape) for name, tensor in tensors.items()
+    }
+    num_bytes = sum(_num_bytes(specs, name) for name in specs)
+    if write_tensors is None:
+        write_tensors = partial(
+            write_weights, max_shard_bytes=output.max_shard_bytes, bin=output.bin
+        )
+    may_replace = _is_plain_checkpoint if output.overwrite else False
+    with new_directory(output.path, may_replace, num_bytes, "conversion") as directory:
+        write_tensors(directory, _read_in_order(tensors, specs, output.verbose), specs)
+        write_other_files(directory)
+    return Conversion(
+        path=output.path,
+        num_tensors=len(specs),
+        num_bytes=num_bytes,
+        seconds=time.monotonic() - started,
+        peak_bytes=peak_resident_bytes(),
+        notes=tuple(notes),
     )
 
 
@@ -112,100 +126,63 @@ def write_companions(
     dtype: torch.dtype,
     tokenizers: Sequence[Path],
 ) -> None:
-    """The files beside the weights: `model`'s config.json with the dtype, and the vocabulary and tying of `config`; its
-    generation_config.json; and the tokenizer and minillama.json of the first of `tokenizers` that has them."""
+    """Write the files beside the weights of a Hugging Face directory.
+
+    config.json is the one of `model` with a new dtype and with the vocabulary size and tying of
+    `config`; generation_config.json is `model`'s. The tokenizer and minillama.json come from the
+    first of the directories `tokenizers` that has them.
+    """
     write_configs(directory, config, dtype)
-    raw = read_json(model / "config.json")
-    changes = {"vocab_size": config.vocab_size, "tie_word_embeddings": config.tie_embeddings}
-    changes |= {"dtype" if "dtype" in raw else "torch_dtype": str(dtype).removeprefix("torch.")}
-    write_json(directory / "config.json", raw | changes)
-    for name, places in {"generation_config.json": [model], "minillama.json": tokenizers}.items():
-        if found := next((place / name for place in places if (place / name).is_file()), None):
-            shutil.copyfile(found, directory / name)
-    if source := next(filter(has_tokenizer, tokenizers), None):
-        copy_tokenizer(source, directory)
-    else:
-        print("note: none of the inputs has a tokenizer, so the output has none")
+    raw_config = read_json(model / "config.json")
+    dtype_key = "dtype" if "dtype" in raw_config else "torch_dtype"
+    raw_config[dtype_key] = str(dtype).removeprefix("torch.")
+    raw_config["vocab_size"] = config.vocab_size
+    raw_config["tie_word_embeddings"] = config.tie_embeddings
+    write_json(directory / "config.json", raw_config)
+    _copy_first("generation_config.json", [model], directory)
+    _copy_first("minillama.json", tokenizers, directory)
+    for source in tokenizers:
+        if has_tokenizer(source):
+            copy_tokenizer(source, directory)
+            break
 
 
-@contextmanager
-def complete_or_absent(path: Path, nbytes: int, overwrite: bool) -> Iterator[Path]:
-    """A directory to write `nbytes` into, which becomes `path` when the block ends well, and vanishes when it does not.
-    Raises UserError where `path` is in the way, another conversion is writing it, or the disk has too little room."""
-    path = path.resolve()
-    unfinished, aside = (path.with_name(f".{path.name}.{state}") for state in ("partial", "old"))
-    try:
-        with ExitStack() as last:
-            unfinished.mkdir(parents=True, exist_ok=True)
-            lock = os.open(
-                unfinished, os.O_RDONLY
-            )  # the kernel unlocks it, however the process ends
-            last.callback(os.close, lock)
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            last.callback(shutil.rmtree, unfinished, ignore_errors=True)
-            last.callback(_settle, path, aside)
-            _settle(path, aside)
-            for remains in unfinished.iterdir():
-                remains.unlink()
-            _refuse_existing(path, overwrite)
-            free = shutil.disk_usage(unfinished).free
-            if nbytes + HEADROOM > free:
-                raise UserError(
-                    f"{path}: needs {nbytes / GB:.2f} GB, and {free / GB:.2f} GB are free there; "
-                    "make room, or write to another disk"
-                )
-            yield unfinished
-            _publish(unfinished, path, aside)
-    except BlockingIOError:
-        raise UserError(
-            f"{path}: another conversion is writing this output; wait for it, or name another"
-        ) from None
-    except OSError as error:
-        raise UserError(
-            f"{error.filename or path}: {error.strerror or error}; no output was written, "
-            "and what was there before is untouched"
-        ) from error
+def tokenizer_notes(directories: Sequence[Path]) -> list[str]:
+    """Return the note for an output without a tokenizer, if none of the inputs has one."""
+    if any(has_tokenizer(directory) for directory in directories):
+        return []
+    return ["note: none of the inputs has a tokenizer, so the output has none"]
 
 
-def _settle(path: Path, aside: Path) -> None:
-    """An old output that stepped aside: put it back where nothing took its place, even if a killed conversion left it so."""
-    if aside.exists() and not path.exists():
-        aside.rename(path)
-    shutil.rmtree(aside, ignore_errors=True)
+def _num_bytes(specs: TensorSpecs, name: str) -> int:
+    dtype, shape = specs[name]
+    return prod(shape) * dtype.itemsize
 
 
-def _refuse_existing(path: Path, overwrite: bool) -> None:
-    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
-        return
-    if not overwrite:
-        raise UserError(
-            f"{path}: already exists; --overwrite replaces it once the new one is complete"
-        )
-    if not any((path / name).is_file() for name in OURS) or any(
-        inner.is_dir() for inner in path.iterdir()
-    ):
-        raise UserError(
-            f"{path}: not a plain checkpoint directory, so --overwrite does not remove it; name another output"
-        )
+def _read_in_order(
+    tensors: LazyTensors, specs: TensorSpecs, verbose: bool
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield each tensor with its name, and show a progress bar in bytes."""
+    total = sum(_num_bytes(specs, name) for name in specs)
+    with tqdm(total=total, unit="B", unit_scale=True, disable=None) as bar:
+        for name, tensor in tensors.items():
+            if verbose:
+                dtype, shape = specs[name]
+                bar.write(f"{name} {tuple(shape)} {dtype}", file=sys.stderr)
+            yield name, tensor.read()
+            bar.update(_num_bytes(specs, name))
 
 
-def _publish(unfinished: Path, path: Path, aside: Path) -> None:
-    for file in (*unfinished.iterdir(), unfinished):
-        flush_to_disk(file)
-    if path.exists():
-        path.rename(aside)
-    unfinished.rename(path)
-    flush_to_disk(path.parent)
+def _copy_first(name: str, sources: Sequence[Path], directory: Path) -> None:
+    """Copy the file `name` from the first of `sources` that has it."""
+    for source in sources:
+        if (source / name).is_file():
+            write_bytes(directory / name, (source / name).read_bytes())
+            return
 
 
-def write_file(path: Path, content: bytes, overwrite: bool) -> None:
-    """Write a single file, complete or absent."""
-    if path.exists() and not (overwrite and path.is_file()):
-        raise UserError(f"{path}: already exists; --overwrite replaces a file")
-    unfinished = path.with_name(f".{path.name}.partial")
-    try:
-        unfinished.write_bytes(content)
-        flush_to_disk(unfinished)
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+def _is_plain_checkpoint(path: Path) -> bool:
+    """Tell whether a directory is a checkpoint without subdirectories, which hold other things."""
+    if any(inner.is_dir() for inner in path.iterdir()):
+        return False
+    return any((path / name).is_file() for name in CHECKPOINT_FILES)

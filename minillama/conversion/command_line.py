@@ -1,0 +1,236 @@
+"""The command line of convert.py: a parser for each subcommand. The docstrings are the manuals.
+
+This module imports no torch, so that --help is shown at once.
+"""
+
+import argparse
+import inspect
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from minillama.cli import Parser, parse_bool
+from minillama.compat.flags import CONVERSION
+from minillama.train_config import DEVICES
+
+ORIGINAL = "the original LLaMA, a Hugging Face directory"
+WEIGHTS_DIRECTORY = "directory to write; complete or absent"
+DTYPES = ("float32", "bfloat16", "float16")
+DATA_FORMATS = ("auto", "alpaca", "sharegpt", "moss", "ascend", "text", "lines")
+UNIT_PREFIXES = " kmg"  # powers of 1000, or of 1024 before iB
+
+
+def meta() -> Parser:
+    """Meta's layout (consolidated.*.pth, params.json) to Hugging Face's, or back.
+
+    Reads any number of shards, all heads alike or grouped, either way of cutting the embedding.
+    Executes nothing that a file holds.
+
+    Examples
+        python convert.py meta --input llama-2-13b/ --output llama-2-13b-hf
+        python convert.py meta --reverse --input llama-2-13b-hf --output llama-2-13b-meta --shards 2
+    """
+    parser = _new_parser(meta)
+    _add_weights_output(parser)
+    _add_path(parser, "--input", "Meta's directory, or with --reverse Hugging Face's")
+    parser.add_argument("--reverse", action="store_true", help="Hugging Face to Meta")
+    shards = "with --reverse: files [as Meta: 1; 13B 2, 33B 4, 65B and 70B 8]"
+    _add_count(parser, "--shards", shards)
+    tokenizer = "tokenizer.model [in the input directory or its parent]"
+    parser.add_argument("--tokenizer", default="", metavar="FILE", help=tokenizer)
+    length = "context length [LLaMA-1 2048, LLaMA-2 4096, CodeLlama 16384]"
+    _add_count(parser, "--max_seq_len", length)
+    return parser
+
+
+def apply_delta() -> Parser:
+    """target = base + delta, as FastChat computes it, bit for bit.
+
+    In fp16, as FastChat does: add --dtype float16 if the base has another dtype. Both sides are
+    shown first; what does not belong together is an error. A delta with more rows than the base
+    (Vicuna v0) is added to a base extended by zeros.
+
+    Example
+        python convert.py apply-delta --base llama-13b-hf --delta vicuna-13b-delta-v1.1 \\
+            --output vicuna-13b
+    """
+    parser = _new_parser(apply_delta)
+    _add_weights_output(parser)
+    _add_path(parser, "--base", ORIGINAL)
+    _add_path(parser, "--delta", "the published difference, likewise")
+    return parser
+
+
+def make_delta() -> Parser:
+    """delta = target - base: what may be published where the base may not.
+
+    Example
+        python convert.py make-delta --base llama-13b-hf --target my-13b --output my-13b-delta
+    """
+    parser = _new_parser(make_delta)
+    _add_weights_output(parser)
+    _add_path(parser, "--base", ORIGINAL)
+    _add_path(parser, "--target", "the fine-tuned model, likewise")
+    return parser
+
+
+def merge_lora() -> Parser:
+    """W + (alpha / r)·B·A for every adapted W, in fp32, rounded once to the output's dtype.
+
+    Takes PEFT adapters of any age (adapter_model.safetensors or .bin, or a raw training state
+    beside adapter_config.json), several in order, with grown vocabularies. Every key of an adapter
+    is used exactly once, or it is an error. Prints, per layer, how much the weights changed, and by
+    how much merged and unmerged layers differ on random hidden states.
+
+    Example
+        python convert.py merge-lora --base llama-7b-hf --lora chinese-llama-plus \\
+            --lora chinese-alpaca-plus --output merged
+    """
+    parser = _new_parser(merge_lora)
+    _add_weights_output(parser)
+    _add_path(parser, "--base", "the model the first adapter was trained on")
+    add = parser.add_argument
+    lora = "adapter; repeat for several"
+    add("--lora", type=Path, action="append", required=True, metavar="DIR", help=lora)
+    layout = "layout of the output: hf, meta [hf]"
+    add("--format", type=_parse_layout, choices=("hf", "meta"), default="hf", help=layout)
+    _add_count(parser, "--shards", "with --format meta: files [as Meta does]")
+    add("--device", default="auto", choices=DEVICES, help="where B·A is computed [auto]")
+    add("--seed", type=int, default=0, help="of the random hidden states of the check [0]")
+    return parser
+
+
+def tokenizer() -> Parser:
+    """LLaMA's tokenizer.model with the tokens of another SentencePiece model appended.
+
+    The vocabulary of Chinese-LLaMA was made like this.
+
+    Example
+        python convert.py tokenizer --base llama/tokenizer.model --add chinese_sp.model \\
+            --output merged.model
+    """
+    parser = _new_parser(tokenizer)
+    _add_output(parser, "the merged tokenizer.model")
+    _add_path(parser, "--base", "the tokenizer.model that keeps its ids")
+    _add_path(parser, "--add", "the model whose new tokens are appended")
+    return parser
+
+
+def data() -> Parser:
+    """Raw files to a tokenized data set, PREFIX.bin .mask .idx .json, for train.py --data PREFIX.
+
+    An input is a file, a folder, or a name in the dataset_info.json of --dataset_dir. Formats:
+    alpaca, sharegpt and moss (conversations, rendered by --template), ascend, text (a document a
+    file or record), lines (a document a line). After an interruption, the same command continues
+    where it stopped.
+
+    Example
+        python convert.py data --input alpaca.json --tokenizer llama/tokenizer.model \\
+            --output my_data --template vicuna_v1.1
+    """
+    parser = _new_parser(data)
+    _add_output(parser, "what the data set's files are called before the dot")
+    add = parser.add_argument
+    files = "raw files or folders: .json, .jsonl, .txt, .parquet"
+    add("--input", nargs="+", required=True, metavar="FILE", help=files)
+    tokenizer = "tokenizer.model or tokenizer.json, or a directory that holds one"
+    add("--tokenizer", required=True, metavar="FILE", help=tokenizer)
+    add("--format", choices=DATA_FORMATS, default="auto", help="of the input [auto]")
+    template = "prompt template of conversations [alpaca]"
+    add("--template", default="alpaca", metavar="NAME", help=template)
+    _add_count(parser, "--workers", "processes that tokenize [1]", default=1)
+    append_eod = "end documents with the end-of-text token [true]"
+    add("--append_eod", type=parse_bool, default=True, metavar="true|false", help=append_eod)
+    skip = "leave malformed records out, count and list them, instead of stopping"
+    add("--skip_bad_records", action="store_true", help=skip)
+    folder = "folder of the dataset_info.json that names data sets"
+    add("--dataset_dir", default="", metavar="DIR", help=folder)
+    return parser
+
+
+def sha256() -> Parser:
+    """Write DIR/manifest.json with the sha256 of every file and tensor, or compare with one.
+
+    Its content fingerprint covers names, dtypes, shapes and bytes of the tensors. It is the same
+    for any file format, number of shards or layout.
+
+    Examples
+        python convert.py sha256 vicuna-7b                                 # vicuna-7b/manifest.json
+        python convert.py sha256 vicuna-7b --check downloaded/manifest.json
+        python convert.py sha256 vicuna-7b --check vicuna-7b-elsewhere
+
+    The last one names the first tensor that differs, and by how much.
+    """
+    parser = _new_parser(sha256)
+    directory = "a checkpoint: Hugging Face's layout, Meta's, or an adapter"
+    parser.add_argument("directory", type=Path, metavar="DIR", help=directory)
+    against = "compare with a manifest or checkpoint; writes nothing"
+    parser.add_argument("--check", type=Path, metavar="FILE|DIR", help=against)
+    return parser
+
+
+PARSERS: dict[str, Callable[[], Parser]] = {
+    "meta": meta,
+    "apply-delta": apply_delta,
+    "make-delta": make_delta,
+    "merge-lora": merge_lora,
+    "tokenizer": tokenizer,
+    "data": data,
+    "sha256": sha256,
+}
+
+
+def parse_size(text: str) -> int:
+    """Return the bytes of a size such as 5GB or 500MiB, for argparse."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:([kmg])(i?)b)?", text.strip().lower())
+    if match is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 5GB or 500MiB")
+    number, prefix, binary = match.groups()
+    unit = 1024 if binary else 1000
+    power = UNIT_PREFIXES.index(prefix or " ")
+    return int(float(number) * unit**power)
+
+
+def _parse_count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
+
+
+def _parse_layout(name: str) -> str:
+    """Translate the names of Chinese-LLaMA-Alpaca's script to ours."""
+    return {"huggingface": "hf", "pth": "meta"}.get(name, name)
+
+
+def _new_parser(subcommand: Callable[[], Parser]) -> Parser:
+    name = subcommand.__name__
+    return Parser(
+        CONVERSION.get(name),
+        prog=f"convert.py {name.replace('_', '-')}",
+        description=inspect.getdoc(subcommand),
+    )
+
+
+def _add_path(parser: Parser, flag: str, help: str) -> None:
+    parser.add_argument(flag, type=Path, required=True, metavar="PATH", help=help)
+
+
+def _add_count(parser: Parser, flag: str, help: str, default: int = 0) -> None:
+    parser.add_argument(flag, type=_parse_count, default=default, metavar="N", help=help)
+
+
+def _add_output(parser: Parser, help: str) -> None:
+    overwrite = "replace an existing output, once the new one is complete"
+    parser.add_argument("--overwrite", action="store_true", help=overwrite)
+    _add_path(parser, "--output", help)
+
+
+def _add_weights_output(parser: Parser) -> None:
+    """Add the flags of every subcommand that writes weights."""
+    _add_output(parser, WEIGHTS_DIRECTORY)
+    add = parser.add_argument
+    add("--dtype", choices=DTYPES, help="of the output [as the input]")
+    size = "largest file of Hugging Face's layout [5GB]"
+    add("--max_shard_size", type=parse_size, default="5GB", metavar="SIZE", help=size)
+    add("--bin", action="store_true", help="write pytorch_model*.bin instead of safetensors")
+    add("--verbose", action="store_true", help="print each tensor")
