@@ -23,6 +23,8 @@ if TYPE_CHECKING:  # what a type checker sees in place of `__getattr__`
     from minillama.generation.api import LoadedModel as LoadedModel
     from minillama.generation.api import load as load
     from minillama.train_config import TrainConfig as TrainConfig
+    from minillama.training.api import preset as preset
+    from minillama.training.trainer import train as train
 
 __version__ = "0.1.0"
 
@@ -38,6 +40,8 @@ PYTHON_API = {  # name -> the module that has it
     "meta": "minillama.conversion.api",
     "sha256": "minillama.conversion.api",
     "tokenize_data": "minillama.conversion.api",
+    "preset": "minillama.training.api",
+    "train": "minillama.training.trainer",
 }
 
 

@@ -2,6 +2,7 @@
 
 import ast
 import doctest
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -83,6 +84,35 @@ def test_a_chat_remembers(model: LoadedModel) -> None:
 def test_mistakes_are_user_errors_that_name_the_closest(model, call, message: str) -> None:
     with pytest.raises(minillama.UserError, match=message):
         call(model)
+
+
+def test_training_returns_the_summary_and_its_run_can_be_loaded(tmp_path: Path) -> None:
+    records = [{"instruction": QUESTION, "output": "62"}, {"instruction": REPEAT, "output": "cat"}]
+    (tmp_path / "data.json").write_text(json.dumps(records), encoding="utf-8")
+    config = minillama.TrainConfig(
+        ckpt=str(GOLDEN),
+        data=(str(tmp_path / "data.json"),),
+        out_dir=str(tmp_path / "run"),
+        cache_dir=str(tmp_path / "cache"),
+        lora=True,
+        max_steps=2,
+        device="cpu",
+    )
+    summary = minillama.train(config)
+    assert summary["steps"] == 2
+    assert minillama.train(config) == summary, "the run is finished"
+    tuned = minillama.load(tmp_path / "run", device="cpu")
+    assert tuned.template == "alpaca"
+    assert isinstance(tuned.generate(QUESTION, **GREEDY), str)
+
+
+def test_a_preset_takes_keys_that_change_it() -> None:
+    config = minillama.preset("demo_lora", max_steps=3, lora_targets=["q_proj"])
+    assert (config.max_steps, config.lora, config.lora_targets) == (3, True, ("q_proj",))
+    with pytest.raises(minillama.UserError, match="did you mean 'max_steps'"):
+        minillama.preset("demo", max_step=3)
+    with pytest.raises(minillama.UserError, match="demo_lora"):
+        minillama.preset("demo_lor")
 
 
 def test_conversions_are_functions_that_return_what_the_script_prints(tmp_path: Path) -> None:
