@@ -11,15 +11,19 @@ from minillama.compat import deepspeed
 from minillama.compat import flags as other_systems
 
 EXAMPLES = """
-  python train.py                                    the demo: a small LLaMA from scratch, on data of its own, in two minutes
-  python train.py --config demo_lora                 tune the demo with LoRA
-  python train.py --config 7b_lora --dry_run         what a run would need
-  torchrun --nproc_per_node 8 train.py --config 7b_lora --ckpt LLAMA_DIR --data alpaca_data.json --out_dir runs/a
+  python train.py                              the demo: a small LLaMA from scratch, in two minutes
+  python train.py --config demo_lora           tune the demo with LoRA
+  python train.py --config 7b_lora --dry_run   what a run would need
+  torchrun --nproc_per_node 8 train.py --config 7b_lora --ckpt LLAMA_DIR \\
+      --data alpaca_data.json --out_dir runs/a
 
-Every key below may also stand in a TOML file given as --config FILE.toml; a flag wins over the file, the file over the default.
-A run writes OUT_DIR/final (opens in transformers or peft), checkpoints/, metrics.jsonl, summary.json, train_config.json, loss.png.
-The same command continues an interrupted run. Lists are comma-separated; [brackets] show defaults. Flags of FastChat, LLaMA-Factory,
-Chinese-LLaMA-Alpaca and AscendSpeed (--model_name_or_path, --lora_target, …) are understood too."""
+Every key below may also stand in a TOML file given as --config FILE.toml; a flag wins over the
+file, the file over the default. Lists are comma-separated; [brackets] show defaults. Flags of
+FastChat, LLaMA-Factory, Chinese-LLaMA-Alpaca and AscendSpeed (--model_name_or_path, --lora_target,
+…) are understood too.
+
+A run writes OUT_DIR/final (opens in transformers or peft), checkpoints/, metrics.jsonl,
+summary.json, train_config.json and loss.png. The same command continues an interrupted run."""
 
 
 def make_parser() -> cli.Parser:

@@ -151,3 +151,12 @@ def test_a_run_that_is_lost_stops_with_the_step_and_a_remedy(
         UserError, match=r"step 4: .*lm_head.weight.* 5 steps in a row; lower --learning_rate"
     ):
         train(settings_for(max_steps=9), MESH)
+
+
+def test_a_run_from_python_needs_its_settings_only(settings_for: Callable, tmp_path: Path) -> None:
+    summary = train(settings_for(max_steps=1))
+    assert summary == json.loads((tmp_path / "run/summary.json").read_text())
+    with pytest.raises(UserError, match="--ckpt LLAMA_DIR"):
+        train(settings_for(ckpt=""))
+    with pytest.raises(UserError, match="name a run directory"):
+        train(settings_for(out_dir=""))

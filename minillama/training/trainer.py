@@ -153,7 +153,7 @@ class Trainer:
     def evaluate(self) -> float:
         """The mean loss per target of the evaluation data."""
         plan = self.run.eval_batches
-        assert plan is not None, "is_evaluation_due"
+        assert plan is not None, "evaluate is called only if there is evaluation data"
         self.model.eval()
         loss = 0.0
         num_targets = 0
@@ -172,16 +172,16 @@ class Trainer:
         return is_last or self.is_due(self.config.eval_strategy, self.config.eval_steps)
 
     def is_checkpoint_due(self) -> bool:
-        is_last = self.step == self.total_steps  # final/ is written instead
+        is_last = self.step == self.total_steps  # then final/ is written
         return not is_last and self.is_due(self.config.save_strategy, self.config.save_steps)
 
     def is_due(self, strategy: str, every: int) -> bool:
         """Whether the step just taken is one of `every` steps, or the last of its epoch."""
-        if strategy == "steps":
-            return self.step % every == 0
+        if strategy != "epoch":
+            return strategy == "steps" and self.step % every == 0
         epoch, _ = self.run.train_batches.locate(self.step)
         epoch_before, _ = self.run.train_batches.locate(self.step - 1)
-        return strategy == "epoch" and epoch != epoch_before
+        return epoch != epoch_before
 
     def log_step(
         self,
