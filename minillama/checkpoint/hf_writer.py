@@ -65,8 +65,7 @@ def write_weights(
         file = f"{stem}{place}{suffix}"
         with writer(directory / file, {name: specs[name] for name in names}) as append:
             for _ in names:
-                name, tensor = next(tensors)
-                append(name, tensor)
+                append(*next(tensors))  # no name keeps this tensor while the next one is read
         weight_map |= dict.fromkeys(names, file)
     if len(shards) > 1:
         metadata = {"total_size": sum(sizes.values())}

@@ -81,11 +81,8 @@ def check(directory: Path, against: Path) -> Equality:
                 f"{name}: the first tensor that differs between {directory} and {against}: "
                 f"{difference}"
             )
-    return Equality(
-        content=actual["content"],
-        num_tensors=len(actual["tensors"]),
-        notes=tuple(_compare_files(actual["files"], expected["files"])),
-    )
+    notes = _compare_files(actual["files"], expected["files"])
+    return Equality(actual["content"], len(actual["tensors"]), tuple(notes))
 
 
 def manifest(directory: Path) -> dict[str, Any]:
@@ -106,12 +103,8 @@ def manifest(directory: Path) -> dict[str, Any]:
     for path in sorted(directory.iterdir()):
         if path.is_file() and path.name != MANIFEST:
             files[path.name] = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
-    return {
-        "version": 1,
-        "content": content.hexdigest(),
-        "tensors": described,
-        "files": files,
-    }
+    fingerprint = content.hexdigest()
+    return {"version": 1, "content": fingerprint, "tensors": described, "files": files}
 
 
 def open_tensors(directory: Path) -> LazyTensors:
@@ -128,15 +121,12 @@ def open_tensors(directory: Path) -> LazyTensors:
 
 def _describe(tensor: Tensor) -> dict[str, Any]:
     tensor = tensor.contiguous()
+    digest = hashlib.sha256(bytes_of(tensor)).hexdigest()
+    dtype = str(tensor.dtype).removeprefix("torch.")
     norm = 0.0
     if tensor.is_floating_point():
         norm = torch.linalg.vector_norm(tensor, dtype=torch.float64).item()
-    return {
-        "dtype": str(tensor.dtype).removeprefix("torch."),
-        "shape": list(tensor.shape),
-        "sha256": hashlib.sha256(bytes_of(tensor)).hexdigest(),
-        "norm": norm,
-    }
+    return {"dtype": dtype, "shape": list(tensor.shape), "sha256": digest, "norm": norm}
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
@@ -158,26 +148,22 @@ def _compare_tensor(
         key = unequal[0]
         return f"{key} {here[key]} here, {there.get(key)} there"
     if not against.is_dir():
-        return (
-            f"its norm is {here['norm']:.9g} here, {there.get('norm')} there "
-            "(--check GOOD_DIR compares with another copy, element by element)"
-        )
-    return _compare_elements(
-        open_tensors(directory)[name].read(), open_tensors(against)[name].read()
-    )
+        remedy = "--check GOOD_DIR compares with another copy, element by element"
+        return f"its norm is {here['norm']:.9g} here, {there.get('norm')} there ({remedy})"
+    one = open_tensors(directory)[name].read()
+    other = open_tensors(against)[name].read()
+    return _compare_elements(one, other)
 
 
-def _compare_elements(here: Tensor, there: Tensor) -> str:
+def _compare_elements(one: Tensor, other: Tensor) -> str:
     """Describe the largest difference between tensors of one dtype and shape."""
-    a = here.float().view(-1)
-    b = there.float().view(-1)
+    a = one.float().view(-1)
+    b = other.float().view(-1)
     gap = (a - b).abs().nan_to_num(nan=torch.inf)
     worst = int(gap.argmax())
+    element = f"element {worst}: {a[worst]:.6g} here, {b[worst]:.6g} there"
     num_unequal = int((a != b).sum())
-    return (
-        f"by up to {gap[worst]:.3g} (element {worst}: {a[worst]:.6g} here, "
-        f"{b[worst]:.6g} there), in {num_unequal} elements"
-    )
+    return f"by up to {gap[worst]:.3g} ({element}), in {num_unequal} elements"
 
 
 def _compare_files(actual: dict[str, Any], expected: dict[str, Any]) -> list[str]:

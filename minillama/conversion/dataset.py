@@ -30,12 +30,10 @@ class TokenizedDataset:
     seconds: float
 
     def __str__(self) -> str:
-        counts = (
-            f"{self.documents} documents, {self.tokens} tokens, {self.targets} targets, "
-            f"{self.skipped_records} records skipped"
-        )
-        summary = f"{self.prefix}: {counts}, {self.seconds:.1f} s"
-        return f"{summary}\nnext: {shlex.join(self.training_command())}"
+        counts = f"{self.documents} documents, {self.tokens} tokens, {self.targets} targets"
+        rest = f"{self.skipped_records} records skipped, {self.seconds:.1f} s"
+        command = shlex.join(self.training_command())
+        return f"{self.prefix}: {counts}, {rest}\nnext: {command}"
 
     def training_command(self) -> list[str]:
         """Return the words of a command that trains on this data set."""

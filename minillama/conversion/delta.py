@@ -34,6 +34,10 @@ from minillama.hf_config import read_config
 from minillama.tensor_files import TensorRef
 from minillama.tokenizer import open_tokenizer
 
+ARE_SWAPPED = (
+    "are the two swapped, or is the base already fine-tuned? It must be the original LLaMA"
+)
+
 
 @dataclass(frozen=True)
 class Side:
@@ -156,14 +160,13 @@ def _describe(role: str, directory: Path, tensors: Mapping[str, TensorRef]) -> S
     if (directory / "tokenizer.model").is_file():
         opened = open_tokenizer(directory)
         tokenizer = f"{opened.size} tokens, sha256 {opened.sha256[:8]}"
+    num_rows = 0
+    dtype = "?"
     embedding = tensors.get(EMBEDDING)
-    return Side(
-        role=role,
-        num_rows=embedding.shape[0] if embedding else 0,
-        dtype=str(embedding.dtype).removeprefix("torch.") if embedding else "?",
-        num_tensors=len(tensors),
-        tokenizer=tokenizer,
-    )
+    if embedding is not None:
+        num_rows = embedding.shape[0]
+        dtype = str(embedding.dtype).removeprefix("torch.")
+    return Side(role, num_rows, dtype, len(tensors), tokenizer)
 
 
 def _find_mismatches(
@@ -176,10 +179,8 @@ def _find_mismatches(
         shape = other[name].shape
         may_grow = name in (EMBEDDING, HEAD) and base_shape[1:] == shape[1:]
         if may_grow and base_shape[0] > shape[0]:
-            problems.append(
-                f"{name} has {base_shape[0]} rows in the base and {shape[0]} in the {role}: are "
-                "the two swapped, or is the base already fine-tuned? It must be the original LLaMA"
-            )
+            rows = f"{base_shape[0]} rows in the base and {shape[0]} in the {role}"
+            problems.append(f"{name} has {rows}: {ARE_SWAPPED}")
         elif base_shape != shape and not may_grow:
             problems.append(f"{name} is {base_shape} in the base, {shape} in the {role}")
     return problems

@@ -44,6 +44,9 @@ from minillama.tensor_files import TensorRef
 from minillama.tokenizer import SentencePieceTokenizer
 
 NUM_PROBES = 4  # P, the random hidden states of the check
+PUBLISHED_SIZES = (
+    "LLaMA's has 32000, Chinese-LLaMA's 49953, Chinese-Alpaca's 49954, Chinese-LLaMA-2's 55296"
+)
 
 
 @dataclass(frozen=True)
@@ -65,9 +68,7 @@ class MergeReport:
 
     def __str__(self) -> str:
         lines = [str(self.conversion)]
-        lines.append(
-            f"{'layer':>12} {'modules':>8} {'relative change':>16} {'merged - unmerged':>18}"
-        )
+        lines.append(f"{'layer':>12}  modules  relative change  merged - unmerged")
         for layer, weights in self._by_layer().items():
             change = sum(weight.change for weight in weights) / len(weights)
             deviation = max(weight.deviation for weight in weights)
@@ -77,10 +78,9 @@ class MergeReport:
             lines.append(f"{adapter.path}: {numbers}, each used once")
         unchanged = [weight.name for weight in self.weights if weight.change == 0]
         if unchanged:
-            lines.append(
-                f"warning: {len(unchanged)} of {len(self.weights)} modules did not change "
-                f"({unchanged[0]}, …); was the adapter trained?"
-            )
+            count = f"{len(unchanged)} of {len(self.weights)} modules"
+            example = f"{unchanged[0]}, …"
+            lines.append(f"warning: {count} did not change ({example}); was the adapter trained?")
         return "\n".join(lines)
 
     def _by_layer(self) -> dict[str, list[MergedWeight]]:
@@ -198,8 +198,7 @@ def _check_vocabulary(adapter: Adapter, num_rows: int) -> None:
     if EMBEDDING in adapter.whole and vocab_size != num_rows:
         raise UserError(
             f"{path}: {vocab_size} tokens, but the adapter's embedding has {num_rows} rows; a "
-            "tokenizer of another model (LLaMA's has 32000, Chinese-LLaMA's 49953, "
-            "Chinese-Alpaca's 49954, Chinese-LLaMA-2's 55296)"
+            f"tokenizer of another model ({PUBLISHED_SIZES})"
         )
     if vocab_size > num_rows:
         raise UserError(
@@ -214,10 +213,12 @@ def _count_tokens(path: Path) -> int:
     Chinese-Alpaca's [PAD] is such an added token.
     """
     added: list[object] = []
-    if path.with_name("added_tokens.json").is_file():
-        added.extend(read_json(path.with_name("added_tokens.json")))
-    if path.with_name("special_tokens_map.json").is_file():
-        added.extend(read_json(path.with_name("special_tokens_map.json")).values())
+    added_tokens = path.with_name("added_tokens.json")
+    if added_tokens.is_file():
+        added.extend(read_json(added_tokens))
+    special_tokens = path.with_name("special_tokens_map.json")
+    if special_tokens.is_file():
+        added.extend(read_json(special_tokens).values())
     model = SentencePieceTokenizer(path).model
     tokens = {model.id_to_piece(index) for index in range(model.get_piece_size())}
     for token in added:
@@ -274,9 +275,6 @@ def _merge(
     change = (gram_b * gram_a).sum().clamp(min=0).sqrt().item()
     deviation = (output - unmerged).abs().max().item()
     largest = output.abs().max().item()
-    report = MergedWeight(
-        name=name,
-        change=change / norm if norm else math.inf,
-        deviation=deviation / largest if largest else 0.0,
-    )
-    return merged, report
+    relative_change = change / norm if norm else math.inf
+    relative_deviation = deviation / largest if largest else 0.0
+    return merged, MergedWeight(name, relative_change, relative_deviation)

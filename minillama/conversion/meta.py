@@ -40,9 +40,9 @@ def meta_to_hf(
     if opened is None:
         notes.append(
             f"warning: no tokenizer.model in {source} or above it, so the output has none "
-            f"(--tokenizer FILE adds it); the embedding's {config.vocab_size} rows give the "
-            "vocabulary"
+            "(--tokenizer FILE adds it)"
         )
+        notes.append(f"the embedding's {config.vocab_size} rows give the vocabulary")
     elif opened.size > config.vocab_size:
         raise UserError(
             f"{opened.path}: {opened.size} tokens, but the embedding has {config.vocab_size} rows; "
@@ -51,10 +51,8 @@ def meta_to_hf(
     if max_seq_len:
         config = replace(config, max_seq_len=max_seq_len)
     else:
-        notes.append(
-            f"context length {config.max_seq_len}, by transformers' rule "
-            "(Meta's files do not say; --max_seq_len sets it)"
-        )
+        remedy = "Meta's files do not say; --max_seq_len sets it"
+        notes.append(f"context length {config.max_seq_len}, by transformers' rule ({remedy})")
     dtype = output.dtype or checkpoint.tensors[EMBEDDING].dtype
 
     def write_other_files(directory: Path) -> None:

@@ -102,12 +102,12 @@ def write_checkpoint(
     }
     num_bytes = sum(_num_bytes(specs, name) for name in specs)
     if write_tensors is None:
-        write_tensors = partial(
-            write_weights, max_shard_bytes=output.max_shard_bytes, bin=output.bin
-        )
+        max_shard_bytes = output.max_shard_bytes
+        write_tensors = partial(write_weights, max_shard_bytes=max_shard_bytes, bin=output.bin)
     may_replace = _is_plain_checkpoint if output.overwrite else False
     with new_directory(output.path, may_replace, num_bytes, "conversion") as directory:
-        write_tensors(directory, _read_in_order(tensors, specs, output.verbose), specs)
+        read_in_order = _read_in_order(tensors, specs, output.verbose)
+        write_tensors(directory, read_in_order, specs)
         write_other_files(directory)
     return Conversion(
         path=output.path,
