@@ -1,136 +1,120 @@
 """Score a LLaMA on held-out questions."""
 
+import argparse
 import sys
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
-from minillama import cli, errors, threads, train_config
+from minillama import cli, threads
+from minillama.evaluation.options import EvalOptions, check
 from minillama.evaluation.protocols import TASKS
+from minillama.options import from_flags
+from minillama.train_config import parse_list
 
 EXAMPLES = """
-  python eval.py --task demo --ckpt runs/demo          the demo model on prompts it was never trained on
+  python eval.py --task demo --ckpt runs/demo          prompts that the demo was never trained on
   python eval.py --task mmlu --ckpt LLAMA_DIR --data mmlu/data --compare runs/other/summary.json
-  torchrun --nproc_per_node 8 eval.py --task boolq --ckpt LLAMA_DIR --data boolq/dev.jsonl --out runs/boolq
+  torchrun --nproc_per_node 8 eval.py --task boolq --ckpt LLAMA_DIR --data boolq --out runs/boolq
   python eval.py --list_tasks"""
 
 
-def parse(arguments: list[str]):
+class Flag(NamedTuple):
+    name: str  # of a field of EvalOptions, which has the default
+    type: Callable[[str], Any]
+    metavar: str
+    help: str
+
+
+# fmt: off
+FLAGS = (
+    Flag("task", str, "NAME", f"what to score on: {', '.join(TASKS)}"),
+    Flag("data", str, "PATH", "the questions: a file or a folder, as --list_tasks says"),
+    Flag("protocol", str, "NAME",
+         "prompt, shots and scoring rule [the first that --list_tasks names]"),
+    Flag("n_shots", int, "N", "solved examples before each question [the protocol's]"),
+    Flag("subjects", parse_list, "A,B", "only these subjects"),
+    Flag("limit", int, "N", "the first N questions of each subject [all; demo: 300 in all]"),
+    Flag("batch_size", int, "N", "rows computed at once; changes no score [8]"),
+    Flag("max_length", int, "N", "longest prompt in tokens [the model's context]"),
+    Flag("compare", str, "FILE",
+         "another summary.json to compare with; loss: the reference's metrics.jsonl"),
+    Flag("out", str, "DIR",
+         "write summary.json and predictions.jsonl; an interrupted run goes on from them"),
+    Flag("seed", int, "N", "demo: seed of the untrained model that is printed beside [0]"),
+)
+# fmt: on
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
     parser = cli.Parser(
         prog="eval.py",
-        description=__doc__ + "\n" + EXAMPLES,
+        description=f"{__doc__}\n{EXAMPLES}",
         usage="python eval.py --task NAME --ckpt DIR [options]",
     )
     parser.add_model_flags()
-    add = parser.add_argument
-    add("--task", default="", metavar="NAME", help=f"what to score on: {', '.join(TASKS)}")
-    add(
-        "--data",
-        default="",
-        metavar="PATH",
-        help="the questions: a file or a folder, as --list_tasks says",
-    )
-    add(
-        "--list_tasks",
-        action="store_true",
-        help="print the tasks, their protocols and the files each one reads",
-    )
-    add(
-        "--protocol",
-        default="",
-        metavar="NAME",
-        help="prompt, shots and scoring rule [the first that --list_tasks names]",
-    )
-    add(
-        "--n_shots",
-        type=int,
-        default=None,
-        metavar="N",
-        help="solved examples before each question [the protocol's]",
-    )
-    add(
-        "--subjects",
-        type=train_config.parse_list,
-        default=(),
-        metavar="A,B",
-        help="only these subjects",
-    )
-    add(
-        "--limit",
-        type=int,
-        default=0,
-        metavar="N",
-        help="the first N questions of each subject [all; demo: 300 in all]",
-    )
-    add(
-        "--batch_size",
-        type=int,
-        default=8,
-        metavar="N",
-        help="rows computed at once; changes no score [8]",
-    )
-    add(
-        "--max_length",
-        type=int,
-        default=0,
-        metavar="N",
-        help="longest prompt in tokens [the model's context]",
-    )
-    add(
-        "--compare",
-        default="",
-        metavar="FILE",
-        help="another summary.json to stand beside; loss: the reference's metrics.jsonl",
-    )
-    add(
-        "--out",
-        default="",
-        metavar="DIR",
-        help="write summary.json and predictions.jsonl; an interrupted run goes on from them",
-    )
-    add(
-        "--seed",
-        type=int,
-        default=0,
-        metavar="N",
-        help="demo: seed of the untrained model that is printed beside [0]",
-    )
-    options = parser.parse_args(arguments)
-    parser.refuse(
-        options, f"for --task {options.task}", TASKS.get(options.task, {}).get("unused", ())
-    )
-    return options
+    for flag in FLAGS:
+        parser.add_argument(
+            f"--{flag.name}",
+            type=flag.type,
+            default=getattr(EvalOptions, flag.name),
+            metavar=flag.metavar,
+            help=flag.help,
+        )
+    about = "print the tasks, their protocols and the files each one reads"
+    parser.add_argument("--list_tasks", action="store_true", help=about)
+    return parser.parse_args(arguments)
 
 
-def main(arguments: list[str]) -> None:
-    options = parse(arguments)
-    if options.list_tasks:
-        for name, task in TASKS.items():
-            protocols = f"; protocols {', '.join(task['protocols'])}" if "protocols" in task else ""
-            print(f"{name:12}{task['about']}{protocols}\n{'':12}{task['layout']}")
-        return
-    if options.task not in TASKS:
-        asked = (
-            f"no task {options.task!r}{errors.closest(options.task, TASKS)}"
-            if options.task
-            else "--task NAME is missing"
-        )
-        raise errors.UserError(f"{asked}; tasks: {', '.join(TASKS)}")
-    task = TASKS[options.task]
-    if missing := [
-        f"--{name}"
-        for name in ("ckpt", "data", "compare")
-        if f"--{name}" in task["command"] and not getattr(options, name)
-    ]:
-        where = (
-            f"; {options.task} is published at {task['published']}" if "published" in task else ""
-        )
-        raise errors.UserError(
-            f"{' and '.join(missing)} missing; type: python eval.py --task {options.task} {task['command']}{where}"
-        )
-    for name, least in {"n_shots": 0, "limit": 0, "max_length": 0, "batch_size": 1}.items():
-        if (value := getattr(options, name)) is not None and value < least:
-            raise errors.UserError(f"--{name} {value}: must be at least {least}")
-    from minillama.evaluation import compare_losses, demo, runner
+def main(arguments: list[str]) -> int:
+    """Returns the exit code: 1 if the losses of two runs differ too much, else 0."""
+    flags = parse(arguments)
+    if flags.list_tasks:
+        list_tasks()
+        return 0
+    options = from_flags(EvalOptions, vars(flags))
+    check(options, has_model=bool(flags.ckpt))
+    if options.task == "loss":
+        return compare_losses(options)
+    if options.task == "demo":
+        score_demo(options, flags)
+    else:
+        score(options, flags)
+    return 0
 
-    {"demo": demo, "loss": compare_losses}.get(options.task, runner).evaluate(options)
+
+def list_tasks() -> None:
+    for name, task in TASKS.items():
+        protocols = f"; protocols {', '.join(task.protocols)}" if task.protocols else ""
+        print(f"{name:12}{task.about}{protocols}")
+        print(f"{'':12}{task.layout}")
+
+
+def compare_losses(options: EvalOptions) -> int:
+    from minillama.evaluation import compare_losses
+
+    result = compare_losses.evaluate(options)
+    print(result)
+    return 0 if all(result.summary["passed"].values()) else 1
+
+
+def score_demo(options: EvalOptions, flags: argparse.Namespace) -> None:
+    from minillama.evaluation import demo
+    from minillama.generation.loading import LoadOptions
+
+    print(demo.evaluate(options, from_flags(LoadOptions, vars(flags))))
+    print(f"next: python generate.py --ckpt {flags.ckpt} --chat")
+
+
+def score(options: EvalOptions, flags: argparse.Namespace) -> None:
+    """Score a model; under torchrun every rank does a part of the work, and rank 0 prints."""
+    from minillama import comm
+    from minillama.evaluation import runner
+    from minillama.generation.loading import LoadOptions
+
+    load_options = from_flags(LoadOptions, vars(flags))
+    with comm.start(load_options.device) as mesh:
+        result = runner.evaluate(options, load_options, mesh, announce=mesh.print)
+        mesh.print(result)
 
 
 if __name__ == "__main__":

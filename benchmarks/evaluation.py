@@ -27,66 +27,75 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+if TYPE_CHECKING:  # a child process imports what its side needs
+    from minillama.evaluation.multiple_choice import MultipleChoice
+    from minillama.evaluation.protocols import Question
+
 SIDES = ("minillama", "lm_eval", "plain")
-LONGEST = 2048  # tokens of a prompt
+MAX_LENGTH = 2048  # tokens of a prompt
+MMLU_HEADER = "The following are multiple choice questions (with answers) about {}.\n\n"
+
+Answers = dict[str, str]  # question's id -> answer
 
 
-def test_of(options: argparse.Namespace, place: Path):
-    from minillama.evaluation.questions import Choices
+def open_benchmark(options: argparse.Namespace, directory: Path) -> "MultipleChoice":
+    """The questions by the protocol `lm_eval`, encoded by the tokenizer in `directory`."""
+    from minillama.evaluation.multiple_choice import MultipleChoice
+    from minillama.evaluation.options import EvalOptions
     from minillama.tokenizer import open_tokenizer
 
-    asked = argparse.Namespace(
-        task=options.task,
-        data=str(options.data),
-        protocol="lm_eval",
-        n_shots=None,
-        subjects=(),
-        limit=options.limit,
+    eval_options = EvalOptions(
+        options.task, str(options.data), protocol="lm_eval", limit=options.limit
     )
-    return Choices(asked, open_tokenizer(place), LONGEST)
+    return MultipleChoice(eval_options, open_tokenizer(directory), MAX_LENGTH)
 
 
-def minillama(options: argparse.Namespace, place: Path):
+def minillama(options: argparse.Namespace, directory: Path) -> Callable[[], Answers]:
     from minillama.checkpoint.hf_reader import load_model
     from minillama.comm import Mesh
     from minillama.evaluation.runner import predict
 
-    model = load_model(place).eval()
-    return lambda: {
-        r["id"]: r["predicted"]
-        for r in predict(model, test_of(options, place), options.batch_size, None, {}, Mesh())
-    }
+    model = load_model(directory).eval()
 
-
-def plain(options: argparse.Namespace, place: Path):
-    import torch
-    import transformers
-
-    model = transformers.LlamaForCausalLM.from_pretrained(place, dtype=torch.float32).eval()
-
-    @torch.inference_mode()
-    def answer() -> dict[str, str]:
-        test, found = test_of(options, place), {}
-        for id, query in test.queries.items():
-            logits = model(torch.tensor([query.context]), logits_to_keep=1).logits[0, -1]
-            found[id] = max(
-                zip(test.protocol.choices, query.continuations, strict=True),
-                key=lambda choice: logits[choice[1][0]].item(),
-            )[0]
-        return found
+    def answer() -> Answers:
+        benchmark = open_benchmark(options, directory)
+        records = predict(model, benchmark, options.batch_size, None, {}, Mesh())
+        return {record["id"]: record["predicted"] for record in records}
 
     return answer
 
 
-def lm_eval(options: argparse.Namespace, place: Path):
+def plain(options: argparse.Namespace, directory: Path) -> Callable[[], Answers]:
+    import torch
+    import transformers
+
+    model = transformers.LlamaForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+
+    @torch.inference_mode()
+    def answer() -> Answers:
+        benchmark = open_benchmark(options, directory)
+        answers = {}
+        for id, query in benchmark.queries.items():
+            logits = model(torch.tensor([query.context]), logits_to_keep=1).logits[0, -1]
+            scores = [logits[continuation[0]].item() for continuation in query.continuations]
+            answers[id] = list(benchmark.protocol.choices)[scores.index(max(scores))]
+        return answers
+
+    return answer
+
+
+def lm_eval(options: argparse.Namespace, directory: Path) -> Callable[[], Answers]:
     os.environ |= {
         "HF_HUB_OFFLINE": "1",
         "HF_DATASETS_OFFLINE": "1",
-        "HF_DATASETS_CACHE": str(place / "cache"),
+        "HF_DATASETS_CACHE": str(directory / "cache"),
         "TOKENIZERS_PARALLELISM": "false",
     }
     import lm_eval as harness
@@ -95,67 +104,24 @@ def lm_eval(options: argparse.Namespace, place: Path):
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
-    from minillama.evaluation.protocols import find_files, read_questions
+    from minillama.evaluation.protocols import TASKS
+    from minillama.evaluation.questions import find_files
 
-    installed, tasks = Path(harness.__file__).parent / "tasks", place / "tasks"
+    tasks = directory / "tasks"
     tasks.mkdir()
+    installed = Path(harness.__file__).parent / "tasks"
     names = {}
-    for subject, file in find_files(options.task, options.data).items():
+    for subject, file in find_files(TASKS[options.task], options.data).items():
         names[subject] = f"local_{subject}"
-        files = {"validation" if options.task == "boolq" else "test": (file, options.limit)}
-        files |= (
-            {} if options.task == "boolq" else {"dev": (options.data / f"dev/{subject}_dev.csv", 5)}
-        )
-        for split, (source, limit) in files.items():
-            rows = read_questions(options.task, subject, source)[:limit]
-            records = [
-                {
-                    "passage": r["passage"],
-                    "question": r["question"],
-                    "label": int(r["answer"] == "yes"),
-                }
-                if options.task == "boolq"
-                else {
-                    "question": r["question"],
-                    "choices": [r[c] for c in "ABCD"],
-                    "answer": "ABCD".index(r["answer"]),
-                }
-                for r in rows
-            ]
-            (tasks / f"{subject}_{split}.jsonl").write_text(
-                "".join(json.dumps(record) + "\n" for record in records)
-            )
-        template = installed / (
-            "super_glue/boolq/default.yaml"
-            if options.task == "boolq"
-            else "mmlu/default/_default_template_yaml"
-        )
-        about = {
-            "include": str(template),
-            "task": names[subject],
-            "dataset_path": "json",
-            "dataset_name": None,
-            "training_split": None,
-            "dataset_kwargs": {
-                "data_files": {split: str(tasks / f"{subject}_{split}.jsonl") for split in files}
-            },
-        }
-        if options.task == "boolq":
-            about["tag"] = None
-        else:
-            about["description"] = (
-                "The following are multiple choice questions (with answers) about "
-                f"{subject.replace('_', ' ')}.\n\n"
-            )
-        (tasks / f"{names[subject]}.yaml").write_text(json.dumps(about))  # JSON is YAML
-    model = transformers.LlamaForCausalLM.from_pretrained(place, dtype=torch.float32).eval()
-    tokenizer = transformers.LlamaTokenizer.from_pretrained(place)
+        write_harness_task(options, subject, file, tasks, installed)
+    model = transformers.LlamaForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    tokenizer = transformers.LlamaTokenizer.from_pretrained(directory)
     wrapped = HFLM(
         pretrained=model, tokenizer=tokenizer, batch_size=options.batch_size, device="cpu"
     )
     manager = TaskManager(include_path=str(tasks), include_defaults=False)
 
-    def answer() -> dict[str, str]:
+    def answer() -> Answers:
         results = harness.simple_evaluate(
             model=wrapped,
             tasks=list(names.values()),
@@ -164,70 +130,128 @@ def lm_eval(options: argparse.Namespace, place: Path):
             num_fewshot=0 if options.task == "boolq" else 5,
             log_samples=True,
         )
-        choices, found = ("no", "yes") if options.task == "boolq" else tuple("ABCD"), {}
+        choices = ("no", "yes") if options.task == "boolq" else tuple("ABCD")
+        answers = {}
         for subject, name in names.items():
             for sample in results["samples"][name]:
                 scores = [float(response[0]) for response in sample["filtered_resps"]]
-                found[f"{subject}/{sample['doc_id']}"] = choices[scores.index(max(scores))]
-        return found
+                answers[f"{subject}/{sample['doc_id']}"] = choices[scores.index(max(scores))]
+        return answers
 
     return answer
 
 
-def run_side(options: argparse.Namespace, place: Path) -> None:
-    """In a child process: answer all questions, print what it took."""
+def write_harness_task(
+    options: argparse.Namespace, subject: str, file: Path, tasks: Path, installed: Path
+) -> None:
+    """Write the harness's own task for a subject, with its prompts, but local files."""
+    from minillama.evaluation.protocols import TASKS
+    from minillama.evaluation.questions import read_questions
+
+    is_boolq = options.task == "boolq"
+    if is_boolq:
+        sources = {"validation": (file, options.limit)}
+        template = installed / "super_glue/boolq/default.yaml"
+    else:
+        shots = options.data / f"dev/{subject}_dev.csv"
+        sources = {"test": (file, options.limit), "dev": (shots, 5)}
+        template = installed / "mmlu/default/_default_template_yaml"
+    data_files = {}
+    for split, (source, limit) in sources.items():
+        questions = read_questions(TASKS[options.task], subject, source)[:limit]
+        lines = [json.dumps(harness_record(question, is_boolq)) + "\n" for question in questions]
+        path = tasks / f"{subject}_{split}.jsonl"
+        path.write_text("".join(lines))
+        data_files[split] = str(path)
+    about: dict[str, Any] = {
+        "include": str(template),
+        "task": f"local_{subject}",
+        "dataset_path": "json",
+        "dataset_name": None,
+        "training_split": None,
+        "dataset_kwargs": {"data_files": data_files},
+    }
+    if is_boolq:
+        about["tag"] = None
+    else:
+        about["description"] = MMLU_HEADER.format(subject.replace("_", " "))
+    (tasks / f"local_{subject}.yaml").write_text(json.dumps(about))  # JSON is YAML
+
+
+def harness_record(question: "Question", is_boolq: bool) -> dict[str, Any]:
+    """A question as the harness's data set has it."""
+    if is_boolq:
+        label = int(question["answer"] == "yes")
+        return {"passage": question["passage"], "question": question["question"], "label": label}
+    return {
+        "question": question["question"],
+        "choices": [question[letter] for letter in "ABCD"],
+        "answer": "ABCD".index(question["answer"]),
+    }
+
+
+def run_side(options: argparse.Namespace, directory: Path) -> None:
+    """In a child process: answer all questions, and print what it took."""
     import torch
 
     torch.set_num_threads(options.threads)
-    answer = {"minillama": minillama, "lm_eval": lm_eval, "plain": plain}[options.side](
-        options, place
-    )
-    held = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
-    cpu, wall = time.process_time(), time.perf_counter()
+    open_side = {"minillama": minillama, "lm_eval": lm_eval, "plain": plain}[options.side]
+    answer = open_side(options, directory)
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    bytes_before = pages * resource.getpagesize()
+    cpu_start = time.process_time()
+    wall_start = time.perf_counter()
     predicted = answer()
-    cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
+    result = {
+        "cpu": time.process_time() - cpu_start,
+        "wall": time.perf_counter() - wall_start,
+        "predicted": predicted,
+    }
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    print(
-        json.dumps(
-            {
-                "cpu": cpu,
-                "wall": wall,
-                "peak": peak / 1e6,
-                "added": (peak - held) / 1e6,
-                "predicted": predicted,
-            }
-        )
-    )
+    print(json.dumps({**result, "peak": peak / 1e6, "added": (peak - bytes_before) / 1e6}))
 
 
-def main() -> None:
+def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--task", choices=("mmlu", "boolq"), required=True)
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--tokenizer", type=Path, required=True)
-    parser.add_argument("--shape", default="15m", help="a published shape: 15m, 110m")
-    parser.add_argument(
-        "--limit",
-        type=int,
-        default=100,
-        help="questions of each subject; the shots weigh less among many",
-    )
-    parser.add_argument("--batch_size", type=int, default=8)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument(
-        "--threads",
-        type=int,
-        default=1,
-        help="1: CPU time means work, not waiting for the other thread",
-    )
-    parser.add_argument("--side", default="", help=argparse.SUPPRESS)
-    parser.add_argument("--place", type=Path, help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    add = parser.add_argument
+    add("--task", choices=("mmlu", "boolq"), required=True)
+    add("--data", type=Path, required=True)
+    add("--tokenizer", type=Path, required=True)
+    add("--shape", default="15m", help="a published shape: 15m, 110m")
+    limit = "questions of each subject; among more questions the shots weigh less"
+    add("--limit", type=int, default=100, help=limit)
+    add("--batch_size", type=int, default=8)
+    add("--rounds", type=int, default=5)
+    threads = "1: CPU time is work alone, without waiting for another thread"
+    add("--threads", type=int, default=1, help=threads)
+    add("--side", default="", help=argparse.SUPPRESS)
+    add("--directory", type=Path, help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = parse()
     if options.side:
-        run_side(options, options.place)
+        run_side(options, options.directory)
         return
+    results: dict[str, list[dict[str, Any]]] = {side: [] for side in SIDES}
+    with tempfile.TemporaryDirectory() as name:
+        model = Path(name) / "model"
+        write_model(options, model)
+        for number in range(options.rounds):
+            for side in SIDES:
+                directory = Path(name) / f"{number}-{side}"
+                directory.mkdir()
+                for file in model.iterdir():
+                    (directory / file.name).symlink_to(file)
+                results[side].append(run_child(options, side, directory))
+    print_results(options, results)
+
+
+def write_model(options: argparse.Namespace, directory: Path) -> None:
+    """Random weights in a published shape."""
     import torch
 
     from minillama.checkpoint.hf_writer import save_model
@@ -235,63 +259,51 @@ def main() -> None:
     from minillama.model import Llama
     from minillama.tokenizer import open_tokenizer
 
-    rounds = {side: [] for side in SIDES}
-    with tempfile.TemporaryDirectory() as folder:
-        config = replace(published(options.shape), max_seq_len=LONGEST)
-        save_model(
-            Llama(config).initialise(torch.Generator().manual_seed(0)),
-            Path(folder) / "model",
-            open_tokenizer(options.tokenizer),
-        )
-        for number in range(options.rounds):
-            for side in SIDES:
-                place = Path(folder) / f"{number}-{side}"
-                place.mkdir()
-                for file in (Path(folder) / "model").iterdir():
-                    (place / file.name).symlink_to(file)
-                done = subprocess.run(
-                    [
-                        sys.executable,
-                        __file__,
-                        *sys.argv[1:],
-                        "--side",
-                        side,
-                        "--place",
-                        str(place),
-                    ],
-                    capture_output=True,
-                    text=True,
-                    env=os.environ | {"OMP_NUM_THREADS": str(options.threads)},
-                )
-                if done.returncode:
-                    sys.exit(f"{side} failed:\n{done.stderr}")
-                rounds[side].append(json.loads(done.stdout.splitlines()[-1]))
-    questions = len(rounds["minillama"][0]["predicted"])
+    config = replace(published(options.shape), max_seq_len=MAX_LENGTH)
+    model = Llama(config).initialise(torch.Generator().manual_seed(0))
+    save_model(model, directory, open_tokenizer(options.tokenizer))
+
+
+def run_child(options: argparse.Namespace, side: str, directory: Path) -> dict[str, Any]:
+    arguments = [*sys.argv[1:], "--side", side, "--directory", str(directory)]
+    done = subprocess.run(
+        [sys.executable, __file__, *arguments],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": str(options.threads)},
+    )
+    if done.returncode:
+        sys.exit(f"{side} failed:\n{done.stderr}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def print_results(options: argparse.Namespace, results: dict[str, list[dict[str, Any]]]) -> None:
+    import torch
+
+    ours = results["minillama"]
+    predicted = ours[0]["predicted"]
+    count = len(predicted)
     print(
-        f"{options.task}, {questions} questions, shape {options.shape}, {options.threads} "
-        f"threads, torch {torch.__version__}"
+        f"{options.task}, {count} questions, shape {options.shape}, {options.threads} threads, "
+        f"torch {torch.__version__}"
     )
     print(
-        f"{'':10}{'questions / CPU s':>24}{'we are, by CPU time':>34}{'questions / s':>24}"
-        f"{'peak MB':>20}{'of it added':>20}"
-        "  same answers"
+        f"{'':10}{'questions / CPU s':>24}{'minillama, by CPU time':>34}{'questions / s':>24}"
+        f"{'peak MB':>20}{'of it added':>20}  same answers"
     )
-    for side, taken in rounds.items():
-        ratios = [
-            theirs["cpu"] / ours["cpu"]
-            for ours, theirs in zip(rounds["minillama"], taken, strict=True)
+    for side, rounds in results.items():
+        ratios = [peer["cpu"] / own["cpu"] for own, peer in zip(ours, rounds, strict=True)]
+        num_same = sum(predicted[id] == name for id, name in rounds[0]["predicted"].items())
+        columns = [
+            f"{side:10}",
+            f"{spread([count / round['cpu'] for round in rounds]):>24}",
+            f"{spread(ratios, 2) + ' times faster':>34}",
+            f"{spread([count / round['wall'] for round in rounds]):>24}",
+            f"{spread([round['peak'] for round in rounds], 0):>20}",
+            f"{spread([round['added'] for round in rounds], 0):>20}",
+            f"  {num_same} of {count}",
         ]
-        same = sum(
-            rounds["minillama"][0]["predicted"][id] == answer
-            for id, answer in taken[0]["predicted"].items()
-        )
-        print(
-            f"{side:10}{spread([questions / t['cpu'] for t in taken]):>24}"
-            f"{spread(ratios, 2) + ' times faster':>34}"
-            f"{spread([questions / t['wall'] for t in taken]):>24}"
-            f"{spread([t['peak'] for t in taken], 0):>20}"
-            f"{spread([t['added'] for t in taken], 0):>20}  {same} of {questions}"
-        )
+        print("".join(columns))
 
 
 def spread(values: list[float], digits: int = 1) -> str:

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from minillama.errors import UserError
+from minillama.files import read_json_lines
 from minillama.generation import engine as sessions
-from minillama.generation.output_file import CompletionFile, read_lines
+from minillama.generation.output_file import CompletionFile
 
 ROOT = Path(__file__).parents[1]
 
@@ -32,7 +33,7 @@ TEMPLATE = ["--ckpt", GOLDEN, "--template", "llama_factory_default", "--max_new_
 
 def run(*words: str, output: Path) -> list[dict]:
     MAIN([*TEMPLATE, *words, "--output", str(output)])
-    return read_lines(output)
+    return read_json_lines(output)
 
 
 @pytest.fixture

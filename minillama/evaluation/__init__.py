@@ -1,1 +1,1 @@
-"""Scores that can be believed."""
+"""Benchmarks by likelihood: how well a model answers questions, and predicts a text."""

@@ -1,83 +1,126 @@
-"""The losses of two training runs, side by side: do they learn alike?
+"""Compare the losses of two training runs: do they learn alike?
 
-With a the run's and b the reference's loss at a step: the mean of (a - b) / b, signed, so that noise cancels and drift does not (passes up
-to 2 %), the largest |a - b| / b, and the mean of |a - b| (passes up to 0.005). A loss that is not finite (an update skipped by the fp16
-scale) must be so in both runs.
+With a the run's and b the reference's loss at a step:
+
+    mean_relative    mean of (a - b) / b       passes up to 2 %
+    max_relative     largest |a - b| / b
+    mean_absolute    mean of |a - b|           passes up to 0.005
+
+The first one is signed, so that noise cancels and drift does not. A loss that is not finite (an
+update skipped by the fp16 loss scale) must be so in both runs.
 """
 
-from argparse import Namespace
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
-from minillama.checkpoint.hf_format import write_json
-from minillama.errors import UserError, parsing
-from minillama.loss_curves import draw_losses, read_metrics
+from minillama.errors import UserError
+from minillama.evaluation.options import EvalOptions
+from minillama.evaluation.report import EvalResult
+from minillama.files import parsing, write_json
+from minillama.loss_curves import Curve, draw_losses, read_metrics
 
 LIMITS = {"mean_relative": 0.02, "mean_absolute": 0.005}
 
+Losses = dict[int, float | None]  # step -> loss; None: not finite
 
-def evaluate(options: Namespace) -> None:
-    """`eval.py --task loss`: --data is the run, --compare the reference; --out DIR gets summary.json, and a plot with the extra.
-    Exit code 1 where a limit is passed."""
-    losses = [read_losses(Path(name)) for name in (options.data, options.compare)]
-    result = {"task": "loss", "run": options.data, "reference": options.compare, **compare(*losses)}
-    print(f"{result['n']} steps in both runs, {result['only_in_one']} in only one of them")
-    for name in ("mean_relative", "max_relative", "mean_absolute"):
-        verdict = (
-            f"   {'pass' if result['passed'][name] else 'FAIL'} (limit {LIMITS[name]})"
-            if name in LIMITS
-            else ""
-        )
-        print(f"{name:16}{result[name]:>+12.6f}{verdict}")
+
+@dataclass(frozen=True)
+class LossErrors:
+    """How far the losses of a run are from those of its reference."""
+
+    n: int  # steps that are compared
+    only_in_one: int  # steps that only one of the runs has
+    mean_relative: float
+    max_relative: float
+    mean_absolute: float
+
+    @property
+    def passed(self) -> dict[str, bool]:
+        """Whether each limit is kept."""
+        errors = asdict(self)
+        return {name: abs(errors[name]) <= limit for name, limit in LIMITS.items()}
+
+
+def evaluate(options: EvalOptions) -> EvalResult:
+    """Compare the run --data with the reference --compare.
+
+    With --out, summary.json is written there, and loss.png if matplotlib is installed.
+    """
+    run = read_losses(Path(options.data))
+    reference = read_losses(Path(options.compare))
+    errors = compare(run, reference)
+    summary = {
+        "task": "loss",
+        "run": options.data,
+        "reference": options.compare,
+        **asdict(errors),
+        "passed": errors.passed,
+    }
+    table = format_table(errors)
     if options.out:
         out = Path(options.out)
-        out.mkdir(parents=True, exist_ok=True)
-        write_json(out / "summary.json", result)
-        curves = {
-            name: [(step, loss) for step, loss in some.items() if loss is not None]
-            for name, some in zip((options.data, options.compare), losses, strict=True)
-        }
-        print(
-            f"plot: {draw_losses(out / 'loss.png', curves) or 'not drawn; pip install minillama[plot]'}"
-        )
-    if not all(result["passed"].values()):
-        raise SystemExit(1)
+        write_json(out / "summary.json", summary)
+        curves = {options.data: curve_of(run), options.compare: curve_of(reference)}
+        plot = draw_losses(out / "loss.png", curves)
+        table += f"\nplot: {plot or 'not drawn; pip install minillama[plot]'}"
+    return EvalResult(summary, table)
 
 
-def compare(run: dict[int, float | None], reference: dict[int, float | None]) -> dict[str, Any]:
-    """The three errors, whether they `passed`, and the number of steps they were taken over. Losses by step, None: not finite."""
-    common = sorted(run.keys() & reference.keys())
-    if odd := [step for step in common if (run[step] is None) != (reference[step] is None)]:
-        raise UserError(
-            f"step {odd[0]}: its loss is finite in only one of the runs; they skipped different updates"
-        )
-    pairs = [(run[step], reference[step]) for step in common if run[step] is not None]
-    if zero := [step for step in common if reference[step] == 0]:
-        raise UserError(
-            f"step {zero[0]}: the reference's loss is 0, so an error relative to it has no meaning"
-        )
-    if not pairs:
+def compare(run: Losses, reference: Losses) -> LossErrors:
+    """The errors over the steps that both runs have.
+
+    Raises UserError if there is none, or a step has no meaningful error.
+    """
+    differences = []
+    relative = []
+    for step in sorted(run.keys() & reference.keys()):
+        a = run[step]
+        b = reference[step]
+        if (a is None) != (b is None):
+            raise UserError(
+                f"step {step}: its loss is finite in only one of the runs; "
+                "they skipped different updates"
+            )
+        if a is None or b is None:
+            continue
+        if b == 0:
+            raise UserError(
+                f"step {step}: the reference's loss is 0, so an error relative to it has no meaning"
+            )
+        differences.append(abs(a - b))
+        relative.append((a - b) / b)
+    if not relative:
         raise UserError("the runs have no step with a loss in common")
-    relative = [(a - b) / b for a, b in pairs]
-    errors = {
-        "mean_relative": sum(relative) / len(pairs),
-        "max_relative": max(map(abs, relative)),
-        "mean_absolute": sum(abs(a - b) for a, b in pairs) / len(pairs),
-    }
-    return {
-        "n": len(pairs),
-        "only_in_one": len(run.keys() ^ reference.keys()),
-        **errors,
-        "passed": {name: abs(errors[name]) <= limit for name, limit in LIMITS.items()},
-    }
+    return LossErrors(
+        n=len(relative),
+        only_in_one=len(run.keys() ^ reference.keys()),
+        mean_relative=sum(relative) / len(relative),
+        max_relative=max(map(abs, relative)),
+        mean_absolute=sum(differences) / len(differences),
+    )
 
 
-def read_losses(path: Path) -> dict[int, float | None]:
-    """Step -> loss of a metrics.jsonl."""
-    records = read_metrics(path)
+def format_table(errors: LossErrors) -> str:
+    lines = [f"{errors.n} steps in both runs, {errors.only_in_one} in only one of them"]
+    for name in ("mean_relative", "max_relative", "mean_absolute"):
+        line = f"{name:16}{getattr(errors, name):>+12.6f}"
+        if name in LIMITS:
+            verdict = "pass" if errors.passed[name] else "FAIL"
+            line += f"   {verdict} (limit {LIMITS[name]})"
+        lines.append(line)
+    return "\n".join(lines)
+
+
+def read_losses(path: Path) -> Losses:
+    """The training losses of a metrics.jsonl."""
+    losses: Losses = {}
     with parsing(path):
-        return {
-            record["step"]: None if record["loss"] is None else float(record["loss"])
-            for record in records
-            if "loss" in record
-        }
+        for record in read_metrics(path):
+            if "loss" in record:
+                loss = record["loss"]
+                losses[record["step"]] = None if loss is None else float(loss)
+    return losses
+
+
+def curve_of(losses: Losses) -> Curve:
+    return [(step, loss) for step, loss in losses.items() if loss is not None]

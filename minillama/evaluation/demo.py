@@ -1,95 +1,119 @@
-"""How well the demo model learnt: exact answers to prompts it was never trained on."""
+"""How well the demo model learned: exact completions of prompts that it was never trained on.
+
+The same architecture with random weights is scored beside it, so that chance can be seen.
+"""
 
 import time
-from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from tqdm import tqdm
 
-from minillama.checkpoint.hf_format import write_json
 from minillama.data import demo
 from minillama.errors import UserError, closest
-from minillama.evaluation.report import row
-from minillama.evaluation.runner import load_options, write
+from minillama.evaluation.options import EvalOptions
+from minillama.evaluation.predictions import publish
+from minillama.evaluation.report import EvalResult, Record, score_predictions
+from minillama.files import write_json
 from minillama.generation.config import GenerationConfig
 from minillama.generation.engine import Engine
-from minillama.generation.loading import load_engine
+from minillama.generation.loading import LoadOptions, load_engine
 from minillama.model import Llama
 
+GREEDY = GenerationConfig(greedy=True, max_new_tokens=16)
+NUM_QUESTIONS = 300  # in all, without --limit
 
-def evaluate(options: Namespace) -> None:
-    """Score the demo's kinds of question, with the same architecture untrained beside them."""
-    if unknown := [name for name in options.subjects if name not in demo.KINDS]:
-        raise UserError(
-            f"no subject {unknown[0]!r}{closest(unknown[0], demo.KINDS)}; subjects: {', '.join(demo.KINDS)}"
-        )
-    began, limit = time.perf_counter(), options.limit or 300
-    session = load_engine(load_options(options), GenerationConfig(greedy=True, max_new_tokens=16))
-    path = session.path
-    kinds = options.subjects or demo.DEMO + (
-        demo.DEMO_LORA if (path / "adapter_config.json").is_file() else ()
+
+class DemoScores(NamedTuple):
+    scores: dict[str, Record]  # by kind of question, and "total"
+    predictions: list[Record]
+
+
+def evaluate(options: EvalOptions, model: Engine | LoadOptions) -> EvalResult:
+    """Score the demo's kinds of question, with the untrained model beside them."""
+    start = time.perf_counter()
+    for kind in options.subjects:
+        if kind not in demo.KINDS:
+            hint = closest(kind, demo.KINDS)
+            raise UserError(f"no subject {kind!r}{hint}; subjects: {', '.join(demo.KINDS)}")
+    if isinstance(model, LoadOptions):
+        engine = load_engine(model, GREEDY)
+    else:
+        engine = replace(model, config=replace(GREEDY, template=model.template))
+    kinds = options.subjects or kinds_of(engine)
+    num_questions = options.limit or NUM_QUESTIONS
+    num_untrained = min(num_questions, 10 * len(kinds))
+    batch_size = options.batch_size
+    trained = score(engine, kinds, num_questions, batch_size, str(engine.path))
+    untrained = score(
+        without_training(engine, options.seed), kinds, num_untrained, batch_size, "untrained"
     )
-    scores, predictions = score(session, kinds, limit, options.batch_size, str(path))
-    fresh = (
-        Llama(session.model.config)
-        .initialise(torch.Generator().manual_seed(options.seed))
-        .to(session.model.lm_head.weight.device)
-    )
-    before, _ = score(
-        replace(session, model=fresh.eval()),
-        kinds,
-        min(limit, 10 * len(kinds)),
-        options.batch_size,
-        "untrained",
-    )
-    print(f"{'questions about':16}{'n':>5}{'correct':>10}{'untrained':>12}")
-    for kind, trained in scores.items():
-        print(
-            f"{kind:16}{trained['n']:>5}{trained['accuracy']:>10.1%}{before[kind]['accuracy']:>12.1%}"
-        )
+    summary = {
+        "task": "demo",
+        "protocol": "exact match of the greedy answer",
+        "n_shots": 0,
+        **trained.scores["total"],
+        "untrained": untrained.scores["total"]["accuracy"],
+        "subjects": {kind: trained.scores[kind] for kind in kinds},
+        "seconds": round(time.perf_counter() - start, 2),
+        "model": str(engine.path),
+        "data_sha256": None,
+    }
     if options.out:
-        write(Path(options.out), predictions)
-        write_json(
-            Path(options.out) / "summary.json",
-            {
-                "task": "demo",
-                "protocol": "exact match of the greedy answer",
-                "n_shots": 0,
-                **scores["total"],
-                "untrained": before["total"]["accuracy"],
-                "subjects": {kind: scores[kind] for kind in kinds},
-                "seconds": round(time.perf_counter() - began, 2),
-                "model": str(path),
-                "data_sha256": None,
-            },
-        )
-    print(f"next: python generate.py --ckpt {options.ckpt} --chat")
+        out = Path(options.out)
+        publish(out, trained.predictions)
+        write_json(out / "summary.json", summary)
+    table = format_table(trained.scores, untrained.scores)
+    return EvalResult(summary, table, trained.predictions)
+
+
+def kinds_of(engine: Engine) -> tuple[str, ...]:
+    """The kinds of question that a demo model was trained on; an adapter adds some."""
+    is_adapter = engine.path is not None and (engine.path / "adapter_config.json").is_file()
+    return demo.DEMO + demo.DEMO_LORA if is_adapter else demo.DEMO
+
+
+def without_training(engine: Engine, seed: int) -> Engine:
+    """The same engine with random weights."""
+    generator = torch.Generator().manual_seed(seed)
+    model = Llama(engine.model.config).initialise(generator)
+    device = engine.model.lm_head.weight.device
+    return replace(engine, model=model.to(device).eval())
 
 
 def score(
-    session: Engine, kinds: tuple[str, ...], questions: int, batch_size: int, label: str
-) -> tuple[dict[str, dict], list[dict]]:
-    """(a `tables.row` for each kind of question and one named `total`, a prediction for each held-out prompt): exact match, greedy."""
-    records = list(demo.records(kinds, questions, seed=1, held_out=True))
-    asked = session.new_completions(
-        [session.encode_prompt(record["instruction"]) for record in records], num_samples=1
-    )
-    with tqdm(total=len(records), desc=label, unit="question", leave=False) as bar:
-        for number, _ in session.stream_all(asked, batch_size, seed=None):
-            bar.update(bool(asked[number][0].finish_reason))
-    predictions = [
-        {
+    engine: Engine, kinds: tuple[str, ...], num_questions: int, batch_size: int, label: str
+) -> DemoScores:
+    """Complete held-out prompts greedily; a completion is correct if it is exactly the answer."""
+    questions = demo.records(kinds, num_questions, seed=1, held_out=True)
+    prompts = [engine.encode_prompt(question["instruction"]) for question in questions]
+    requests = engine.new_completions(prompts, num_samples=1)
+    with tqdm(total=len(questions), desc=label, unit="question", leave=False) as bar:
+        for number, _ in engine.stream_all(requests, batch_size, seed=None):
+            if requests[number][0].is_finished:
+                bar.update()
+    predictions = []
+    for number, question in enumerate(questions):
+        prediction = {
             "id": number,
-            "subject": record["kind"],
-            "question": record["instruction"],
-            "gold": record["output"],
-            "predicted": asked[number][0].text.strip(),
+            "subject": question["kind"],
+            "question": question["instruction"],
+            "gold": question["output"],
+            "predicted": requests[number][0].text.strip(),
         }
-        for number, record in enumerate(records)
-    ]
-    return {
-        kind: row([p for p in predictions if kind in (p["subject"], "total")])
-        for kind in (*kinds, "total")
-    }, predictions
+        predictions.append(prediction)
+    scores = {}
+    for kind in kinds:
+        scores[kind] = score_predictions([p for p in predictions if p["subject"] == kind])
+    scores["total"] = score_predictions(predictions)
+    return DemoScores(scores, predictions)
+
+
+def format_table(trained: dict[str, Record], untrained: dict[str, Record]) -> str:
+    lines = [f"{'questions about':16}{'n':>5}{'correct':>10}{'untrained':>12}"]
+    for kind, score in trained.items():
+        baseline = untrained[kind]["accuracy"]
+        lines.append(f"{kind:16}{score['n']:>5}{score['accuracy']:>10.1%}{baseline:>12.1%}")
+    return "\n".join(lines)

@@ -1,135 +1,114 @@
-"""What can be scored, under which protocols, from files in which layouts: `tasks.toml` holds all three as data, this file reads it.
+"""Tasks and protocols: what can be scored, how, and from which files. `tasks.toml` holds the data.
 
-A protocol is everything that turns a question into a number: the prompt, the shots before it, what is scored, what wins.
+A protocol is everything that turns a question into a number: the prompt, the solved examples
+(shots) before it, which tokens are scored, and which choice wins.
+
+    prompt     header · shot · shot · … · question          all of it inside `around`
+    choices    the texts whose likelihood is computed behind the prompt
+    rule       which of them is the model's answer
 """
 
-import csv
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from minillama.data.records import read_records
-from minillama.data.sources import Source
 from minillama.errors import UserError, closest
 
-TASKS: dict[str, dict[str, Any]] = tomllib.loads(
-    Path(__file__).with_name("tasks.toml").read_text(encoding="utf-8")
-)
+Question = dict[str, str]  # the fields that a protocol's texts are formatted with
+
 LETTERS = ("A", "B", "C", "D")
+LETTER_CHOICES = {letter: f" {letter}" for letter in LETTERS}
 
 
 @dataclass(frozen=True)
 class Protocol:
-    """A table of tasks.toml, whose head explains the keys."""
+    """How a task's questions are asked and answered. The head of tasks.toml explains the keys."""
 
     question: str
-    choices: dict[str, str] = field(
-        default_factory=lambda: {letter: f" {letter}" for letter in LETTERS}
-    )  # answer -> its text
+    choices: dict[str, str] = field(default_factory=LETTER_CHOICES.copy)  # answer -> its text
     rule: str = "likelihood"
     header: str = ""
     header_needs_shots: bool = False
     shot: str = ""
     n_shots: int = 0
     around: str = "{}"
-    patterns: tuple[str, ...] = ()
+    patterns: Sequence[str] = ()
 
-    def prompt(self, question: dict[str, str], shots: list[dict[str, str]]) -> str:
-        header = self.header.format(**question) if shots or not self.header_needs_shots else ""
-        return self.around.format(
-            header
-            + "".join(self.shot.format(**shot) for shot in shots)
-            + self.question.format(**question)
-        )
+    def prompt(self, question: Question, shots: list[Question]) -> str:
+        """The prompt of a question, with solved examples before it."""
+        parts = [self.shot.format(**shot) for shot in shots]
+        parts.append(self.question.format(**question))
+        if shots or not self.header_needs_shots:
+            parts.insert(0, self.header.format(**question))
+        return self.around.format("".join(parts))
 
 
-def find_protocol(task: str, name: str) -> tuple[str, Protocol]:
-    """(name, protocol) of a task; "": its default."""
-    known = TASKS[task]["protocols"]
+@dataclass(frozen=True)
+class Task:
+    """A table of tasks.toml. `files` and `shots` are paths below --data; {} is the subject."""
+
+    name: str
+    about: str
+    layout: str  # which files it reads, in words
+    command: str  # the flags it needs, with examples
+    published: str = ""  # where its files are published
+    split: str = ""
+    files: str = ""  # the questions
+    shots: str = ""  # the solved examples
+    header: bool = False  # whether CSV files begin with the names of their columns
+    columns: Sequence[str] = ()  # the fields that a question must have
+    answers: Sequence[str] = ()
+    protocols: dict[str, Protocol] = field(default_factory=dict)  # the first is the default
+    groups: dict[str, list[str]] = field(default_factory=dict)  # group -> its subjects
+    unused: Sequence[str] = ()  # options that have no meaning for it
+
+    @property
+    def required(self) -> list[str]:
+        """The options that must be given."""
+        return [name for name in ("ckpt", "data", "compare") if f"--{name}" in self.command]
+
+
+@dataclass(frozen=True)
+class Setup:
+    """Which protocol is in use. A score has a meaning only together with it."""
+
+    protocol: str
+    n_shots: int
+    split: str
+
+
+def find_protocol(task: Task, name: str) -> str:
+    """The name of a protocol of the task; "" gives the default.
+
+    Raises UserError, with the closest name, if there is none.
+    """
+    known = task.protocols
     name = name or next(iter(known))
     if name not in known:
         raise UserError(
-            f"{task} has no protocol {name!r}{closest(name, known)}; protocols: {', '.join(known)}"
+            f"{task.name} has no protocol {name!r}{closest(name, known)}; "
+            f"protocols: {', '.join(known)}"
         )
-    return name, Protocol(**known[name])
+    return name
 
 
-def find_files(task: str, path: Path, wanted: tuple[str, ...] = ()) -> dict[str, Path]:
-    """The file of each subject, in order of name; only those wanted."""
-    before, _, after = TASKS[task]["files"].partition("{}")
-    files = (
-        {file.name.removesuffix(after): file for file in sorted(path.glob(f"{before}*{after}"))}
-        if after
-        else {}
-    )
-    if not after and (file := path / before if path.is_dir() else path).is_file():
-        files = {task: file}
-    if not files:
-        raise UserError(
-            f"{path}: no questions there; --task {task} reads {TASKS[task]['layout']}, published at {TASKS[task]['published']}"
-        )
-    if unknown := [name for name in wanted if name not in files]:
-        raise UserError(
-            f"no subject {unknown[0]!r}{closest(unknown[0], files)}; {path} has: {', '.join(files)}"
-        )
-    return {name: file for name, file in files.items() if not wanted or name in wanted}
+def read_tasks() -> dict[str, Task]:
+    """The tasks of tasks.toml, by name."""
+    path = Path(__file__).with_name("tasks.toml")
+    tables = tomllib.loads(path.read_text(encoding="utf-8"))
+    return {name: _parse_task(name, table) for name, table in tables.items()}
 
 
-def read_shots(task: str, subject: str, path: Path, count: int) -> list[dict[str, str]]:
-    """A subject's first `count` solved examples."""
-    file = path / TASKS[task].get("shots", "solved examples").format(subject)
-    shots = read_questions(task, subject, file) if count and file.is_file() else []
-    if len(shots) < count:
-        raise UserError(
-            f"{file}: {len(shots)} solved examples there; use --n_shots {len(shots)}, not {count}"
-        )
-    return shots[:count]
+def _parse_task(name: str, table: dict[str, Any]) -> Task:
+    protocols = {}
+    for protocol_name, keys in table.pop("protocols", {}).items():
+        protocols[protocol_name] = Protocol(**keys)
+    groups = {}
+    for group, subjects in table.pop("groups", {}).items():
+        groups[group] = subjects.split()
+    return Task(name, protocols=protocols, groups=groups, **table)
 
 
-def read_questions(task: str, subject: str, file: Path) -> list[dict[str, str]]:
-    """The questions of a file, each as the fields that protocols format, its right answer as `answer`.
-    Raises UserError with file and line for a row that is not as the layout says."""
-    about, found = TASKS[task], []
-    names = None if about.get("header") else [*about["columns"], "answer"]
-    for place, row in (
-        _csv_rows(file, names) if file.suffix == ".csv" else read_records(Source(file))
-    ):
-        good = isinstance(row, dict) and all(
-            isinstance(row.get(name), str) for name in about["columns"]
-        )
-        answer = str(row.get("answer")).strip() if good else ""
-        answer = {"True": "yes", "False": "no"}.get(answer, answer)
-        if answer not in about["answers"]:
-            raise UserError(f"{file} {place}: malformed: {row!s:.120}; expected {about['layout']}")
-        found.append(
-            {
-                **row,
-                "answer": answer,
-                "stripped": row["question"].strip(),
-                "key": subject,
-                "subject": subject.replace("_", " "),
-            }
-        )
-    if not found:
-        raise UserError(f"{file}: holds no questions")
-    return found
-
-
-def _csv_rows(file: Path, names: list[str] | None) -> Iterator[tuple[str, Any]]:
-    """(line a row ends on, its fields by name, or as they are where there are too many). names: of a file without a header."""
-    with open(file, encoding="utf-8-sig", newline="") as lines:
-        reader = csv.DictReader(lines, names, strict=True)
-        try:
-            for row in reader:
-                named = {
-                    name if name in LETTERS else name.lower(): text
-                    for name, text in row.items()
-                    if name is not None
-                }
-                yield f"line {reader.line_num}", list(row.values()) if None in row else named
-        except (csv.Error, UnicodeDecodeError) as error:
-            raise UserError(
-                f"{file} line {reader.line_num + 1}: not CSV in UTF-8 ({error})"
-            ) from None
+TASKS = read_tasks()

@@ -1,173 +1,212 @@
-"""A score from beginning to end. Predictions are appended to DIR/predictions.jsonl as batches are done, and put in order at the end.
+"""Score a model on the questions of a task, over several ranks, and continue interrupted runs.
 
-An interrupted run goes on from them; under other settings (DIR/settings.json) they are refused. Batches are planned over all questions,
-whoever computes them and whatever is done already, so the file is the same to the byte for any number of ranks and interruptions.
+    options ──▶ benchmark: queries ──▶ batches ──▶ likelihoods ──▶ records ──▶ summary, table
+
+Batches are planned over all queries, whichever rank computes them and whichever are done already.
+So predictions.jsonl is equal to the byte for any number of ranks and interruptions.
 """
 
 import math
-import os
 import time
-from argparse import Namespace
-from collections.abc import Iterable
-from itertools import accumulate
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
+from typing import Protocol
 
 from tqdm import tqdm
 
 from minillama import ops
-from minillama.checkpoint.hf_format import write_json
-from minillama.comm import Mesh, gather_objects, start
-from minillama.errors import UserError, parsing, read_json
-from minillama.evaluation.likelihood import plan, read
-from minillama.evaluation.questions import Choices, Perplexity
+from minillama.comm import Mesh, gather_objects
+from minillama.errors import UserError
+from minillama.evaluation import predictions
+from minillama.evaluation.batching import Batch, Query, plan
+from minillama.evaluation.likelihood import QueryResult, score_queries
+from minillama.evaluation.multiple_choice import MultipleChoice
+from minillama.evaluation.options import EvalOptions
+from minillama.evaluation.perplexity import Perplexity
+from minillama.evaluation.protocols import Setup
+from minillama.evaluation.report import EvalResult, Record
+from minillama.files import parsing, read_json, write_json
+from minillama.generation.engine import Engine
 from minillama.generation.loading import LoadOptions, load_engine, weights_checksum
-from minillama.generation.output_file import (
-    Record,
-    line_of,
-    read_lines,
-    refuse_other_settings,
-    replace_lines,
-)
 from minillama.model import Llama
 
 
-def load_options(options: Namespace) -> LoadOptions:
-    return LoadOptions(
-        ckpt=options.ckpt,
-        base=options.base,
-        lora=tuple(options.lora),
-        tokenizer=options.tokenizer,
-        device=options.device,
-        dtype=options.dtype,
-        ops=options.ops,
-    )
+class Benchmark(Protocol):
+    """What is scored: `MultipleChoice` or `Perplexity`."""
+
+    metric_name: str  # of the mean over the records, for the progress bar
+    setup: Setup
+    hashes: dict[str, str]  # sha256 of each file that is read
+    queries: dict[str, Query]  # by id
+
+    def make_record(self, id: str, result: QueryResult) -> Record: ...
+    def metric(self, record: Record) -> float: ...
+    def summarise(self, records: list[Record]) -> Record: ...
+    def format_table(self, summary: Record, reference: Record | None) -> str: ...
 
 
-def evaluate(options: Namespace) -> None:
-    """`eval.py` for the tasks that read data. Under torchrun every rank calls it, and the first one reports."""
-    began, out = time.perf_counter(), Path(options.out) if options.out else None
-    reference = read_json(Path(options.compare)) if options.compare else None
-    if reference and reference.get("task") != options.task:
+def evaluate(
+    options: EvalOptions,
+    model: Engine | LoadOptions,
+    mesh: Mesh,
+    announce: Callable[[str], None] = lambda headline: None,
+) -> EvalResult:
+    """Score a model on a task that reads data. Every rank calls it; rank 0 writes --out.
+
+    announce: called once, before the first question, with a line on the model and the protocol.
+    """
+    start = time.perf_counter()
+    reference = read_reference(options)
+    if isinstance(model, LoadOptions):
+        dtype = model.dtype
+        engine = load_engine(model, device=mesh.device)
+    else:
+        dtype = str(model.model.lm_head.weight.dtype).removeprefix("torch.")
+        engine = model
+    max_length = options.max_length or engine.model.config.max_seq_len
+    check_length(max_length, engine.model)
+    benchmark = make_benchmark(options, engine, max_length)
+    about = describe(options, benchmark, engine, max_length)
+    announce(format_headline(engine, about, len(benchmark.queries)))
+    settings = {
+        **about,
+        "queries": len(benchmark.queries),
+        "dtype": dtype,
+        "weights_sample_sha256": weights_checksum(engine.model),
+    }
+    out = Path(options.out) if options.out else None
+    ops.pack(engine.model, rows=1)
+    records = predict(engine.model, benchmark, options.batch_size, out, settings, mesh)
+    summary = {
+        **about,
+        **benchmark.summarise(records),
+        "seconds": round(time.perf_counter() - start, 2),
+        "model": str(engine.path),
+    }
+    if out and mesh.is_first:
+        write_json(out / "summary.json", summary)
+    with parsing(options.compare):
+        table = benchmark.format_table(summary, reference)
+    return EvalResult(summary, table, records)
+
+
+def read_reference(options: EvalOptions) -> Record | None:
+    """The summary of --compare. Raises UserError if it is of another task."""
+    if not options.compare:
+        return None
+    reference = read_json(Path(options.compare))
+    task = reference.get("task")
+    if task != options.task:
         raise UserError(
-            f"{options.compare}: not a summary of --task {options.task}, but of {reference.get('task')!r}"
+            f"{options.compare}: not a summary of --task {options.task}, but of {task!r}"
         )
-    with start(options.device) as mesh:
-        session = load_engine(load_options(options), device=mesh.device)
-        path = session.path
-        model, tokenizer, context = (
-            session.model,
-            session.tokenizer,
-            session.model.config.max_seq_len,
+    return reference
+
+
+def check_length(max_length: int, model: Llama) -> None:
+    context = model.config.max_seq_len
+    if not 1 < max_length <= context:
+        raise UserError(
+            f"--max_length {max_length}: must be from 2 to the model's context of {context} tokens"
         )
-        max_length = options.max_length or context
-        if not 1 < max_length <= context:
-            raise UserError(
-                f"--max_length {max_length}: must be from 2 to the model's context of {context} tokens"
-            )
-        test = (Perplexity if options.task == "perplexity" else Choices)(
-            options, tokenizer, max_length
-        )
-        hashes = next(iter(test.hashes.values())) if len(test.hashes) == 1 else test.hashes
-        about = {
-            "task": options.task,
-            **test.about,
-            "bos": tokenizer.bos_id is not None,
-            "max_length": max_length,
-            "tokenizer_sha256": tokenizer.sha256,
-            "data_sha256": hashes,
-        }
-        settings = about | {
-            "queries": len(test.queries),
-            "dtype": options.dtype,
-            "weights_sample_sha256": weights_checksum(model),
-        }
-        mesh.print(
-            f"{path}: {options.task}, protocol {about['protocol']}, {about['n_shots']} shots, "
-            f"{'a' if about['bos'] else 'no'} begin token, split {about['split']}, {len(test.queries)} queries"
-        )
-        ops.pack(model, rows=1)
-        records = predict(model, test, options.batch_size, out, settings, mesh)
-        summary = (
-            about
-            | test.summarise(records)
-            | {"seconds": round(time.perf_counter() - began, 2), "model": str(path)}
-        )
-        if out and mesh.is_first:
-            write_json(out / "summary.json", summary)
-        with parsing(Path(options.compare)):
-            mesh.print(test.show(summary, reference))
+
+
+def make_benchmark(options: EvalOptions, engine: Engine, max_length: int) -> Benchmark:
+    kind = Perplexity if options.task == "perplexity" else MultipleChoice
+    return kind(options, engine.tokenizer, max_length)
+
+
+def describe(options: EvalOptions, benchmark: Benchmark, engine: Engine, max_length: int) -> Record:
+    """Everything besides the model that a score depends on."""
+    hashes: dict[str, str] | str = benchmark.hashes
+    if len(hashes) == 1:
+        hashes = next(iter(benchmark.hashes.values()))
+    return {
+        "task": options.task,
+        **asdict(benchmark.setup),
+        "bos": engine.tokenizer.bos_id is not None,
+        "max_length": max_length,
+        "tokenizer_sha256": engine.tokenizer.sha256,
+        "data_sha256": hashes,
+    }
+
+
+def format_headline(engine: Engine, about: Record, num_queries: int) -> str:
+    bos = "with" if about["bos"] else "without"
+    return (
+        f"{engine.path}: {about['task']}, protocol {about['protocol']}, {about['n_shots']} shots, "
+        f"{bos} BOS, split {about['split']}, {num_queries} queries"
+    )
 
 
 def predict(
     model: Llama,
-    test: Choices | Perplexity,
+    benchmark: Benchmark,
     batch_size: int,
     out: Path | None,
     settings: Record,
     mesh: Mesh,
 ) -> list[Record]:
-    """A record for each query, in order, on every rank."""
-    ids, queries = list(test.queries), list(test.queries.values())
-    records = gather_objects(mesh, _open(out, settings) if mesh.is_first and out else {})[0]
-    batches = [
-        batch
-        for batch in plan(queries, batch_size)
-        if any(ids[i] not in records for i in batch.members)
-    ]
-    total, ends = sum(batch.cost for batch in batches), accumulate(batch.cost for batch in batches)
-    mine = [
-        batch
-        for batch, end in zip(batches, ends, strict=True)
-        if (end - 1) * mesh.size // total == mesh.rank
-    ]
-    name = f"predictions.rank-{mesh.rank}.jsonl" if mesh.rank else "predictions.jsonl"
-    worth = sum(map(test.worth, records.values()))  # so far
-    with (
-        tqdm(
-            total=len(ids),
-            initial=len(records),
-            unit="query",
-            disable=not mesh.is_first,
-            dynamic_ncols=True,
-        ) as bar,
-        open(out / name if out else os.devnull, "a", encoding="utf-8") as file,
-    ):
-        for readings in read(model, queries, mine):
-            made = [
-                {"id": ids[i], **test.judge(ids[i], reading)} for i, reading in readings.items()
-            ]
-            if bad := [r for r in made if not all(map(math.isfinite, r["scores"].values()))]:
-                raise UserError(
-                    f"{bad[0]['id']}: its scores are {bad[0]['scores']}; damaged weights, or try --dtype float32"
-                )
-            file.writelines(map(line_of, made))
-            file.flush()
-            records |= {record["id"]: record for record in made}
-            worth += sum(map(test.worth, made))
-            bar.set_postfix_str(f"{test.measure} {worth / len(records):.3f}", refresh=False)
-            bar.update(len(made))
-    records = {id: record for part in gather_objects(mesh, records) for id, record in part.items()}
-    ordered = [records[id] for id in ids]
+    """A record for each query, in order, on every rank.
+
+    out: the directory for predictions.jsonl, from which an interrupted run goes on.
+    """
+    ids = list(benchmark.queries)
+    queries = list(benchmark.queries.values())
+    resumed: dict[str, Record] = {}
     if out and mesh.is_first:
-        write(out, ordered)
-    return ordered
+        resumed = predictions.resume(out, settings)
+    records = gather_objects(mesh, resumed)[0]
+    missing = {i for i, id in enumerate(ids) if id not in records}
+    batches = [b for b in plan(queries, batch_size) if not missing.isdisjoint(b.members)]
+    metric_sum = sum(map(benchmark.metric, records.values()))
+    with tqdm(
+        total=len(ids),
+        initial=len(records),
+        unit="query",
+        disable=not mesh.is_first,
+        dynamic_ncols=True,
+    ) as bar:
+        for results in score_queries(model, queries, share_of(batches, mesh)):
+            new_records = make_records(benchmark, {ids[i]: results[i] for i in results})
+            if out:
+                predictions.append(out, mesh.rank, new_records.values())
+            records.update(new_records)
+            metric_sum += sum(map(benchmark.metric, new_records.values()))
+            mean = metric_sum / len(records)
+            bar.set_postfix_str(f"{benchmark.metric_name} {mean:.3f}", refresh=False)
+            bar.update(len(new_records))
+    for records_of_rank in gather_objects(mesh, records):
+        records.update(records_of_rank)
+    in_order = [records[id] for id in ids]
+    if out and mesh.is_first:
+        predictions.publish(out, in_order)
+    return in_order
 
 
-def _open(out: Path, settings: Record) -> dict[str, Record]:
-    """The predictions that are there already, by id; settings.json is written, or compared."""
-    out.mkdir(parents=True, exist_ok=True)
-    files, path = sorted(out.glob("predictions*.jsonl")), out / "settings.json"
-    before = read_json(path) if path.is_file() else {} if files else settings
-    with parsing(out):
-        refuse_other_settings(before, settings, "name another --out, or delete it")
-        write_json(path, settings)
-        records = {record["id"]: record for file in files for record in read_lines(file)}
-    write(out, records.values())
+def share_of(batches: list[Batch], mesh: Mesh) -> list[Batch]:
+    """The batches of this rank: successive ones, so that ranks have about equal costs."""
+    total = sum(batch.cost for batch in batches)
+    share = []
+    end = 0
+    for batch in batches:
+        end += batch.cost
+        rank = (end - 1) * mesh.size // total
+        if rank == mesh.rank:
+            share.append(batch)
+    return share
+
+
+def make_records(benchmark: Benchmark, results: dict[str, QueryResult]) -> dict[str, Record]:
+    """The records of some queries, by id. Raises UserError for scores that are not finite."""
+    records = {}
+    for id, result in results.items():
+        record = {"id": id, **benchmark.make_record(id, result)}
+        scores = record["scores"]
+        if not all(map(math.isfinite, scores.values())):
+            raise UserError(
+                f"{id}: its scores are {scores}; damaged weights, or try --dtype float32"
+            )
+        records[id] = record
     return records
-
-
-def write(out: Path, records: Iterable[Record]) -> None:
-    """Replace predictions.jsonl, and with it what other ranks have appended to files of their own."""
-    replace_lines(out / "predictions.jsonl", records)
-    for part in out.glob("predictions.rank-*.jsonl"):
-        part.unlink()

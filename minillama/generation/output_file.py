@@ -59,9 +59,3 @@ class CompletionFile:
         """Publish all records, in the order of the prompts, under the file's own name."""
         write_json_lines(self.path, [self.done[number] for number in sorted(self.done)])
         self.partial.unlink()
-
-
-# Names that the evaluation still uses; see `files`.
-read_lines = read_json_lines
-line_of = json_line
-replace_lines = write_json_lines

@@ -1,0 +1,78 @@
+"""Question files: rows are read whole, and a malformed one is named with its file and line."""
+
+import csv
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from minillama.errors import UserError
+from minillama.evaluation.protocols import TASKS
+from minillama.evaluation.questions import read_questions
+
+VALID = '{"question": "q", "passage": "", "answer": true}\n'
+MAYBE = '{"question": "q", "passage": "p", "answer": "maybe"}\n'
+
+
+@pytest.mark.parametrize(
+    ("task", "name", "text", "message"),
+    [
+        ("boolq", "dev.jsonl", f'{VALID}\n{{"question": "q"}}\n', r"line 3\).*malformed"),
+        ("boolq", "dev.jsonl", MAYBE, r"line 1\).*maybe"),
+        ("boolq", "dev.jsonl", '{"question": "q"\n', r"line 1\): malformed: not valid JSON"),
+        ("boolq", "dev.jsonl", "{}\n", r"line 1\): malformed"),
+        ("boolq", "dev.jsonl", "\n", "holds no records"),
+        (
+            "mmlu",
+            "test/law_test.csv",
+            "q,a,b,c,d,A\nq,a,b,c,A\n",
+            "line 2: malformed: .*expected DIR/test",
+        ),
+        ("mmlu", "test/law_test.csv", '"q\nq",a,b,c,d,A\nq,a,b,c,d,E\n', "line 3: malformed: .*E"),
+        ("ceval", "val/law_val.csv", "id,question,A,B,C,D\n0,q,a,b,c,d\n", "line 2: malformed"),
+        (
+            "cmmlu",
+            "test/law.csv",
+            ",Question,A,B,C,D,Answer\n0,q,a,b,c,d,A\n1,q,a,b,c,d\n",
+            "line 3",
+        ),
+        ("mmlu", "test/law_test.csv", 'q,a,b,c,d,A\n"q,a\n', "line [23]: not CSV"),
+        ("mmlu", "test/law_test.csv", "\n", "holds no questions"),
+        ("mmlu", "elsewhere.csv", "", "no questions there; --task mmlu reads .*hendrycks"),
+    ],
+)
+def test_a_malformed_row_is_an_error_with_file_and_line(
+    task: str, name: str, text: str, message: str, tmp_path: Path, benchmark: Callable
+) -> None:
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(text)
+    with pytest.raises(UserError, match=f"(?s)(?:{path.name}|{tmp_path.name}).*{message}"):
+        benchmark(task, data=str(tmp_path), n_shots=0)
+
+
+def test_fields_with_line_breaks_quotes_and_rare_separators_are_read_whole(tmp_path: Path) -> None:
+    question = 'one\u2028"two"\nthree, four'
+    csv_path = tmp_path / "x.csv"
+    with open(csv_path, "w", newline="", encoding="utf-8-sig") as file:
+        csv.writer(file).writerow([question, "", "b", "c", "d", "A"])
+    assert read_questions(TASKS["mmlu"], "x", csv_path)[0]["question"] == question
+    record = {"question": question, "passage": "p\x85p", "answer": False}
+    json_path = tmp_path / "x.jsonl"
+    json_path.write_text(json.dumps(record, ensure_ascii=False) + "\n", encoding="utf-8")
+    assert read_questions(TASKS["boolq"], "boolq", json_path)[0]["question"] == question
+
+
+def test_subjects_and_limit_choose_questions(benchmark: Callable) -> None:
+    test = benchmark("mmlu", subjects=("virology",), limit=2)
+    assert list(test.queries) == ["virology/0", "virology/1"]
+    with pytest.raises(UserError, match="did you mean 'anatomy'"):
+        benchmark("mmlu", subjects=("anatmy",))
+
+
+def test_more_shots_than_there_are_solved_examples_are_refused(benchmark: Callable) -> None:
+    with pytest.raises(UserError, match="5 solved examples there; use --n_shots 5, not 6"):
+        benchmark("mmlu", n_shots=6)
+    with pytest.raises(UserError, match=r"0 solved examples there; use --n_shots 0, not 1"):
+        benchmark("boolq", n_shots=1)
