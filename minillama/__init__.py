@@ -12,10 +12,19 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # what a type checker sees in place of `__getattr__`
+    from minillama.conversion.api import apply_delta as apply_delta
+    from minillama.conversion.api import make_delta as make_delta
+    from minillama.conversion.api import merge_lora as merge_lora
+    from minillama.conversion.api import merge_tokenizers as merge_tokenizers
+    from minillama.conversion.api import meta as meta
+    from minillama.conversion.api import sha256 as sha256
+    from minillama.conversion.api import tokenize_data as tokenize_data
     from minillama.errors import UserError as UserError
     from minillama.generation.api import LoadedModel as LoadedModel
     from minillama.generation.api import load as load
     from minillama.train_config import TrainConfig as TrainConfig
+    from minillama.training.api import preset as preset
+    from minillama.training.trainer import train as train
 
 __version__ = "0.1.0"
 
@@ -24,6 +33,15 @@ PYTHON_API = {  # name -> the module that has it
     "TrainConfig": "minillama.train_config",
     "UserError": "minillama.errors",
     "load": "minillama.generation.api",
+    "apply_delta": "minillama.conversion.api",
+    "make_delta": "minillama.conversion.api",
+    "merge_lora": "minillama.conversion.api",
+    "merge_tokenizers": "minillama.conversion.api",
+    "meta": "minillama.conversion.api",
+    "sha256": "minillama.conversion.api",
+    "tokenize_data": "minillama.conversion.api",
+    "preset": "minillama.training.api",
+    "train": "minillama.training.trainer",
 }
 
 

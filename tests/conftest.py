@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from minillama.generation.sampling import Sampling
 from minillama.llama_config import LlamaConfig
 from minillama.model import Llama
 from minillama.tokenizer import SentencePieceTokenizer, open_tokenizer, train_tokenizer
+from minillama.train_config import TrainConfig
 from tests.datasets import alpaca, build, write_json_lines
 
 torch.set_num_threads(
@@ -120,3 +122,21 @@ def alpaca_dataset(tmp_path: Path, small_tokenizer: SentencePieceTokenizer) -> t
 def llama_tokenizer(shared: Path) -> SentencePieceTokenizer:
     """The published vocabulary of LLaMA."""
     return open_tokenizer(shared / "tokenizers/llama")
+
+
+@pytest.fixture(scope="session")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with an instruction file, a vocabulary, and a random LLaMA that fits it."""
+    from tests.runs import write_inputs
+
+    folder = tmp_path_factory.mktemp("inputs")
+    write_inputs(folder)
+    return folder
+
+
+@pytest.fixture
+def settings_for(inputs: Path, tmp_path: Path) -> Callable[..., TrainConfig]:
+    """Settings of a small run in a folder of its own; keywords change them."""
+    from tests.runs import small_run
+
+    return partial(small_run, inputs, tmp_path / "run")

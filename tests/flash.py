@@ -27,44 +27,53 @@ BLOCK = 8  # positions; small, so that the tests cross block borders
 class _Flash(torch.autograd.Function):
     """q (B, K, G, T, D), k and v (B, K, 1, S, D).
 
-    G = H/K query heads share a key head, and broadcasting says so.
+    G = H/K query heads share a key head: the 1 of k and v is broadcast to them.
     """
 
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        o, lse = torch.empty_like(q), torch.empty(*q.shape[:-1], 1)
+        o = torch.empty_like(q)
+        lse = torch.empty(*q.shape[:-1], 1)
         for rows in _blocks(q):
-            m, l, a = (
-                torch.full_like(lse[..., rows, :], -math.inf),
-                torch.zeros_like(lse[..., rows, :]),
-                torch.zeros_like(q[..., rows, :]),
-            )
-            for keys in _blocks(k, below=rows.stop + k.shape[-2] - q.shape[-2]):
+            m = torch.full_like(lse[..., rows, :], -math.inf)
+            l = torch.zeros_like(m)
+            a = torch.zeros_like(q[..., rows, :])
+            for keys in _blocks(k, below=_last_visible_key(q, k, rows)):
                 s = _scores(q, k, rows, keys)
-                higher = torch.maximum(m, s.amax(-1, keepdim=True))
-                p, shrink = (s - higher).exp(), (m - higher).exp()
-                m, l, a = (
-                    higher,
-                    l * shrink + p.sum(-1, keepdim=True),
-                    a * shrink + p @ v[..., keys, :],
-                )
-            o[..., rows, :], lse[..., rows, :] = a / l, m + l.log()
+                new_m = torch.maximum(m, s.amax(-1, keepdim=True))
+                shrink = (m - new_m).exp()
+                p = (s - new_m).exp()
+                l = l * shrink + p.sum(-1, keepdim=True)
+                a = a * shrink + p @ v[..., keys, :]
+                m = new_m
+            o[..., rows, :] = a / l
+            lse[..., rows, :] = m + l.log()
         ctx.save_for_backward(q, k, v, o, lse)
         return o
 
     @staticmethod
-    def backward(ctx, do: Tensor):
+    def backward(ctx, do: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v, o, lse = ctx.saved_tensors
-        dq, dk, dv = (torch.zeros_like(x) for x in (q, k, v))
-        sum_pdp, root = (do * o).sum(-1, keepdim=True), math.sqrt(q.shape[-1])
+        dq = torch.zeros_like(q)
+        dk = torch.zeros_like(k)
+        dv = torch.zeros_like(v)
+        root = math.sqrt(q.shape[-1])
+        sum_p_dp = (do * o).sum(-1, keepdim=True)  # (B, K, G, T, 1)
         for rows in _blocks(q):
-            for keys in _blocks(k, below=rows.stop + k.shape[-2] - q.shape[-2]):
+            do_rows = do[..., rows, :]
+            for keys in _blocks(k, below=_last_visible_key(q, k, rows)):
                 p = (_scores(q, k, rows, keys) - lse[..., rows, :]).exp()
-                ds = p * (do[..., rows, :] @ v[..., keys, :].mT - sum_pdp[..., rows, :]) / root
+                dp = do_rows @ v[..., keys, :].mT
+                ds = p * (dp - sum_p_dp[..., rows, :]) / root
                 dq[..., rows, :] += ds @ k[..., keys, :]
                 dk[..., keys, :] += (ds.mT @ q[..., rows, :]).sum(2, keepdim=True)  # over the group
-                dv[..., keys, :] += (p.mT @ do[..., rows, :]).sum(2, keepdim=True)
+                dv[..., keys, :] += (p.mT @ do_rows).sum(2, keepdim=True)
         return dq, dk, dv
+
+
+def _last_visible_key(q: Tensor, k: Tensor, rows: slice) -> int:
+    """The keys below this are what the block of queries sees: queries stand at the last positions."""
+    return rows.stop + k.shape[-2] - q.shape[-2]
 
 
 def _blocks(x: Tensor, below: int | None = None) -> Iterator[slice]:

@@ -1,24 +1,37 @@
-"""The parity matrix: every form of an op against its formula in float64 under autograd, forward and every gradient.
+"""The parity matrix: every implementation of an op against its formula in float64 under autograd.
 
-    for each op     CASES: inputs of odd sizes, one row, tiny numbers, all labels ignored, shared heads, …
-    for each form   the formula, the hand-derived one, a kernel in an interpreter, a vendor's on an emulated device
-    for each dtype  fp32, fp16, bf16: BOUNDS on |form - exact| / |exact|, in the 2-norm
-    laid out        contiguous, or with gaps between elements and the upstream gradient transposed
+    for each op              CASES: inputs of odd sizes, one row, tiny numbers, all labels ignored,
+                             shared heads, …
+    for each implementation  the formula, the hand-derived one, a kernel in an interpreter,
+                             a vendor's on an emulated device
+    for each dtype           fp32, fp16, bf16: BOUNDS on |computed - exact| / |exact| (2-norm),
+                             for the value and every gradient
+    laid out                 contiguous, or with gaps between elements and dy transposed
 
-`check(op, case, form, dtype, strided)` is one cell; `cells(op)` names an op's cases for parametrize. `form` takes and returns
-CPU tensors: a form that lives on another device is wrapped by the caller.
+`check(op, case, function, dtype, strided)` is one cell; `cells(op)` names an op's cases for
+parametrize. `function` takes and returns CPU tensors: an implementation that lives on another
+device is wrapped by the caller.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
 from minillama import ops
 from minillama.ops import IGNORE
+from tests.formulas64 import (
+    attention64,
+    linear64,
+    linear_cross_entropy64,
+    rms_norm64,
+    rope64,
+    scaled_masked_softmax64,
+    swiglu64,
+)
 
 BOUNDS = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 EPS = 1e-5
@@ -26,7 +39,11 @@ EPS = 1e-5
 
 @dataclass(frozen=True)
 class Case:
-    """`shapes` of the differentiable inputs, drawn from N(0, scale²) in the dtype under test; `rest` follows them as it is."""
+    """The arguments of a call.
+
+    shapes: of the differentiable inputs, sampled from N(0, scale²) in the dtype under test.
+    rest: the arguments that follow them, as they are.
+    """
 
     name: str
     shapes: tuple[tuple[int, ...], ...]
@@ -43,7 +60,7 @@ def wide_tables(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat((cos, cos), -1).unsqueeze(-2), torch.cat((-sin, sin), -1).unsqueeze(-2)
 
 
-def randn(*shape: int, seed: int) -> Tensor:
+def randn(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
@@ -55,9 +72,11 @@ def some_masked(*shape: int) -> Tensor:
 
 
 def labelled(N: int, V: int, ignored: int) -> Tensor:
-    """N labels, the first `ignored` of them ignored, both ends of the vocabulary among the others."""
+    """N labels, the first `ignored` of them IGNORE, both ends of the vocabulary among the rest."""
     labels = torch.randint(0, V, (N,), generator=torch.Generator().manual_seed(5))
-    labels[-1], labels[-2:-1], labels[:ignored] = V - 1, 0, IGNORE
+    labels[-1] = V - 1
+    labels[-2:-1] = 0
+    labels[:ignored] = IGNORE
     return labels
 
 
@@ -107,52 +126,6 @@ CASES: dict[str, list[Case]] = {
 }
 
 
-# The formulas once more, in float64 and in other words than the reference's.
-
-
-def rms_norm64(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    return x / (x.square().sum(-1, keepdim=True) / x.shape[-1] + eps).sqrt() * weight
-
-
-def rope64(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """A pair is a complex number, and turning it is a product."""
-    pairs = torch.complex(*x.chunk(2, dim=-1)) * torch.complex(
-        cos[..., cos.shape[-1] // 2 :], sin[..., sin.shape[-1] // 2 :]
-    )
-    return torch.cat((pairs.real, pairs.imag), dim=-1)
-
-
-def swiglu64(gate: Tensor, up: Tensor) -> Tensor:
-    return gate / (1 + (-gate).exp()) * up
-
-
-def scaled_masked_softmax64(x: Tensor, mask: Tensor, scale: float) -> Tensor:
-    e = torch.where(mask, -10000.0, scale * x)
-    e = (e - e.amax(-1, keepdim=True)).exp()
-    return e / e.sum(-1, keepdim=True)
-
-
-def attention64(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Query head h reads key head h // (H / K); query t of T stands at position S - T + t."""
-    (_, T, H, D), (_, S, K, _) = q.shape, k.shape
-    heads = []
-    for h in range(H):
-        scores = q[:, :, h] @ k[:, :, h * K // H].transpose(1, 2) / math.sqrt(D)  # (B, T, S)
-        future = torch.arange(S)[None, :] > torch.arange(S - T, S)[:, None]
-        heads.append(scores.masked_fill(future, -math.inf).softmax(-1) @ v[:, :, h * K // H])
-    return torch.stack(heads, dim=2)
-
-
-def linear64(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    return torch.einsum("...i,oi->...o", x, weight) + (0 if bias is None else bias)
-
-
-def linear_cross_entropy64(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    kept = labels.flatten() != IGNORE
-    log_p = (hidden @ weight.T).log_softmax(-1).flatten(0, -2)[kept]
-    return -log_p[torch.arange(len(log_p)), labels.flatten()[kept]].sum()
-
-
 EXACT: dict[str, Callable] = {
     "rms_norm": rms_norm64,
     "rope": rope64,
@@ -178,41 +151,71 @@ def with_gaps(x: Tensor) -> Tensor:
     return torch.stack((x, x), dim=-1)[..., 0]
 
 
-def check(op: str, case: Case, form: Callable, dtype: torch.dtype, strided: bool) -> None:
-    """One cell of the matrix: the value and each gradient of `form` lie within the bound."""
-    drawn = [
+def check(op: str, case: Case, function: Callable, dtype: torch.dtype, strided: bool) -> None:
+    """One cell of the matrix: the value and each gradient of `function` lie within the bound."""
+    sampled = [
         (randn(*shape, seed=seed) * case.scale).to(dtype) for seed, shape in enumerate(case.shapes)
     ]
-    ours = [(with_gaps(x) if strided else x.clone()).detach().requires_grad_() for x in drawn]
-    exact = [x.double().requires_grad_() for x in drawn]
-    rest = [x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for x in case.rest]
-    y, y64 = form(*ours, *case.rest), EXACT[op](*exact, *rest)
+    inputs = [(with_gaps(x) if strided else x.clone()).detach().requires_grad_() for x in sampled]
+    y = function(*inputs, *case.rest)
     assert y.dtype == (torch.float32 if op == "linear_cross_entropy" else dtype)
-    upstream = randn(*y.shape, seed=9).to(y.dtype)
-    laid_out = (
-        upstream.transpose(0, -1).contiguous().transpose(0, -1) if strided and y.dim() else upstream
-    )
-    gradients, gradients64 = (
-        torch.autograd.grad(y, ours, laid_out),
-        torch.autograd.grad(y64, exact, upstream.double()),
-    )
-    compared = zip(
-        ("value", "first gradient", "second gradient", "third gradient"),
-        (y, *gradients),
-        (y64, *gradients64),
-        strict=False,
-    )
-    for name, mine, true in compared:
-        assert mine.shape == true.shape
-        error, size = (
-            (mine.detach().double() - true).norm(),
-            true.norm() or y64.norm(),
-        )  # a gradient of 0 is measured by the value
+    inputs64 = [x.double().requires_grad_() for x in sampled]
+    y64 = EXACT[op](*inputs64, *map(in_float64, case.rest))
+
+    dy = randn(*y.shape, seed=9).to(y.dtype)
+    gradients64 = torch.autograd.grad(y64, inputs64, dy.double())
+    if strided and y.dim() > 0:
+        dy = dy.transpose(0, -1).contiguous().transpose(0, -1)
+    gradients = torch.autograd.grad(y, inputs, dy)
+
+    names = ("value", "first gradient", "second gradient", "third gradient")
+    compared = zip(names, (y, *gradients), (y64, *gradients64), strict=False)
+    for name, computed, exact in compared:
+        assert computed.shape == exact.shape
+        error = (computed.detach().double() - exact).norm()
+        size = exact.norm() or y64.norm()  # a gradient of 0 is measured by the value
         assert error <= BOUNDS[dtype] * size, (
             f"{op}, {case.name}, {name}: off by {error:.3g} of {size:.3g}, {error / size:.2g}"
         )
     with torch.no_grad():
-        untracked = form(*ours, *case.rest).double()
-    assert (untracked - y64).norm() <= BOUNDS[dtype] * y64.norm(), (
+        without_gradient = function(*inputs, *case.rest).double()
+    assert (without_gradient - y64).norm() <= BOUNDS[dtype] * y64.norm(), (
         f"{op}, {case.name}: another value where no gradient is asked for"
     )
+
+
+def in_float64(argument: Any) -> Any:
+    if isinstance(argument, Tensor) and argument.is_floating_point():
+        return argument.double()
+    return argument
+
+
+def check_max(
+    function: Callable, formula: Callable, *inputs: Tensor, tolerance: float = 1e-5
+) -> None:
+    """Value and gradients are within `tolerance` of the largest element, or of 1, everywhere."""
+    leaves = [x.clone().requires_grad_() for x in inputs]
+    leaves64 = [x.double().requires_grad_() for x in inputs]
+    y = function(*leaves)
+    y64 = formula(*leaves64)
+    dy = randn(*y.shape, seed=9).to(y.dtype)
+    gradients = torch.autograd.grad(y, leaves, dy)
+    gradients64 = torch.autograd.grad(y64, leaves64, dy.double())
+    for computed, exact in zip((y, *gradients), (y64, *gradients64), strict=True):
+        assert computed.shape == exact.shape
+        error = (computed.double() - exact).abs().max()
+        assert error <= tolerance * exact.abs().max().clamp(min=1.0)
+
+
+def bytes_kept(run: Callable[[], Tensor]) -> int:
+    """The bytes of all tensors that autograd keeps for backward."""
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        run()
+    return sum(x.numel() * x.element_size() for x in kept)
+
+
+def each_implementation(op: str) -> pytest.MarkDecorator:
+    """Run a test with every implementation of an op that runs on any device."""
+    functions = implementations(op)
+    return pytest.mark.parametrize("implementation", functions.values(), ids=functions)

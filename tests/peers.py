@@ -5,6 +5,25 @@ from pathlib import Path
 import pytest
 import torch
 
+HF_TINY = {
+    "vocab_size": 50,
+    "hidden_size": 48,
+    "intermediate_size": 72,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 6,
+    "max_position_embeddings": 32,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+
 
 def open_in_transformers(directory: Path):
     """The LlamaForCausalLM in a checkpoint directory: fp32, attention by the plain formula."""

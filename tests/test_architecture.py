@@ -94,14 +94,8 @@ def test_a_file_imports_only_from_lower_layers_or_from_its_own_group(path: Path)
 
 
 # Longer than the rule allows, until they are split. These lists may only shrink.
-LONG_FILES = {
-    "minillama/training/run.py",
-    "minillama/training/trainer.py",
-}
-LONG_FUNCTIONS = {
-    "minillama/training/run.py:build_plans",
-    "minillama/training/trainer.py:run",
-}
+LONG_FILES: set[str] = set()
+LONG_FUNCTIONS: set[str] = set()
 
 
 @each_source

@@ -13,8 +13,8 @@ from minillama.compat import flags as other_systems
 from minillama.errors import UserError
 from minillama.lora import LoraConfig, add_lora, save_adapter
 from minillama.train_config import KEYS, TrainConfig
-from minillama.training import run
-from minillama.training.dry_run import lora_config
+from minillama.training import dry_run
+from minillama.training.model_building import lora_config
 from tests.conftest import random_model
 from tests.published_commands import (
     ASCEND,
@@ -109,7 +109,7 @@ def test_their_training_commands_resolve_and_can_be_planned(
 ):
     settings = resolved(text, tmp_path, tiny_checkpoint(), config)
     assert {name: getattr(settings, name) for name in expected} == expected
-    assert "parameters" in run.describe(settings, world_size=8)
+    assert "parameters" in dry_run.describe(settings, world_size=8)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from minillama.model import Llama
 from minillama.parallel.sharded_optimizer import ShardedOptimizer
 from minillama.train_config import TrainConfig
 from minillama.training import dry_run
-from minillama.training.run import recompute_activations
+from minillama.training.model_building import lora_config, recompute_activations
 
 SMALL = LlamaConfig(
     dim=192,
@@ -60,7 +60,7 @@ def test_predicted_state_is_measured_state_within_two_percent(
     )
     model = Llama(SMALL).initialise().to({"fp32": torch.float32, "bf16": torch.bfloat16}[precision])
     if settings.lora:
-        add_lora(model, dry_run.lora_config(settings))
+        add_lora(model, lora_config(settings))
     optimizer = ShardedOptimizer(model.named_parameters(), Mesh(rank=0, size=size), settings)
     tokens = torch.arange(8).view(1, 8)
     optimizer.backward(model.loss_sum(tokens, tokens), size)

@@ -1,4 +1,4 @@
-"""The table of ops: which implementation a call gets, what may be asked for, and what is said about it."""
+"""The table of ops: which implementation a call runs, what can be chosen, and what is logged."""
 
 import logging
 from collections.abc import Iterator
@@ -32,7 +32,7 @@ def test_a_spec_chooses_all_ops_or_some() -> None:
     assert function_for("rms_norm=reference,adamw=fused", "attention") is fused_attention.attention
 
 
-def test_a_function_for_all_leaves_ops_that_lack_it_to_the_table() -> None:
+def test_a_choice_for_all_leaves_ops_that_lack_it_to_the_table() -> None:
     lacks = Op("lacks", Implementation("reference", reference.swiglu))
     lacks.choose("fused")
     assert lacks.usable("cpu")[0].name == "reference"
@@ -60,7 +60,7 @@ def test_a_choice_that_does_not_exist_is_refused_by_name(spec: str, named: str) 
 
 
 @pytest.mark.parametrize("spec", ["npu", "rms_norm=npu", "adamw=mlu"])
-def test_a_form_of_another_device_that_is_asked_for_is_an_error_at_its_first_call(
+def test_a_chosen_kernel_of_another_device_is_an_error_at_its_first_call(
     spec: str,
 ) -> None:
     ops.choose(spec)
@@ -69,7 +69,7 @@ def test_a_form_of_another_device_that_is_asked_for_is_an_error_at_its_first_cal
         ops.TABLE[op](torch.zeros(3, 4), torch.zeros(4), 1e-5)
 
 
-def test_vendors_forms_come_first_and_the_formula_last_and_takes_everything() -> None:
+def test_vendors_kernels_come_first_and_the_formula_last_and_takes_everything() -> None:
     for op in ops.TABLE.values():
         assert op.implementations[-1].name == "reference"
         assert op.implementations[-1].supports is None
@@ -85,7 +85,7 @@ def any_length(x: Tensor) -> Tensor:
     return x + 2
 
 
-def test_a_form_is_used_where_it_supports_the_arguments_and_each_change_is_said_once(
+def test_an_implementation_runs_what_it_supports_and_each_change_is_logged_once(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     asked = []
@@ -107,7 +107,7 @@ def test_a_form_is_used_where_it_supports_the_arguments_and_each_change_is_said_
     ]
 
 
-def test_a_form_asked_for_that_does_not_take_a_call_is_an_error_and_not_replaced() -> None:
+def test_a_chosen_implementation_that_does_not_take_a_call_is_an_error_and_not_replaced() -> None:
     op = Op(
         "add",
         Implementation("short", short, supports=lambda x: len(x) < 3),
@@ -129,7 +129,7 @@ def test_a_kernel_that_fails_is_an_error_and_not_a_reason_to_try_the_next() -> N
         op(torch.zeros(2))
 
 
-def test_a_form_that_is_not_available_is_passed_over() -> None:
+def test_an_implementation_that_is_not_available_is_passed_over() -> None:
     op = Op(
         "add",
         Implementation("short", short, available=lambda: False),
@@ -139,8 +139,8 @@ def test_a_form_that_is_not_available_is_passed_over() -> None:
     assert float(op(torch.zeros(2))[0]) == 2.0
 
 
-def test_the_processor_asks_nothing_at_a_call() -> None:
-    """Every op has one implementation there, so a call is a look into one dict."""
+def test_on_a_cpu_nothing_is_asked_at_a_call() -> None:
+    """The first implementation of every op supports all arguments there."""
     ops.choose("auto")
     for op in ops.TABLE.values():
         assert op.usable("cpu")[0].supports is None, op.name

@@ -1,7 +1,8 @@
-"""Triton's kernels without a GPU: their numbers in its interpreter, and whether they compile for sm_80 and sm_90.
+"""Triton's kernels without a GPU: in its interpreter, and compiled for sm_80 and sm_90.
 
-An optional leg, skipped where Triton is not installed; CONTRIBUTING.md has its command. What it cannot show: speed, and what only
-real threads do. The interpreter is chosen before Triton is imported, so compiling happens in a process of its own.
+An optional leg, skipped where Triton is not installed; CONTRIBUTING.md has its command. It cannot
+show speed, nor what only real threads do. The interpreter is chosen before Triton is imported, so
+compiling happens in a process of its own.
 """
 
 import os
@@ -24,13 +25,17 @@ COMPILE = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from minillama.ops import triton as kernels
+from minillama.ops import triton as ours
 
-for kernel in (kernels._rms_norm_forward, kernels._rms_norm_backward, kernels._swiglu_forward, kernels._swiglu_backward):
+TYPES = {"eps": "fp32", "r": "*fp32", "partial": "*fp32", "BLOCK": "constexpr"}
+TYPES |= {"N": "i32", "C": "i32", "rows": "i32"}
+KERNELS = (ours._rms_norm_forward, ours._rms_norm_backward)
+KERNELS += (ours._swiglu_forward, ours._swiglu_backward)
+for kernel in KERNELS:
     for data in ("*fp32", "*bf16", "*fp16"):
-        kinds = {"eps": "fp32", "r": "*fp32", "partial": "*fp32", "BLOCK": "constexpr", "N": "i32", "C": "i32", "rows": "i32"}
-        signature = {name: kinds.get(name, data) for name in kernel.arg_names}
-        source = ASTSource(kernel, signature=signature, constexprs={(kernel.arg_names.index("BLOCK"),): 4096})
+        signature = {name: TYPES.get(name, data) for name in kernel.arg_names}
+        block = {(kernel.arg_names.index("BLOCK"),): 4096}
+        source = ASTSource(kernel, signature=signature, constexprs=block)
         for capability in (80, 90):
             compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32)).asm
             assert compiled["cubin"] and f".target sm_{capability}" in compiled["ptx"]
@@ -95,7 +100,7 @@ def test_every_kernel_compiles_for_the_two_architectures(tmp_path: Path) -> None
     assert len(done.stdout.splitlines()) == 4 * 3 * 2
 
 
-def test_what_a_kernel_does_not_take_is_left_to_the_next_form() -> None:
+def test_what_a_kernel_does_not_support_is_left_to_the_next_implementation() -> None:
     x, weight = randn(3, 8, seed=0), randn(8, seed=1)
     assert cuda.supports_rms_norm(x, weight, 1e-5)
     assert not cuda.supports_rms_norm(x.bfloat16(), weight, 1e-5)
@@ -108,7 +113,10 @@ def test_what_a_kernel_does_not_take_is_left_to_the_next_form() -> None:
 
 
 def test_triton_is_not_imported_until_a_kernel_is_called() -> None:
-    program = "import sys; from minillama import ops; from minillama.ops import cuda; print('triton' in sys.modules, cuda.has_triton())"
+    program = (
+        "import sys; from minillama.ops import cuda; "
+        "print('triton' in sys.modules, cuda.has_triton())"
+    )
     done = subprocess.run(
         [sys.executable, "-c", program],
         cwd=Path(__file__).parents[1],

@@ -16,7 +16,7 @@ def test_positions_restart_in_each_document() -> None:
 
 
 def test_two_documents_are_the_rows_of_one_group() -> None:
-    """The picture of `ops.packing`: a a a and b b, where slot 5 is padding and repeats the last b."""
+    """The picture of `ops.packing`: a a a and b b, where slot 5 is padding."""
     documents = Documents([3, 2])
     layout = documents.layout
     assert documents.groups == [Group(documents=[0, 1], length=3)]
@@ -76,7 +76,7 @@ def test_the_loss_of_packed_documents_is_the_sum_of_their_losses() -> None:
 
 
 def test_no_document_sees_another() -> None:
-    """Changing every token of the middle document leaves the others' hidden states alone to the bit."""
+    """Changing the middle document leaves the others' hidden states as they are, to the bit."""
     model, documents, tokens = random_model(), Documents([6, 8, 5]), random_tokens(1, 19)
     changed = tokens.clone()
     changed[0, 6:14] = (changed[0, 6:14] + 1) % 50

@@ -10,8 +10,8 @@ import train
 from minillama import train_config
 from minillama.errors import UserError
 from minillama.files import write_json
-from minillama.training import run
-from minillama.training.dry_run import estimate
+from minillama.training.dry_run import describe, estimate, refuse_what_cannot_fit
+from minillama.training.model_building import model_config
 
 ROOT = Path(__file__).parents[1]
 PRESETS = sorted(path.stem for path in (ROOT / "minillama/configs").glob("*.toml"))
@@ -43,7 +43,7 @@ def test_a_plan_counts_parameters_exactly_and_allocates_nothing(
     preset: str, trainable: int
 ) -> None:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    text = run.describe(train_config.resolve(preset, {}), world_size=8)
+    text = describe(train_config.resolve(preset, {}), world_size=8)
     assert f"trained: {trainable:,}" in text
     assert (
         resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000
@@ -54,7 +54,7 @@ def test_a_plan_counts_parameters_exactly_and_allocates_nothing(
 def test_every_preset_can_be_planned(preset: str) -> None:
     """demo_lora starts from the checkpoint that demo makes."""
     settings = train_config.resolve(preset, {})
-    assert f"{run.model_config(settings).parameter_count():,}" in run.describe(settings, 1)
+    assert f"{model_config(settings, None).parameter_count():,}" in describe(settings, 1)
 
 
 def test_the_bytes_of_a_plan_by_hand() -> None:
@@ -64,14 +64,11 @@ def test_the_bytes_of_a_plan_by_hand() -> None:
     ZeRO-1 shards. LoRA: frozen weight 2; per parameter of the adapters 4 + 4 + 8.
     """
     P = 6_738_415_616
-    full = estimate(
-        run.model_config(train_config.resolve("7b_full_zero1", {})),
-        train_config.resolve("7b_full_zero1", {}),
-        8,
-    )
+    settings = train_config.resolve("7b_full_zero1", {})
+    full = estimate(model_config(settings, None), settings, 8)
     assert (full.weights, full.gradients, full.optimizer) == (2 * P, 4 * P, 12 * P // 8)
     settings = train_config.resolve("7b_lora", {})
-    lora = estimate(run.model_config(settings), settings, 8)
+    lora = estimate(model_config(settings, None), settings, 8)
     assert (lora.weights, lora.gradients, lora.optimizer) == (
         2 * P + 4 * lora.trainable,
         4 * lora.trainable,
@@ -82,9 +79,10 @@ def test_the_bytes_of_a_plan_by_hand() -> None:
 @pytest.mark.parametrize("preset", ["34b_lora", "70b_lora"])
 def test_models_that_every_rank_would_hold_whole_are_refused_with_the_bytes(preset: str) -> None:
     settings = dataclasses.replace(train_config.resolve(preset, {}), ckpt="", init="scratch")
-    weights = estimate(run.model_config(settings), settings).weights
+    llama = model_config(settings, None)
+    weights = estimate(llama, settings).weights
     with pytest.raises(UserError, match=f"{weights:,} bytes .* tensor parallelism"):
-        run.refuse_what_cannot_fit(settings)
+        refuse_what_cannot_fit(llama, settings)
 
 
 @pytest.mark.parametrize("preset", PRESETS)

@@ -2,6 +2,7 @@
 
 import ast
 import doctest
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -83,6 +84,81 @@ def test_a_chat_remembers(model: LoadedModel) -> None:
 def test_mistakes_are_user_errors_that_name_the_closest(model, call, message: str) -> None:
     with pytest.raises(minillama.UserError, match=message):
         call(model)
+
+
+def test_training_returns_the_summary_and_its_run_can_be_loaded(tmp_path: Path) -> None:
+    records = [{"instruction": QUESTION, "output": "62"}, {"instruction": REPEAT, "output": "cat"}]
+    (tmp_path / "data.json").write_text(json.dumps(records), encoding="utf-8")
+    config = minillama.TrainConfig(
+        ckpt=str(GOLDEN),
+        data=(str(tmp_path / "data.json"),),
+        out_dir=str(tmp_path / "run"),
+        cache_dir=str(tmp_path / "cache"),
+        lora=True,
+        max_steps=2,
+        device="cpu",
+    )
+    summary = minillama.train(config)
+    assert summary["steps"] == 2
+    assert minillama.train(config) == summary, "the run is finished"
+    tuned = minillama.load(tmp_path / "run", device="cpu")
+    assert tuned.template == "alpaca"
+    assert isinstance(tuned.generate(QUESTION, **GREEDY), str)
+
+
+def test_a_preset_takes_keys_that_change_it() -> None:
+    config = minillama.preset("demo_lora", max_steps=3, lora_targets=["q_proj"])
+    assert (config.max_steps, config.lora, config.lora_targets) == (3, True, ("q_proj",))
+    with pytest.raises(minillama.UserError, match="did you mean 'max_steps'"):
+        minillama.preset("demo", max_step=3)
+    with pytest.raises(minillama.UserError, match="demo_lora"):
+        minillama.preset("demo_lor")
+
+
+def test_conversions_are_functions_that_return_what_the_script_prints(tmp_path: Path) -> None:
+    """The difference of two models, added to its base, gives the other one again."""
+    adapter = ROOT / "tests/golden/adapter"
+    merged = minillama.merge_lora(GOLDEN, [adapter], tmp_path / "merged")
+    assert str(tmp_path / "merged") in str(merged)
+    minillama.make_delta(GOLDEN, tmp_path / "merged", tmp_path / "delta")
+    written = minillama.apply_delta(GOLDEN, tmp_path / "delta", tmp_path / "restored")
+    assert written.path == tmp_path / "restored"
+    manifest = minillama.sha256(tmp_path / "merged")
+    assert len(manifest.content) == 64
+
+
+def test_metas_layout_and_back_is_the_same_model(tiny_checkpoint, tmp_path: Path) -> None:
+    base = tiny_checkpoint(tie_embeddings=False)
+    content = minillama.sha256(base).content
+    minillama.meta(base, tmp_path / "meta", reverse=True, shards=3)
+    assert minillama.sha256(tmp_path / "meta", check=base).content == content
+    minillama.meta(tmp_path / "meta", tmp_path / "back", max_seq_len=64)
+    assert minillama.sha256(tmp_path / "back", check=base).content == content
+
+
+def test_data_is_tokenized_from_python(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("cat, dog and owl", encoding="utf-8")
+    dataset = minillama.tokenize_data([tmp_path / "text.txt"], GOLDEN, tmp_path / "set", quiet=True)
+    assert (dataset.documents, dataset.prefix) == (1, tmp_path / "set")
+    with pytest.raises(minillama.UserError, match="already exists"):
+        minillama.tokenize_data([tmp_path / "text.txt"], GOLDEN, tmp_path / "set")
+
+
+@pytest.mark.parametrize(
+    ("keywords", "message"),
+    [
+        ({"overwite": True}, "did you mean 'overwrite'"),
+        ({"dtype": "float61"}, "no dtype 'float61'"),
+        ({"shards": 2}, "shards has no meaning without"),
+        ({"format": "pth"}, "must be hf or meta"),
+    ],
+)
+def test_wrong_options_of_a_conversion_are_refused(
+    keywords: dict, message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(minillama.UserError, match=message):
+        minillama.merge_lora(GOLDEN, [ROOT / "tests/golden/adapter"], tmp_path / "m", **keywords)
+    assert not (tmp_path / "m").exists()
 
 
 def test_importing_the_package_imports_no_torch_and_sets_no_environment() -> None:

@@ -45,12 +45,12 @@ def test_readme_has_the_commands_this_test_is_about():
     "command", [c for c in commands() if script_and_arguments(c)[0] == "train.py"]
 )
 def test_every_training_command_resolves_and_can_be_planned(command):
-    from minillama.training import run
+    from minillama.training import dry_run
 
     script = runpy.run_path(str(ROOT / "train.py"))
     settings, _ = script["parse"](script_and_arguments(command)[1])
     if not settings.ckpt:  # a named checkpoint is the reader's own
-        assert "parameters" in run.describe(settings, world_size=8)
+        assert "parameters" in dry_run.describe(settings, world_size=8)
 
 
 @pytest.mark.parametrize(

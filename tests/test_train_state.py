@@ -25,6 +25,8 @@ from minillama.errors import UserError
 from minillama.tensor_files import read_safetensors
 from minillama.tokenizer import train_tokenizer
 from minillama.training import trainer
+from minillama.training.run_directory import with_global_batch
+from minillama.training.summary import Stopped
 from tests.ranks import run_on_ranks
 
 ROOT = Path(__file__).parents[1]
@@ -85,12 +87,8 @@ def train_here(run: train_config.TrainConfig, stop_after: int = 0) -> int:
                 return original(self, batches, rate)
 
             trainer.Trainer.update = update
-        summary = trainer.train(settings_here, mesh)
-        return (
-            STEPS
-            if summary
-            else train_state.read_state(train_state.list_states(Path(run.out_dir))[-1])["step"]
-        )
+        outcome = trainer.train(settings_here, mesh)
+        return outcome.step if isinstance(outcome, Stopped) else STEPS
 
 
 def fingerprint(run: train_config.TrainConfig, step: int = 4) -> str:
@@ -131,8 +129,6 @@ def test_ranks_that_cannot_keep_the_global_batch_are_refused(run_settings, tmp_p
     run = replace(run_settings, out_dir=str(tmp_path / "run"))
     run_on_ranks(1, train_here, run, 2)
     with pytest.raises(UserError, match="global batch is 4 rows, which 3 ranks"):
-        from minillama.training.run import with_global_batch
-
         with_global_batch(run, Mesh(rank=0, size=3), 4)
 
 

@@ -1,1 +1,16 @@
-"""How a model is trained: settings become a run, and the loop takes its steps."""
+"""How a model is trained: settings become a run, and the loop takes its steps.
+
+    run.py               the run: everything that training needs, built and checked once
+      run_directory.py     what may be continued, what is refused
+      data_building.py     the batches of every step
+      model_building.py    the model, its adapters
+    trainer.py           the loop
+      schedule.py          the learning rate
+      metrics.py           the progress bar and metrics.jsonl
+      saving.py            checkpoints and final/
+      signals.py           requests to stop
+    summary.py           the figures of a run;  messages.py: the lines that are printed
+    dry_run.py           what a run will need, without starting it
+
+Read them in this order.
+"""

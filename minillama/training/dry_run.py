@@ -1,20 +1,41 @@
-"""What a run will need, by arithmetic: parameters, bytes a rank, floating-point operations.
+"""What a run will need, computed before it starts: parameters, bytes per rank, tokens per step.
 
-Nothing is allocated. Per trainable parameter of a 16-bit model, AdamW with fp32 masters holds 2 bytes of weight, 2 of gradient (4
-where it accumulates), and 4 each of master and two moments; an fp32 parameter is its own master. Frozen weights cost their own bytes.
+Nothing is allocated. AdamW with fp32 masters keeps, in bytes per trainable parameter:
+
+                            weight    gradient              master    two moments
+    16-bit model            2         2 (4: accumulated)    4         8
+    fp32 model, LoRA        4         4                     -         8
+
+A 32-bit parameter is its own master. A frozen parameter costs its weight alone. ZeRO stage 1 shares
+the last two columns out over the ranks, stage 2 the gradients too.
 """
 
 import math
+import sys
 from dataclasses import dataclass, replace
 
+from minillama import comm
+from minillama.data.show import show_batch
+from minillama.errors import UserError
 from minillama.llama_config import LlamaConfig
 from minillama.lora import WHOLE, LoraConfig, resolve_names
 from minillama.train_config import TrainConfig
+from minillama.training.data_building import (
+    build_data,
+    build_tokenizer,
+    row_length,
+    with_embedded_data,
+)
+from minillama.training.model_building import find_base, lora_config, model_config
+from minillama.training.summary import gigabytes
+
+LARGEST_REPLICATED = 40 * 10**9  # bytes of weights that one device holds beside its activations
+FP32 = 4  # bytes
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Of one rank: how many numbers it trains, and bytes."""
+    """What one rank holds: trained parameters, and bytes."""
 
     trainable: int
     weights: int
@@ -26,78 +47,155 @@ class Estimate:
         return self.weights + self.gradients + self.optimizer
 
 
-def trainable_count(config: LlamaConfig, lora: LoraConfig | None) -> int:
-    """How many numbers training changes: all, or the adapters' factors and the modules trained whole."""
+def trainable_count(llama: LlamaConfig, lora: LoraConfig | None) -> int:
+    """How many parameters are trained: all, or the adapters' and the modules trained whole."""
     if lora is None:
-        return config.parameter_count()
+        return llama.parameter_count()
+    whole_modules = WHOLE.keys() & resolve_names(lora.modules_to_save)
+    num_whole = min(len(whole_modules), 1 if llama.tie_embeddings else 2)
+    return _factor_count(llama, lora) + num_whole * llama.vocab_size * llama.dim
+
+
+def _factor_count(llama: LlamaConfig, lora: LoraConfig) -> int:
+    """Parameters of the factors A (R, in) and B (out, R) of all adapted linears."""
     targets = resolve_names(lora.targets)
-    factors = sum(
-        lora.rank_of(name.removesuffix(".weight")) * sum(shape)
-        for name, shape in config.parameter_shapes().items()
-        if name.split(".")[-2] in targets and len(shape) == 2
-    )
-    whole = len(WHOLE.keys() & resolve_names(lora.modules_to_save))
-    return factors + config.vocab_size * config.dim * min(whole, 1 if config.tie_embeddings else 2)
+    count = 0
+    for name, shape in llama.parameter_shapes().items():
+        module = name.removesuffix(".weight")
+        is_linear = len(shape) == 2
+        if is_linear and module.rpartition(".")[2] in targets:
+            count += lora.rank_of(module) * sum(shape)
+    return count
 
 
-def estimate(config: LlamaConfig, settings: TrainConfig, world_size: int = 1) -> Estimate:
-    """Bytes a rank needs for state, outside activations and communication buckets."""
-    lora = lora_config(settings) if settings.lora else None
-    trainable, width = trainable_count(config, lora), 4 if settings.precision == "fp32" else 2
-    whole = (
-        trainable
-        if lora is None
-        else trainable - trainable_count(config, replace(lora, modules_to_save=()))
-    )
-    factors, exact = trainable - whole, settings.reduction == "exact"
-    optimizer = math.ceil(
-        (trainable * 8 + (whole * 4 if width == 2 else 0))
-        / (world_size if settings.zero_stage else 1)
-    )  # and masters
-    gradient_width = 4 if settings.gradient_accumulation_steps > 1 or exact else width
-    shards = world_size if settings.zero_stage == 2 or (exact and settings.zero_stage) else 1
-    gradients = math.ceil((whole * gradient_width + factors * 4) / shards)
-    return Estimate(trainable, config.parameter_count() * width + factors * 4, gradients, optimizer)
+def bytes_per_weight(config: TrainConfig) -> int:
+    return FP32 if config.precision == "fp32" else 2
 
 
-def activation_bytes(config: LlamaConfig, tokens: int, width: int, recompute: bool = False) -> int:
-    """Bytes that a micro-batch of `tokens` tokens keeps for backward, with the fused ops and `width` bytes a number.
-    A layer keeps nine tensors of width C (its input, both norms' outputs, the stream between its halves, rotated queries, keys and values
-    of every query head, attention's output before and after it is put back in order) and three of width F (gate, up, their product).
-    Recomputation keeps each layer's input, and one layer whole at a time."""
-    C, D, F = config.dim, config.n_heads * config.head_dim, config.ffn_dim
-    layer = (4 * C + 5 * D + 3 * F) * width + 4 * (
-        config.n_heads + 2
-    )  # and in fp32: log-sum-exps, two norms' statistics
-    layers = config.n_layers * C * width + layer if recompute else config.n_layers * layer
-    return tokens * (layers + C * width)  # and the last norm's input
+def estimate(llama: LlamaConfig, config: TrainConfig, world_size: int = 1) -> Estimate:
+    """Bytes that a rank keeps through a step, without activations and communication buckets."""
+    lora = lora_config(config) if config.lora else None
+    trainable = trainable_count(llama, lora)
+    factors = trainable_count(llama, replace(lora, modules_to_save=())) if lora else 0  # in fp32
+    others = trainable - factors  # in the model's dtype
+    width = bytes_per_weight(config)
+    is_exact = config.reduction == "exact"
+    accumulates = config.gradient_accumulation_steps > 1 or is_exact
 
+    weights = llama.parameter_count() * width + factors * FP32
+    gradients = others * (FP32 if accumulates else width) + factors * FP32
+    masters = others * FP32 if width < FP32 else 0
+    optimizer = masters + trainable * 2 * FP32
 
-def lora_config(settings: TrainConfig) -> LoraConfig:
-    """The adapter that the settings describe."""
-    return LoraConfig(
-        settings.lora_rank,
-        settings.lora_alpha or 2.0 * settings.lora_rank,
-        settings.lora_dropout,
-        resolve_names(settings.lora_targets),
-        resolve_names(settings.modules_to_save),
-        settings.use_rslora,
+    shards_optimizer = config.zero_stage >= 1
+    shards_gradients = config.zero_stage == 2 or (is_exact and shards_optimizer)
+    return Estimate(
+        trainable=trainable,
+        weights=weights,
+        gradients=math.ceil(gradients / (world_size if shards_gradients else 1)),
+        optimizer=math.ceil(optimizer / (world_size if shards_optimizer else 1)),
     )
 
 
-def training_flops(
-    config: LlamaConfig, tokens: float, sequence: float, recompute: bool = False
-) -> float:
-    """Floating-point operations to train on `tokens` tokens in documents of `sequence` tokens.
-    24 F T L C^2 (1 + S/(6 C) + V/(16 L C)), with F = 3 for forward and backward, 4 with activations recomputed: the formula by which
-    Megatron and AscendSpeed publish TFLOP/s (Narayanan et al. 2021, appendix). It assumes full-width attention and an MLP of about 8/3 C;
-    utilisation always counts F = 3."""
-    L, C, V = config.n_layers, config.dim, config.vocab_size
-    return (
-        24
-        * (4 if recompute else 3)
-        * tokens
-        * L
-        * C**2
-        * (1 + sequence / (6 * C) + V / (16 * L * C))
-    )
+def activation_bytes(llama: LlamaConfig, tokens: int, width: int, recompute: bool = False) -> int:
+    """Bytes that a micro-batch keeps for backward with the fused ops, at `width` bytes an element.
+
+    A layer keeps nine tensors of width C (its input, both norms' outputs, the stream between its
+    halves, the rotated queries, keys and values of every query head, attention's output before and
+    after the heads are put side by side) and three of width F (gate, up, their product); and in
+    fp32 the log-sum-exp of each head and the statistics of two norms. Recomputation keeps the input
+    of every layer, and one layer whole at a time.
+    """
+    C = llama.dim
+    all_heads = llama.n_heads * llama.head_dim
+    statistics = llama.n_heads + 2
+    layer = (4 * C + 5 * all_heads + 3 * llama.ffn_dim) * width + statistics * FP32
+    layers = llama.n_layers * layer
+    if recompute:
+        layers = llama.n_layers * C * width + layer
+    input_of_last_norm = C * width
+    return tokens * (layers + input_of_last_norm)
+
+
+def refuse_what_cannot_fit(llama: LlamaConfig, config: TrainConfig) -> None:
+    """Raise UserError if the weights, which every rank holds whole, are too many for a device."""
+    weights = estimate(llama, config).weights
+    if weights > LARGEST_REPLICATED:
+        raise UserError(
+            f"the model's weights alone are {weights:,} bytes ({gigabytes(weights)}) on every "
+            "rank: data parallelism replicates them, and tensor parallelism does not exist here "
+            f"yet; {gigabytes(LARGEST_REPLICATED)} is the most"
+        )
+
+
+def describe(config: TrainConfig, world_size: int) -> str:
+    """The plan of a run: what --dry_run prints."""
+    llama = model_config(config, find_base(config))
+    needed = estimate(llama, config, world_size)
+    lines = [
+        *_describe_model(llama, needed),
+        *_describe_memory(llama, needed, config, world_size),
+        *_describe_steps(llama, config, world_size),
+    ]
+    return "\n".join(lines)
+
+
+def _describe_model(llama: LlamaConfig, needed: Estimate) -> list[str]:
+    total = llama.parameter_count()
+    share = needed.trainable / total
+    return [
+        f"model       {llama.n_layers} layers, width {llama.dim}, {llama.n_heads} heads "
+        f"({llama.n_kv_heads} key/value), MLP {llama.ffn_dim}, vocabulary {llama.vocab_size:,}",
+        f"parameters  {total:,}; trained: {needed.trainable:,} ({share:.2%})",
+    ]
+
+
+def _describe_memory(
+    llama: LlamaConfig, needed: Estimate, config: TrainConfig, world_size: int
+) -> list[str]:
+    plural = "s" if world_size > 1 else ""
+    width = bytes_per_weight(config)
+    tokens = config.per_device_train_batch_size * row_length(config, llama)
+    recompute = config.gradient_checkpointing
+    activations = activation_bytes(llama, tokens, width, recompute)
+    how = "recomputed" if recompute else "kept"
+    model_on_disk = 0 if config.lora else llama.parameter_count() * width
+    state_on_disk = needed.trainable * 3 * FP32  # master and two moments
+    return [
+        f"per rank    weights {gigabytes(needed.weights)} "
+        f"+ gradients {gigabytes(needed.gradients)} + optimizer {gigabytes(needed.optimizer)} "
+        f"= {gigabytes(needed.total)}, before activations "
+        f"({config.precision}, ZeRO stage {config.zero_stage}, {world_size} rank{plural})",
+        f"activations {gigabytes(activations)} a micro-batch ({how})",
+        f"disk        {gigabytes(model_on_disk + state_on_disk)} a checkpoint",
+    ]
+
+
+def _describe_steps(llama: LlamaConfig, config: TrainConfig, world_size: int) -> list[str]:
+    rows_per_rank = config.per_device_train_batch_size * config.gradient_accumulation_steps
+    rows = rows_per_rank * world_size
+    length = row_length(config, llama)
+    duration = f"{config.num_train_epochs:g} epochs"
+    if config.max_steps:
+        duration = f"{config.max_steps} steps"
+    warmup = f"{config.warmup_ratio:.0%}"
+    if config.warmup_steps:
+        warmup = f"{config.warmup_steps} steps"
+    return [
+        f"a step      {rows} rows of up to {length:,} tokens "
+        f"= up to {rows * length:,} tokens on all ranks",
+        f"schedule    {duration}, {config.lr_scheduler_type} from {config.learning_rate:g}, "
+        f"warm-up {warmup}, seed {config.seed}",
+    ]
+
+
+def show_first_batch(config: TrainConfig, mesh: comm.Mesh) -> str:
+    """The text of step 0's first micro-batch, with the trained tokens marked: --show_batch."""
+    base = find_base(config)
+    config = with_embedded_data(config, mesh)
+    tokenizer = build_tokenizer(config, base)
+    llama = model_config(config, base, tokenizer.size)
+    data = build_data(config, base, tokenizer, llama, mesh)
+    first_batch = data.train_batches.micro_batches(0)[0]
+    marked = show_batch(tokenizer, first_batch, color=sys.stdout.isatty())
+    return f"template: {data.template}\n{marked}"

@@ -1,6 +1,5 @@
-"""What a run records: a progress bar and metrics.jsonl."""
+"""The log of a run: a progress bar, and a record per logged step in metrics.jsonl."""
 
-import json
 import math
 import time
 from pathlib import Path
@@ -8,16 +7,17 @@ from typing import Any
 
 from tqdm import tqdm
 
+from minillama.files import append_file, json_line, read_json_lines, write_json_lines
+
 
 class TrainingLog:
-    """The record of a run, kept by rank 0. Numbers that are not finite are written as null with their name in `non_finite`."""
+    """Written by rank 0 only; on other ranks (`enabled` is false) every method does nothing."""
 
     def __init__(self, out_dir: Path, total_steps: int, first_step: int, enabled: bool) -> None:
-        self.path, self.enabled, self.began = (
-            out_dir / "metrics.jsonl",
-            enabled,
-            time.perf_counter(),
-        )
+        """first_step: updates done before. Later records, which a resumed run replaces, go."""
+        self.path = out_dir / "metrics.jsonl"
+        self.enabled = enabled
+        self.started = time.perf_counter()
         self.bar = tqdm(
             total=total_steps,
             initial=first_step,
@@ -26,45 +26,40 @@ class TrainingLog:
             disable=not enabled,
             dynamic_ncols=True,
         )
-        if enabled:  # drop a line that was not written to its end, and records of steps that a resumed run will take again
-            lines = (
-                self.path.read_text(encoding="utf-8").splitlines(keepends=True)
-                if self.path.is_file()
-                else []
-            )
-            kept = [
-                line
-                for line in lines
-                if line.endswith("\n") and json.loads(line)["step"] <= first_step
-            ]
-            self.path.write_text("".join(kept), encoding="utf-8")
+        if enabled:
+            records = read_json_lines(self.path) if self.path.is_file() else []
+            kept = [record for record in records if record["step"] <= first_step]
+            write_json_lines(self.path, kept)
 
     def record(self, values: dict[str, Any]) -> None:
-        """Append one record to metrics.jsonl."""
+        """Append a record. JSON has no NaN and no infinity: such a value becomes null, and its
+        name is listed in `non_finite`.
+        """
         if not self.enabled:
             return
-        bad = [
-            name
-            for name, value in values.items()
-            if isinstance(value, float) and not math.isfinite(value)
-        ]
-        line = {name: None if name in bad else value for name, value in values.items()} | (
-            {"non_finite": bad} if bad else {}
-        )
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        record = dict(values)
+        non_finite = []
+        for name, value in values.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                record[name] = None
+                non_finite.append(name)
+        if non_finite:
+            record["non_finite"] = non_finite
+        with append_file(self.path) as file:
+            file.write(json_line(record).encode())
 
     def step(self, loss: float, tokens_per_second: float) -> None:
-        self.bar.set_postfix_str(
-            f"loss {loss:.3f}, {tokens_per_second:,.0f} tokens/s", refresh=False
-        )
+        """Move the bar by one step."""
+        text = f"loss {loss:.3f}, {tokens_per_second:,.0f} tokens/s"
+        self.bar.set_postfix_str(text, refresh=False)
         self.bar.update()
 
-    def say(self, text: str) -> None:
+    def print(self, text: str) -> None:
+        """Print a line above the bar."""
         if self.enabled:
             self.bar.write(text)
 
     def close(self) -> float:
-        """End the bar; returns the seconds since the report began."""
+        """End the bar. Returns the seconds since the log was opened."""
         self.bar.close()
-        return time.perf_counter() - self.began
+        return time.perf_counter() - self.started

@@ -1,13 +1,21 @@
-"""A request to stop: SIGTERM or SIGINT is noted, and the training loop looks; a second one ends the process at once."""
+"""Stop requests. SIGTERM and SIGINT are noted, and the training loop looks at its next micro-batch.
+
+A second signal raises KeyboardInterrupt at once.
+"""
 
 import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 
 @contextmanager
 def listening() -> Iterator[list[str]]:
-    """Listen for SIGTERM and SIGINT while the body runs; the list is empty until one comes, and then holds its name."""
+    """Listen for SIGTERM and SIGINT while the block runs.
+
+    Yields a list that is empty until one comes, and then holds its name. In a thread other than the
+    main one, where Python allows no handlers, it stays empty.
+    """
     received: list[str] = []
 
     def note(number: int, frame: object) -> None:
@@ -15,6 +23,9 @@ def listening() -> Iterator[list[str]]:
             raise KeyboardInterrupt
         received.append(signal.Signals(number).name)
 
+    if threading.current_thread() is not threading.main_thread():
+        yield received
+        return
     before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield received

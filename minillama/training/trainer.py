@@ -1,337 +1,299 @@
 """One training loop for pre-training, full fine-tuning and LoRA: different data, same loop.
 
     for each step:
-        for each of my micro-batches:     loss = sum of -log p(target) / targets of the whole global batch;   backward
+        for each of my micro-batches:
+            loss = sum of -log p(target) / number of targets in the whole global batch
+            backward
         sum gradients over ranks  ->  clip their global norm  ->  AdamW at learning_rate(step)
 
-The loss is divided by the targets of the *global* batch, counted before the first forward, so any split of one global batch into
-ranks and micro-batches gives the same gradient. Everything random follows from (seed, step, micro-batch): no generator's state
-is carried from step to step, and a resumed run needs only the step.
+The loss is divided by the targets of the *global* batch, counted before the first forward, so any
+split of one global batch into ranks and micro-batches gives the same gradient. Everything random
+follows from (seed, step, micro-batch): no generator's state is carried from step to step, and a
+resumed run needs only the step.
 """
 
 import math
-import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
-from minillama import comm, device, loss_curves, ops
-from minillama.checkpoint import hf_format as checkpoints
+from minillama import comm, device, loss_curves
 from minillama.checkpoint import train_state
-from minillama.data.show import show_batch
 from minillama.data.windows import Batch
 from minillama.errors import UserError
-from minillama.lora import save_adapter
+from minillama.files import write_json
 from minillama.memory import device_memory
 from minillama.ops import Documents
-from minillama.parallel.sharded_optimizer import ShardedOptimizer
-from minillama.threads import choose_num_threads, ranks_on_machine
-from minillama.tokenizer import Tokenizer
 from minillama.train_config import TrainConfig
-from minillama.training import metrics, run
-from minillama.training.dry_run import training_flops
+from minillama.training.messages import describe_start, describe_stop
+from minillama.training.metrics import TrainingLog
+from minillama.training.run import FinishedRun, Run, prepare
+from minillama.training.run_directory import ResumePoint
+from minillama.training.saving import save_checkpoint, write_final
+from minillama.training.schedule import learning_rate
 from minillama.training.signals import listening
+from minillama.training.summary import StepHistory, Stopped, Summary, throughput
 
 MAX_SKIPPED_IN_A_ROW = 5  # overflows of fp16 end with its smallest loss scale instead
 
 
-def learning_rate(step: int, total: int, settings: TrainConfig) -> float:
-    """The rate of update `step`, counted from 0, of `total`: transformers' rule, where the first update of a warm-up is at 0.
-    1. warm-up: a straight line from 0;  2. constant: stay;  3. linear or cosine: down to min_learning_rate at `total`."""
-    peak, low, kind = settings.learning_rate, settings.min_learning_rate, settings.lr_scheduler_type
-    warmup = (
-        0
-        if kind == "constant"
-        else settings.warmup_steps or math.ceil(total * settings.warmup_ratio)
-    )
-    if step < warmup:
-        return peak * step / warmup
-    if kind.startswith("constant"):
-        return peak
-    progress = min(1.0, (step - warmup) / max(1, total - warmup))
-    share = 1.0 - progress if kind == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))
-    return low + (peak - low) * share
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step came to. Both are as computed, even if they are not finite."""
+
+    loss: float  # mean over the targets of the global batch
+    grad_norm: float  # before clipping
 
 
 class Trainer:
-    """A run in progress: model, optimizer, plan, and where they stand."""
+    """A run in progress: what it is made of, and where it stands."""
 
-    def __init__(self, settings: TrainConfig, mesh: comm.Mesh, stop: Sequence[str] = ()) -> None:
-        self.settings, self.mesh, self.out_dir, self.stop = (
-            settings,
-            mesh,
-            Path(settings.out_dir),
-            stop,
-        )
-        settings = run.with_embedded_data(settings, mesh)
-        device.allow_tf32(settings.tf32)
-        ops.choose(settings.ops)
-        self.tokenizer: Tokenizer = run.build_tokenizer(settings)
-        self.model, self.lora = run.build_model(settings, self.tokenizer, mesh)
-        num_threads = choose_num_threads(self.model.config.parameter_count(), ranks_on_machine())
-        torch.set_num_threads(settings.threads or num_threads)
-        self.plan, self.eval_plan, self.template = run.build_plans(
-            settings, self.tokenizer, self.model.config, mesh
-        )
-        self.optimizer = ShardedOptimizer(self.model.named_parameters(), mesh, settings)
-        self.step = self.tokens = self.skipped = self.skipped_in_a_row = self.saved_step = 0
-        self.base = (
-            str(checkpoints.find_checkpoint(Path(settings.ckpt)).resolve()) if settings.ckpt else ""
-        )
+    def __init__(self, run: Run, stop: Sequence[str] = ()) -> None:
+        """stop: a list that a signal handler fills (`signals.listening`)."""
+        self.run = run
+        self.config = run.config
+        self.mesh = run.mesh
+        self.model = run.model
+        self.optimizer = run.optimizer
+        self.stop = stop
+        self.total_steps = run.train_batches.total_steps
+        self.step = 0  # updates done
+        self.tokens = 0  # trained on
+        self.skipped = 0  # steps without an update, because something was not finite
+        self.skipped_in_a_row = 0
+        self.saved_step = 0  # of the newest checkpoint
+        self.eval_loss: float | None = None  # of the newest evaluation
+        self.history = StepHistory()
+        if run.resume_point is not None:
+            self.resume(run.resume_point)
 
-    def resume(self, checkpoint: Path) -> None:
-        """Go on from a checkpoint: weights, moments, step, loss scale."""
-        state = train_state.read_state(checkpoint)
-        self.optimizer.load_state(
-            partial(train_state.slice_reader, checkpoint), state["updates"], state["loss_scale"]
-        )
-        self.step = self.saved_step = state["step"]
-        self.tokens, self.skipped = state["tokens"], state["skipped"]
-
-    def run(self, log: metrics.TrainingLog) -> dict[str, Any] | None:
-        """Train to the last step, save final/, and return the summary; None where a signal stopped the run, its state saved."""
-        settings, total, losses, durations = self.settings, self.plan.total_steps, [], []
-        started_tokens, eval_loss = self.tokens, None
-        while self.step < total:
-            began, epoch = time.perf_counter(), self.plan.locate(self.step)[0]
-            batches, rate = (
-                self.plan.micro_batches(self.step),
-                learning_rate(self.step, total, settings),
-            )
+    def train(self) -> Summary | Stopped:
+        """Train to the last step and write final/; or stop, with the state saved, at a signal."""
+        run = self.run
+        log = TrainingLog(run.out_dir, self.total_steps, self.step, self.mesh.is_first)
+        while self.step < self.total_steps:
+            started = time.perf_counter()
+            batches = run.train_batches.micro_batches(self.step)
+            rate = learning_rate(self.step, self.total_steps, self.config)
             result = self.update(batches, rate)
-            if result is None:
-                self.save_checkpoint(log)
+            if isinstance(result, Stopped):
+                is_saved = self.save_checkpoint(log)
                 log.close()
-                return None
-            loss, norm = result
-            losses.append(loss)
-            durations.append(time.perf_counter() - began)
-            tokens = sum(len(batch.tokens) for batch in batches)
-            self.step, self.tokens = self.step + 1, self.tokens + tokens
-            speed = tokens / durations[-1] / self.mesh.size
-            log.step(loss, speed)
-            scale = (
-                {"loss_scale": self.optimizer.loss_scale.scale} if self.optimizer.loss_scale else {}
-            )
-            if self.step % settings.logging_steps == 0 or self.step in (1, total):
-                log.record(
-                    {
-                        "step": self.step,
-                        "epoch": round(self.plan.epoch_at(self.step), 4),
-                        "loss": loss,
-                        "learning_rate": rate,
-                        "grad_norm": norm,
-                        "skipped": self.skipped,
-                        **scale,
-                        **self._rates(speed, [n for batch in batches for n in batch.lengths]),
-                    }
-                )
-            new_epoch = self.plan.locate(self.step)[0] != epoch
-            if self.eval_plan and (
-                self._is_due(settings.eval_strategy, settings.eval_steps, new_epoch)
-                or self.step == total
-            ):
-                eval_loss = self.evaluate()
-                log.record(
-                    {
-                        "step": self.step,
-                        "epoch": self.plan.epoch_at(self.step),
-                        "eval_loss": eval_loss,
-                    }
-                )
-                log.say(f"step {self.step}: validation loss {eval_loss:.4f}")
-            if (
-                self._is_due(settings.save_strategy, settings.save_steps, new_epoch)
-                and self.step < total
-            ):
+                return replace(result, is_saved=is_saved)
+            seconds = time.perf_counter() - started
+            self.step += 1
+            self.log_step(log, result, rate, batches, seconds)
+            if self.is_evaluation_due():
+                self.log_evaluation(log)
+            if self.is_checkpoint_due():
                 self.save_checkpoint(log)
-        self.save_model(self.out_dir / "final")
-        finite = [loss for loss in losses if math.isfinite(loss)]
-        speed = (self.tokens - started_tokens) / max(sum(durations), 1e-9) / self.mesh.size
-        return {
-            "train_loss": sum(finite) / len(finite) if finite else None,
-            "last_loss": finite[-1] if finite else None,
-            "eval_loss": eval_loss,
-            "steps": self.step,
-            "step_seconds": round(sum(durations) / max(1, len(durations)), 4),
-            "skipped_steps": self.skipped,
-            "seconds": round(log.close(), 2),
-            "trainable_parameters": self.optimizer.num_trained,
-            **self._rates(speed, self.plan.windows.length.tolist()),
-        }
+        if self.mesh.is_first:
+            write_final(run)
+        return self.summary(seconds=log.close())
 
-    def update(self, batches: list[Batch], rate: float) -> tuple[float, float] | None:
-        """One optimizer step on a global batch; returns (mean loss per target, gradient norm before clipping).
-        A loss or norm that is not finite leaves the weights as they were, and is returned as it is. None: a signal reached some rank, so
-        all ranks gave the step up between two micro-batches."""
-        targets, size = max(1, sum(batch.targets for batch in batches)), self.mesh.size
+    def update(self, batches: list[Batch], rate: float) -> StepResult | Stopped:
+        """One optimizer step on a global batch, unless its loss or gradient is not finite."""
+        num_ranks = self.mesh.size
+        num_targets = max(1, sum(batch.targets for batch in batches))
+        losses = torch.zeros(len(batches), device=self.mesh.device)  # fp32; each from one rank
         self.optimizer.zero_grad()
-        losses = torch.zeros(
-            len(batches), device=self.mesh.device
-        )  # fp32, as the losses are: each is one rank's
-        for first in range(0, len(batches), size):  # micro-batch a·N + r is rank r's
+        for first in range(0, len(batches), num_ranks):
             if comm.any_rank(self.mesh, bool(self.stop)):
-                return None
-            number, loss = first + self.mesh.rank, None
-            if number < len(batches):
-                drawn = np.random.SeedSequence(
-                    (self.settings.seed, self.step, number)
-                ).generate_state(1)[0]  # dropout's
-                with device.seeded(int(drawn), self.mesh.device):
-                    loss = self._loss_sum(batches[number]) / targets
-                losses[number] = loss.detach()
-            self.optimizer.backward(loss, min(size, len(batches) - first))
-        loss = sum(comm.all_reduce_sum(self.mesh, losses).tolist())
-        norm, updated = self.optimizer.step(rate, self.settings.max_grad_norm, math.isfinite(loss))
-        self.skipped += not updated
-        is_overflow = math.isfinite(loss) and self.optimizer.loss_scale is not None
-        self.skipped_in_a_row = 0 if updated or is_overflow else self.skipped_in_a_row + 1
+                signal = self.stop[0] if self.stop else ""
+                return Stopped(signal, self.step)
+            index = first + self.mesh.rank  # micro-batch first + r is rank r's
+            loss = None
+            if index < len(batches):
+                with device.seeded(self.dropout_seed(index), self.mesh.device):
+                    loss = self.loss_sum(batches[index]) / num_targets
+                losses[index] = loss.detach()
+            active_ranks = min(num_ranks, len(batches) - first)
+            self.optimizer.backward(loss, active_ranks)
+        mean_loss = sum(comm.all_reduce_sum(self.mesh, losses).tolist())
+        max_norm = self.config.max_grad_norm
+        step = self.optimizer.step(rate, max_norm, loss_is_finite=math.isfinite(mean_loss))
+        self.count_skipped(step.updated, mean_loss)
+        return StepResult(mean_loss, step.norm)
+
+    def dropout_seed(self, micro_batch: int) -> int:
+        """The seed of one micro-batch's dropout, the same whichever rank computes it."""
+        sequence = np.random.SeedSequence((self.config.seed, self.step, micro_batch))
+        return int(sequence.generate_state(1)[0])
+
+    def loss_sum(self, batch: Batch) -> torch.Tensor:
+        """The sum of -log p over the targets of a micro-batch, ()."""
+        where = self.mesh.device
+        tokens = torch.from_numpy(batch.tokens).unsqueeze(0).to(where)  # (1, T)
+        labels = torch.from_numpy(batch.labels).unsqueeze(0).to(where)  # (1, T)
+        return self.model.loss_sum(tokens, labels, Documents(batch.lengths, where))
+
+    def count_skipped(self, updated: bool, loss: float) -> None:
+        """Count a step without an update. Raises UserError if there were too many in a row."""
+        if updated:
+            self.skipped_in_a_row = 0
+            return
+        self.skipped += 1
+        if math.isfinite(loss) and self.optimizer.loss_scale is not None:
+            self.skipped_in_a_row = 0  # fp16 is still looking for its loss scale
+            return
+        self.skipped_in_a_row += 1
         if self.skipped_in_a_row == MAX_SKIPPED_IN_A_ROW:
             where = self.optimizer.first_non_finite() or "the loss"
             raise UserError(
-                f"step {self.step}: loss {loss} or its gradient (first: {where}) was not finite {self.skipped_in_a_row} steps "
-                f"in a row; lower --learning_rate, or look for broken records in the data; checkpoints are in {self.out_dir}"
+                f"step {self.step}: loss {loss} or its gradient (first: {where}) was not finite "
+                f"{self.skipped_in_a_row} steps in a row; lower --learning_rate, or look for "
+                f"broken records in the data; checkpoints are in {self.run.out_dir}"
             )
-        return loss, norm
-
-    def _loss_sum(self, batch: Batch) -> torch.Tensor:
-        where = self.mesh.device
-        tokens, labels = (
-            torch.from_numpy(x).unsqueeze(0).to(where) for x in (batch.tokens, batch.labels)
-        )  # (1, T)
-        return self.model.loss_sum(tokens, labels, Documents(batch.lengths, where))
 
     @torch.no_grad()
     def evaluate(self) -> float:
-        """The mean loss per target of the validation data."""
+        """The mean loss per target of the evaluation data."""
+        plan = self.run.eval_batches
+        assert plan is not None, "evaluate is called only if there is evaluation data"
         self.model.eval()
-        total, targets = 0.0, 0
-        for step in range(self.eval_plan.total_steps):
-            batches = self.eval_plan.micro_batches(step)
-            targets += sum(batch.targets for batch in batches)
-            total += sum(
-                float(self._loss_sum(batch)) for batch in batches[self.mesh.rank :: self.mesh.size]
-            )
+        loss = 0.0
+        num_targets = 0
+        for step in range(plan.total_steps):
+            batches = plan.micro_batches(step)
+            num_targets += sum(batch.targets for batch in batches)
+            for batch in batches[self.mesh.rank :: self.mesh.size]:
+                loss += float(self.loss_sum(batch))
         self.model.train()
-        return sum(comm.gather_objects(self.mesh, total)) / targets
+        return sum(comm.gather_objects(self.mesh, loss)) / num_targets
 
-    def _is_due(self, strategy: str, every: int, new_epoch: bool) -> bool:
-        return self.step % every == 0 if strategy == "steps" else strategy == "epoch" and new_epoch
+    def is_evaluation_due(self) -> bool:
+        if self.run.eval_batches is None:
+            return False
+        is_last = self.step == self.total_steps
+        return is_last or self.is_due(self.config.eval_strategy, self.config.eval_steps)
 
-    def _rates(self, speed: float, lengths: list[int]) -> dict[str, Any]:
-        """What records and the summary both tell. speed: tokens a second on each device, in documents of these lengths."""
-        sequence = sum(n * n for n in lengths) / sum(
-            lengths
-        )  # the document length that a token sees, on average
-        tflops, peak = (
-            speed * training_flops(self.model.config, 1.0, sequence) / 1e12,
-            self.settings.peak_tflops,
-        )
+    def is_checkpoint_due(self) -> bool:
+        is_last = self.step == self.total_steps  # then final/ is written
+        return not is_last and self.is_due(self.config.save_strategy, self.config.save_steps)
+
+    def is_due(self, strategy: str, every: int) -> bool:
+        """Whether the step just taken is one of `every` steps, or the last of its epoch."""
+        if strategy != "epoch":
+            return strategy == "steps" and self.step % every == 0
+        epoch, _ = self.run.train_batches.locate(self.step)
+        epoch_before, _ = self.run.train_batches.locate(self.step - 1)
+        return epoch != epoch_before
+
+    def log_step(
+        self,
+        log: TrainingLog,
+        result: StepResult,
+        rate: float,
+        batches: list[Batch],
+        seconds: float,
+    ) -> None:
+        """Count a step, show it, and record it every `logging_steps` steps."""
+        tokens = sum(len(batch.tokens) for batch in batches)
+        self.tokens += tokens
+        self.history.add(result.loss, seconds, tokens)
+        tokens_per_second = tokens / seconds / self.mesh.size
+        log.step(result.loss, tokens_per_second)
+        is_logged = self.step % self.config.logging_steps == 0
+        if not is_logged and self.step not in (1, self.total_steps):
+            return
+        record = {
+            "step": self.step,
+            "epoch": round(self.run.train_batches.epoch_at(self.step), 4),
+            "loss": result.loss,
+            "learning_rate": rate,
+            "grad_norm": result.grad_norm,
+            "skipped": self.skipped,
+        }
+        if self.optimizer.loss_scale is not None:
+            record["loss_scale"] = self.optimizer.loss_scale.scale
+        lengths = [length for batch in batches for length in batch.lengths]
+        log.record(record | self.figures(tokens_per_second, lengths))
+
+    def log_evaluation(self, log: TrainingLog) -> None:
+        """Evaluate, and record the loss."""
+        self.eval_loss = self.evaluate()
+        epoch = self.run.train_batches.epoch_at(self.step)
+        log.record({"step": self.step, "epoch": epoch, "eval_loss": self.eval_loss})
+        log.print(f"step {self.step}: validation loss {self.eval_loss:.4f}")
+
+    def figures(self, tokens_per_second: float, lengths: Sequence[int]) -> Summary:
+        """What records and the summary both hold: tokens, speed of a device, memory."""
         return {
             "tokens": self.tokens,
-            "tokens_per_second": round(speed, 2),
-            "tflops": round(tflops, 4),
-            "mfu": tflops / peak if peak else None,
+            **throughput(self.model.config, tokens_per_second, lengths, self.config.peak_tflops),
             "peak_memory_bytes": device_memory(self.mesh.device).peak,
         }
 
-    def save_checkpoint(self, log: metrics.TrainingLog) -> None:
-        """Write checkpoints/step-N; where that fails, say so loudly and go on: the checkpoints before it are still there."""
-        if self.saved_step == self.step:
-            return
-        self.saved_step = self.step
-        optimizer = self.optimizer.state()
-        state = {
-            "step": self.step,
-            "tokens": self.tokens,
-            "skipped": self.skipped,
-            "updates": optimizer.updates,
-            "rows_per_step": self.plan.rows_per_step,
-            "loss_scale": optimizer.loss_scale,
+    def summary(self, seconds: float) -> Summary:
+        """What summary.json holds. seconds: since training began."""
+        losses = self.history.finite_losses
+        tokens_per_second = self.history.tokens_per_second / self.mesh.size
+        lengths = self.run.train_batches.windows.length.tolist()
+        return {
+            "train_loss": sum(losses) / len(losses) if losses else None,
+            "last_loss": losses[-1] if losses else None,
+            "eval_loss": self.eval_loss,
+            "steps": self.step,
+            "step_seconds": round(self.history.seconds_per_step, 4),
+            "skipped_steps": self.skipped,
+            "seconds": round(seconds, 2),
+            "trainable_parameters": self.optimizer.num_trained,
+            **self.figures(tokens_per_second, lengths),
         }
-        slices = [(part.start, part.tensors) for part in optimizer.slices]
-        problem = train_state.save_state(
-            self.out_dir,
-            self.step,
-            self.mesh,
-            slices,
-            state,
-            self.save_model,
-            self.settings.save_total_limit,
-        )
+
+    def save_checkpoint(self, log: TrainingLog) -> bool:
+        """Write checkpoints/step-N, and return whether this step is saved; if not, train on."""
+        if self.saved_step == self.step:
+            return True
+        problem = save_checkpoint(self.run, self.step, self.tokens, self.skipped)
         if problem:
-            log.say(
+            log.print(
                 f"WARNING: step {self.step}: no checkpoint was written: {problem}; training goes on"
             )
+            return False
+        self.saved_step = self.step
+        return True
 
-    def save_model(self, path: Path) -> None:
-        """Write the model, or the adapter alone, as a directory that transformers or peft opens."""
-        if not self.mesh.is_first:
-            return
-        about = {
-            "template": self.template,
-            "made_by": "minillama train.py",
-            "base": self.base,
-            "settings": asdict(self.settings),
-        }
-        if self.lora is None:
-            checkpoints.save_model(self.model, path, self.tokenizer)
-        else:
-            save_adapter(self.model, self.lora, path, self.base)
-            checkpoints.copy_tokenizer(self.tokenizer.path, path)
-        checkpoints.write_json(path / "minillama.json", about)
+    def resume(self, point: ResumePoint) -> None:
+        """Continue from a checkpoint: weights, moments, loss scale, and what has been counted."""
+        state = point.state
+        open_vector = partial(train_state.slice_reader, point.directory)
+        self.optimizer.load_state(open_vector, state["updates"], state["loss_scale"])
+        self.step = state["step"]
+        self.saved_step = state["step"]
+        self.tokens = state["tokens"]
+        self.skipped = state["skipped"]
 
 
-def train(settings: TrainConfig, mesh: comm.Mesh, overwrite: bool = False) -> dict[str, Any] | None:
-    """Run, or go on with, the training that `settings` describe; returns the summary, which is also in out_dir/summary.json.
-    None: a signal stopped the run, and its state is saved."""
-    checkpoint, finished = run.prepare_directory(settings, mesh, overwrite)
-    if finished is not None:
-        mesh.print(
-            f"{settings.out_dir}: this run is finished; --overwrite_output_dir starts it over"
-        )
-        return finished
-    if checkpoint:
-        settings = run.with_global_batch(
-            settings, mesh, train_state.read_state(checkpoint)["rows_per_step"]
-        )
+def train(
+    config: TrainConfig, mesh: comm.Mesh | None = None, overwrite: bool = False
+) -> Summary | Stopped:
+    """Start, or continue, the run that `config` describes.
+
+    mesh: None: this process is started as torchrun's environment says, alone if there is none.
+    overwrite: delete the run that is in config.out_dir.
+    Returns what is in out_dir/summary.json, or `Stopped` if a signal ended training before.
+    """
+    if mesh is None:
+        with comm.start(config.device) as own_mesh:
+            return train(config, own_mesh, overwrite)
     with listening() as stop:
-        trainer = Trainer(settings, mesh, stop)
-        mesh.print(
-            f"model: {sum(p.numel() for p in trainer.model.parameters()):,} parameters, {trainer.optimizer.num_trained:,} trained; "
-            f"{trainer.plan.total_steps:,} steps on {mesh.size} × {mesh.device.type}"
-        )
-        if checkpoint:
-            trainer.resume(checkpoint)
-            mesh.print(f"resuming {checkpoint} at step {trainer.step}, {trainer.tokens:,} tokens")
-        summary = trainer.run(
-            metrics.TrainingLog(
-                trainer.out_dir, trainer.plan.total_steps, trainer.step, mesh.is_first
-            )
-        )
-        if summary is None:
-            signal = stop[0] if stop else "a signal to another rank"
+        run = prepare(config, mesh, overwrite)
+        if isinstance(run, FinishedRun):
             mesh.print(
-                f"stopped by {signal} after step {trainer.step}; the same command goes on from there"
+                f"{config.out_dir}: this run is finished; --overwrite_output_dir starts it over"
             )
+            return run.summary
+        mesh.print(describe_start(run))
+        outcome = Trainer(run, stop).train()
+        if isinstance(outcome, Stopped):
+            mesh.print(describe_stop(outcome))
         elif mesh.is_first:
-            checkpoints.write_json(trainer.out_dir / "summary.json", summary)
-            loss_curves.plot_loss(trainer.out_dir, settings.plot_loss)
+            write_json(run.out_dir / "summary.json", outcome)
+            loss_curves.plot_loss(run.out_dir, config.plot_loss)
         comm.barrier(mesh)
-    return summary
-
-
-def show_first_batch(settings: TrainConfig, mesh: comm.Mesh) -> str:
-    """The text of step 0's first micro-batch, with the trained tokens marked."""
-    settings = run.with_embedded_data(settings, mesh)
-    tokenizer = run.build_tokenizer(settings)
-    plan, _, template = run.build_plans(
-        settings, tokenizer, run.model_config(settings, tokenizer.size), mesh
-    )
-    return f"template: {template}\n{show_batch(tokenizer, plan.micro_batches(0)[0], color=sys.stdout.isatty())}"
+        return outcome

@@ -21,6 +21,7 @@ from minillama.generation.loading import load_with_adapters
 from minillama.generation.sampling import Sampling
 from minillama.memory import device_memory
 from minillama.training import trainer
+from minillama.training.summary import Stopped
 from tests.conftest import TEXTS, generate
 from tests.ranks import run_on_ranks
 from tests.vendor import ascend, cambricon, fake_device, sophgo
@@ -95,7 +96,7 @@ def stop_and_resume(name: str, folder: Path) -> list[float]:
     wanted = settings(folder, "resumed", zero_stage=1)
     with comm.start(timeout_minutes=1) as mesh:
         trainer.Trainer.update = signalled
-        assert trainer.train(wanted, mesh) is None
+        assert isinstance(trainer.train(wanted, mesh), Stopped)
         trainer.Trainer.update = update
         assert trainer.train(wanted, mesh)["steps"] == 3
     return losses(wanted.out_dir)

@@ -1,0 +1,143 @@
+"""The data of a run: from the settings to the batches of every step.
+
+    files --> token cache --> documents --> training windows --> BatchPlan, for training
+                                       `--> those held out   --> BatchPlan, for evaluation
+
+Rank 0 tokenizes what is not in the cache; the other ranks wait, and then open the same files.
+"""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from minillama import comm
+from minillama.checkpoint.hf_format import read_about
+from minillama.data.batches import BatchPlan, split_documents
+from minillama.data.demo import write_demo
+from minillama.data.token_cache import open_data
+from minillama.data.tokenize import DataOptions
+from minillama.data.windows import TrainingWindows
+from minillama.errors import UserError
+from minillama.llama_config import LlamaConfig
+from minillama.tokenizer import Tokenizer, open_tokenizer
+from minillama.train_config import TrainConfig
+
+EMBEDDED = ("demo", "demo_lora")  # names of the data that the package makes itself
+DEFAULT_LENGTH = 1024  # longest row, if neither the settings nor the model's context say less
+
+
+@dataclass(frozen=True)
+class RunData:
+    """What a run trains on and is evaluated on."""
+
+    train_batches: BatchPlan
+    eval_batches: BatchPlan | None  # None: nothing is held out
+    template: str  # of the training data
+
+
+def with_embedded_data(config: TrainConfig, mesh: comm.Mesh) -> TrainConfig:
+    """Replace the names `demo` and `demo_lora` by files, which are written to OUT_DIR/data."""
+    named = [name for name in (*config.data, config.tokenizer) if name in EMBEDDED]
+    if not named:
+        return config
+    with comm.first_rank_first(mesh):
+        data, vocabulary = write_demo(named[0], Path(config.out_dir) / "data")
+    is_embedded = config.tokenizer in EMBEDDED
+    return replace(
+        config,
+        data=tuple(str(data) if name in EMBEDDED else name for name in config.data),
+        tokenizer=str(vocabulary) if is_embedded else config.tokenizer,
+        cache_dir=config.cache_dir or str(data.parent / "cache"),
+    )
+
+
+def build_tokenizer(config: TrainConfig, base: Path | None) -> Tokenizer:
+    """The tokenizer that is named, or the checkpoint's."""
+    source = config.tokenizer or base
+    if not source:
+        raise UserError("no vocabulary: name one with --tokenizer tokenizer.model")
+    return open_tokenizer(Path(source))
+
+
+def build_data(
+    config: TrainConfig,
+    base: Path | None,
+    tokenizer: Tokenizer,
+    llama: LlamaConfig,
+    mesh: comm.Mesh,
+) -> RunData:
+    """Open the data sets, tokenizing raw files once, and lay out the batches of all steps."""
+    max_length = row_length(config, llama)
+    if max_length > llama.max_seq_len:
+        raise UserError(
+            f"max_length = {max_length} exceeds the model's context of {llama.max_seq_len}"
+        )
+    template = _default_template(config, base)
+    options = DataOptions(
+        data_format=config.data_format,
+        template=config.template,
+        default_template=template,
+        append_eod=config.append_eod,
+        skip_bad_records=config.skip_bad_records,
+        dataset_dir=config.dataset_dir,
+        cache_dir=config.cache_dir,
+        workers=config.workers,
+        quiet=not mesh.is_first,
+    )
+    held_out = None
+    with comm.first_rank_first(mesh):
+        dataset = open_data(config.data, tokenizer, options)
+        if config.eval_data:
+            held_out = open_data(config.eval_data, tokenizer, options)
+
+    train_documents = None  # all of them
+    eval_windows = None
+    if held_out is not None:
+        eval_windows = TrainingWindows(held_out, max_length)
+    elif config.validation_split:
+        train_documents, eval_documents = split_documents(
+            len(dataset), config.validation_split, config.seed
+        )
+        eval_windows = TrainingWindows(dataset, max_length, eval_documents)
+    train_windows = TrainingWindows(dataset, max_length, train_documents)
+    mesh.print(f"data: {train_windows.summary()}")
+
+    return RunData(
+        train_batches=_train_plan(train_windows, config, mesh),
+        eval_batches=_eval_plan(eval_windows, config, mesh) if eval_windows else None,
+        template=dataset.meta.get("template") or template,
+    )
+
+
+def row_length(config: TrainConfig, llama: LlamaConfig) -> int:
+    """The longest row of a batch, in tokens."""
+    return config.max_length or min(llama.max_seq_len, DEFAULT_LENGTH)
+
+
+def _default_template(config: TrainConfig, base: Path | None) -> str:
+    """The template of raw files: the one named, else the checkpoint's own, else alpaca's."""
+    about = read_about(base) if base else {}
+    return config.template or about.get("template") or "alpaca"
+
+
+def _train_plan(windows: TrainingWindows, config: TrainConfig, mesh: comm.Mesh) -> BatchPlan:
+    rows_per_rank = config.per_device_train_batch_size * config.gradient_accumulation_steps
+    return BatchPlan(
+        windows,
+        rows_per_step=rows_per_rank * mesh.size,
+        rows_per_micro_batch=config.per_device_train_batch_size,
+        seed=config.seed,
+        packing=config.packing,
+        epochs=config.num_train_epochs,
+        max_steps=config.max_steps,
+    )
+
+
+def _eval_plan(windows: TrainingWindows, config: TrainConfig, mesh: comm.Mesh) -> BatchPlan:
+    return BatchPlan(
+        windows,
+        rows_per_step=config.per_device_eval_batch_size * mesh.size,
+        rows_per_micro_batch=config.per_device_eval_batch_size,
+        seed=0,
+        packing=config.packing,
+        shuffle=False,
+    )

@@ -1,0 +1,47 @@
+"""The lines that a run prints when it starts, when a signal stops it, and when it is finished."""
+
+from pathlib import Path
+
+from minillama.training.run import Run
+from minillama.training.summary import Stopped, Summary, gigabytes
+
+
+def describe_start(run: Run) -> str:
+    """What is trained, for how long, and where it continues."""
+    total = sum(parameter.numel() for parameter in run.model.parameters())
+    text = (
+        f"model: {total:,} parameters, {run.optimizer.num_trained:,} trained; "
+        f"{run.train_batches.total_steps:,} steps on {run.mesh.size} × {run.mesh.device.type}"
+    )
+    if run.resume_point is not None:
+        directory = run.resume_point.directory
+        state = run.resume_point.state
+        text += f"\nresuming {directory} at step {state['step']}, {state['tokens']:,} tokens"
+    return text
+
+
+def describe_stop(stopped: Stopped) -> str:
+    """Where a run stopped, and what can be typed next."""
+    signal = stopped.signal or "a signal to another rank"
+    remedy = "the same command goes on from there"
+    if not stopped.is_saved:
+        remedy = "no checkpoint holds that step: the same command goes on from the one before it"
+    return f"stopped by {signal} after step {stopped.step}; {remedy}"
+
+
+def closing_message(out_dir: Path, summary: Summary) -> str:
+    """What came of the run, and the command to type next."""
+    loss = "no finite loss"
+    if summary["last_loss"] is not None:
+        loss = f"loss {summary['last_loss']:.4f}"
+    if summary["eval_loss"] is not None:
+        loss += f", validation loss {summary['eval_loss']:.4f}"
+    command = f"python generate.py --ckpt {out_dir} --chat"
+    if out_dir.name.startswith("demo"):
+        command = f"python eval.py --task demo --ckpt {out_dir}   or   {command}"
+    return (
+        f"{summary['steps']:,} steps, {summary['tokens']:,} tokens, {loss}, "
+        f"{summary['seconds']:.0f} s, {summary['tokens_per_second']:,.0f} tokens/s per device, "
+        f"peak memory {gigabytes(summary['peak_memory_bytes'])}\n"
+        f"next: {command}"
+    )

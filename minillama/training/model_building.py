@@ -1,0 +1,179 @@
+"""The model of a run: from the settings and a checkpoint to a `Llama` that is ready to train.
+
+    architecture    config.json of the checkpoint; from scratch: a published size, or the shape keys
+    weights         the checkpoint's, grown to the tokenizer's vocabulary; from scratch: drawn
+    adapters        LoRA, new or from a PEFT directory; the other weights are then frozen
+    recomputation   layers that keep their input alone for backward
+
+What the parts do is elsewhere: `model`, `lora`, `checkpoint.hf_format`. Here is only their order,
+and what a user can get wrong about it.
+"""
+
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from minillama import comm, hf_config
+from minillama.checkpoint.hf_format import empty_model, find_checkpoint, load_model
+from minillama.device import compute_dtype
+from minillama.errors import UserError
+from minillama.llama_config import LlamaConfig, ffn_width, with_layers
+from minillama.lora import WHOLE, LoraConfig, add_lora, load_adapter, resolve_names
+from minillama.model import Llama
+from minillama.tokenizer import Tokenizer
+from minillama.train_config import TrainConfig
+
+SHAPE_KEYS = ("n_layers", "dim", "n_heads", "n_kv_heads", "ffn_dim", "vocab_size")
+OTHER_SHAPES = "1.1b"  # its context and epsilon are those of a shape that was never published
+
+
+def find_base(config: TrainConfig) -> Path | None:
+    """The directory of the checkpoint that a run starts from, or None."""
+    return find_checkpoint(Path(config.ckpt)) if config.ckpt else None
+
+
+def _pretrained(config: TrainConfig, base: Path | None) -> Path | None:
+    """The checkpoint that the weights come from; None: they are drawn."""
+    return base if config.init == "pretrained" else None
+
+
+def model_config(config: TrainConfig, base: Path | None, vocab_size: int = 0) -> LlamaConfig:
+    """The architecture that a run trains.
+
+    base: the checkpoint's directory. vocab_size: of a model from scratch; 0: as published.
+    Raises UserError if the shape keys contradict the checkpoint, or do not make a shape.
+    """
+    keys = {name: getattr(config, name) for name in SHAPE_KEYS}
+    keys = {name: value for name, value in keys.items() if value}
+    pretrained = _pretrained(config, base)
+    if pretrained is not None:
+        llama = hf_config.read_config(pretrained)
+        _refuse_other_shape(config, llama, keys)
+        return with_layers(llama, config.n_layers) if config.n_layers else llama
+    if not config.model:
+        keys = _complete_shape(keys)
+    llama = hf_config.published(config.model or OTHER_SHAPES)
+    if "dim" in keys or "n_heads" in keys:
+        keys["head_dim"] = _head_dim(keys.get("dim", llama.dim), keys.get("n_heads", llama.n_heads))
+    keys.setdefault("vocab_size", vocab_size or llama.vocab_size)
+    return replace(
+        llama,
+        **keys,
+        max_seq_len=config.context or llama.max_seq_len,
+        initializer_range=config.initializer_range,
+    )
+
+
+def _refuse_other_shape(config: TrainConfig, llama: LlamaConfig, keys: dict[str, int]) -> None:
+    """Raise UserError if a shape key differs from the checkpoint; it may be cut and grown."""
+    for name, value in keys.items():
+        actual = getattr(llama, name)
+        if value != actual and name not in ("n_layers", "vocab_size"):
+            raise UserError(
+                f"{name} = {value}, but {config.ckpt} has {actual}; leave it out, "
+                "or add --init scratch"
+            )
+
+
+def _complete_shape(keys: dict[str, int]) -> dict[str, int]:
+    """Add LLaMA's proportions for the shape keys that were left out."""
+    missing = [name for name in ("dim", "n_layers", "n_heads") if name not in keys]
+    if missing:
+        flags = " --".join(missing)
+        raise UserError(f"training from scratch needs a shape: --model 110m, or --{flags}")
+    defaults = {"n_kv_heads": keys["n_heads"], "ffn_dim": ffn_width(keys["dim"], 32)}
+    return defaults | keys
+
+
+def _head_dim(dim: int, n_heads: int) -> int:
+    if dim % n_heads:
+        raise UserError(f"dim = {dim} is not a multiple of n_heads = {n_heads}")
+    return dim // n_heads
+
+
+def lora_config(config: TrainConfig) -> LoraConfig:
+    """The adapter that the settings describe."""
+    return LoraConfig(
+        rank=config.lora_rank,
+        alpha=config.lora_alpha or 2.0 * config.lora_rank,
+        dropout=config.lora_dropout,
+        targets=resolve_names(config.lora_targets),
+        modules_to_save=resolve_names(config.modules_to_save),
+        use_rslora=config.use_rslora,
+    )
+
+
+def build_model(
+    config: TrainConfig,
+    base: Path | None,
+    llama: LlamaConfig,
+    tokenizer: Tokenizer,
+    mesh: comm.Mesh,
+) -> tuple[Llama, LoraConfig | None]:
+    """The model on its device, and the configuration of its adapters (None: all of it is trained).
+
+    llama: what `model_config` says. Everything that is drawn follows from config.seed.
+    """
+    dtype, warning = compute_dtype(config.precision, mesh.device)
+    if warning:
+        mesh.print(f"warning: {warning}")
+    generator = torch.Generator().manual_seed(config.seed)
+    pretrained = _pretrained(config, base)
+    if pretrained is not None:
+        _refuse_untrained_rows(config, llama, tokenizer)
+        model = load_model(pretrained, dtype, config.n_layers, tokenizer.size)
+    else:
+        model = _initial_model(llama, tokenizer, generator).to(dtype)
+    lora = _add_adapters(model, config, generator)
+    if config.gradient_checkpointing:
+        recompute_activations(model.model.layers)
+    return model.to(mesh.device).train(), lora
+
+
+def _refuse_untrained_rows(config: TrainConfig, llama: LlamaConfig, tokenizer: Tokenizer) -> None:
+    trains_all_rows = not config.lora or set(WHOLE) <= set(config.modules_to_save)
+    if tokenizer.size > llama.vocab_size and not trains_all_rows:
+        raise UserError(
+            f"{tokenizer.path} has {tokenizer.size} pieces, more than the checkpoint's embedding "
+            "has rows; the new rows would never be trained: "
+            "add --modules_to_save embed_tokens,lm_head"
+        )
+
+
+def _initial_model(llama: LlamaConfig, tokenizer: Tokenizer, generator: torch.Generator) -> Llama:
+    """A model with random weights, in fp32."""
+    if llama.vocab_size < tokenizer.size:
+        raise UserError(
+            f"vocab_size = {llama.vocab_size} is below the tokenizer's {tokenizer.size} pieces"
+        )
+    eos_ids = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
+    llama = replace(llama, bos_id=tokenizer.bos_id or 0, eos_ids=eos_ids)
+    return empty_model(llama, torch.float32).initialise(generator)
+
+
+def _add_adapters(
+    model: Llama, config: TrainConfig, generator: torch.Generator
+) -> LoraConfig | None:
+    if not config.lora:
+        return None
+    if config.adapter:
+        return load_adapter(model, Path(config.adapter), config.lora_dropout)
+    lora = lora_config(config)
+    add_lora(model, lora, generator)
+    return lora
+
+
+def recompute_activations(layers: nn.ModuleList) -> None:
+    """Make layers keep only their input (T, C), and compute the rest again in backward.
+
+    Chen et al. 2016: one more forward, about a third of a step's time, for many times the memory.
+    Gradients are the same to the bit, and parameters keep their names.
+    """
+    for layer in layers:
+        recomputed: Any = partial(checkpoint, layer.forward, use_reentrant=False)
+        layer.forward = recomputed

@@ -1,0 +1,63 @@
+"""What a run saves: checkpoints to resume from, and final/.
+
+Each holds the model, or its adapter, as a directory that opens by itself in transformers or peft.
+"""
+
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+
+from minillama.checkpoint import hf_format, train_state
+from minillama.files import write_json
+from minillama.lora import save_adapter
+from minillama.output_directory import new_directory
+from minillama.training.run import Run
+
+
+def save_checkpoint(run: Run, step: int, tokens: int, skipped: int) -> str:
+    """Write checkpoints/step-N. Returns why it was not written, or an empty string.
+
+    Called on every rank, because each writes its own part of the optimizer's state. The numbers are
+    those that have been counted up to this step.
+    """
+    optimizer = run.optimizer.state()
+    state = {
+        "step": step,
+        "tokens": tokens,
+        "skipped": skipped,
+        "updates": optimizer.updates,
+        "rows_per_step": run.train_batches.rows_per_step,
+        "loss_scale": optimizer.loss_scale,
+    }
+    return train_state.save_state(
+        run.out_dir,
+        step,
+        run.mesh,
+        slices=[(part.start, part.tensors) for part in optimizer.slices],
+        state=state,
+        write_model=partial(write_model, run),
+        keep=run.config.save_total_limit,
+    )
+
+
+def write_final(run: Run) -> None:
+    """Write final/, complete or absent. Called on rank 0."""
+    with new_directory(run.out_dir / "final", replace=True) as directory:
+        write_model(run, directory)
+
+
+def write_model(run: Run, directory: Path) -> None:
+    """Write the model, or its adapter alone, and how it was made. Called on rank 0."""
+    base = str(run.base.resolve()) if run.base else ""
+    if run.lora is None:
+        hf_format.save_model(run.model, directory, run.tokenizer)
+    else:
+        save_adapter(run.model, run.lora, directory, base)
+        hf_format.copy_tokenizer(run.tokenizer.path, directory)
+    about = {
+        "template": run.template,
+        "made_by": "minillama train.py",
+        "base": base,
+        "settings": asdict(run.config),
+    }
+    write_json(directory / "minillama.json", about)

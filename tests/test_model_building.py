@@ -1,0 +1,109 @@
+"""Models that are built for a run, and activations that are computed twice."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from minillama.checkpoint.hf_format import load_model
+from minillama.data import demo
+from minillama.errors import UserError
+from minillama.tokenizer import open_tokenizer, train_tokenizer
+from minillama.training.model_building import recompute_activations
+from tests.conftest import random_model
+from tests.runs import flat_weights, loss_of, new_trainer
+
+
+def test_n_layers_takes_the_first_layers_of_the_checkpoint(
+    settings_for: Callable, inputs: Path
+) -> None:
+    trainer, whole = new_trainer(settings_for(n_layers=1)), load_model(inputs / "base")
+    assert trainer.model.config.n_layers == len(trainer.model.model.layers) == 1
+    assert torch.equal(
+        trainer.model.model.layers[0].mlp.up_proj.weight, whole.model.layers[0].mlp.up_proj.weight
+    )
+
+
+def test_a_shape_that_is_not_the_checkpoints_is_refused_not_ignored(settings_for: Callable) -> None:
+    new_trainer(settings_for(dim=24))
+    with pytest.raises(UserError, match=r"dim = 32, but .*base has 24; leave it out"):
+        new_trainer(settings_for(dim=32))
+
+
+def test_a_larger_vocabulary_grows_the_embeddings_by_their_mean(
+    settings_for: Callable, inputs: Path, tmp_path: Path
+) -> None:
+    larger = tmp_path / "larger.model"
+    larger.write_bytes(
+        train_tokenizer(
+            [demo.records(("first",), 50, 0, False)[i]["instruction"] for i in range(50)], 340
+        )
+    )
+    old, new = open_tokenizer(inputs / "tokenizer.model").size, open_tokenizer(larger).size
+    assert new > old
+    trainer = new_trainer(settings_for(tokenizer=str(larger)))
+    before = load_model(inputs / "base").model.embed_tokens.weight
+    rows = trainer.model.model.embed_tokens.weight
+    assert rows.shape[0] == trainer.model.config.vocab_size == new
+    assert torch.equal(rows[:old], before)
+    assert torch.allclose(rows[old:], before.mean(0).expand(new - old, -1), atol=1e-6)
+    with pytest.raises(UserError, match="modules_to_save embed_tokens,lm_head"):
+        new_trainer(settings_for(tokenizer=str(larger), lora=True))
+
+
+def test_a_model_from_scratch_follows_the_keys_and_the_seed(
+    settings_for: Callable, inputs: Path
+) -> None:
+    shape = {
+        "ckpt": "",
+        "init": "scratch",
+        "tokenizer": str(inputs / "tokenizer.model"),
+        "dim": 32,
+        "n_layers": 2,
+        "n_heads": 4,
+        "n_kv_heads": 2,
+        "ffn_dim": 48,
+        "context": 96,
+        "initializer_range": 0.1,
+    }
+    one, same, other = (new_trainer(settings_for(**shape, seed=seed)) for seed in (1, 1, 2))
+    made = one.model.config
+    assert (
+        made.dim,
+        made.n_layers,
+        made.n_heads,
+        made.n_kv_heads,
+        made.ffn_dim,
+        made.head_dim,
+    ) == (32, 2, 4, 2, 48, 8)
+    assert torch.equal(flat_weights(one.optimizer), flat_weights(same.optimizer))
+    assert not torch.equal(flat_weights(one.optimizer), flat_weights(other.optimizer))
+    assert float(one.model.lm_head.weight.detach().std()) == pytest.approx(0.1, rel=0.05)
+
+
+def test_rows_longer_than_the_context_are_refused(settings_for: Callable) -> None:
+    with pytest.raises(UserError, match="max_length = 129 exceeds the model's context of 128"):
+        new_trainer(settings_for(max_length=129))
+
+
+def test_recomputing_activations_gives_the_same_gradients_to_the_bit() -> None:
+    plain, recomputed = random_model(), random_model()
+    recompute_activations(recomputed.model.layers)
+    for model in (plain, recomputed):
+        loss_of(model, 0).backward()
+    assert all(
+        torch.equal(p.grad, recomputed.get_parameter(name).grad)
+        for name, p in plain.named_parameters()
+    )
+
+
+def test_recomputing_runs_each_layer_twice_and_keeps_the_names_of_its_parameters() -> None:
+    model, runs = random_model(), []
+    names = [name for name, _ in model.named_parameters()]
+    recompute_activations(model.model.layers)
+    for layer in model.model.layers:
+        layer.mlp.register_forward_pre_hook(lambda *_: runs.append(1))
+    loss_of(model, 0).backward()
+    assert len(runs) == 2 * len(model.model.layers)
+    assert [name for name, _ in model.named_parameters()] == names
