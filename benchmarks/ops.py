@@ -8,7 +8,7 @@ F.rms_norm, SDPA, F.linear and F.cross_entropy), `chunked` and `by 256` (F.linea
 its own choice of chunks, and with chunks of 256 rows), `compiled` (torch.compile of the reference);
 of AdamW, torch's three. All get the same tensors in fp32; a figure is the median over the rounds,
 in which forms take turns, with the smallest and largest; ratios are taken within a round. Time:
-seconds of the processor, and of the clock. Peak: of a fresh process, over what it held after a
+CPU seconds, and seconds of the clock. Peak: of a fresh process, over what it held after a
 first call. Kept: the bytes of the tensors autograd saves, parameters and inputs (alive anyway)
 aside.
 """
@@ -35,7 +35,8 @@ from torch import Tensor, nn
 from minillama import ops
 from minillama.ops import fused_elementwise, reference
 
-EPS, VOCABULARY = 1e-5, 32000
+EPS = 1e-5
+VOCABULARY = 32000
 FORMS = ("reference", "fused", "torch", "chunked", "by 256", "compiled")
 
 
@@ -171,10 +172,10 @@ def kept(form: Callable[..., Tensor], measured: Measured) -> int:
 
 def peak(measured: Measured, name: str) -> None:
     """Prints how far this fresh process grows over one forward and backward."""
-    form, upstream = measured.form(name), torch.ones_like(reference_output(measured))
-    run(
-        form, measured, upstream
-    )  # what torch itself takes at a first call, compiling included, is not counted
+    form = measured.form(name)
+    assert form is not None
+    upstream = torch.ones_like(reference_output(measured))
+    run(form, measured, upstream)  # what torch takes at a first call is not counted
     Path("/proc/self/clear_refs").write_text("5")  # peak := now
     before = status("VmRSS")
     run(form, measured, upstream)
@@ -197,59 +198,56 @@ def status(field: str) -> int:
 
 
 def report(op: str, T: int, C: int, options: argparse.Namespace) -> None:
+    """Measure the forms in turns, and print a line for each."""
     measured = OPS[op](T, C)
-    forms = {name: form for name in options.forms.split(",") if (form := measured.form(name))}
+    forms = {}
+    for name in options.forms.split(","):
+        form = measured.form(name)
+        if form is not None:
+            forms[name] = form
     upstream = torch.ones_like(reference_output(measured))
     for form in forms.values():
         run(form, measured, upstream)  # warm-up
-    cpu, wall = ({name: [] for name in forms} for _ in range(2))
+    cpu: dict[str, list[float]] = {name: [] for name in forms}  # ms
+    wall: dict[str, list[float]] = {name: [] for name in forms}
     for _ in range(options.rounds):
         for name, form in forms.items():
-            cpu_began, began = time.process_time(), time.perf_counter()
+            cpu_start = time.process_time()
+            wall_start = time.perf_counter()
             for _ in range(options.repeats):
                 run(form, measured, upstream)
-            cpu[name].append((time.process_time() - cpu_began) / options.repeats * 1e3)
-            wall[name].append((time.perf_counter() - began) / options.repeats * 1e3)
+            cpu[name].append((time.process_time() - cpu_start) / options.repeats * 1e3)
+            wall[name].append((time.perf_counter() - wall_start) / options.repeats * 1e3)
     for name, form in forms.items():
         ratios = [a / b for a, b in zip(cpu["reference"], cpu[name], strict=True)]
-        command = [
-            sys.executable,
-            __file__,
-            "--peak",
-            name,
-            "--ops",
-            op,
-            "--tokens",
-            str(T),
-            "--widths",
-            str(C),
-            "--threads",
-            str(options.threads),
-        ]
-        gives_back = os.environ | {
-            "MALLOC_MMAP_THRESHOLD_": "65536"
-        }  # freed tensors leave the process at once
-        done = subprocess.run(command, capture_output=True, text=True, check=True, env=gives_back)
-        grown = json.loads(done.stdout.splitlines()[-1])
+        is_first = name == "reference"
+        peak_mb = peak_of_fresh_process(op, T, C, name, options.threads) / 1e6
+        kept_mb = kept(form, measured) / 1e6
         print(
-            f"{op if name == 'reference' else '':22}"
-            f"{measured.shape if name == 'reference' else '':20}{name:10}{spread(cpu[name]):>28}"
-            f"{spread(ratios, 2) + ' x':>22}{spread(wall[name]):>30}{grown / 1e6:>9.1f}"
-            f"{kept(form, measured) / 1e6:>9.1f}",
+            f"{op if is_first else '':22}{measured.shape if is_first else '':20}{name:10}"
+            f"{spread(cpu[name]):>28}{spread(ratios, 2) + ' x':>22}{spread(wall[name]):>30}"
+            f"{peak_mb:>9.1f}{kept_mb:>9.1f}",
             flush=True,
         )
 
 
+def peak_of_fresh_process(op: str, T: int, C: int, form: str, threads: int) -> int:
+    """Bytes by which a process grows over one forward and backward (`peak`)."""
+    command = [sys.executable, __file__, "--peak", form, "--ops", op]
+    command += ["--tokens", str(T), "--widths", str(C), "--threads", str(threads)]
+    frees_at_once = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=frees_at_once)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
 def report_adamw(options: argparse.Namespace) -> None:
     """AdamW on a flat vector of 28.3 M fp32 weights, beside torch's three."""
-    size, kinds = (
-        28_300_000,
-        {
-            "foreach": {"foreach": True},
-            "for-loop": {"foreach": False},
-            "torch fused": {"fused": True},
-        },
-    )
+    size = 28_300_000
+    kinds = {
+        "foreach": {"foreach": True},
+        "for-loop": {"foreach": False},
+        "torch fused": {"fused": True},
+    }
     grad = torch.randn(size)
     steps: dict[str, Callable[[], object]] = {}
     for name, module in (("reference", reference), ("fused", fused_elementwise)):
@@ -302,9 +300,16 @@ def main() -> None:
         default=1,
         help="1: CPU time means work, not waiting for the other thread",
     )
+    parser.add_argument(
+        "--cache_block",
+        type=int,
+        default=fused_elementwise.CACHE_BLOCK,
+        help="elements of a block in RMSNorm and RoPE; a large number: no blocks",
+    )
     parser.add_argument("--peak", choices=FORMS, help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    fused_elementwise.CACHE_BLOCK = options.cache_block
     sizes = [(int(T), int(C)) for C in options.widths.split(",") for T in options.tokens.split(",")]
     if options.peak:
         peak(OPS[options.ops](*sizes[0]), options.peak)

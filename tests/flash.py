@@ -72,7 +72,7 @@ class _Flash(torch.autograd.Function):
 
 
 def _last_visible_key(q: Tensor, k: Tensor, rows: slice) -> int:
-    """The keys below this are what the block of queries sees: queries stand at the last positions."""
+    """The block of queries sees keys below this: the queries stand at the last positions."""
     return rows.stop + k.shape[-2] - q.shape[-2]
 
 

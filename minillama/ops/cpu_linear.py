@@ -8,7 +8,7 @@
                        products of fp32 copies, rounded once
 
 `linear` chooses among them, and all compute `reference.linear` up to rounding. On other devices it
-is torch's own product.
+is torch's own product. benchmarks/cpu_linear.py measures each way beside torch's product.
 """
 
 from functools import cache
@@ -32,13 +32,18 @@ def has_bf16_units() -> bool:
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x W^T + b. x (..., in), weight (out, in) or packed, bias (out,)."""
     if weight.is_mkldnn:
-        return _packed_linear(x, weight, bias)
+        return linear_packed(x, weight, bias)
     if x.dtype is torch.float32 or not x.is_cpu:
         return F.linear(x, weight, bias)
     if _is_row_by_row(x):
-        return _linear_row_by_row(x, weight, bias)
+        return linear_row_by_row(x, weight, bias)
     if x.dtype is torch.bfloat16 and has_bf16_units():
         return F.linear(x, weight, bias)
+    return linear_in_fp32(x, weight, bias)
+
+
+def linear_in_fp32(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Products of fp32 copies, rounded once, forward and backward. Keeps the 16-bit x and W."""
     return _Linear16.apply(x, weight, bias)
 
 
@@ -79,7 +84,7 @@ def _is_row_by_row(x: Tensor) -> bool:
     return num_rows <= (1 if has_bf16_units() else MATVEC_ROWS)
 
 
-def _linear_row_by_row(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def linear_row_by_row(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     rows = []
     for row in x.reshape(-1, x.shape[-1]):
         y = torch.mv(weight, row) if bias is None else torch.addmv(bias, weight, row)
@@ -100,6 +105,11 @@ def packing_gains(weight: Tensor, rows: int) -> bool:
     return weight.dtype is torch.float32 and rows >= 4 and weight.numel() >= LARGE
 
 
+def pack_weight(weight: Tensor) -> Tensor:
+    """The same numbers in the order in which oneDNN multiplies them."""
+    return torch.ops.mkldnn._reorder_linear_weight(weight, PACKED_ROWS)
+
+
 @torch.no_grad()
 def pack(model: nn.Module, rows: int) -> None:
     """Pack the weights of the linear layers of `model`, where that gains for `rows` rows at a time.
@@ -114,12 +124,11 @@ def pack(model: nn.Module, rows: int) -> None:
         if not isinstance(module, nn.Linear) or id(module.weight) in embeddings:
             continue
         if packing_gains(module.weight, rows):
-            packed = torch.ops.mkldnn._reorder_linear_weight(module.weight, PACKED_ROWS)
-            module.weight = nn.Parameter(packed, requires_grad=False)
+            module.weight = nn.Parameter(pack_weight(module.weight), requires_grad=False)
 
 
-def _packed_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """oneDNN's product has no backward, and would give no gradient without an error."""
+def linear_packed(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The product with a packed weight. oneDNN has no backward for it, and would not say so."""
     assert not (torch.is_grad_enabled() and x.requires_grad), (
         "packed weights are for reading: take gradients before `pack`"
     )
