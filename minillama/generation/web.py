@@ -72,6 +72,7 @@ def build_page(engine: Engine, system: str, seed: int | None) -> Any:
             responder.respond,
             inputs=[question, turns, *controls],
             outputs=[question, turns, messages, note],
+            api_name="ask",
         )
         stop.click(None, cancels=asking)
         gradio.on(
