@@ -20,6 +20,7 @@ if TYPE_CHECKING:  # what a type checker sees in place of `__getattr__`
     from minillama.conversion.api import sha256 as sha256
     from minillama.conversion.api import tokenize_data as tokenize_data
     from minillama.errors import UserError as UserError
+    from minillama.evaluation.api import evaluate as evaluate
     from minillama.generation.api import LoadedModel as LoadedModel
     from minillama.generation.api import load as load
     from minillama.train_config import TrainConfig as TrainConfig
@@ -32,15 +33,16 @@ PYTHON_API = {  # name -> the module that has it
     "LoadedModel": "minillama.generation.api",
     "TrainConfig": "minillama.train_config",
     "UserError": "minillama.errors",
-    "load": "minillama.generation.api",
     "apply_delta": "minillama.conversion.api",
+    "evaluate": "minillama.evaluation.api",
+    "load": "minillama.generation.api",
     "make_delta": "minillama.conversion.api",
     "merge_lora": "minillama.conversion.api",
     "merge_tokenizers": "minillama.conversion.api",
     "meta": "minillama.conversion.api",
+    "preset": "minillama.training.api",
     "sha256": "minillama.conversion.api",
     "tokenize_data": "minillama.conversion.api",
-    "preset": "minillama.training.api",
     "train": "minillama.training.trainer",
 }
 
