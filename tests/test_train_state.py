@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -18,10 +19,12 @@ from hypothesis import strategies as st
 
 from minillama import comm, train_config
 from minillama.checkpoint import train_state
-from minillama.checkpoint.hf_format import write_json
+from minillama.checkpoint.run_directory import list_states
 from minillama.comm import Mesh
 from minillama.data import demo
 from minillama.errors import UserError
+from minillama.files import write_json
+from minillama.parallel.sharded_optimizer import SavedSlice
 from minillama.tensor_files import read_safetensors
 from minillama.tokenizer import train_tokenizer
 from minillama.training import trainer
@@ -158,8 +161,7 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_it_used(
     damaged.write_bytes(content)
     assert run_on_ranks(1, train_here, run) == [STEPS]
     assert fingerprint(run) == uninterrupted
-    found = train_state.damage(damaged.parent)
-    assert found == "", "the step was saved again, intact"
+    assert train_state.verify(damaged.parent) is None, "the step was saved again, intact"
 
 
 def test_a_damaged_checkpoint_named_by_the_user_is_refused(run_settings, tmp_path):
@@ -191,7 +193,7 @@ def test_a_full_disk_leaves_the_old_checkpoint_and_training_goes_on(
         return train_here(run)
 
     assert run_on_ranks(size, with_full_disk) == [STEPS] * size
-    assert [path.name for path in train_state.list_states(tmp_path / "run")] == ["step-000002"]
+    assert [path.name for path in list_states(tmp_path / "run")] == ["step-000002"]
     assert not list((tmp_path / "run" / "checkpoints").glob("*.partial"))
     final = (tmp_path / "run" / "final" / "model.safetensors").read_bytes()
     assert final
@@ -200,26 +202,43 @@ def test_a_full_disk_leaves_the_old_checkpoint_and_training_goes_on(
 def test_too_little_space_is_seen_before_the_first_byte(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 10, 0))
     problem = train_state.save_state(
-        tmp_path, 1, Mesh(), [(0, {"m": torch.ones(3)})], {}, lambda _: None, keep=0
+        tmp_path, 1, Mesh(), [SavedSlice(0, {"m": torch.ones(3)})], {}, lambda _: None, keep=0
     )
-    assert "12 bytes are needed" in problem and not train_state.list_states(tmp_path)
+    assert "12 bytes are needed" in problem and not list_states(tmp_path)
 
 
-@pytest.mark.parametrize("point", range(1, 13))
+# The call at which the process dies during the second save: a function, and which call of it.
+POINTS = [
+    ("write_safetensors", 1),
+    ("fsync", 3),  # the first of this save: that of the optimizer's state
+    ("flush_and_hash", 1),
+    ("replace", 1),  # config.json gets its name
+    ("write_json", 1),  # state.json
+    ("replace", 5),  # and its name
+    ("flush_and_hash", 5),
+    ("write_json", 2),  # manifest.json
+    ("replace", 6),  # and its name
+    ("publish", 1),
+    ("replace", 7),  # the directory gets its name
+    ("fsync", 25),  # after that
+]
+
+
+@pytest.mark.parametrize("point", POINTS, ids=str)
 def test_a_save_killed_at_any_point_leaves_a_run_that_continues_to_the_same_bytes(
     run_settings, uninterrupted, tmp_path, point
 ):
-    """The process dies, as by kill -9, at the point-th of the calls that touch the disk during the second save."""
+    """The process dies, as by kill -9, before a call that touches the disk."""
     run = replace(run_settings, out_dir=str(tmp_path / "run"))
 
     def killed():
-        calls = 0
+        calls = Counter()
 
         def deadly(function):
             def call(*arguments, **keywords):
-                nonlocal calls
-                calls += (Path(run.out_dir) / "checkpoints" / "step-000002").is_dir()
-                if calls == point:
+                if (Path(run.out_dir) / "checkpoints" / "step-000002").is_dir():
+                    calls[function.__name__] += 1
+                if calls[point[0]] == point[1]:
                     os._exit(9)
                 return function(*arguments, **keywords)
 
@@ -238,8 +257,8 @@ def test_a_save_killed_at_any_point_leaves_a_run_that_continues_to_the_same_byte
         killed()
         os._exit(0)
     _, status = os.waitpid(child, 0)
-    assert os.waitstatus_to_exitcode(status) in (0, 9)
-    assert train_state.damage(train_state.list_states(tmp_path / "run")[-1]) == ""
+    assert os.waitstatus_to_exitcode(status) == 9
+    assert train_state.verify(list_states(tmp_path / "run")[-1]) is None
     assert run_on_ranks(1, train_here, run) == [STEPS]
     assert fingerprint(run) == uninterrupted
 
@@ -265,7 +284,7 @@ def test_after_a_rank_that_raises_or_is_lost_the_run_continues_to_the_same_bytes
         AssertionError, match=r"rank 0 of 2: .* failed: a peer has ended|rank 1:[\s\S]*IndexError"
     ):
         run_on_ranks(2, fail_in_step_4)
-    assert [path.name for path in train_state.list_states(tmp_path / "run")] == ["step-000002"]
+    assert [path.name for path in list_states(tmp_path / "run")] == ["step-000002"]
     assert run_on_ranks(2, train_here, run) == [STEPS] * 2
     assert fingerprint(run) == uninterrupted
 
@@ -273,7 +292,7 @@ def test_after_a_rank_that_raises_or_is_lost_the_run_continues_to_the_same_bytes
 def test_only_the_newest_checkpoints_are_kept(run_settings, tmp_path):
     run = replace(run_settings, out_dir=str(tmp_path / "run"), save_steps=1, save_total_limit=2)
     run_on_ranks(1, train_here, run)
-    assert [path.name for path in train_state.list_states(tmp_path / "run")] == [
+    assert [path.name for path in list_states(tmp_path / "run")] == [
         "step-000004",
         "step-000005",
     ]

@@ -14,8 +14,8 @@ from minillama.output_directory import new_directory
 from minillama.training.run import Run
 
 
-def save_checkpoint(run: Run, step: int, tokens: int, skipped: int) -> str:
-    """Write checkpoints/step-N. Returns why it was not written, or an empty string.
+def save_checkpoint(run: Run, step: int, tokens: int, skipped: int) -> str | None:
+    """Write checkpoints/step-N. Returns why it was not written, or None.
 
     Called on every rank, because each writes its own part of the optimizer's state. The numbers are
     those that have been counted up to this step.
@@ -33,7 +33,7 @@ def save_checkpoint(run: Run, step: int, tokens: int, skipped: int) -> str:
         run.out_dir,
         step,
         run.mesh,
-        slices=[(part.start, part.tensors) for part in optimizer.slices],
+        slices=optimizer.slices,
         state=state,
         write_model=partial(write_model, run),
         keep=run.config.save_total_limit,
