@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from minillama.checkpoint.hf_format import save_model
+from minillama.checkpoint.hf_writer import save_model
 from minillama.comm import Mesh
 from minillama.data import demo
 from minillama.loss_curves import read_metrics

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from minillama.checkpoint.hf_format import load_model
+from minillama.checkpoint.hf_reader import load_model
 from minillama.data import demo
 from minillama.errors import UserError
 from minillama.tokenizer import open_tokenizer, train_tokenizer

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from minillama import comm
-from minillama.checkpoint.hf_format import read_about
+from minillama.checkpoint.hf_reader import read_about
 from minillama.data.batches import BatchPlan, split_documents
 from minillama.data.demo import write_demo
 from minillama.data.token_cache import open_data

@@ -5,7 +5,7 @@
     adapters        LoRA, new or from a PEFT directory; the other weights are then frozen
     recomputation   layers that keep their input alone for backward
 
-What the parts do is elsewhere: `model`, `lora`, `checkpoint.hf_format`. Here is only their order,
+What the parts do is elsewhere: `model`, `lora`, `checkpoint.hf_reader`. Here is only their order,
 and what a user can get wrong about it.
 """
 
@@ -19,7 +19,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from minillama import comm, hf_config
-from minillama.checkpoint.hf_format import empty_model, find_checkpoint, load_model
+from minillama.checkpoint.hf_reader import empty_model, load_model
+from minillama.checkpoint.run_directory import find_checkpoint
 from minillama.device import compute_dtype
 from minillama.errors import UserError
 from minillama.llama_config import LlamaConfig, ffn_width, with_layers

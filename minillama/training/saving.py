@@ -7,7 +7,9 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
-from minillama.checkpoint import hf_format, train_state
+from minillama.checkpoint import train_state
+from minillama.checkpoint.hf_writer import save_model
+from minillama.checkpoint.tokenizer_files import copy_tokenizer
 from minillama.files import write_json
 from minillama.lora import save_adapter
 from minillama.output_directory import new_directory
@@ -50,10 +52,10 @@ def write_model(run: Run, directory: Path) -> None:
     """Write the model, or its adapter alone, and how it was made. Called on rank 0."""
     base = str(run.base.resolve()) if run.base else ""
     if run.lora is None:
-        hf_format.save_model(run.model, directory, run.tokenizer)
+        save_model(run.model, directory, run.tokenizer)
     else:
         save_adapter(run.model, run.lora, directory, base)
-        hf_format.copy_tokenizer(run.tokenizer.path, directory)
+        copy_tokenizer(run.tokenizer.path, directory)
     about = {
         "template": run.template,
         "made_by": "minillama train.py",
