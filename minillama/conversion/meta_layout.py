@@ -96,7 +96,7 @@ def to_pairs(weight: Tensor, heads: int) -> Tensor:
 
 @dataclass(frozen=True)
 class MetaParams:
-    """What params.json holds. The vocabulary and F are not there: the tensors' shapes have them."""
+    """What params.json holds. It has no F and often no vocabulary; the shapes of tensors do."""
 
     dim: int
     n_layers: int
