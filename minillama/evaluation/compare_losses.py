@@ -114,8 +114,9 @@ def format_table(errors: LossErrors) -> str:
 def read_losses(path: Path) -> Losses:
     """The training losses of a metrics.jsonl."""
     losses: Losses = {}
+    records = read_metrics(path)
     with parsing(path):
-        for record in read_metrics(path):
+        for record in records:
             if "loss" in record:
                 loss = record["loss"]
                 losses[record["step"]] = None if loss is None else float(loss)

@@ -109,12 +109,14 @@ def _score_batch(
     scores = iter(_score_targets(model, hidden.flatten(0, 1), targets))
     results = []
     for query in queries:
-        by_continuation = []
+        logprobs = []
+        first_tokens = []
         for continuation in query.continuations:
-            by_continuation.append(list(islice(scores, len(continuation))))
-        logprobs = [sum(score.logprob for score in tokens) for tokens in by_continuation]
-        logits = [tokens[0].logit for tokens in by_continuation]
-        results.append(QueryResult(logprobs, logits, by_continuation[0][0].greedy))
+            tokens = list(islice(scores, len(continuation)))
+            logprobs.append(sum(token.logprob for token in tokens))
+            first_tokens.append(tokens[0])
+        logits = [token.logit for token in first_tokens]
+        results.append(QueryResult(logprobs, logits, first_tokens[0].greedy))
     return results
 
 

@@ -6,9 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from minillama.errors import UserError
-from minillama.evaluation.api import evaluate
-from minillama.generation.api import load
+from minillama import UserError, evaluate, load
 
 GOLDEN = Path(__file__).parents[1] / "golden/model"
 
