@@ -14,7 +14,7 @@ from typing import Any
 
 from minillama.errors import UserError, closest
 from minillama.files import parsing, read_json
-from minillama.llama_config import PUBLISHED, LlamaConfig, RopeScaling
+from minillama.llama_config import PUBLISHED, LlamaConfig, RopeScaling, is_whole
 
 # Our names of the numbers, and those of Hugging Face's config.json.
 HF_NAMES = {
@@ -80,11 +80,10 @@ def published(name: str) -> LlamaConfig:
 def stop_ids(directory: Path, config: LlamaConfig) -> tuple[int, ...]:
     """The ids that end a text: those of config.json and of generation_config.json."""
     path = directory / "generation_config.json"
-    eos_ids = read_json(path).get("eos_token_id") if path.is_file() else None
-    if eos_ids is None:
-        eos_ids = []
-    elif not isinstance(eos_ids, list):
-        eos_ids = [eos_ids]
+    if not path.is_file():
+        return config.eos_ids
+    with parsing(path):
+        eos_ids = _token_ids("eos_token_id", read_json(path).get("eos_token_id"))
     return tuple(dict.fromkeys([*config.eos_ids, *eos_ids]))
 
 
@@ -118,7 +117,7 @@ def from_hf(raw: dict[str, Any], path: Path | str = "") -> LlamaConfig:
         values.setdefault("max_seq_len", 2048)
         values["norm_eps"] = float(values["norm_eps"])
         values["rope_theta"], values["rope_scaling"] = _read_rope(raw)
-        values["eos_ids"] = _read_eos(raw)
+        values["eos_ids"] = _token_ids("eos_token_id", raw.get("eos_token_id", 2))  # LLaMA's is 2
         return LlamaConfig(**values)
 
 
@@ -134,12 +133,15 @@ def _check_supported(raw: dict[str, Any]) -> None:
         )
 
 
-def _read_eos(raw: dict[str, Any]) -> tuple[int, ...]:
-    """`eos_token_id` may be a number, a list of numbers, or null; LLaMA's is 2."""
-    eos = raw.get("eos_token_id", 2)
-    if eos is None:
+def _token_ids(key: str, value: Any) -> tuple[int, ...]:
+    """The token ids of a key, which may be a number, a list of numbers, or null."""
+    if value is None:
         return ()
-    return tuple(eos) if isinstance(eos, list) else (eos,)
+    ids = value if isinstance(value, list) else [value]
+    for token in ids:
+        if not is_whole(token, minimum=0):
+            raise UserError(f"{key} = {value!r}: expected token ids, whole numbers from 0")
+    return tuple(ids)
 
 
 def _read_rope(raw: dict[str, Any]) -> tuple[float, RopeScaling | None]:
@@ -148,7 +150,10 @@ def _read_rope(raw: dict[str, Any]) -> tuple[float, RopeScaling | None]:
     transformers 4 writes `rope_theta` and `rope_scaling`, transformers 5 `rope_parameters`.
     """
     spec = (raw.get("rope_scaling") or {}) | (raw.get("rope_parameters") or {})
-    theta = float(spec.pop("rope_theta", None) or raw.get("rope_theta") or 10000.0)
+    theta = spec.pop("rope_theta", None)
+    if theta is None:
+        theta = raw.get("rope_theta")
+    theta = 10000.0 if theta is None else float(theta)
     old_kind = spec.pop("type", None)
     kind = spec.pop("rope_type", None) or old_kind or "default"
     if kind == "default":
@@ -164,6 +169,8 @@ def _read_rope(raw: dict[str, Any]) -> tuple[float, RopeScaling | None]:
             raise UserError(f"rope scaling {kind!r} has no {key} above 0 (found {spec.get(key)})")
     values = {}
     for key, value in spec.items():
+        if value is None:  # the default, as in transformers
+            continue
         values[key.replace("max_position_embeddings", "max_seq_len")] = value
     known = {field.name for field in fields(RopeScaling)}
     unknown = sorted(set(values) - known)

@@ -5,8 +5,24 @@ network with other numbers. `hf_config` reads and writes them as `config.json`."
 
 import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 from minillama.errors import UserError
+
+
+def is_finite(value: Any) -> bool:
+    """Whether `value` is a number, and neither infinite nor NaN. True and False are no numbers."""
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+def is_whole(value: Any, minimum: int) -> bool:
+    """Whether `value` is an integer of at least `minimum`."""
+    return type(value) is int and value >= minimum
+
+
+def require_positive(name: str, value: Any) -> None:
+    if not is_finite(value) or value <= 0:
+        raise UserError(f"{name} = {value!r}: expected a finite number above 0")
 
 
 @dataclass(frozen=True)
@@ -28,7 +44,33 @@ class RopeScaling:
     mscale_all_dim: float | None = None
     truncate: bool = True
 
+    def __post_init__(self) -> None:
+        for name in ("factor", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow"):
+            require_positive(f"rope scaling {self.kind!r}: {name}", getattr(self, name))
+        for name in ("attention_factor", "mscale", "mscale_all_dim"):
+            value = getattr(self, name)
+            if value is not None and not is_finite(value):
+                raise UserError(
+                    f"rope scaling {self.kind!r}: {name} = {value!r}: expected a finite number"
+                )
+        if not isinstance(self.truncate, bool):
+            raise UserError(
+                f"rope scaling {self.kind!r}: truncate = {self.truncate!r}: expected true or false"
+            )
+        context = self.original_max_seq_len
+        if context is not None and not is_whole(context, minimum=1):
+            raise UserError(
+                f"rope scaling {self.kind!r}: original_max_position_embeddings = {context!r}: "
+                "expected a whole number above 0"
+            )
+        if self.kind == "llama3" and not self.low_freq_factor < self.high_freq_factor:
+            raise UserError(
+                f"rope scaling 'llama3': low_freq_factor = {self.low_freq_factor} must be below "
+                f"high_freq_factor = {self.high_freq_factor}"
+            )
 
+
+MAX_LAYERS = 10_000  # more than any LLaMA has: a table of the parameters of so many is still small
 SIZES = (
     "dim",
     "n_layers",
@@ -69,8 +111,10 @@ class LlamaConfig:
     def __post_init__(self) -> None:
         for name in SIZES:
             value = getattr(self, name)
-            if not isinstance(value, int) or not 0 < value < 2**31:
+            if not is_whole(value, minimum=1) or value >= 2**31:
                 raise UserError(f"{name} = {value!r}: expected a whole number from 1 to 2^31 - 1")
+        if self.n_layers > MAX_LAYERS:
+            raise UserError(f"n_layers = {self.n_layers}: at most {MAX_LAYERS:,} are supported")
         if self.n_heads % self.n_kv_heads:
             raise UserError(
                 f"n_heads = {self.n_heads} is not a multiple of n_kv_heads = {self.n_kv_heads}"
@@ -80,10 +124,18 @@ class LlamaConfig:
                 f"head_dim = {self.head_dim} is odd; rotary embeddings turn pairs, "
                 "use an even number"
             )
-        if not self.rope_theta > 0 or not self.norm_eps > 0:
+        for name in ("rope_theta", "norm_eps"):
+            require_positive(name, getattr(self, name))
+        if not is_finite(self.initializer_range) or self.initializer_range < 0:
             raise UserError(
-                f"rope_theta = {self.rope_theta} and norm_eps = {self.norm_eps} must be above 0"
+                f"initializer_range = {self.initializer_range!r}: expected a number from 0"
             )
+        for name in ("tie_embeddings", "attention_bias", "mlp_bias"):
+            if not isinstance(getattr(self, name), bool):
+                raise UserError(f"{name} = {getattr(self, name)!r}: expected true or false")
+        for token in (self.bos_id, *self.eos_ids):
+            if not is_whole(token, minimum=0):
+                raise UserError(f"BOS or EOS token id {token!r}: expected a whole number from 0")
 
     def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
         """The Hugging Face name and the shape of every parameter, in the model's order.
