@@ -135,6 +135,7 @@ def data(arguments: list[str]) -> None:
         template=flags.template,
         append_eod=flags.append_eod,
         skip_bad_records=flags.skip_bad_records,
+        max_dropped=flags.max_dropped,
         dataset_dir=flags.dataset_dir,
         workers=flags.workers,
     )

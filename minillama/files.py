@@ -9,7 +9,7 @@ in place is then cut short, and the next run cannot read it. So a file is comple
     fsync    of the directory: the new name is on the disk
 
 Only records that grow, such as metrics.jsonl, are appended to; their reader leaves out a last line
-that was cut short. Readers accept regular files up to a limit, and JSON up to a depth. One process
+that was cut short. Readers accept regular files up to a limit. One process
 at a time writes a path; locks, and directories that are complete or absent, are in
 output_directory.py.
 """
@@ -18,18 +18,16 @@ import hashlib
 import io
 import json
 import os
-import re
 import stat
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from minillama.errors import UserError
+from minillama.json_values import parse_json
 
 MAX_BYTES = 2**30  # of a file that is read as a whole
-MAX_DEPTH = 100  # of JSON arrays and objects inside each other
-SURROGATE = re.compile(r"\\u[dD][89a-fA-F]|[\ud800-\udfff]")
 
 
 def read_text(path: Path, remedy: str = "", max_bytes: int = MAX_BYTES) -> str:
@@ -39,6 +37,27 @@ def read_text(path: Path, remedy: str = "", max_bytes: int = MAX_BYTES) -> str:
     `max_bytes`, or not UTF-8.
     """
     return _decode(_read_bytes(path, remedy, max_bytes), path)
+
+
+@contextmanager
+def open_text(path: Path) -> Iterator[TextIO]:
+    """Open a UTF-8 file as `read_text` reads it, for one that is too long to be read as a whole."""
+    _regular_size(path)
+    try:
+        with named_errors(path), open(path, encoding="utf-8-sig") as file:
+            yield file
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text ({error.reason}); save it as UTF-8") from None
+
+
+def numbered_lines(file: TextIO) -> Iterator[tuple[int, str]]:
+    """Yield number and text of the lines that are not blank, of a file open for reading.
+
+    Only "\\n", "\\r\\n" and "\\r" end a line: JSON may hold other line breaks, such as U+2028.
+    """
+    for number, line in enumerate(file, start=1):
+        if line.strip():
+            yield number, line.rstrip("\n")
 
 
 def read_json(
@@ -74,31 +93,6 @@ def read_json_lines(path: Path, remedy: str = "") -> list[dict[str, Any]]:
             raise UserError(f"{path}: line {number}: holds no JSON object")
         records.append(record)
     return records
-
-
-def parse_json(text: str, where: Path | str) -> Any:
-    """Return the value of a JSON text. `where` begins the message of an error.
-
-    Raises UserError if the text is not JSON, is nested deeper than MAX_DEPTH, has an integer with
-    more digits than Python converts, or a string with a lone surrogate, which UTF-8 cannot encode.
-    """
-    try:
-        content = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{where}: not valid JSON ({error})") from None
-    except ValueError:
-        raise UserError(f"{where}: an integer has too many digits") from None
-    except RecursionError:
-        raise UserError(f"{where}: nested more than {MAX_DEPTH} levels deep") from None
-    if _is_too_deep(content):
-        raise UserError(f"{where}: nested more than {MAX_DEPTH} levels deep")
-    if SURROGATE.search(text):  # a pair of surrogates is one character, and encodes
-        try:
-            json.dumps(content, ensure_ascii=False).encode("utf-8")
-        except UnicodeEncodeError as error:
-            found = f"\\u{ord(error.object[error.start]):04x}"
-            raise UserError(f"{where}: a string has the lone surrogate {found}") from None
-    return content
 
 
 @contextmanager
@@ -259,17 +253,3 @@ def _decode(content: bytes, path: Path) -> str:
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text ({error}); save it as UTF-8") from None
     return text.replace("\r\n", "\n").replace("\r", "\n")
-
-
-def _is_too_deep(content: Any) -> bool:
-    """Tell whether containers lie in each other more than MAX_DEPTH levels deep, level by level."""
-    level = [content]
-    for _ in range(MAX_DEPTH + 1):
-        containers = [value for value in level if isinstance(value, dict | list)]
-        if not containers:
-            return False
-        level = []
-        for container in containers:
-            children = container.values() if isinstance(container, dict) else container
-            level.extend(children)
-    return True

@@ -99,14 +99,15 @@ class TrainConfig:
         "fraction of the training documents to validate on, without eval_data", below=1)
     dataset_dir: str = data_key("data", "folder of dataset_info.json, which names data sets")
     data_format: str = data_key("auto", "format of raw files", DATA_FORMATS)
-    template: str = data_key("", "prompt template (empty: the checkpoint's own, else alpaca)")
+    template: str = data_key("",
+        "prompt template (empty: the checkpoint's, else vicuna_v1.1 for sharegpt, alpaca, or none)")
     packing: bool = data_key(True,
         "fill each sequence with several documents up to max_length; false: one document each")
     max_length: int = data_key(0,
         "longest sequence in tokens; longer ones are cut (0: the model's context, at most 1024)")
     append_eod: bool = data_key(True, "end each training document with the EOS token")
-    skip_bad_records: bool = data_key(False,
-        "leave malformed records out, count and list them, instead of stopping")
+    skip_bad_records: bool = data_key(False, "leave malformed records out, and count and list them")
+    max_dropped: float = data_key(0.1, "largest share of documents left out: no target", below=1)
     workers: int = data_key(1, "processes that tokenize")
     cache_dir: str = data_key("", "folder of tokenized raw files (empty: ~/.cache/minillama)")
 

@@ -24,7 +24,7 @@ def documents(sources: list[Source]) -> list[Document]:
     found: list[Document] = []
     for source in sources:
         for record in read_records(source):
-            found += parse(source, record)
+            found += parse(source, record).documents
     return found
 
 

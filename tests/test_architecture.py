@@ -20,7 +20,7 @@ TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in SOURCES}
 # Lowest layer first. A file imports from lower layers or from its own group of files. Two groups of
 # one layer do not import each other.
 LAYERS: list[list[set[str]]] = [
-    [{"errors"}, {"threads"}],
+    [{"errors", "json_values"}, {"threads"}],
     [{"files", "output_directory"}, {"options"}],
     [{"llama_config", "hf_config"}, {"device"}, {"memory"}, {"loss_curves"}],
     [{"train_config", "cli"}],

@@ -6,7 +6,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from minillama.data.batches import BatchPlan, pack_rows
+from minillama.data.batches import BatchPlan, pack_rows, split_documents
 from minillama.data.memmap import Dataset
 from minillama.data.show import show_batch
 from minillama.data.windows import TrainingWindows, count_targets, cut_text, join_ranges
@@ -131,6 +131,64 @@ def test_prompts_that_fill_max_length_stop_the_run(alpaca_dataset):
     message = "of 40 documents have nothing to train on within max_length = 20 tokens; raise max_l"
     with pytest.raises(UserError, match=message):
         TrainingWindows(Dataset(alpaca_dataset[1]), 20)
+
+
+def test_records_whose_answer_is_cut_off_are_left_out_up_to_a_share(tmp_path):
+    """Some documents have the prompt 0 1 2 3, others 0. The answer is the last token."""
+    too_long = ([0, 1, 2, 3, 4], [0, 0, 0, 0, 1])
+    short = ([0, 4], [0, 1])
+    write_dataset(tmp_path / "two", [too_long] * 2 + [short] * 18, 10)
+    windows = TrainingWindows(Dataset(tmp_path / "two"), 4)  # a tenth is allowed
+    assert (windows.left_out, len(windows.start), windows.targets.sum()) == (2, 18, 18)
+    assert "2 left out: no target within max_length" in windows.summary()
+    write_dataset(tmp_path / "three", [too_long] * 3 + [short] * 17, 10)
+    three = Dataset(tmp_path / "three")
+    message = "3 of 20 documents have nothing .* raise max_dropped, now 0.1"
+    with pytest.raises(UserError, match=message):
+        TrainingWindows(three, 4)
+    assert TrainingWindows(three, 4, max_dropped=0.15).left_out == 3
+    with pytest.raises(UserError, match=r"1 of 20 documents .* now 0$"):
+        write_dataset(tmp_path / "one", [too_long] + [short] * 19, 10)
+        TrainingWindows(Dataset(tmp_path / "one"), 4, max_dropped=0.0)
+    write_dataset(tmp_path / "all", [too_long] * 20, 10)
+    with pytest.raises(UserError, match="20 of 20 documents have nothing"):
+        TrainingWindows(Dataset(tmp_path / "all"), 4, max_dropped=0.99)
+
+
+def test_a_held_out_document_is_never_trained_on(alpaca_dataset):
+    trained, held_out = split_documents(40, 0.25, seed=1)
+    assert len(held_out) == 10
+    assert sorted([*trained, *held_out]) == list(range(40))
+    dataset = Dataset(alpaca_dataset[1])
+    windows = TrainingWindows(dataset, 256, trained)
+    assert windows.start.tolist() == dataset.offsets[trained].tolist()
+    assert split_documents(40, 0.25, seed=2)[1].tolist() != held_out.tolist()
+    with pytest.raises(UserError, match=r"validation_split = 0\.9 of 1 documents leaves none"):
+        split_documents(1, 0.9, seed=1)
+
+
+def test_every_epoch_has_an_order_of_its_own(alpaca_dataset):
+    plan = plan_of(alpaca_dataset[1])
+    epochs: list[list] = [[], []]
+    for step in range(plan.total_steps):
+        epoch, _ = plan.locate(step)
+        epochs[epoch] += documents_of(plan.micro_batches(step))
+    assert epochs[0] != epochs[1]
+    assert sorted(epochs[0]) == sorted(epochs[1])
+
+
+@pytest.mark.parametrize(
+    ("num_documents", "epochs", "steps"),
+    [(5, 0.5, 3), (5, 1.5, 8), (5, 0.2, 1), (30, 0.1, 3), (7, 0.01, 1)],
+)
+def test_a_part_of_an_epoch_is_rounded_up(tmp_path, num_documents, epochs, steps):
+    """One document a step, so an epoch has as many steps as documents."""
+    write_dataset(tmp_path / "set", [([0, 1], None)] * num_documents, 10)
+    windows = TrainingWindows(Dataset(tmp_path / "set"), 2)
+    plan = BatchPlan(
+        windows, rows_per_step=1, rows_per_micro_batch=1, seed=0, packing=False, epochs=epochs
+    )
+    assert plan.total_steps == steps
 
 
 def test_show_batch_marks_what_is_trained_on(alpaca_dataset, small_tokenizer):

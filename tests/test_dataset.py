@@ -196,11 +196,15 @@ def test_documents_without_a_target_are_counted_and_too_many_stop_the_run(
     source = write_json_lines(tmp_path / "a.jsonl", rows)
     meta = build([source], small_tokenizer, tmp_path / "set", append_eod=False)
     assert meta["documents_without_target"] == 2
-    rows[2]["output"] = ""
+    for row in rows[:21]:
+        row["output"] = ""
     write_json_lines(source, rows)
-    with pytest.raises(UserError, match="3 of 200 documents have nothing to train on"):
+    message = "21 of 200 documents have nothing to train on .* raise max_dropped, now 0.1"
+    with pytest.raises(UserError, match=message):
         build([source], small_tokenizer, tmp_path / "other", append_eod=False)
     assert not list(tmp_path.glob("other*"))
+    meta = build([source], small_tokenizer, tmp_path / "other", append_eod=False, max_dropped=0.105)
+    assert meta["documents_without_target"] == 21
 
 
 @pytest.mark.parametrize(

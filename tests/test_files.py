@@ -17,7 +17,6 @@ from minillama.files import (
     create_file,
     json_line,
     new_file,
-    parse_json,
     parsing,
     read_json,
     read_json_lines,
@@ -27,6 +26,7 @@ from minillama.files import (
     write_json_lines,
     write_text,
 )
+from minillama.json_values import parse_json
 from minillama.output_directory import free_bytes, lock_directory, new_directory, restore
 
 

@@ -5,9 +5,16 @@ import random
 
 import pytest
 
-from minillama.chat import Conversation, Turn
-from minillama.data.formats import BadRecord, detect
-from tests.raw_files import ALPACA, read, write
+from minillama.chat import Conversation, Turn, render
+from minillama.data.encode import encode_pieces
+from minillama.data.formats import BadRecord, default_template, detect
+from minillama.data.memmap import Dataset
+from minillama.data.sources import find_sources
+from minillama.data.windows import TrainingWindows
+from minillama.errors import UserError
+from minillama.generation.prompts import read_prompt_file
+from tests.datasets import build
+from tests.raw_files import ALPACA, documents, read, write
 
 
 def test_alpaca_records_with_history_and_system(tmp_path):
@@ -22,11 +29,13 @@ def test_alpaca_records_with_history_and_system(tmp_path):
     ]
 
 
-def test_sharegpt_drops_what_stands_before_the_first_question(tmp_path):
-    def dialogue(*messages):
-        records = [{"from": role, "value": text} for role, text in messages]
-        return {"id": "x", "conversations": records}
+def dialogue(*messages):
+    """A ShareGPT record of (role, text) pairs."""
+    records = [{"from": role, "value": text} for role, text in messages]
+    return {"id": "x", "conversations": records}
 
+
+def test_sharegpt_drops_what_stands_before_the_first_question(tmp_path):
     path = write(
         tmp_path / "a.json",
         [dialogue(("gpt", "Welcome"), ("human", "Q"), ("gpt", "A"), ("human", "unanswered"))],
@@ -41,11 +50,117 @@ def test_sharegpt_drops_what_stands_before_the_first_question(tmp_path):
         BadRecord, match=r"b\.json: record 2: turn 2 is from 'human', expected 'gpt'"
     ):
         read(bad)
-    with pytest.raises(BadRecord, match="no question with an answer"):
-        read(write(tmp_path / "c.json", [dialogue(("human", "Q"))]))
 
 
-def test_moss_gives_a_sample_for_each_turn_that_trains_its_answer_alone(tmp_path):
+def test_a_system_message_of_sharegpt_is_the_system_text(tmp_path):
+    messages = ("human", "Q"), ("gpt", "A")
+    path = write(
+        tmp_path / "a.json",
+        [
+            dialogue(("system", "S"), *messages),
+            dialogue(("system", "S"), ("gpt", "Welcome"), *messages),
+            dialogue(("system", "S"), *messages) | {"system": "of the record"},
+        ],
+    )
+    assert read(path) == [Conversation((Turn("Q", "A", None),), "S")] * 3
+    later = write(tmp_path / "b.json", [dialogue(*messages, ("system", "S"), ("human", "R"))])
+    with pytest.raises(BadRecord, match="turn 3 is from 'system', expected 'human'"):
+        read(later)
+
+
+def test_what_sharegpt_records_lose_is_counted(tmp_path, small_tokenizer, capsys):
+    records = [
+        dialogue(("system", "S"), ("gpt", "Welcome"), ("human", "Q"), ("gpt", "A")),
+        dialogue(("human", "Q"), ("gpt", "A"), ("human", "unanswered")),
+        dialogue(("human", "Q"), ("gpt", "A")),
+        dialogue(("human", "never answered")),
+        dialogue(),
+    ]
+    path = write(tmp_path / "a.json", records)
+    meta = build([path], small_tokenizer, tmp_path / "set", quiet=False, max_dropped=0.4)
+    assert meta["dropped_messages"] == 3
+    assert (meta["documents"], meta["documents_without_target"]) == (5, 2)
+    printed = capsys.readouterr().err
+    assert "3 messages left out" in printed
+    assert "2 of 5 documents left out" in printed
+    windows = TrainingWindows(Dataset(tmp_path / "set"), 512, max_dropped=0.4)
+    assert (len(windows.start), windows.left_out) == (3, 2)
+    with pytest.raises(UserError, match=r"2 of 5 documents .* raise max_dropped, now 0\.1"):
+        build([path], small_tokenizer, tmp_path / "other")
+
+
+@pytest.mark.parametrize(
+    ("records", "message"),
+    [
+        (
+            [
+                {
+                    "messages": [
+                        {"role": "user", "content": "Q"},
+                        {"role": "assistant", "content": "A"},
+                    ]
+                }
+            ],
+            "for OpenAI's messages, write this into",
+        ),
+        ({"data": [ALPACA]}, "if the list under 'data' holds the records, make it the whole file"),
+        ({"version": 1, "rows": [ALPACA]}, "if the list under 'rows' holds the records"),
+    ],
+)
+def test_records_of_other_well_known_kinds_are_refused_with_the_remedy(tmp_path, records, message):
+    with pytest.raises(UserError, match=message):
+        read(write(tmp_path / "a.json", records))
+
+
+def test_the_remedy_for_messages_of_openai_makes_them_readable(tmp_path):
+    messages = [
+        {"role": "system", "content": "S"},
+        {"role": "user", "content": "Q"},
+        {"role": "assistant", "content": "A"},
+    ]
+    path = write(tmp_path / "a.json", [{"messages": messages}])
+    with pytest.raises(UserError) as refused:
+        detect(path)
+    write(tmp_path / "dataset_info.json", str(refused.value).partition("dataset_info.json: ")[2])
+    assert documents(find_sources([path])) == [Conversation((Turn("Q", "A", None),), "S")]
+
+
+@pytest.mark.parametrize(
+    ("data_formats", "template"),
+    [
+        (["sharegpt"], "vicuna_v1.1"),
+        (["alpaca"], "alpaca"),
+        (["text", "lines"], ""),
+        (["alpaca", "sharegpt"], "vicuna_v1.1"),
+        (["text", "alpaca"], "alpaca"),
+    ],
+)
+def test_the_template_follows_from_the_format(data_formats, template):
+    assert default_template(data_formats) == template
+
+
+def test_a_missing_text_may_be_written_as_nan(tmp_path):
+    """pandas writes NaN for a missing text, and json.dump keeps it."""
+    path = write(tmp_path / "a.json", '[{"instruction": "Q", "input": NaN, "output": "A"}]')
+    assert read(path) == [Conversation((Turn("Q", "A", ""),))]
+    path = write(tmp_path / "b.json", '[{"instruction": "Q", "output": NaN}]')
+    with pytest.raises(BadRecord, match="record 1: 'output' is missing"):
+        read(path)
+
+
+def test_nan_in_a_parquet_column_is_a_missing_text(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    columns = {"instruction": ["Q", "R"], "input": [float("nan")] * 2, "output": ["A", "B"]}
+    parquet.write_table(pyarrow.table(columns), tmp_path / "a.parquet")
+    assert read(tmp_path / "a.parquet") == [
+        Conversation((Turn("Q", "A", ""),)),
+        Conversation((Turn("R", "B", ""),)),
+    ]
+
+
+def test_moss_gives_a_sample_for_each_turn_that_trains_its_answer_alone(tmp_path, small_tokenizer):
     def turn(question, answer):
         return {
             "Human": f"<|Human|>: {question}<eoh>\n",
@@ -58,10 +173,16 @@ def test_moss_gives_a_sample_for_each_turn_that_trains_its_answer_alone(tmp_path
         json.dumps({"chat": {"turn_1": turn("Q", "A"), "turn_2": turn("R", "B")}}) + "\n",
     )
     assert detect(path) == "moss"
-    assert read(path) == [
+    conversations = read(path)
+    assert conversations == [
         Conversation((Turn("Q", "A", None),)),
         Conversation((Turn("Q", "A", None, is_target=False), Turn("R", "B", None))),
     ]
+    # The EOS after an answer that is only read is no target either.
+    for template in ("vicuna_v1.1", "alpaca", "llama2"):
+        ids, mask = encode_pieces(small_tokenizer, render(template, conversations[1]))
+        mask_of_eos = [m for i, m in zip(ids, mask, strict=True) if i == small_tokenizer.eos_id]
+        assert mask_of_eos == [0, 1]
 
 
 def test_plain_text_is_a_document_a_file_or_a_line(tmp_path):
@@ -69,6 +190,18 @@ def test_plain_text_is_a_document_a_file_or_a_line(tmp_path):
     assert detect(path) == "text"  # whatever it begins with
     assert read(path) == ["[one]\n\ntwo\u2028still two\n"]
     assert read(path, "lines") == ["[one]", "two\u2028still two"]
+
+
+@pytest.mark.parametrize("line_end", ["\n", "\r\n", "\r"])
+def test_any_line_end_ends_a_line_in_data_and_in_prompts(tmp_path, line_end):
+    (tmp_path / "a.txt").write_bytes(line_end.join(["one", "", "two\x85still two", ""]).encode())
+    assert read(tmp_path / "a.txt", "lines") == ["one", "two\x85still two"]
+    assert read_prompt_file(tmp_path / "a.txt") == ["one", "two\x85still two"]
+    assert read(tmp_path / "a.txt") == ["one\n\ntwo\x85still two\n"]
+    rows = [json.dumps({"text": text, "prompt": text}) for text in ("one\r\n", "two")]
+    (tmp_path / "a.jsonl").write_bytes(line_end.join(rows).encode())
+    assert read(tmp_path / "a.jsonl") == ["one\r\n", "two"]  # what JSON says is kept
+    assert read_prompt_file(tmp_path / "a.jsonl") == ["one\r\n", "two"]
 
 
 def test_pre_training_rows_are_their_text(tmp_path):

@@ -10,10 +10,12 @@ from hypothesis import strategies as st
 
 from minillama.chat import Conversation, Turn
 from minillama.data import records
+from minillama.data.encode import encode_document
 from minillama.data.formats import detect
 from minillama.data.records import read_records
 from minillama.data.sources import Source
 from minillama.errors import UserError
+from minillama.generation.prompts import read_prompt_file
 from tests.datasets import build
 from tests.raw_files import ALPACA, read, write
 
@@ -181,3 +183,62 @@ def test_bad_records_can_be_left_out_and_are_told_about(tmp_path, small_tokenize
         "record 2 (line 2)",
         "record 5 (line 5)",
     ]
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("[" * 100_000, "nested more than 100 levels deep"),
+        ("[" * 101 + "]" * 101, "nested more than 100 levels deep"),
+        ("1" * 5000, "an integer has too many digits"),
+        (r'"\ud83d"', r"a string has the lone surrogate .ud83d"),
+        ("{", "an object must end on its line"),
+    ],
+)
+def test_a_line_that_cannot_be_worked_with_costs_only_itself(
+    tmp_path, small_tokenizer, fault, message
+):
+    row = json.dumps(ALPACA)
+    path = write(tmp_path / "a.jsonl", f'{row}\n{{"instruction": {fault}\n{row}\n')
+    if "{" not in fault and "[" * 1000 not in fault:
+        path = write(tmp_path / "a.jsonl", f'{row}\n{{"instruction": {fault}}}\n{row}\n')
+    with pytest.raises(UserError, match=rf"a\.jsonl: record 2 \(line 2\): .*{message}"):
+        read(path)
+    meta = build([path], small_tokenizer, tmp_path / "set", skip_bad_records=True)
+    assert (meta["documents"], len(meta["skipped_records"])) == (2, 1)
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("[" * 100_000, "nested more than 100 levels deep at line 2"),
+        ('{"a":' * 101 + "1" + "}" * 101, "record 2: nested more than 100 levels deep"),
+        ("1" * 5000, "an integer has too many digits at line 2"),
+        (r'{"instruction": "\udc00"}', "record 2: a string has the lone surrogate .udc00"),
+    ],
+)
+def test_an_element_that_cannot_be_worked_with_is_one_error(tmp_path, fault, message):
+    path = write(tmp_path / "a.json", f"[{json.dumps(ALPACA)},\n{fault}, 1]")
+    with pytest.raises(UserError, match=rf"a\.json: {message}"):
+        read(path, "alpaca")
+
+
+def test_texts_that_cannot_be_encoded_are_refused(small_tokenizer):
+    """Bytes of a command line that are not UTF-8 become lone surrogates."""
+    text = "玄".encode("gbk").decode("utf-8", "surrogateescape")
+    answer = Turn("Q", None)
+    for document in (text, Conversation((Turn(text, None),)), Conversation((answer,), text)):
+        with pytest.raises(UserError, match=r"lone surrogate .udcd0; write it as UTF-8"):
+            encode_document(small_tokenizer, document, "vicuna_v1.1", append_eod=False)
+
+
+def test_prompts_of_a_file_are_checked_as_data_is(tmp_path):
+    path = tmp_path / "a.jsonl"
+    faults = ["[" * 100_000, "1" * 5000, r'{"prompt": "\ud83d"}', "{broken", "[1]", '{"prompt": 3}']
+    for fault in faults:
+        path.write_text('{"prompt": "one"}\n' + fault, encoding="utf-8")
+        with pytest.raises(UserError, match=r"a\.jsonl: line 2"):
+            read_prompt_file(path)
+    path.write_bytes('{"prompt": "玄"}'.encode("gbk"))
+    with pytest.raises(UserError, match=r"a\.jsonl: not UTF-8 text"):
+        read_prompt_file(path)

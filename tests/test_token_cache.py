@@ -3,12 +3,13 @@
 import hashlib
 import json
 import os
+from pathlib import Path
 
 import pytest
 
 from minillama.errors import UserError
 from minillama.tokenizer import open_tokenizer, train_tokenizer
-from tests.datasets import alpaca, build, damage, document, open_path, write_json_lines
+from tests.datasets import alpaca, build, contents, damage, document, open_path, write_json_lines
 
 
 @pytest.mark.parametrize(
@@ -124,3 +125,60 @@ def test_chinese_all_the_way(tmp_path, shared):
     assert tokenizer.decode(whole.tokens.tolist()) == text
     lines = open_path(book, tokenizer, cache_dir=cache, data_format="lines")
     assert len(lines) == sum(bool(line.strip()) for line in text.split("\n"))
+
+
+@pytest.mark.parametrize(
+    ("part", "change"),
+    [
+        ("bin", lambda raw: bytes([raw[0] ^ 1]) + raw[1:]),
+        ("mask", lambda raw: raw[:-1] + bytes([raw[-1] ^ 1])),
+        ("idx", lambda raw: raw[:-8]),
+        ("json", lambda raw: raw[:100]),
+        ("json", lambda raw: raw.replace(b'"mask":', b'"musk":')),
+    ],
+)
+def test_a_damaged_cache_is_made_again(tmp_path, small_tokenizer, capsys, part, change):
+    source = write_json_lines(tmp_path / "a.jsonl", alpaca(20))
+    prefix = open_path(source, small_tokenizer, cache_dir=str(tmp_path / "cache")).prefix
+    intact = contents(prefix)
+    status = Path(f"{prefix}.{part}").stat()
+    damage(prefix, part, change)
+    os.utime(f"{prefix}.{part}", ns=(status.st_atime_ns, status.st_mtime_ns))  # nothing shows it
+    assert len(open_path(source, small_tokenizer, cache_dir=str(tmp_path / "cache"))) == 20
+    assert contents(prefix) == intact
+    assert "the cached data is damaged, and made again" in capsys.readouterr().err
+
+
+def test_the_mask_of_a_data_set_is_never_taken_as_absent(alpaca_dataset, small_tokenizer):
+    """Without its mask, prompts would be trained on."""
+    damage(alpaca_dataset[1], "json", lambda raw: raw.replace(b'"mask":', b'"musk":'))
+    with pytest.raises(UserError, match="not a minillama data set: key 'mask' is missing"):
+        open_path(alpaca_dataset[1], small_tokenizer)
+
+
+def test_another_tokenizer_has_another_cache(tmp_path, small_tokenizer):
+    source = write_json_lines(tmp_path / "a.jsonl", alpaca(5))
+    other = tmp_path / "other.model"
+    other.write_bytes(train_tokenizer(["quite another text"] * 3, 280))
+    cache = str(tmp_path / "cache")
+    first = open_path(source, small_tokenizer, cache_dir=cache)
+    second = open_path(source, open_tokenizer(other), cache_dir=cache)
+    assert first.prefix != second.prefix
+    assert second.meta["tokenizer_sha256"] == open_tokenizer(other).sha256
+
+
+def test_the_template_is_named_or_the_bases_or_the_datas(tmp_path, small_tokenizer):
+    messages = [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]
+    chats = write_json_lines(tmp_path / "chats.jsonl", [{"conversations": messages}])
+    (tmp_path / "book.txt").write_text("Once upon a time.\r\n", newline="")
+
+    def template(name, **options):
+        cache = str(tmp_path / "cache")
+        return open_path(tmp_path / name, small_tokenizer, cache_dir=cache, **options).template
+
+    assert template(chats) == "vicuna_v1.1"
+    assert template(chats, base_template="llama2") == "llama2"
+    assert template(chats, base_template="llama2", template="alpaca") == "alpaca"
+    assert template("book.txt") == template("book.txt", template="alpaca") == ""
+    (tmp_path / "rows.jsonl").write_text('{"text": "one"}\n')
+    assert template("rows.jsonl", data_format="ascend") == ""  # text alone, whatever the format

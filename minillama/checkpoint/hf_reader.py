@@ -151,6 +151,16 @@ def read_about(directory: Path) -> dict[str, Any]:
     return read_json(path) if path.is_file() else {}
 
 
+def read_template(directory: Path) -> str:
+    """Return the prompt template that a model or adapter was tuned with; "" if it does not say."""
+    template = read_about(directory).get("template") or ""
+    if not isinstance(template, str):
+        raise UserError(
+            f"{directory / 'minillama.json'}: template is {template!r}, expected a name"
+        )
+    return template
+
+
 def _weight_files(directory: Path) -> dict[Path, list[str]]:
     """Return the files that hold the weights, and the tensors that an index promises in each."""
     for name in ("model.safetensors", "pytorch_model.bin"):

@@ -136,13 +136,15 @@ def data() -> Parser:
     tokenizer = "tokenizer.model or tokenizer.json, or a directory that holds one"
     add("--tokenizer", required=True, metavar="FILE", help=tokenizer)
     add("--format", choices=DATA_FORMATS, default="auto", help="of the input [auto]")
-    template = "prompt template of conversations [alpaca]"
-    add("--template", default="alpaca", metavar="NAME", help=template)
+    template = "prompt template of conversations [sharegpt: vicuna_v1.1; others: alpaca]"
+    add("--template", default="", metavar="NAME", help=template)
     _add_count(parser, "--workers", "processes that tokenize [1]", default=1)
     append_eod = "end documents with the end-of-text token [true]"
     add("--append_eod", type=parse_bool, default=True, metavar="true|false", help=append_eod)
     skip = "leave malformed records out, count and list them, instead of stopping"
     add("--skip_bad_records", action="store_true", help=skip)
+    dropped = "largest share of conversations without an answer; more stop the command [0.1]"
+    add("--max_dropped", type=parse_share, default=0.1, metavar="float", help=dropped)
     folder = "folder of the dataset_info.json that names data sets"
     add("--dataset_dir", default="", metavar="DIR", help=folder)
     return parser
@@ -178,6 +180,14 @@ PARSERS: dict[str, Callable[[], Parser]] = {
     "data": data,
     "sha256": sha256,
 }
+
+
+def parse_share(text: str) -> float:
+    """Return a number from 0 to below 1, for argparse."""
+    share = float(text)
+    if not 0 <= share < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not at least 0 and below 1")
+    return share
 
 
 def parse_size(text: str) -> int:

@@ -14,6 +14,7 @@ from minillama.chat import Piece, render
 from minillama.data.formats import Document
 from minillama.data.records import TextBlock
 from minillama.errors import UserError
+from minillama.json_values import check_encodable
 from minillama.tokenizer import Tokenizer
 
 
@@ -37,6 +38,7 @@ def encode_pieces(tokenizer: Tokenizer, pieces: Iterable[Piece]) -> tuple[list[i
             start = len(ids)
         else:
             text += piece.text
+            check_encodable(piece.text)
             ids[start:] = tokenizer.encode(text)
         del mask[len(ids) :]  # the joint text can have fewer ids than its beginning alone
         num_new = len(ids) - len(mask)
@@ -54,6 +56,8 @@ def encode_document(
     """
     if isinstance(document, str):
         return encode_block(tokenizer, TextBlock(document), append_eod), None
+    if not document.turns:
+        return [], []
     pieces = render(template, document)
     if pieces[-1].control == "eos" and not append_eod:
         del pieces[-1]
@@ -62,6 +66,7 @@ def encode_document(
 
 def encode_block(tokenizer: Tokenizer, block: TextBlock, append_eod: bool) -> list[int]:
     """The ids of a part of a plain text. BOS begins the text, and EOS ends it if append_eod."""
+    check_encodable(block.text)
     ids = tokenizer.encode(block.text, follows_line_break=not block.is_first)
     if block.is_first and tokenizer.bos_id is not None:
         ids = [tokenizer.bos_id, *ids]

@@ -9,15 +9,17 @@ Guessing is left out on purpose: if the first record of a file fits no format, t
 keys it has.
 """
 
+import json
+import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from minillama.chat import Conversation, Turn
 from minillama.data.records import InputRecord, TextBlock, read_records
-from minillama.data.sources import Source
+from minillama.data.sources import COLUMNS, INFO_NAME, Source
 from minillama.errors import UserError
 
 Document = Conversation | str
@@ -31,20 +33,13 @@ FORMAT_KEYS = {
 }
 PLAIN_TEXT = ("text", "lines", "ascend")  # formats that take a plain text file
 
-# LLaMA-Factory's names of columns and tags, and what files call them unless dataset_info.json says
-# otherwise.
-COLUMNS = {
-    "prompt": "instruction",
-    "query": "input",
-    "response": "output",
-    "history": "history",
-    "system": "system",
-    "messages": "conversations",
-    "role_tag": "from",
-    "content_tag": "value",
-    "user_tag": "human",
-    "assistant_tag": "gpt",
-    "system_tag": "",
+# The template of conversations, if neither the user nor the base model has one. The first format
+# that is among the data decides.
+DEFAULT_TEMPLATES = {
+    "sharegpt": "vicuna_v1.1",
+    "alpaca": "alpaca",
+    "moss": "alpaca",
+    "ascend": "alpaca",
 }
 
 # MOSS puts these marks around what each side says.
@@ -52,7 +47,26 @@ MOSS_MARKS = {
     "Human": re.compile(r"<eoh>|<\|Human\|>: ?"),
     "MOSS": re.compile(r"<eom>|<\|MOSS\|>:"),
 }
+# An entry of dataset_info.json with the names of OpenAI's chat format.
+OPENAI_ENTRY = {
+    "formatting": "sharegpt",
+    "columns": {"messages": "messages"},
+    "tags": {
+        "role_tag": "role",
+        "content_tag": "content",
+        "user_tag": "user",
+        "assistant_tag": "assistant",
+        "system_tag": "system",
+    },
+}
 BELLE_ROUND = re.compile(r"Human:(.*?)Assistant:(.*?)(?=Human:|\Z)", re.DOTALL)
+
+
+class ParsedRecord(NamedTuple):
+    """What a record gives. A conversation without turns has nothing to learn from."""
+
+    documents: list[Document]
+    dropped_messages: int = 0  # messages of the record that are in no document
 
 
 class BadRecord(UserError):
@@ -72,13 +86,36 @@ def detect(path: Path) -> str:
         if keys.issuperset(needed):
             return name
     shown = ", ".join(sorted(map(str, keys))) or type(value).__name__
-    raise UserError(
+    message = (
         f"{path}: its first record ({shown}) is of no known format; expected instruction and "
         "output (alpaca), conversations (sharegpt), chat (moss) or text"
     )
+    raise UserError(message + _remedy(path, value))
 
 
-def parse(source: Source, record: InputRecord) -> list[Document]:
+def _remedy(path: Path, value: Any) -> str:
+    """How the data of a file of two well-known other kinds can be read: the end of an error."""
+    if not isinstance(value, dict):
+        return ""
+    if "messages" in value:
+        entry = {"file_name": path.name, **OPENAI_ENTRY}
+        info = json.dumps({path.stem: entry})
+        return f"; for OpenAI's messages, write this into {path.parent / INFO_NAME}: {info}"
+    for key, content in value.items():
+        if isinstance(content, list) and content and isinstance(content[0], dict):
+            return f"; if the list under {key!r} holds the records, make it the whole file"
+    return ""
+
+
+def default_template(data_formats: Collection[str]) -> str:
+    """The template of data in these formats; "" for plain text, which has none."""
+    for name, template in DEFAULT_TEMPLATES.items():
+        if name in data_formats:
+            return template
+    return ""
+
+
+def parse(source: Source, record: InputRecord) -> ParsedRecord:
     """The documents of a record.
 
     Raises BadRecord, with file and place, if the record does not follow the format of `source`.
@@ -90,11 +127,11 @@ def parse(source: Source, record: InputRecord) -> list[Document]:
         raise BadRecord(f"{place}: {error}") from None
 
 
-def _parse_value(source: Source, value: Any) -> list[Document]:
+def _parse_value(source: Source, value: Any) -> ParsedRecord:
     if isinstance(value, UserError):
         raise value
     if isinstance(value, str) and source.data_format in PLAIN_TEXT:
-        return [value]
+        return ParsedRecord([value])
     if not isinstance(value, dict):
         keys = " and ".join(FORMAT_KEYS.get(source.data_format, ("text",)))
         raise UserError(f"expected an object with {keys}, found {type(value).__name__}")
@@ -102,8 +139,13 @@ def _parse_value(source: Source, value: Any) -> list[Document]:
 
 
 def _text_at(record: dict[str, Any], key: str, default: str | None = None) -> str:
-    """record[key], which must be text, or the default if it is missing or null."""
+    """record[key], which must be text, or the default if it is missing, null or NaN.
+
+    NaN is what pandas writes for a missing text.
+    """
     value = record.get(key)
+    if isinstance(value, float) and math.isnan(value):
+        value = None
     if isinstance(value, str):
         return value
     if value is not None:
@@ -113,7 +155,7 @@ def _text_at(record: dict[str, Any], key: str, default: str | None = None) -> st
     return default
 
 
-def _alpaca(record: dict[str, Any], source: Source) -> list[Document]:
+def _alpaca(record: dict[str, Any], source: Source) -> ParsedRecord:
     """Stanford Alpaca, LLaMA-Factory, AscendSpeed.
 
     {instruction, input?, output, system?, history?: [[question, answer], …]}
@@ -128,7 +170,7 @@ def _alpaca(record: dict[str, Any], source: Source) -> list[Document]:
     query = _text_at(record, columns["query"], default="")
     turns.append(Turn(prompt, response, query))
     system = _text_at(record, columns["system"], default="")
-    return [Conversation(tuple(turns), system)]
+    return ParsedRecord([Conversation(tuple(turns), system)])
 
 
 def _is_pair(value: Any) -> bool:
@@ -136,11 +178,11 @@ def _is_pair(value: Any) -> bool:
     return is_pair and all(isinstance(text, str) for text in value)
 
 
-def _sharegpt(record: dict[str, Any], source: Source) -> list[Document]:
-    """FastChat: {conversations: [{from: human|gpt, value}, …]}.
+def _sharegpt(record: dict[str, Any], source: Source) -> ParsedRecord:
+    """FastChat: {conversations: [{from: system|human|gpt, value}, …]}.
 
-    What stands before the first human turn is dropped, and so is a last question without an answer:
-    there is nothing to learn from it.
+    A first message from `system` is the system text. One that stands before the first question is
+    dropped, and so is a last question without an answer: there is nothing to learn from it.
     """
     columns = COLUMNS | source.columns
     key = columns["messages"]
@@ -156,17 +198,17 @@ def _sharegpt(record: dict[str, Any], source: Source) -> list[Document]:
         texts.append(_text_at(message, columns["content_tag"]))
     system = _text_at(record, columns["system"], default="")
     first = 0  # the first message of the conversation
-    if roles and roles[0] != columns["user_tag"]:
+    if roles and roles[0] == columns["system_tag"]:
+        system = texts[0]
         first = 1
-        if roles[0] == columns["system_tag"]:
-            system = texts[0]
+    has_greeting = len(roles) > first and roles[first] != columns["user_tag"]
+    first += has_greeting
     _check_alternation(roles, first, columns)
     questions = texts[first::2]
     answers = texts[first + 1 :: 2]
-    if not answers:
-        raise UserError(f"{key!r} holds no question with an answer")
     turns = [Turn(q, a, None) for q, a in zip(questions, answers, strict=False)]
-    return [Conversation(tuple(turns), system)]
+    num_dropped = has_greeting + len(questions) - len(answers)
+    return ParsedRecord([Conversation(tuple(turns), system)], num_dropped)
 
 
 def _check_alternation(roles: list[str], first: int, columns: dict[str, str]) -> None:
@@ -181,7 +223,7 @@ def _check_alternation(roles: list[str], first: int, columns: dict[str, str]) ->
         expected, after = after, expected
 
 
-def _moss(record: dict[str, Any], source: Source) -> list[Document]:
+def _moss(record: dict[str, Any], source: Source) -> ParsedRecord:
     """MOSS: {chat: {turn_1: {Human, MOSS, …}, …}}.
 
     Each turn gives a conversation of the turns up to it, in which only its own answer is a target.
@@ -201,14 +243,14 @@ def _moss(record: dict[str, Any], source: Source) -> list[Document]:
     for turn in turns:
         conversations.append(Conversation((*context, turn)))
         context.append(replace(turn, is_target=False))
-    return conversations
+    return ParsedRecord(conversations)
 
 
 def _moss_text(message: dict[str, Any], speaker: str) -> str:
     return MOSS_MARKS[speaker].sub("", _text_at(message, speaker)).strip()
 
 
-def _ascend(record: dict[str, Any], source: Source) -> list[Document]:
+def _ascend(record: dict[str, Any], source: Source) -> ParsedRecord:
     """AscendSpeed: instruction data if there is an instruction, else pre-training text.
 
     The instruction of BelleMultiTurn is a whole dialogue, "Human:Q Assistant:A Human:R Assistant:",
@@ -228,12 +270,12 @@ def _ascend(record: dict[str, Any], source: Source) -> list[Document]:
     return _alpaca(record, source)
 
 
-def _text(record: dict[str, Any], source: Source) -> list[Document]:
+def _text(record: dict[str, Any], source: Source) -> ParsedRecord:
     key = source.columns.get("prompt", "text")
-    return [_text_at(record, key)]
+    return ParsedRecord([_text_at(record, key)])
 
 
-FORMATS: dict[str, Callable[[dict[str, Any], Source], list[Document]]] = {
+FORMATS: dict[str, Callable[[dict[str, Any], Source], ParsedRecord]] = {
     "alpaca": _alpaca,
     "sharegpt": _sharegpt,
     "moss": _moss,

@@ -29,8 +29,8 @@ from minillama.files import OutputFile, append_file, flush_to_disk, parsing, rea
 from minillama.output_directory import take_lock
 
 VERSION = 1
-# A larger share of documents without a target is a mistake in the data, and not an exception in it.
-MOST_WITHOUT_TARGET = 0.01
+# A larger share of conversations without a target stops a run, unless the user says otherwise.
+MAX_DROPPED = 0.1
 ARRAYS = ("bin", "mask", "idx")
 
 
@@ -42,6 +42,7 @@ class Chunk:
     mask: bytearray = field(default_factory=bytearray)  # a byte for each id
     ends: list[int] = field(default_factory=list)  # where each document ends in ids
     without_target: int = 0  # documents with nothing to train on
+    dropped_messages: int = 0  # of conversations: in no document
     records: int = 0  # read from the input, bad ones included
     bad: list[str] = field(default_factory=list)  # what is wrong with each bad record
 
@@ -65,6 +66,7 @@ class Chunk:
             "tokens": len(self.ids),
             "targets": self.mask.count(1),
             "documents_without_target": self.without_target,
+            "dropped_messages": self.dropped_messages,
             "skipped_records": self.bad,
         }
 
@@ -107,7 +109,8 @@ class DatasetWriter:
 
     def _continue_from(self, meta: dict[str, Any]) -> None:
         """Take over `meta` of an interrupted run, if its input and files are right."""
-        is_same_input = meta | Chunk().counts() == self.meta
+        has_same_keys = meta.keys() == self.meta.keys()
+        is_same_input = has_same_keys and meta | Chunk().counts() == self.meta
         sizes = self._sizes(meta)
         if is_same_input and all(self.files[part].tell() >= sizes[part] for part in ARRAYS):
             self.meta = meta
@@ -143,11 +146,13 @@ class DatasetWriter:
         self.files["json"].truncate(0)
         self.files["json"].write(text.encode("utf-8"))
 
-    def finish(self) -> dict[str, Any]:
-        """Check the data set, put it in place, and return what PREFIX.json says."""
-        self._check_counts()
-        all_are_targets = self.meta["targets"] == self.meta["tokens"]
-        parts = [part for part in ARRAYS if part != "mask" or not all_are_targets]
+    def finish(self, max_dropped: float = MAX_DROPPED) -> dict[str, Any]:
+        """Check the data set, put it in place, and return what PREFIX.json says.
+
+        Raises UserError if a larger share of documents than max_dropped is without a target.
+        """
+        self._check_counts(max_dropped)
+        parts = _parts_of(self.meta)
         self.meta["sha256"] = {part: sha256_of(self._partial(part)) for part in parts}
         self._write_meta()
         for part in (*parts, "json"):
@@ -158,16 +163,16 @@ class DatasetWriter:
             os.replace(self._partial(part), f"{self.prefix}.{part}")
         return self.meta
 
-    def _check_counts(self) -> None:
+    def _check_counts(self, max_dropped: float) -> None:
         num_documents = self.meta["documents"]
         num_empty = self.meta["documents_without_target"]
         if num_documents == 0:
             raise UserError(f"{self.prefix}: the input holds no document")
-        if num_empty > MOST_WITHOUT_TARGET * num_documents:
+        if num_empty == num_documents or num_empty > max_dropped * num_documents:
             raise UserError(
                 f"{self.prefix}: {num_empty} of {num_documents} documents have nothing to train on "
-                f"(no answer, or an empty one); more than {MOST_WITHOUT_TARGET:.0%} is a mistake "
-                "in the data or its template"
+                "(no answer, or an empty one); mend the data or its template, or leave them out: "
+                f"raise max_dropped, now {max_dropped:g}"
             )
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -178,6 +183,12 @@ class DatasetWriter:
         self._partial("lock").unlink(missing_ok=True)
         for file in (*self.files.values(), self._lock):
             file.close()
+
+
+def _parts_of(meta: dict[str, Any]) -> list[str]:
+    """The files of a data set beside PREFIX.json."""
+    all_are_targets = meta["targets"] == meta["tokens"]
+    return ["bin", "idx"] if all_are_targets else ["bin", "mask", "idx"]
 
 
 def is_dataset(prefix: Path | str) -> bool:
@@ -206,7 +217,7 @@ class Dataset:
             dtype = np.dtype(self.meta["dtype"])
             num_documents = self.meta["documents"]
             num_tokens = self.meta["tokens"]
-            hashes = self.meta["sha256"]
+            hashes = {part: self.meta["sha256"][part] for part in _parts_of(self.meta)}
         if version != VERSION:
             raise UserError(
                 f"{json_path}: version {version}, this program reads {VERSION}; make it again with "
@@ -247,6 +258,11 @@ class Dataset:
             f"{path}: {found}, {self.prefix}.json says that it has {expected_bytes} bytes; make "
             "the data set again"
         )
+
+    @property
+    def template(self) -> str:
+        """The template that its conversations are rendered in; "" for plain text, or if unknown."""
+        return self.meta.get("template", "") if self.mask is not None else ""
 
     def __len__(self) -> int:
         return len(self.offsets) - 1

@@ -9,6 +9,9 @@ is the topic of formats.py. Here a file is one of five *containers*, told apart 
     text       the whole file is one record
     lines      the same file, if the format `lines` was asked for: each line is a record
 
+A file with a suffix that is not known is only read if its content is JSON or Parquet, or if plain
+text was asked for: a table, such as .csv, or a compressed file is not trained on as if it were one.
+
 A JSON array is the difficult one, because Python's parser takes all of it or nothing. So a window
 slides over the file. The parser takes one element and the comma behind it from its beginning. If
 the window ends before that comma, more of the file is read.
@@ -21,13 +24,18 @@ import json
 import re
 from collections.abc import Callable, Iterator
 from itertools import chain
+from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
-from minillama.data.sources import Source
+from minillama.data.sources import COMPRESSED, SUFFIXES, Source
 from minillama.errors import UserError
+from minillama.files import numbered_lines, open_text
+from minillama.json_values import check_json, json_limits
 
 BLOCK = 1 << 18  # characters read at a time
 HEAD = 1024  # bytes, or characters, that tell what a file is
+JSON_SUFFIXES = (".json", ".jsonl")
+TEXT_SUFFIXES = (".txt", ".md")
 SPACE = re.compile(r"[ \t\r\n]*")
 DECODER = json.JSONDecoder()
 
@@ -58,41 +66,52 @@ def read_records(source: Source, split_text: bool = False) -> Iterator[InputReco
     """
     container = _container_of(source)
     is_empty = True
-    try:
-        with open(source.path, encoding="utf-8-sig", newline="\n") as file:
-            if container == "text" and split_text:
-                records = _read_blocks(file)
-            else:
-                records = CONTAINERS[container](file)
-            for record in records:
-                is_empty = False
-                yield record
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{source.path}: not UTF-8 text ({error.reason}); save it as UTF-8"
-        ) from None
+    with open_text(source.path) as file:
+        if container == "text" and split_text:
+            records = _read_blocks(file)
+        else:
+            records = CONTAINERS[container](file)
+        for record in records:
+            is_empty = False
+            yield record
     if is_empty:
         raise UserError(f"{source.path}: holds no records")
 
 
 def _container_of(source: Source) -> str:
-    """A key of CONTAINERS. A .txt or .md file is plain text, whatever it begins with."""
+    """A key of CONTAINERS. A .txt or .md file is plain text, whatever it begins with.
+
+    Raises UserError for a file that nothing says how to read.
+    """
     path = source.path
+    suffix = path.suffix.lower()
     with open(path, "rb") as file:
         head = file.read(HEAD)
-    if head.startswith(b"PAR1"):
+    if head.startswith(b"PAR1") or suffix == ".parquet":
         return "parquet"
     if head.startswith(b"version https://git-lfs"):
         raise UserError(
             f"{path}: a git-lfs pointer, not the file; run `git lfs pull` or download it again"
         )
     first_byte = head.removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
-    is_named_text = path.suffix in (".txt", ".md")
-    is_named_json = path.suffix in (".json", ".jsonl")
     looks_like_json = first_byte in (b"[", b"{")
-    if is_named_text or not (is_named_json or looks_like_json):
-        return "lines" if source.data_format == "lines" else "text"
-    return "array" if first_byte == b"[" else "jsonl"
+    if suffix in JSON_SUFFIXES or (looks_like_json and suffix not in TEXT_SUFFIXES):
+        return "array" if first_byte == b"[" else "jsonl"
+    is_text_asked_for = source.data_format in ("text", "lines")
+    if suffix not in ("", *TEXT_SUFFIXES) and not is_text_asked_for:
+        raise UserError(_unknown_suffix(path))
+    return "lines" if source.data_format == "lines" else "text"
+
+
+def _unknown_suffix(path: Path) -> str:
+    """The message of the error for a file that is neither JSON, Parquet nor named as a text."""
+    known = ", ".join(SUFFIXES)
+    if path.suffix.lower() in COMPRESSED:
+        return f"{path}: a compressed file is not read; unpack it first (known: {known})"
+    return (
+        f"{path}: a {path.suffix} file is not read; known: {known}; convert it to JSON lines, or "
+        "choose the format text or lines (--data_format; --format of convert.py) if it is a text"
+    )
 
 
 def _read_text(file: TextIO) -> Iterator[InputRecord]:
@@ -117,19 +136,33 @@ def _read_blocks(file: TextIO) -> Iterator[InputRecord]:
 
 
 def _read_lines(file: TextIO) -> Iterator[InputRecord]:
-    for number, line in enumerate(file, start=1):
-        if line.strip():
-            yield InputRecord(f"line {number}", line.rstrip("\n"))
+    for number, line in numbered_lines(file):
+        yield InputRecord(f"line {number}", line)
 
 
 def _read_json_lines(file: TextIO) -> Iterator[InputRecord]:
     for number, line in enumerate(_read_lines(file), start=1):
         place = f"record {number} ({line.place})"
-        try:
-            value = json.loads(line.value)
-        except json.JSONDecodeError as error:
-            value = UserError(f"not valid JSON: {error.msg} at column {error.colno}")
-        yield InputRecord(place, value)
+        yield InputRecord(place, _parse_line(line.value))
+
+
+def _parse_line(text: str) -> Any:
+    """The JSON value of a line; a UserError if it has none."""
+    try:
+        with json_limits():
+            value = json.loads(text)
+        check_json(value, text)
+    except json.JSONDecodeError as error:
+        message = f"not valid JSON: {error.msg} at column {error.colno}"
+        if error.pos >= len(text.rstrip()):
+            message += (
+                "; an object must end on its line: write one object a line, or an array [{…}, {…}] "
+                "of all records"
+            )
+        return UserError(message)
+    except UserError as error:
+        return error
+    return value
 
 
 def _read_parquet(file: TextIO) -> Iterator[InputRecord]:
@@ -162,6 +195,9 @@ def _read_array(file: TextIO) -> Iterator[InputRecord]:
                 return
             if not (window.is_cut_off(error) and window.grow()):
                 raise window.error_at(f"not valid JSON: {error.msg}", error.pos) from None
+        except UserError as error:
+            value_start = _skip_space(window.text, window.start)
+            raise window.error_at(str(error), value_start) from None
         else:
             number += 1
             yield InputRecord(f"record {number}", value)
@@ -180,12 +216,14 @@ class ArrayWindow:
         self.is_array_done = False
 
     def take_element(self) -> Any:
-        """The next element. The comma or bracket behind it is taken too.
+        """The next element, or a UserError for one that cannot be worked with.
 
-        Raises JSONDecodeError, and takes nothing, if the text is wrong or the window ends.
+        The comma or bracket behind it is taken too. Raises JSONDecodeError, and takes nothing, if
+        the text is wrong or the window ends; UserError beyond the limits of Python's parser.
         """
         value_start = _skip_space(self.text, self.start)
-        value, value_end = DECODER.raw_decode(self.text, value_start)
+        with json_limits():
+            value, value_end = DECODER.raw_decode(self.text, value_start)
         end = _skip_space(self.text, value_end)
         delimiter = self.text[end : end + 1]
         if delimiter not in (",", "]"):
@@ -193,6 +231,10 @@ class ArrayWindow:
             raise json.JSONDecodeError(f"expected , or ], found {found}", self.text, end)
         self.start = end + 1
         self.is_array_done = delimiter == "]"
+        try:
+            check_json(value, self.text[value_start:value_end])
+        except UserError as error:
+            return error
         return value
 
     def is_cut_off(self, error: json.JSONDecodeError) -> bool:

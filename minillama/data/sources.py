@@ -1,15 +1,18 @@
 """Which files to read: files, folders, and names in a LLaMA-Factory `dataset_info.json`.
 
     "a.json"            that file, as dataset_info.json beside it describes it, if it does
-    "corpus/"           the files in the folder, in order of name
+    "corpus/"           the files in the folder, in order of name, without a README or licence
     "alpaca_gpt4_zh"    the entry of that name in DATASET_DIR/dataset_info.json: a file and what it
                         calls its columns and tags
 
-An entry can give the sha1 of its file; a file with other content is refused. Addresses on the
+An entry can give the sha1 of its file; a file with other content is refused. So is an entry that
+names a file outside its folder, or has a key that would change what is read and is not known here:
+a data set that was downloaded decides neither of them. Addresses on the
 Hugging Face Hub are left out on purpose: nothing here uses a network.
 """
 
 import hashlib
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,8 +22,36 @@ from minillama.errors import UserError, closest
 from minillama.files import read_json
 
 SUFFIXES = (".json", ".jsonl", ".parquet", ".txt", ".md")  # the files of a folder that are read
+COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".zip", ".7z", ".tar", ".tgz")
+TABLES = (".csv", ".tsv", ".arrow", ".xls", ".xlsx")
+# Texts about a data set, which many data folders hold beside the data.
+CARD = re.compile(
+    r"(readme|licen[cs]e|changelog|contributing|citation|notice)(?![a-z]).*\.(md|txt)",
+    re.IGNORECASE,
+)
 INFO_NAME = "dataset_info.json"
 NAME_TABLES = ("columns", "tags")  # the tables of an entry that say what the file calls things
+
+# LLaMA-Factory's names of columns and tags, and what files call them unless dataset_info.json says
+# otherwise.
+COLUMNS = {
+    "prompt": "instruction",
+    "query": "input",
+    "response": "output",
+    "history": "history",
+    "system": "system",
+    "messages": "conversations",
+    "role_tag": "from",
+    "content_tag": "value",
+    "user_tag": "human",
+    "assistant_tag": "gpt",
+    "system_tag": "system",
+}
+# Tags of messages that are an error wherever they occur, so that their name changes nothing.
+HARMLESS_TAGS = ("observation_tag", "function_tag")
+ENTRY_KEYS = ("file_name", "file_sha1", "formatting", "ranking", *NAME_TABLES)
+# Where an entry's data is on a hub. A local file is read, so nothing is fetched from there.
+HUB_KEYS = ("hf_hub_url", "ms_hub_url", "om_hub_url", "script_url", "subset", "split", "folder")
 
 
 @dataclass(frozen=True)
@@ -28,7 +59,7 @@ class Source:
     """A file and how to read it.
 
     columns: what the file calls its columns and tags, by LLaMA-Factory's names for them (the keys
-    of formats.COLUMNS). A name that is not listed has its usual value.
+    of COLUMNS). A name that is not listed has its usual value.
     """
 
     path: Path
@@ -77,11 +108,33 @@ def _find(name: str, info_path: Path) -> list[Source]:
 def _sources_of_folder(folder: Path) -> list[Source]:
     sources = []
     for path in sorted(folder.iterdir()):
-        if path.suffix in SUFFIXES and path.name != INFO_NAME:
+        if _is_read(path):
             sources.append(_source_of_file(path))
+        elif path.suffix.lower() in (*COMPRESSED, *TABLES):
+            raise UserError(
+                f"{path}: a {path.suffix} file is not read; unpack it or convert it to JSON lines, "
+                "or move it out of the folder"
+            )
     if not sources:
         raise UserError(f"{folder}: the folder holds no {', '.join(SUFFIXES)} file")
     return sources
+
+
+def _is_read(path: Path) -> bool:
+    """Whether a file of a folder is one of its data files."""
+    if path.name == INFO_NAME or path.name.startswith(".") or CARD.fullmatch(path.name):
+        return False
+    return path.suffix.lower() in SUFFIXES
+
+
+def find_unread(names: Sequence[str | Path]) -> list[str]:
+    """What lies in the folders among `names` and is not read. Subfolders are not read either."""
+    unread = []
+    for folder in filter(Path.is_dir, map(Path, names)):
+        for path in sorted(folder.iterdir()):
+            if path.name != INFO_NAME and not _is_read(path):
+                unread.append(str(path))
+    return unread
 
 
 def _source_of_file(path: Path) -> Source:
@@ -100,13 +153,9 @@ def _source_of_entry(info_path: Path, name: str, entry: dict[str, Any]) -> Sourc
     The columns `history` and `system` are not read unless the entry names them, as in
     LLaMA-Factory.
     """
-    if "file_name" not in entry:
-        raise UserError(
-            f"{info_path}: {name} has no file_name; download its data and add the file's name"
-        )
-    path = info_path.parent / entry["file_name"]
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; {info_path} names it for {name}")
+    where = f"{info_path}: {name}"
+    path = _path_of_entry(info_path, where, entry)
+    _refuse_unknown(where, entry, (*ENTRY_KEYS, *HUB_KEYS))
     formatting = entry.get("formatting", "alpaca")
     is_ranking = bool(entry.get("ranking"))
     if is_ranking or formatting not in ("alpaca", "sharegpt"):
@@ -114,7 +163,7 @@ def _source_of_entry(info_path: Path, name: str, entry: dict[str, Any]) -> Sourc
         if is_ranking:
             kind = "ranking data, for reward models"
         raise UserError(
-            f"{info_path}: {name} is {kind}; known are alpaca and sharegpt, for supervised training"
+            f"{where} is {kind}; known are alpaca and sharegpt, for supervised training"
         )
     expected_sha1 = entry.get("file_sha1")
     if expected_sha1:
@@ -126,9 +175,41 @@ def _source_of_entry(info_path: Path, name: str, entry: dict[str, Any]) -> Sourc
             )
     columns = {"history": "", "system": ""}
     for table in NAME_TABLES:
-        for column, name_in_file in entry.get(table, {}).items():
-            columns[column] = name_in_file or ""
+        names = {key: value or "" for key, value in entry.get(table, {}).items()}
+        _refuse_unknown(f"{where}: {table}", names, (*COLUMNS, *HARMLESS_TAGS))
+        columns |= {key: value for key, value in names.items() if key in COLUMNS}
+    for column, name_in_file in columns.items():
+        if not isinstance(name_in_file, str):
+            raise UserError(f"{where}: {column} is {name_in_file!r}, expected the name of a column")
     return Source(path, formatting, columns)
+
+
+def _path_of_entry(info_path: Path, where: str, entry: dict[str, Any]) -> Path:
+    """The file of an entry. It must lie in the folder of dataset_info.json, or below it."""
+    if "file_name" not in entry:
+        raise UserError(f"{where} has no file_name; download its data and add the file's name")
+    file_name = entry["file_name"]
+    if not isinstance(file_name, str):
+        raise UserError(f"{where}: file_name is {file_name!r}, expected the name of a file")
+    if Path(file_name).is_absolute() or ".." in Path(file_name).parts:
+        raise UserError(
+            f"{where}: file_name {file_name!r} is outside {info_path.parent}; move the file into "
+            "that folder, or give its path to --data"
+        )
+    path = info_path.parent / file_name
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; named by {where}")
+    return path
+
+
+def _refuse_unknown(where: str, values: dict[str, Any], known: Sequence[str]) -> None:
+    """Raise UserError for a key with a value that is not known: it would change what is read."""
+    for key, value in values.items():
+        if value and key not in known:
+            raise UserError(
+                f"{where}: the key {key!r} is not known here{closest(key, known)}; take it out if "
+                "the data is right without it"
+            )
 
 
 def _read_info(path: Path) -> dict[str, Any]:

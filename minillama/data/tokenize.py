@@ -18,10 +18,10 @@ from typing import Any
 from tqdm import tqdm
 
 from minillama.data.encode import encode_block, encode_document
-from minillama.data.formats import PLAIN_TEXT, BadRecord, detect, parse
-from minillama.data.memmap import Chunk, DatasetWriter
+from minillama.data.formats import PLAIN_TEXT, BadRecord, default_template, detect, parse
+from minillama.data.memmap import MAX_DROPPED, Chunk, DatasetWriter
 from minillama.data.records import InputRecord, TextBlock, read_records
-from minillama.data.sources import Source, find_sources
+from minillama.data.sources import Source, find_sources, find_unread
 from minillama.data.workers import map_in_order
 from minillama.errors import UserError
 from minillama.files import sha256_of
@@ -38,19 +38,15 @@ class DataOptions:
     """How raw files become a tokenized data set."""
 
     data_format: str = "auto"  # auto: from the first record of each file
-    template: str = ""  # empty: default_template, or for a tokenized data set its own
-    default_template: str = "alpaca"
+    template: str = ""  # empty: base_template, else the data's; for a tokenized data set its own
+    base_template: str = ""  # the one that the base model was tuned with
     append_eod: bool = True  # end each document with EOS
     skip_bad_records: bool = False
+    max_dropped: float = MAX_DROPPED  # the largest share of documents without a target
     dataset_dir: str = ""  # the folder of the dataset_info.json that names data sets
     cache_dir: str = ""  # empty: $XDG_CACHE_HOME/minillama
     workers: int = 1  # processes
     quiet: bool = False
-
-    @property
-    def raw_template(self) -> str:
-        """The template for raw files."""
-        return self.template or self.default_template
 
 
 def build_dataset(
@@ -64,12 +60,15 @@ def build_dataset(
     Returns what PREFIX.json says. After an interruption, the same call continues where it stopped.
     Raises UserError for a malformed record, unless options.skip_bad_records.
     """
-    sources = _detect_formats(find_sources(files, options.data_format, options.dataset_dir))
-    origin = _describe_origin(sources, tokenizer, options)
+    sources = detect_sources(files, options)
+    template = choose_template(sources, options)
+    origin = _describe_origin(sources, tokenizer, template, options.append_eod)
+    origin["unread_files"] = find_unread(files)
     if not options.quiet:
         for source in sources:
             print(f"{source.path}: read as {source.data_format}", file=sys.stderr)
-    encode = partial(encode_records, tokenizer, options.raw_template, options.append_eod)
+        print(f"{prefix}: template {origin['template'] or 'none'}", file=sys.stderr)
+    encode = partial(encode_records, tokenizer, template, options.append_eod)
     with (
         DatasetWriter(prefix, tokenizer.size, origin) as writer,
         tqdm(desc=f"tokenizing {prefix.name}", unit=" documents", disable=options.quiet) as bar,
@@ -82,15 +81,33 @@ def build_dataset(
                 raise UserError(f"{chunk.bad[0]}; --skip_bad_records leaves such records out")
             writer.add(chunk)
             bar.update(len(chunk.ends))
-        meta = writer.finish()
-    skipped = meta["skipped_records"]
-    if skipped and not options.quiet:
-        print(
-            f"{len(skipped)} bad records left out, listed in {prefix}.json; "
-            f"the first: {skipped[0]}",
-            file=sys.stderr,
-        )
+        meta = writer.finish(options.max_dropped)
+    if not options.quiet:
+        print_omissions(prefix, meta)
     return meta
+
+
+def print_omissions(prefix: Path, meta: dict[str, Any]) -> None:
+    """Print what of the input is not trained on. meta: what PREFIX.json says."""
+    lines = []
+    unread = meta.get("unread_files")
+    if unread:
+        lines.append(f"not read: {', '.join(unread)}")
+    skipped = meta["skipped_records"]
+    if skipped:
+        lines.append(
+            f"{len(skipped)} bad records left out, listed in {prefix}.json; the first: {skipped[0]}"
+        )
+    dropped = meta.get("dropped_messages")
+    if dropped:
+        lines.append(
+            f"{dropped} messages left out: before the first question, or a last one without answer"
+        )
+    num_empty = meta["documents_without_target"]
+    if num_empty:
+        lines.append(f"{num_empty} of {meta['documents']} documents left out: no answer in them")
+    for line in lines:
+        print(f"{prefix}: {line}", file=sys.stderr)
 
 
 def encode_records(
@@ -104,10 +121,13 @@ def encode_records(
             chunk.append(ids, None, ends_document=record.value.is_last)
             continue
         try:
-            for document in parse(source, record):
-                chunk.append(*encode_document(tokenizer, document, template, append_eod))
+            parsed = parse(source, record)
         except BadRecord as error:
             chunk.bad.append(str(error))
+            continue
+        for document in parsed.documents:
+            chunk.append(*encode_document(tokenizer, document, template, append_eod))
+        chunk.dropped_messages += parsed.dropped_messages
     return chunk
 
 
@@ -117,17 +137,26 @@ def file_stamp(path: Path) -> dict[str, int]:
     return {"bytes": status.st_size, "mtime_ns": status.st_mtime_ns}
 
 
-def _detect_formats(sources: list[Source]) -> list[Source]:
+def detect_sources(files: Sequence[Path | str], options: DataOptions) -> list[Source]:
+    """The sources of files, folders and named data sets, each with its format."""
     detected = []
-    for source in sources:
+    for source in find_sources(files, options.data_format, options.dataset_dir):
         if source.data_format == "auto":
             source = replace(source, data_format=detect(source.path))
         detected.append(source)
     return detected
 
 
+def choose_template(sources: Sequence[Source], options: DataOptions) -> str:
+    """The template of conversations in raw files; "" for plain text alone, which has none."""
+    data_template = default_template({source.data_format for source in sources})
+    if not data_template:
+        return ""
+    return options.template or options.base_template or data_template
+
+
 def _describe_origin(
-    sources: list[Source], tokenizer: Tokenizer, options: DataOptions
+    sources: list[Source], tokenizer: Tokenizer, template: str, append_eod: bool
 ) -> dict[str, Any]:
     """What PREFIX.json says of how a data set was made."""
     described = {}
@@ -138,11 +167,10 @@ def _describe_origin(
             **file_stamp(source.path),
             "sha256": sha256_of(source.path),
         }
-    has_template = any(source.data_format not in ("text", "lines") for source in sources)
     return {
         "tokenizer_sha256": tokenizer.sha256,
-        "template": options.raw_template if has_template else "",
-        "append_eod": options.append_eod,
+        "template": template,
+        "append_eod": append_eod,
         "sources": described,
     }
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from minillama.data.memmap import MOST_WITHOUT_TARGET, Dataset
+from minillama.data.memmap import MAX_DROPPED, Dataset
 from minillama.errors import UserError
 from minillama.ops.reference import IGNORE
 
@@ -39,12 +39,16 @@ class TrainingWindows:
     """
 
     def __init__(
-        self, dataset: Dataset, max_length: int, documents: np.ndarray | None = None
+        self,
+        dataset: Dataset,
+        max_length: int,
+        documents: np.ndarray | None = None,
+        max_dropped: float = MAX_DROPPED,
     ) -> None:
         """Cut documents into windows. documents: the numbers of those to use; None means all.
 
         A window without a target is left out and counted. Raises UserError if none is left, and for
-        instruction data if more than one document in a hundred is left out.
+        instruction data if a larger share of documents than max_dropped is left out.
         """
         self.dataset = dataset
         self.max_length = max_length
@@ -61,23 +65,25 @@ class TrainingWindows:
             self.shortened = int((end - start > max_length).sum())
             stop = np.minimum(end, start + max_length)
             target_end = stop
-            targets = count_targets(dataset.mask, start + 1, target_end)
+            first_target = np.minimum(start + 1, target_end)  # a document can be empty
+            targets = count_targets(dataset.mask, first_target, target_end)
         has_target = targets > 0
         self.start = start[has_target]
         self.length = (stop - start)[has_target]
         self.target_end = target_end[has_target]
         self.targets = targets[has_target]
         self.left_out = int((~has_target).sum())
-        self._check_left_out()
+        self._check_left_out(max_dropped)
 
-    def _check_left_out(self) -> None:
-        most = MOST_WITHOUT_TARGET * max(100, self.documents)
-        too_many = self.dataset.mask is not None and self.left_out > most
+    def _check_left_out(self, max_dropped: float) -> None:
+        is_instruction_data = self.dataset.mask is not None
+        too_many = is_instruction_data and self.left_out > max_dropped * self.documents
         if too_many or len(self.start) == 0:
             raise UserError(
                 f"{self.dataset.prefix}: {self.left_out} of {self.documents} documents have "
                 f"nothing to train on within max_length = {self.max_length} tokens; raise "
-                f"max_length, or shorten the prompts"
+                "max_length, shorten the prompts, or leave more out: raise max_dropped, now "
+                f"{max_dropped:g}"
             )
 
     def summary(self) -> str:

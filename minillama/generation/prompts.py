@@ -1,6 +1,5 @@
 """Complete many prompts: print the completions in order, or write a record of each prompt."""
 
-import json
 import sys
 from collections import deque
 from dataclasses import dataclass
@@ -10,10 +9,11 @@ from typing import Any
 from tqdm import tqdm
 
 from minillama.errors import UserError
-from minillama.files import read_text
+from minillama.files import numbered_lines, open_text
 from minillama.generation.decode import Completion
 from minillama.generation.engine import Engine
 from minillama.generation.output_file import CompletionFile
+from minillama.json_values import parse_json
 
 Prompt = str | list[int]  # text, or token ids
 
@@ -30,22 +30,20 @@ class PromptOptions:
 
 
 def read_prompt_file(path: Path) -> list[str]:
-    """Prompts, one a line. Only a line feed ends a line: JSON may hold other line breaks."""
+    """Prompts, one a line that is not blank, read as data files are."""
     prompts = []
-    for number, line in enumerate(read_text(path).split("\n"), 1):
-        if not line.strip():
-            continue
-        is_record = path.suffix == ".jsonl"
-        prompts.append(prompt_of_record(line, f"{path}: line {number}") if is_record else line)
+    is_json = path.suffix == ".jsonl"
+    with open_text(path) as file:
+        for number, line in numbered_lines(file):
+            prompt = prompt_of_record(line, f"{path}: line {number}") if is_json else line
+            prompts.append(prompt)
     return prompts
 
 
 def prompt_of_record(line: str, place: str) -> str:
     """The prompt of a line of JSON. place: the file and line, for the error."""
-    try:
-        prompt = json.loads(line)["prompt"]
-    except (ValueError, KeyError, TypeError):
-        prompt = None
+    record = parse_json(line, place)
+    prompt = record.get("prompt") if isinstance(record, dict) else None
     if not isinstance(prompt, str):
         raise UserError(f'{place} is not a JSON object with the text "prompt"')
     return prompt

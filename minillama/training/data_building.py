@@ -4,13 +4,18 @@
                                        `--> those held out   --> BatchPlan, for evaluation
 
 Rank 0 tokenizes what is not in the cache; the other ranks wait, and then open the same files.
+
+The prompt template is the one that --template names, else the one that the checkpoint or adapter
+was tuned with, else that of the data. Plain text has none, so a model that is pre-trained on text
+alone has none either.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from minillama import comm
-from minillama.checkpoint.hf_reader import read_about
+from minillama.checkpoint.hf_reader import read_template
 from minillama.data.batches import BatchPlan, split_documents
 from minillama.data.demo import write_demo
 from minillama.data.token_cache import open_data
@@ -31,7 +36,7 @@ class RunData:
 
     train_batches: BatchPlan
     eval_batches: BatchPlan | None  # None: nothing is held out
-    template: str  # of the training data
+    template: str  # what the model is tuned with; "" if nothing says a template
 
 
 def with_embedded_data(config: TrainConfig, mesh: comm.Mesh) -> TrainConfig:
@@ -64,20 +69,26 @@ def build_data(
     tokenizer: Tokenizer,
     llama: LlamaConfig,
     mesh: comm.Mesh,
+    continued: Path | None = None,
 ) -> RunData:
-    """Open the data sets, tokenizing raw files once, and lay out the batches of all steps."""
+    """Open the data sets, tokenizing raw files once, and lay out the batches of all steps.
+
+    continued: the checkpoint of this run that it goes on from. Its template stays.
+    """
     max_length = row_length(config, llama)
     if max_length > llama.max_seq_len:
         raise UserError(
             f"max_length = {max_length} exceeds the model's context of {llama.max_seq_len}"
         )
-    template = _default_template(config, base)
+    adapter = Path(config.adapter) if config.adapter else None
+    base_template = _own_template((continued, adapter, base))
     options = DataOptions(
         data_format=config.data_format,
         template=config.template,
-        default_template=template,
+        base_template=base_template,
         append_eod=config.append_eod,
         skip_bad_records=config.skip_bad_records,
+        max_dropped=config.max_dropped,
         dataset_dir=config.dataset_dir,
         cache_dir=config.cache_dir,
         workers=config.workers,
@@ -86,25 +97,28 @@ def build_data(
     held_out = None
     with comm.first_rank_first(mesh):
         dataset = open_data(config.data, tokenizer, options)
+        template = dataset.template or config.template or base_template
+        mesh.print(f"template: {template or 'none'}")
         if config.eval_data:
-            held_out = open_data(config.eval_data, tokenizer, options)
+            eval_options = replace(options, template=template)
+            held_out = open_data(config.eval_data, tokenizer, eval_options)
 
     train_documents = None  # all of them
     eval_windows = None
     if held_out is not None:
-        eval_windows = TrainingWindows(held_out, max_length)
+        eval_windows = TrainingWindows(held_out, max_length, None, config.max_dropped)
     elif config.validation_split:
         train_documents, eval_documents = split_documents(
             len(dataset), config.validation_split, config.seed
         )
-        eval_windows = TrainingWindows(dataset, max_length, eval_documents)
-    train_windows = TrainingWindows(dataset, max_length, train_documents)
+        eval_windows = TrainingWindows(dataset, max_length, eval_documents, config.max_dropped)
+    train_windows = TrainingWindows(dataset, max_length, train_documents, config.max_dropped)
     mesh.print(f"data: {train_windows.summary()}")
 
     return RunData(
         train_batches=_train_plan(train_windows, config, mesh),
         eval_batches=_eval_plan(eval_windows, config, mesh) if eval_windows else None,
-        template=dataset.meta.get("template") or template,
+        template=template,
     )
 
 
@@ -113,10 +127,13 @@ def row_length(config: TrainConfig, llama: LlamaConfig) -> int:
     return config.max_length or min(llama.max_seq_len, DEFAULT_LENGTH)
 
 
-def _default_template(config: TrainConfig, base: Path | None) -> str:
-    """The template of raw files: the one named, else the checkpoint's own, else alpaca's."""
-    about = read_about(base) if base else {}
-    return config.template or about.get("template") or "alpaca"
+def _own_template(directories: Sequence[Path | None]) -> str:
+    """The template of the first directory that says what it was tuned with."""
+    for directory in directories:
+        template = read_template(directory) if directory else ""
+        if template:
+            return template
+    return ""
 
 
 def _train_plan(windows: TrainingWindows, config: TrainConfig, mesh: comm.Mesh) -> BatchPlan:

@@ -198,4 +198,4 @@ def show_first_batch(config: TrainConfig, mesh: comm.Mesh) -> str:
     data = build_data(config, base, tokenizer, llama, mesh)
     first_batch = data.train_batches.micro_batches(0)[0]
     marked = show_batch(tokenizer, first_batch, color=sys.stdout.isatty())
-    return f"template: {data.template}\n{marked}"
+    return f"template: {data.template or 'none'}\n{marked}"

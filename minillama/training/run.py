@@ -42,7 +42,7 @@ class Run:
     out_dir: Path
     base: Path | None  # the checkpoint that it starts from
     tokenizer: Tokenizer
-    template: str
+    template: str  # "" for none
     train_batches: BatchPlan
     eval_batches: BatchPlan | None
     model: Llama
@@ -72,7 +72,9 @@ def prepare(config: TrainConfig, mesh: comm.Mesh, overwrite: bool = False) -> Ru
         return FinishedRun(summary)
     resume_point = run_directory.find_resume_point(config, overwrite, mesh)
     typed_config = config
+    continued = None
     if resume_point is not None:
+        continued = resume_point.directory
         rows_per_step = resume_point.state["rows_per_step"]
         config = run_directory.with_global_batch(config, mesh, rows_per_step)
 
@@ -80,7 +82,7 @@ def prepare(config: TrainConfig, mesh: comm.Mesh, overwrite: bool = False) -> Ru
     tokenizer = data_building.build_tokenizer(sources, base)
     llama = model_building.model_config(config, base, tokenizer.size)
     _set_up_torch(config, llama)
-    data = data_building.build_data(sources, base, tokenizer, llama, mesh)
+    data = data_building.build_data(sources, base, tokenizer, llama, mesh, continued)
     model, lora = model_building.build_model(config, base, llama, tokenizer, mesh)
     optimizer = ShardedOptimizer(model.named_parameters(), mesh, config)
 

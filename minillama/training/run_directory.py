@@ -46,6 +46,7 @@ MAY_CHANGE = {
     "plot_loss",
     "peak_tflops",
     "cache_dir",
+    "max_dropped",
     "workers",
     "gradient_checkpointing",
     "gradient_accumulation_steps",
