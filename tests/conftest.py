@@ -22,7 +22,8 @@ torch.set_num_threads(
     1
 )  # one thread adds in one order, and forked ranks do not fight over the processor
 
-# 6 query and 3 key/value heads: n_heads != n_kv_heads², so a confusion of the two counts cannot come out right by chance.
+# 6 query and 3 key/value heads: n_heads != n_kv_heads², so a confusion of the two counts cannot
+# come out right by chance.
 TINY = LlamaConfig(
     dim=24,
     n_layers=2,
@@ -37,7 +38,8 @@ TINY = LlamaConfig(
 )
 
 TEXTS = [
-    "Below is an instruction that describes a task. Write a response that appropriately completes the request.",
+    "Below is an instruction that describes a task. "
+    "Write a response that appropriately completes the request.",
     "### Instruction:",
     "Say hello to the world 123",
     "### Response:",
@@ -50,7 +52,9 @@ TEXTS = [
 
 
 def random_model(seed: int = 0, **changes) -> Llama:
-    """A tiny model in which every parameter matters: norms are not 1, biases not 0, attention not uniform."""
+    """A tiny model in which every parameter matters: norms are not 1, biases not 0, attention
+    not uniform.
+    """
     model = Llama(replace(TINY, **changes))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -80,7 +84,9 @@ def random_tokens(*shape: int, vocab_size: int = 50, seed: int = 0) -> torch.Ten
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """The folder of real inputs that is not part of the project; tests that need it skip where it is absent."""
+    """The folder of real inputs that is not part of the project; tests that need it skip where
+    it is absent.
+    """
     folder = Path(
         os.environ.get("MINILLAMA_SHARED") or Path(__file__).parents[2] / "shared" / "data"
     )
@@ -91,7 +97,9 @@ def shared() -> Path:
 
 @pytest.fixture
 def tiny_checkpoint(tmp_path: Path) -> Callable[..., Path]:
-    """A function that writes a small random checkpoint and returns its directory; keywords change its config."""
+    """A function that writes a small random checkpoint and returns its directory; keywords
+    change its config.
+    """
 
     def write(
         name: str = "base", dtype: torch.dtype = torch.float32, seed: int = 0, **changes

@@ -110,7 +110,8 @@ def test_a_device_that_is_not_here_is_one_line_after_what_is(capsys: pytest.Capt
 @pytest.mark.skipif(not fake_device.is_possible(), reason="this torch has no pure-Python back ends")
 def test_the_doctor_sees_a_device_and_its_vendors_kernels() -> None:
     program = (
-        "from tests.vendor import fake_device; fake_device.install('npu'); from minillama import doctor; "
+        "from tests.vendor import fake_device; fake_device.install('npu'); "
+        "from minillama import doctor; "
         "raise SystemExit(doctor.main([]))"
     )
     done = subprocess.run(

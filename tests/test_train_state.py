@@ -1,4 +1,6 @@
-"""Checkpoints one can trust: a run stopped anywhere, by anything, ends at the bytes of one that was not."""
+"""Checkpoints one can trust: a run stopped anywhere, by anything, ends at the bytes of one that
+was not.
+"""
 
 import hashlib
 import json
@@ -73,7 +75,10 @@ def run_settings(tmp_path_factory) -> train_config.TrainConfig:
 
 
 def train_here(run: train_config.TrainConfig, stop_after: int = 0) -> int:
-    """Train on this rank; `stop_after` steps the way a SIGTERM stops, at the next micro-batch. Returns the steps done."""
+    """Train on this rank; `stop_after` steps the way a SIGTERM stops, at the next micro-batch.
+
+    Returns the steps done.
+    """
     torch.set_num_threads(1)
     with comm.start("cpu", timeout_minutes=1) as mesh:
         settings_here = replace(
@@ -95,7 +100,9 @@ def train_here(run: train_config.TrainConfig, stop_after: int = 0) -> int:
 
 
 def fingerprint(run: train_config.TrainConfig, step: int = 4) -> str:
-    """Of the final weights, and of the optimizer's state at a step: position by position, whoever wrote which file."""
+    """Of the final weights, and of the optimizer's state at a step: position by position,
+    whoever wrote which file.
+    """
     digest = hashlib.sha256((Path(run.out_dir) / "final" / "model.safetensors").read_bytes())
     directory = Path(run.out_dir) / "checkpoints" / f"step-{step:06d}"
     total = sum(read_safetensors(path)["m"].shape[0] for path in directory.glob("state-0-*"))
