@@ -1,9 +1,9 @@
-"""One table of ops and one lookup: `ops.rms_norm(x, w, eps)` computes what `ops.reference`
-specifies.
+"""One table of ops and one lookup.
 
-Each op has a list of implementations in order of preference: a vendor's kernel, then `fused`
-(backward derived by hand), then `reference` (the formula), which takes all arguments. A call runs
-the first implementation that
+`ops.rms_norm(x, weight, eps)` computes what `ops.reference` specifies, by the fastest
+implementation on the device of x. Each op has a list of implementations in order of preference: a
+vendor's kernel, then `fused` (backward derived by hand), then `reference` (the formula), which
+takes all arguments. A call runs the first implementation that
 
     is for the device of x, and is available        asked once: is the kernel installed?
     supports the arguments                          asked at every call, by shapes and dtypes alone,

@@ -1,7 +1,7 @@
 """The language-model loss without the logits: linear layer and cross entropy as one op.
 
 The logits of N positions are (N, V), by far the largest tensor of a step: 262 MB for 2048 positions
-and 32,000 tokens. But the loss needs them one row at a time, and so does its gradient:
+and a vocabulary of 32,000. But the loss needs them one row at a time, and so does its gradient:
 
     z = h W^T        p = softmax(z)        loss = sum of -log p[label]
     d = p - onehot(label)                  dh = d W        dW = d^T h
