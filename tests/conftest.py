@@ -148,3 +148,21 @@ def settings_for(inputs: Path, tmp_path: Path) -> Callable[..., TrainConfig]:
     from tests.runs import small_run
 
     return partial(small_run, inputs, tmp_path / "run")
+
+
+@pytest.fixture(scope="session")
+def run_settings(tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
+    """A run of six steps; see tests/state_runs.py."""
+    from tests.state_runs import make_settings
+
+    return make_settings(tmp_path_factory.mktemp("inputs"))
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(run_settings: TrainConfig, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The fingerprint of that run when nothing stops it."""
+    from tests.state_runs import fingerprint, train_here
+
+    run = replace(run_settings, out_dir=str(tmp_path_factory.mktemp("whole") / "run"))
+    train_here(run)
+    return fingerprint(run)

@@ -1,6 +1,4 @@
-"""Weights in one file or in shards: all of them are found, and everything wrong is listed at
-once.
-"""
+"""Weights in one file or in shards: all are found, and everything wrong is listed at once."""
 
 import json
 from pathlib import Path
