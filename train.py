@@ -56,10 +56,14 @@ def parse(arguments: list[str]) -> tuple[train_config.TrainConfig, argparse.Name
     own_start = ("ckpt", "data", "model", "init", "tokenizer", "dim")
     is_own_run = any(name in flags for name in own_start)
     source = flags["config"] or ("" if is_own_run else "demo")
-    if flags["deepspeed"]:
-        flags = deepspeed.read(Path(flags["deepspeed"]), flags["world_size"]) | flags
+    file = deepspeed.read(Path(flags["deepspeed"])) if flags["deepspeed"] else None
+    if file is not None:
+        flags = file.keys | flags
     flags = other_systems.keys_from(flags) | flags
-    return train_config.resolve(source, flags, other_systems.RENAMED), parsed
+    config = train_config.resolve(source, flags, other_systems.RENAMED)
+    if file is not None:
+        file.check(config, parsed.world_size)
+    return config, parsed
 
 
 def main(arguments: list[str]) -> None:

@@ -1,18 +1,18 @@
 """A DeepSpeed JSON file (`--deepspeed FILE`), as values of our keys.
 
 Each entry of the file is in one of three tables, as flags are in compat/flags.py: another name for
-a key of ours, an entry that may only have certain values, or one that only tunes DeepSpeed itself
-and changes no result. Any other entry is an error. "auto" leaves the value to the command line, as
-in transformers.
+a key of ours, an entry that may only have certain values, or one that changes no result. Any other
+entry is an error, with the value "auto" as well. "auto" leaves the value of a known entry to the
+command line, as in transformers.
 """
 
-from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from minillama.errors import UserError, closest
 from minillama.files import parsing, read_json
-from minillama.train_config import flatten
+from minillama.train_config import KEYS, TrainConfig, flatten
 
 # entry of the file, dotted -> our key
 KEY_NAMES = {
@@ -29,78 +29,116 @@ KEY_NAMES = {
     "fp16.hysteresis": "loss_scale_hysteresis",
     "fp16.min_loss_scale": "min_loss_scale",
 }
+BETAS = "optimizer.params.betas"
+TOTAL_BATCH = "train_batch_size"  # compared with the settings
+SWITCHES = {"fp16.enabled": "fp16", "bf16.enabled": "bf16"}  # entry -> precision
 
-# keys that may only have these values
+# entries that may only have these values
 ALLOWED = {
     "optimizer.type": ("Adam", "AdamW"),
     "optimizer.params.torch_adam": (True, False),
     "optimizer.params.adam_w_mode": (True,),
-    "fp16.loss_scale": (0,),
+    "fp16.loss_scale": (0,),  # 0: dynamic
     "zero_optimization.offload_optimizer.device": ("none",),
     "zero_optimization.offload_param.device": ("none",),
 }
-IGNORED = """
-    steps_per_print wall_clock_breakdown train_batch_size zero_allow_untested_optimizer
-    fp16.auto_cast
-    zero_optimization.overlap_comm zero_optimization.contiguous_gradients
-    zero_optimization.allgather_partitions zero_optimization.allgather_bucket_size
-    zero_optimization.reduce_scatter zero_optimization.round_robin_gradients
-""".split()
+# entry -> why it changes no result
+HARMLESS = {
+    "steps_per_print": "it only prints",
+    "wall_clock_breakdown": "it only prints",
+    "zero_allow_untested_optimizer": "the optimizer is AdamW, which is tested",
+    "fp16.auto_cast": "the inputs are token ids, which have no precision",
+    "zero_optimization.overlap_comm": "when gradients are sent, not what is sent",
+    "zero_optimization.contiguous_gradients": "where gradients lie in memory",
+    "zero_optimization.allgather_partitions": "how parameters are gathered, not which",
+    "zero_optimization.allgather_bucket_size": "how parameters are gathered, not which",
+    "zero_optimization.reduce_scatter": "how gradients are sent; --reduction has their order",
+    "zero_optimization.round_robin_gradients": "in which order gradients are copied",
+}
+KNOWN = (*KEY_NAMES, BETAS, TOTAL_BATCH, *SWITCHES, *ALLOWED, *HARMLESS)
 
 
-def read(path: Path, world_size: int) -> dict[str, Any]:
-    """Return the values that the file fixes, by key.
+@dataclass(frozen=True)
+class DeepSpeedFile:
+    """What a file fixes."""
 
-    Raises UserError for an entry that cannot be honoured, and for batch sizes that disagree.
-    """
+    path: Path
+    keys: dict[str, Any]  # values by key of ours
+    total_batch: int | None  # rows of an update on all ranks; None: left open
+    switches: dict[str, bool]  # whether each precision is on; none: left open
+
+    def check(self, config: TrainConfig, world_size: int) -> None:
+        """Raise UserError if the settings of the run contradict the file."""
+        for entry, precision in SWITCHES.items():
+            is_on = config.precision == precision
+            if self.switches.get(entry, is_on) != is_on:
+                raise UserError(
+                    f"{self.path}: {entry} = {self.switches[entry]}, but the precision of the run "
+                    f"is {config.precision}; change one of them"
+                )
+        micro_batch = config.per_device_train_batch_size
+        accumulation = config.gradient_accumulation_steps
+        product = micro_batch * accumulation * world_size
+        if self.total_batch not in (None, product):
+            raise UserError(
+                f"{self.path}: train_batch_size = {self.total_batch} is not "
+                f"per_device_train_batch_size {micro_batch} × gradient_accumulation_steps "
+                f"{accumulation} × {world_size} ranks = {product}"
+            )
+
+
+def read(path: Path) -> DeepSpeedFile:
+    """Read a file. Raises UserError for an entry that cannot be honoured."""
     content = read_json(path, "--deepspeed takes a DeepSpeed JSON file")
+    entries = flatten(content)
     keys: dict[str, Any] = {}
-    for entry, value in flatten(content).items():
-        if value == "auto" or entry in IGNORED:
-            continue
+    for entry, value in entries.items():
         with parsing(f"{path}: {entry} = {value!r}"):
-            keys |= keys_from(entry, value)
-    stage = keys.get("zero_stage", 0)
-    if stage > 2:
-        raise UserError(
-            f"{path}: zero_optimization.stage = {stage}: weights are not sharded here; "
-            "use stage 1 or 2"
-        )
-    check_batch_size(content.get("train_batch_size"), keys, world_size, path)
-    return keys
+            keys |= _keys_from(entry, value)
+    fixed = {entry: value for entry, value in entries.items() if value != "auto"}
+    switches = {entry: fixed[entry] for entry in SWITCHES if entry in fixed}
+    if all(switches.get(entry) for entry in SWITCHES):
+        raise UserError(f"{path}: fp16.enabled and bf16.enabled exclude each other")
+    return DeepSpeedFile(path, keys, fixed.get(TOTAL_BATCH), switches)
 
 
-def keys_from(entry: str, value: Any) -> dict[str, Any]:
+def _keys_from(entry: str, value: Any) -> dict[str, Any]:
     """Return what one entry means. Raises UserError, or the error of a wrong type."""
+    if entry not in KNOWN:
+        raise UserError(f"not supported{closest(entry, KNOWN)}")
+    if value == "auto" or entry in HARMLESS:
+        return {}
+    if entry == TOTAL_BATCH:
+        _number(value, is_whole=True)
     if entry in KEY_NAMES:
-        is_whole = entry.endswith(("size", "stage"))  # files say 2e8
-        return {KEY_NAMES[entry]: int(value) if is_whole else value}
-    if entry == "optimizer.params.betas":
+        return {KEY_NAMES[entry]: _value_of_key(KEY_NAMES[entry], value)}
+    if entry == BETAS:
         beta1, beta2 = value
-        return {"adam_beta1": beta1, "adam_beta2": beta2}
-    if entry in ("fp16.enabled", "bf16.enabled"):
-        return {"precision": entry.removesuffix(".enabled")} if value else {}
-    if entry not in ALLOWED:
-        raise UserError(f"not supported{closest(entry, (*KEY_NAMES, *ALLOWED, *IGNORED))}")
-    if value not in ALLOWED[entry]:
+        return {"adam_beta1": _number(beta1), "adam_beta2": _number(beta2)}
+    if entry in SWITCHES:
+        if not isinstance(value, bool):
+            raise UserError('expected true, false or "auto"')
+        return {"precision": SWITCHES[entry]} if value else {}
+    if entry in ALLOWED and value not in ALLOWED[entry]:
         supported = ", ".join(repr(choice) for choice in ALLOWED[entry])
         raise UserError(f"not supported; supported: {supported}")
     return {}
 
 
-def check_batch_size(total: Any, keys: Mapping[str, Any], world_size: int, path: Path) -> None:
-    """Raise UserError unless train_batch_size = micro-batch × accumulation × ranks.
+def _value_of_key(key: str, value: Any) -> int | float:
+    number = _number(value, is_whole=isinstance(KEYS[key].default, int))
+    if key == "zero_stage" and number > 2:
+        raise UserError("weights are not sharded here; use stage 1 or 2")
+    KEYS[key].check(key, number)
+    return number
 
-    A value that the file leaves open fits any other.
-    """
-    micro_batch = keys.get("per_device_train_batch_size")
-    accumulation = keys.get("gradient_accumulation_steps")
-    if total in (None, "auto") or not micro_batch or not accumulation:
-        return
-    product = micro_batch * accumulation * world_size
-    if total != product:
-        raise UserError(
-            f"{path}: train_batch_size = {total} is not train_micro_batch_size_per_gpu "
-            f"{micro_batch} × gradient_accumulation_steps {accumulation} × {world_size} ranks "
-            f"= {product}"
-        )
+
+def _number(value: Any, is_whole: bool = False) -> int | float:
+    """Return a number; a whole one, which files may write as 2e8, as an int."""
+    if type(value) not in (int, float):
+        raise UserError("a value is wrong: expected a number")
+    if not is_whole:
+        return float(value)
+    if value != int(value):
+        raise UserError("a value is wrong: expected a whole number")
+    return int(value)
