@@ -26,7 +26,7 @@ TEMPERATURE = 0.2
 class MultipleChoice:
     """A benchmark of questions with choices: the questions and their queries, both by id."""
 
-    metric_name = "accuracy"
+    metric_name = "accuracy"  # the mean of `metric`, for the progress bar
 
     def __init__(self, options: EvalOptions, tokenizer: Tokenizer, max_length: int) -> None:
         self.task = TASKS[options.task]

@@ -31,7 +31,7 @@ METRICS = ("perplexity", "loss", "bits_per_byte")
 class Perplexity:
     """A benchmark of documents; its queries are their windows."""
 
-    metric_name = "nats per token"
+    metric_name = "nats per token"  # the mean of `metric`, for the progress bar
 
     def __init__(self, options: EvalOptions, tokenizer: Tokenizer, max_length: int) -> None:
         path = Path(options.data)

@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Protocol
 
 from tqdm import tqdm
 
@@ -19,31 +18,18 @@ from minillama import ops
 from minillama.comm import Mesh, gather_objects
 from minillama.errors import UserError
 from minillama.evaluation import predictions
-from minillama.evaluation.batching import Batch, Query, plan
+from minillama.evaluation.batching import Batch, plan
 from minillama.evaluation.likelihood import QueryResult, score_queries
 from minillama.evaluation.multiple_choice import MultipleChoice
 from minillama.evaluation.options import EvalOptions
 from minillama.evaluation.perplexity import Perplexity
-from minillama.evaluation.protocols import Setup
 from minillama.evaluation.report import EvalResult, Record
 from minillama.files import parsing, read_json, write_json
 from minillama.generation.engine import Engine
 from minillama.generation.loading import LoadOptions, load_engine, weights_checksum
 from minillama.model import Llama
 
-
-class Benchmark(Protocol):
-    """What is scored: `MultipleChoice` or `Perplexity`."""
-
-    metric_name: str  # of the mean over the records, for the progress bar
-    setup: Setup
-    hashes: dict[str, str]  # sha256 of each file that is read
-    queries: dict[str, Query]  # by id
-
-    def make_record(self, id: str, result: QueryResult) -> Record: ...
-    def metric(self, record: Record) -> float: ...
-    def summarise(self, records: list[Record]) -> Record: ...
-    def format_table(self, summary: Record, reference: Record | None) -> str: ...
+Benchmark = MultipleChoice | Perplexity
 
 
 def evaluate(
