@@ -1,12 +1,11 @@
 """Train a LLaMA: from scratch, all of it, or low-rank adapters; on one device or many."""
 
 import argparse
-import os
 import shlex
 import sys
 from pathlib import Path
 
-from minillama import cli, errors, threads, train_config
+from minillama import cli, errors, launch, presets, threads, train_config
 from minillama.compat import deepspeed
 from minillama.compat import flags as other_systems
 
@@ -37,9 +36,8 @@ def make_parser() -> cli.Parser:
     add("--dry_run", action="store_true", help=dry_run)
     show_batch = "print the first batch with the trained tokens marked, and stop"
     add("--show_batch", action="store_true", help=show_batch)
-    ranks = os.environ.get("WORLD_SIZE", "1")
     world_size = "with --dry_run: plan for N ranks"
-    add("--world_size", type=int, default=ranks, metavar="N", help=world_size)
+    add("--world_size", type=int, default=None, metavar="N", help=world_size)
     add("--overwrite_output_dir", **cli.BOOLEAN, default=False, help="empty out_dir first")
     add("--deepspeed", default="", metavar="FILE", help="take settings from a DeepSpeed JSON file")
     cli.add_keys(parser)
@@ -49,7 +47,12 @@ def make_parser() -> cli.Parser:
 
 def parse(arguments: list[str]) -> tuple[train_config.TrainConfig, argparse.Namespace]:
     """The settings: defaults, then the preset or file, then DeepSpeed's file, then the flags."""
-    parsed = make_parser().parse_args(arguments)
+    parser = make_parser()
+    parsed = parser.parse_args(arguments)
+    if not parsed.dry_run:
+        parser.refuse(parsed, "without --dry_run (torchrun starts ranks)", ("world_size",))
+    if parsed.world_size is None:
+        parsed.world_size = launch.world_size()
     if parsed.world_size < 1:
         raise errors.UserError(f"--world_size {parsed.world_size}: must be at least 1")
     flags = vars(parsed)
@@ -61,6 +64,7 @@ def parse(arguments: list[str]) -> tuple[train_config.TrainConfig, argparse.Name
         flags = file.keys | flags
     flags = other_systems.keys_from(flags) | flags
     config = train_config.resolve(source, flags, other_systems.RENAMED)
+    other_systems.refuse_contradictions(flags, config)
     if file is not None:
         file.check(config, parsed.world_size)
     return config, parsed
@@ -69,19 +73,19 @@ def parse(arguments: list[str]) -> tuple[train_config.TrainConfig, argparse.Name
 def main(arguments: list[str]) -> None:
     config, flags = parse(arguments)
     if flags.list_configs:
-        for name, line in train_config.list_presets().items():
+        for name, line in presets.list_presets().items():
             print(f"{name:24}{line}")
         return
     from minillama import comm
-    from minillama.training import dry_run, messages, run, trainer
+    from minillama.training import dry_run, messages, model_building, run, trainer
     from minillama.training.summary import Stopped
 
+    if config.adapter:
+        model_building.refuse_other_adapter(config, vars(flags))
     if flags.dry_run:
         print(dry_run.describe(config, flags.world_size))
         return
-    ranks = os.environ.get("LOCAL_WORLD_SIZE")
-    launcher = f"torchrun --nproc_per_node {ranks} train.py" if ranks else "python train.py"
-    run.check_inputs(config, shlex.join([*launcher.split(), *arguments]))
+    run.check_inputs(config, f"{launch.launcher()} train.py {shlex.join(arguments)}")
     with comm.start(config.device) as mesh:
         if flags.show_batch:
             mesh.print(dry_run.show_first_batch(config, mesh))

@@ -1,7 +1,7 @@
 """Ranks: which one this process is, how ranks start and stop, and the few collectives training
 needs.
 
-A `Mesh` is made once and passed down; nothing else reads RANK or WORLD_SIZE. With one rank every
+A `Mesh` is made once and passed down; `launch` reads what torchrun says. With one rank every
 function here is the identity and torch.distributed is never used, so one process runs the same code
 as eight.
 
@@ -24,10 +24,14 @@ from torch import Tensor
 
 from minillama import device as devices
 from minillama.errors import UserError
+from minillama.launch import meeting_place, read_launch
 
 _ALL_GATHER = (
     getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 )  # torch renamed it after 2.13
+
+
+MEETING_TIMEOUT = timedelta(minutes=5)  # for all ranks to start
 
 
 @dataclass
@@ -58,13 +62,12 @@ def start(device_name: str = "auto", timeout_minutes: float = 30.0) -> Iterator[
 
     The process group is destroyed when the block ends.
     """
-    size = int(os.environ.get("WORLD_SIZE", "1"))
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    rank, size, local_rank = read_launch()
     device = devices.pick(device_name, local_rank)
     if size == 1:
         yield Mesh(device=device)
         return
-    store, rank, _ = next(dist.rendezvous("env://"))
+    store = _meet(rank, size)
     # torchrun restarts ranks with the same store, which still holds the addresses of the ranks that
     # died. So each attempt uses a prefix of its own.
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
@@ -81,6 +84,22 @@ def start(device_name: str = "auto", timeout_minutes: float = 30.0) -> Iterator[
         yield Mesh(rank, size, device)
     finally:
         dist.destroy_process_group()
+
+
+def _meet(rank: int, size: int) -> dist.Store:
+    """The store through which the ranks find each other; rank 0 or torchrun has it.
+
+    Raises UserError where it cannot be reached, or a rank does not come.
+    """
+    try:
+        store, _, _ = next(dist.rendezvous("env://", timeout=MEETING_TIMEOUT))
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"rank {rank} of {size}: the ranks do not meet at {meeting_place()}: the address must "
+            f"be that of rank 0's machine, the port free, and every rank started ({reason})"
+        ) from error
+    return store
 
 
 def _call(mesh: Mesh, name: str, argument: Any, collective: Callable[[], Any]) -> Any:

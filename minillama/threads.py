@@ -44,11 +44,6 @@ def choose_num_threads(parameters: int, ranks_on_machine: int = 1) -> int:
     return max(1, min(cores_of_rank, useful_threads))
 
 
-def ranks_on_machine() -> int:
-    """Return the number of ranks that torchrun started on this machine."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-
-
 def available_cores() -> int:
     """Return the number of cores that this process may use: by its affinity and its CPU quota."""
     if hasattr(os, "sched_getaffinity"):  # Linux

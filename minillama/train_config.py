@@ -10,16 +10,21 @@ closest known one, so a misspelt key never silently keeps its default.
 """
 
 import dataclasses
-import tomllib
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from minillama.errors import UserError, closest
-from minillama.files import read_json, read_text
+from minillama.ignored_keys import (
+    ADAPTER_KEYS,
+    FROM_FILE,
+    FROM_FLAG,
+    FROM_RUN,
+    refuse_ignored,
+)
+from minillama.presets import find_source, read_tree
 
-PRESETS = Path(__file__).parent / "configs"
 DEVICES = ("auto", "cpu", "cuda", "npu", "mlu", "tpu")
 PRECISIONS = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}  # torch's names -> ours
 DATA_FORMATS = ("auto", "alpaca", "sharegpt", "moss", "ascend", "text", "lines")
@@ -108,7 +113,7 @@ class TrainConfig:
     append_eod: bool = data_key(True, "end each training document with the EOS token")
     skip_bad_records: bool = data_key(False, "leave malformed records out, and count and list them")
     max_dropped: float = data_key(0.1, "largest share of documents left out: no target", below=1)
-    workers: int = data_key(1, "processes that tokenize")
+    workers: int = data_key(1, "processes that tokenize", minimum=1)
     cache_dir: str = data_key("", "folder of tokenized raw files (empty: ~/.cache/minillama)")
 
     lora: bool = lora_key(False,
@@ -200,8 +205,13 @@ def resolve(
     flags: values by key; --fp16 and --bf16 too; names that are no key are left out.
     renamed: other names for keys, which a file may use.
     """
-    values = read_source(source, renamed or {}) if source else {}
-    values |= {name: value for name, value in flags.items() if name in KEYS}
+    of_source = read_source(source, renamed or {}) if source else {}
+    of_flags = {name: value for name, value in flags.items() if name in KEYS}
+    if "adapter" in of_flags:
+        of_source = {name: of_source[name] for name in of_source if name not in ADAPTER_KEYS}
+    level = FROM_RUN if Path(source).name == "train_config.json" else FROM_FILE
+    levels = dict.fromkeys(of_source, level) | dict.fromkeys(of_flags, FROM_FLAG)
+    values = of_source | of_flags
     if any(KEYS[name].section == "lora" for name in values):
         values.setdefault("lora", True)
     values["precision"] = _precision(values, flags)
@@ -209,7 +219,9 @@ def resolve(
         values["out_dir"] = f"runs/{Path(source).stem}"
     where = source or "command line"
     typed = {name: _typed(name, value, where) for name, value in values.items()}
-    return TrainConfig(**typed)
+    config = TrainConfig(**typed)
+    refuse_ignored(config, levels)
+    return config
 
 
 def _precision(values: Mapping[str, Any], flags: Mapping[str, Any]) -> str:
@@ -225,16 +237,9 @@ def _precision(values: Mapping[str, Any], flags: Mapping[str, Any]) -> str:
 
 def read_source(source: str, renamed: Mapping[str, str]) -> dict[str, Any]:
     """Return the values of a preset (by name), of a .toml file or of a train_config.json."""
-    path = _find_source(source)
-    if path.suffix == ".json":
-        tree = read_json(path)
-    else:
-        try:
-            tree = tomllib.loads(read_text(path))
-        except tomllib.TOMLDecodeError as error:
-            raise UserError(f"{path}: {error}") from None
+    path = find_source(source)
     values: dict[str, Any] = {}
-    for dotted, value in flatten(tree).items():
+    for dotted, value in read_tree(path).items():
         section, _, name = dotted.rpartition(".")
         where = f"{path}: [{section}] {name}" if section else f"{path}: {name}"
         target = renamed.get(name, name)
@@ -243,28 +248,10 @@ def read_source(source: str, renamed: Mapping[str, str]) -> dict[str, Any]:
             raise UserError(f"{where}: unknown key{hint}; `train.py --help` lists every key")
         if section not in ("", KEYS[target].section):
             raise UserError(f"{where}: this key belongs to section [{KEYS[target].section}]")
+        if target in values:
+            raise UserError(f"{where}: the file has a value for {target} already; leave one out")
         values[target] = value
     return values
-
-
-def _find_source(source: str) -> Path:
-    for path in (PRESETS / f"{source}.toml", Path(source)):
-        if path.is_file():
-            return path
-    known = list_presets()
-    hint = closest(source, known)
-    raise UserError(f"no preset or file {source!r}{hint}; presets: {', '.join(known)}")
-
-
-def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return the leaves of nested dictionaries by their dotted names: {"a": {"b": 1}} -> a.b: 1."""
-    leaves: dict[str, Any] = {}
-    for name, value in tree.items():
-        if isinstance(value, dict):
-            leaves |= flatten(value, f"{prefix}{name}.")
-        else:
-            leaves[f"{prefix}{name}"] = value
-    return leaves
 
 
 def _typed(name: str, value: Any, where: str) -> Any:
@@ -284,17 +271,3 @@ def _typed(name: str, value: Any, where: str) -> Any:
 
 def _is_list_of_strings(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(part, str) for part in value)
-
-
-def list_presets() -> dict[str, str]:
-    """Return what each preset is, by name: the first comment of its file."""
-    paths = sorted(PRESETS.glob("*.toml"), key=_demo_first)
-    presets = {}
-    for path in paths:
-        first_line = read_text(path).partition("\n")[0]
-        presets[path.stem] = first_line.removeprefix("# ")
-    return presets
-
-
-def _demo_first(path: Path) -> tuple[bool, str]:
-    return not path.stem.startswith("demo"), path.stem

@@ -126,5 +126,5 @@ def test_the_number_of_ranks_to_plan_for_is_a_number_from_one(monkeypatch) -> No
     with pytest.raises(UserError, match="--world_size 0: must be at least 1"):
         train.parse(["--dry_run", "--world_size", "0"])
     monkeypatch.setenv("WORLD_SIZE", "many")
-    with pytest.raises(UserError, match="--world_size: invalid int value: 'many'"):
+    with pytest.raises(UserError, match="WORLD_SIZE=many: must be a whole number from 1"):
         train.parse(["--dry_run"])

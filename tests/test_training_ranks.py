@@ -96,7 +96,7 @@ def test_fp16_skips_overflows_on_all_ranks_and_scales_as_deepspeeds_file_says(
             }
         )
     )
-    settings = settings_for(**deepspeed.read(tmp_path / "ds.json", 2), max_steps=8, zero_stage=2)
+    settings = settings_for(**deepspeed.read(tmp_path / "ds.json").keys, max_steps=8, zero_stage=2)
     first, second = run_on_ranks(2, train_in_fp16, settings, {1, 2, 6})
     assert first["skipped_steps"] == second["skipped_steps"] == 3
     records = read_metrics(tmp_path / "run/metrics.jsonl")

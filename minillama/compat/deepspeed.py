@@ -12,7 +12,8 @@ from typing import Any
 
 from minillama.errors import UserError, closest
 from minillama.files import parsing, read_json
-from minillama.train_config import KEYS, TrainConfig, flatten
+from minillama.presets import flatten
+from minillama.train_config import KEYS, TrainConfig
 
 # entry of the file, dotted -> our key
 KEY_NAMES = {

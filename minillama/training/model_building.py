@@ -9,6 +9,7 @@ What the parts do is elsewhere: `model`, `lora`, `checkpoint.hf_reader`. Here is
 and what a user can get wrong about it.
 """
 
+from collections.abc import Collection
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -26,8 +27,9 @@ from minillama.errors import UserError
 from minillama.llama_config import LlamaConfig, ffn_width, with_layers
 from minillama.lora import WHOLE, LoraConfig, add_lora, load_adapter, resolve_names
 from minillama.model import Llama
+from minillama.peft_adapters import read_adapter_config
 from minillama.tokenizer import Tokenizer
-from minillama.train_config import TrainConfig
+from minillama.train_config import KEYS, TrainConfig
 
 SHAPE_KEYS = ("n_layers", "dim", "n_heads", "n_kv_heads", "ffn_dim", "vocab_size")
 OTHER_SHAPES = "1.1b"  # its context and epsilon are those of a shape that was never published
@@ -71,14 +73,19 @@ def model_config(config: TrainConfig, base: Path | None, vocab_size: int = 0) ->
 
 
 def _refuse_other_shape(config: TrainConfig, llama: LlamaConfig, keys: dict[str, int]) -> None:
-    """Raise UserError if a shape key differs from the checkpoint; it may be cut and grown."""
+    """Raise UserError if a shape key differs from the checkpoint; it may be cut."""
     for name, value in keys.items():
         actual = getattr(llama, name)
-        if value != actual and name not in ("n_layers", "vocab_size"):
+        if value != actual and name != "n_layers":
             raise UserError(
                 f"{name} = {value}, but {config.ckpt} has {actual}; leave it out, "
                 "or add --init scratch"
             )
+    if config.context not in (0, llama.max_seq_len):
+        raise UserError(
+            f"context = {config.context}, but {config.ckpt} has {llama.max_seq_len}; leave it out "
+            "(max_length is the length of a row), or add --init scratch"
+        )
 
 
 def _complete_shape(keys: dict[str, int]) -> dict[str, int]:
@@ -107,6 +114,32 @@ def lora_config(config: TrainConfig) -> LoraConfig:
         modules_to_save=resolve_names(config.modules_to_save),
         use_rslora=config.use_rslora,
     )
+
+
+def refuse_other_adapter(config: TrainConfig, given: Collection[str]) -> None:
+    """Raise UserError if a key differs from the adapter that the run starts from.
+
+    given: the keys to compare; others keep their defaults, and the adapter decides.
+    """
+    adapter = read_adapter_config(Path(config.adapter))
+    own = lora_config(config)
+    pairs = {
+        "lora_rank": (own.rank, adapter.rank),
+        "lora_alpha": (own.alpha, adapter.alpha),
+        "lora_targets": (set(own.targets), set(adapter.targets)),
+        "modules_to_save": (set(own.modules_to_save), set(adapter.modules_to_save)),
+        "use_rslora": (own.use_rslora, adapter.use_rslora),
+    }
+    for name, (value, actual) in pairs.items():
+        if name in given and value != actual:
+            raise UserError(
+                f"{name} = {value}, but the adapter {config.adapter} has {actual}; leave it out, "
+                "or leave --adapter out to start a new one"
+            )
+
+
+def keys_not_at_default(config: TrainConfig) -> set[str]:
+    return {name for name, key in KEYS.items() if getattr(config, name) != key.default}
 
 
 def build_model(
@@ -163,6 +196,7 @@ def _add_adapters(
     if not config.lora:
         return None
     if config.adapter:
+        refuse_other_adapter(config, keys_not_at_default(config))
         return load_adapter(model, Path(config.adapter), config.lora_dropout)
     lora = lora_config(config)
     add_lora(model, lora, generator)

@@ -20,11 +20,12 @@ import torch
 from minillama import comm, device, ops
 from minillama.data.batches import BatchPlan
 from minillama.errors import UserError
+from minillama.launch import ranks_on_machine
 from minillama.llama_config import LlamaConfig
 from minillama.lora import LoraConfig
 from minillama.model import Llama
 from minillama.parallel.sharded_optimizer import ShardedOptimizer
-from minillama.threads import choose_num_threads, ranks_on_machine
+from minillama.threads import choose_num_threads
 from minillama.tokenizer import Tokenizer
 from minillama.train_config import TrainConfig
 from minillama.training import data_building, model_building, run_directory
