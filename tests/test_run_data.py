@@ -1,4 +1,4 @@
-"""Which template a run trains with, what it saves, and what generation makes of it."""
+"""The data of a run: its template, what is left out of it, and what is held out."""
 
 import json
 from pathlib import Path
@@ -129,3 +129,11 @@ def test_answers_cut_off_are_left_out_of_a_run_up_to_max_dropped(inputs, capsys)
         new_trainer(config)
     new_trainer(long_run(inputs, inputs / "run", data=data, max_dropped=0.2))
     assert "1 left out: no target within max_length" in capsys.readouterr().out
+
+
+def test_a_run_does_not_train_on_what_it_holds_out(inputs):
+    run = new_trainer(long_run(inputs, inputs / "run", validation_split=0.2)).run
+    trained = run.train_batches.windows.start.tolist()
+    held_out = run.eval_batches.windows.start.tolist()
+    assert (len(trained), len(held_out)) == (240, 60)
+    assert not set(trained) & set(held_out)
