@@ -103,6 +103,7 @@ def test_any_split_into_micro_batches_and_ranks_trains_on_the_same_tokens(alpaca
 
 
 def test_a_step_needs_no_memory_of_the_steps_before_it(alpaca_dataset):
+    """Steps computed backwards, each by a new plan, are the steps computed in order."""
     _, prefix = alpaca_dataset
     plan = plan_of(prefix)
     steps = [documents_of(plan.micro_batches(step)) for step in range(plan.total_steps)]

@@ -20,6 +20,7 @@ SENTENCEPIECE = [name for name in TEMPLATES if name != "llama3"]
 
 
 def test_vicuna_golden_vector(llama_tokenizer):
+    """FastChat's ids for two rounds, and its mask: only the answers and their EOS are targets."""
     conversation = Conversation((Turn("Who are you?", "I am Vicuna."), Turn("Bye", "Bye!")))
     ids, mask = encode(llama_tokenizer, "vicuna_v1.1", conversation)
     # fmt: off

@@ -68,6 +68,7 @@ def test_reading_through_the_cache_in_any_steps_equals_reading_at_once(steps: li
 
 
 def test_cached_decoding_equals_reading_everything_again() -> None:
+    """The keys and values of earlier tokens never change, so they may be kept."""
     model, text = random_model(), [1, 7, 9]
     for token in generate(model, text, 30, GREEDY):
         with torch.no_grad():

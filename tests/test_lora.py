@@ -53,6 +53,7 @@ def test_a_new_adapter_changes_nothing(config: LoraConfig) -> None:
 def test_a_trained_adapter_changes_something_and_merging_changes_nothing(
     config: LoraConfig,
 ) -> None:
+    """x W^T + s (x A^T) B^T equals x (W + s B A)^T, up to rounding."""
     plain = logits(random_model())
     model = with_random_adapter(random_model(), config)
     unmerged = logits(model)

@@ -122,6 +122,7 @@ def test_rope_turns_the_first_half_of_a_head_against_the_second() -> None:
 
 
 def test_the_future_cannot_be_seen() -> None:
+    """Change the tokens from position 7 on: the hidden states before it stay the same."""
     model, tokens = random_model(), random_tokens(1, 12)
     changed = tokens.clone()
     changed[0, 7:] = (changed[0, 7:] + 1) % 50

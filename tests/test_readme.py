@@ -1,5 +1,6 @@
 """README's commands: the script that each names parses it; training commands are planned too."""
 
+import ast
 import re
 import runpy
 import shlex
@@ -91,9 +92,21 @@ def test_every_installation_names_what_exists(command):
 
 
 @pytest.mark.parametrize(
-    "page", [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")], ids=lambda p: p.name
+    "page",
+    [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("tests/*.md")],
+    ids=lambda p: p.name,
 )
 def test_files_that_a_page_links_to_exist(page):
     links = re.findall(r"\]\(([^)#:]+)\)", page.read_text(encoding="utf-8"))
     missing = [link for link in links if not (page.parent / link).exists()]
     assert not missing
+
+
+def test_the_course_of_the_tests_names_fifteen_tests_that_have_docstrings():
+    page = (ROOT / "tests/README.md").read_text(encoding="utf-8")
+    course = re.findall(r"\]\((\S+\.py)\) `(test_\w+)`", page)
+    assert len(course) == 15
+    for file, name in course:
+        tree = ast.parse((ROOT / "tests" / file).read_text(encoding="utf-8"))
+        tests = {node.name: node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
+        assert ast.get_docstring(tests[name]), name

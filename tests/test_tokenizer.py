@@ -101,6 +101,7 @@ def test_the_word_cache_is_bounded_and_forgetting_changes_nothing(small_tokenize
 )
 @settings(max_examples=200, deadline=None)
 def test_streaming_decode_equals_decode(small_tokenizer, text):
+    """Ids arrive one at a time, and a character may need several of them."""
     ids = small_tokenizer.encode(text)
     assert streamed(small_tokenizer, ids) == small_tokenizer.decode(ids)
 

@@ -20,6 +20,7 @@ from tests.state_runs import STEPS, fingerprint, train_here
 def test_stopped_on_four_ranks_continued_on_one_finished_on_two_is_as_if_never_stopped(
     run_settings, uninterrupted, tmp_path
 ):
+    """State is found by its position in the flat vector, and batches by their step number."""
     run = replace(run_settings, out_dir=str(tmp_path / "run"), zero_stage=2)
     assert run_on_ranks(4, train_here, run, 1) == [1] * 4
     assert run_on_ranks(1, train_here, replace(run, zero_stage=0), 3) == [3]

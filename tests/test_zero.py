@@ -78,6 +78,7 @@ def everyones(size: int, *arguments):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_exact_reduction_gives_the_same_bytes_on_any_stage_and_number_of_ranks(dtype):
+    """Floating-point sums depend on their order, so the order is a fixed tree of micro-batches."""
     weights, norms, state, _ = train(0, True, dtype)
     for size, stage in [(1, 1), (1, 2), (2, 0), (2, 1), (2, 2), (4, 0), (4, 1), (4, 2)]:
         for found_weights, found_norms, found_state, _ in everyones(size, stage, True, dtype):
@@ -100,6 +101,7 @@ def test_the_fast_reduction_differs_by_rounding_only(size, stage):
 
 
 def test_it_is_adamw_with_the_norm_of_the_whole_gradient():
+    """Three updates against torch's AdamW and clip_grad_norm_, decay on matrices only."""
     net = random_model(**LARGE)
     groups = [
         {

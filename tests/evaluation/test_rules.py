@@ -16,6 +16,7 @@ from minillama.tokenizer import Tokenizer, open_tokenizer
 def test_the_penalised_rule_is_that_of_transformers_logits_processors(
     benchmark: Callable, small_tokenizer: Tokenizer
 ) -> None:
+    """The next token's logits, penalised where the prompt has the token, and the best letter."""
     transformers = pytest.importorskip("transformers")
     test = benchmark("cmmlu", max_length=10_000, limit=2)
     spaced = [small_tokenizer.encode(letter)[-1] for letter in "ABCD"]
