@@ -1,5 +1,6 @@
 """Text in, text out: stop strings, streaming, and a conversation within the context."""
 
+import io
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from minillama.errors import UserError
 from minillama.generation.config import GenerationConfig
 from minillama.generation.decode import Completion
 from minillama.generation.engine import ChatSession, Engine
+from minillama.generation.terminal import chat_in_terminal
 from minillama.tokenizer import open_tokenizer
 
 GOLDEN = Path(__file__).parent / "golden/model"
@@ -107,3 +109,13 @@ def test_a_conversation_is_the_template_of_its_turns(engine: Engine) -> None:
 def test_without_a_template_a_prompt_is_the_text_after_bos(engine: Engine) -> None:
     engine.config = replace(engine.config, template="none")
     assert engine.encode_prompt("cat") == [1, *engine.tokenizer.encode("cat")]
+
+
+@pytest.mark.parametrize("bad_line", [b"\xd0\xfe", b"\xff", "玄德".encode("utf-16")])
+def test_a_question_that_is_not_utf8_does_not_end_the_chat(engine, monkeypatch, capsys, bad_line):
+    lines = io.BytesIO(bad_line.replace(b"\n", b" ") + b"\nrepeat cat\n")
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(lines, encoding="utf-8"))
+    chat_in_terminal(engine)
+    first, second = capsys.readouterr().out.split("Answer: ")[1:]
+    assert "lone surrogate" in first
+    assert "tokens/s" in second

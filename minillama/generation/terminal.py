@@ -1,5 +1,8 @@
 """A conversation in the terminal."""
 
+import io
+import sys
+
 from minillama.generation.engine import ChatSession, Engine
 
 QUIT_WORDS = ("q", "quit", "exit")
@@ -9,6 +12,9 @@ CLEAR_WORDS = ("clear", "new")
 def chat_in_terminal(engine: Engine, system: str = "", seed: int | None = None) -> None:
     """Read questions and print answers, until q, quit, exit or the end of input."""
     chat = ChatSession(engine, system)
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        # A question that is not UTF-8 is then refused by itself, and the conversation goes on.
+        sys.stdin.reconfigure(errors="surrogateescape")
     if engine.template == "none":
         print(
             "note: no chat template is known for this checkpoint, so it only continues text; "
