@@ -13,8 +13,10 @@ from tests.test_architecture import ROOT, SOURCES, TREES, imports, name_of
 
 # module or folder of the package -> the only files outside it that may import it
 LEAVES = {
-    "compat": {"train.py", "generate.py", "convert.py"},
-    "conversion": {"convert.py"},
+    # the parsers of convert.py are a module of their own
+    "compat": {"train.py", "generate.py", "minillama/conversion/command_line.py"},
+    # the table of the Python API: a name is imported at its first use
+    "conversion": {"convert.py", "minillama/__init__.py"},
     "generation.web": {"generate.py"},
     "ops.triton": {"minillama/ops/cuda.py"},
     "ops.cuda": {"minillama/ops/__init__.py"},
