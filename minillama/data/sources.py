@@ -94,7 +94,8 @@ def _find(name: str, info_path: Path) -> list[Source]:
         raise UserError(f"{path}: a tokenized data set; give it alone, not among raw files")
     if not info_path.is_file():
         raise UserError(
-            f"{name}: no such file or folder, and no {info_path} to look the name up in"
+            f"{name}: no such file or folder, and no {info_path} to look the name up in; nothing "
+            "is downloaded here: give the path of a file"
         )
     info = _read_info(info_path)
     if name not in info:

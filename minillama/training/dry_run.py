@@ -197,5 +197,4 @@ def show_first_batch(config: TrainConfig, mesh: comm.Mesh) -> str:
     llama = model_config(config, base, tokenizer.size)
     data = build_data(config, base, tokenizer, llama, mesh)
     first_batch = data.train_batches.micro_batches(0)[0]
-    marked = show_batch(tokenizer, first_batch, color=sys.stdout.isatty())
-    return f"template: {data.template or 'none'}\n{marked}"
+    return show_batch(tokenizer, first_batch, color=sys.stdout.isatty())
