@@ -109,8 +109,8 @@ def _unknown_suffix(path: Path) -> str:
     if path.suffix.lower() in COMPRESSED:
         return f"{path}: a compressed file is not read; unpack it first (known: {known})"
     return (
-        f"{path}: a {path.suffix} file is not read; known: {known}; convert it to JSON lines, or "
-        "choose the format text or lines (--data_format; --format of convert.py) if it is a text"
+        f"{path}: a {path.suffix} file is not read; known: {known}; convert it to JSON lines; "
+        "if it is a text, name it .txt or choose its format (--data_format; convert.py: --format)"
     )
 
 

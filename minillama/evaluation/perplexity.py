@@ -91,8 +91,8 @@ class Perplexity:
 
 
 def read_texts(path: Path) -> Iterator[str]:
-    """The documents of a file: the whole of a text, or each record's "text"."""
-    for place, record in read_records(Source(path)):
+    """The documents of a file: a text as a whole, whatever its suffix, or each record's "text"."""
+    for place, record in read_records(Source(path, "text")):
         text = record.get("text") if isinstance(record, dict) else record
         if not isinstance(text, str):
             raise UserError(f'{path} {place}: lacks the string "text" ({record!s:.120})')

@@ -10,7 +10,7 @@ import torch
 from minillama.checkpoint.hf_reader import load_model
 from minillama.comm import Mesh
 from minillama.errors import UserError
-from minillama.evaluation.perplexity import Perplexity, window_query
+from minillama.evaluation.perplexity import Perplexity, read_texts, window_query
 from minillama.evaluation.runner import predict
 from minillama.tokenizer import Tokenizer
 from tests.evaluation.conftest import words
@@ -81,3 +81,9 @@ def test_records_without_text_are_refused(perplexity: Callable) -> None:
         perplexity('{"text": "the cat"}\n{"txt": "the mat"}\n')
     with pytest.raises(UserError, match="its texts are empty"):
         perplexity('{"text": ""}\n')
+
+
+@pytest.mark.parametrize("name", ["wiki.test.raw", "wiki.test.tokens", "a.txt"])
+def test_a_text_is_read_whatever_its_suffix(tmp_path, name):
+    (tmp_path / name).write_bytes(b"one\r\ntwo")
+    assert list(read_texts(tmp_path / name)) == ["one\ntwo"]
