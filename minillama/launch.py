@@ -63,5 +63,7 @@ def _number(name: str, lowest: int, highest: int, default: int | None = None) ->
     if not text:
         raise UserError(f"{name} is missing; {TORCHRUN}")
     if not text.isdecimal() or not lowest <= int(text) <= highest:
-        raise UserError(f"{name}={text}: must be a whole number from {lowest}; {TORCHRUN}")
+        raise UserError(
+            f"{name}={text}: must be a whole number from {lowest} to {highest}; {TORCHRUN}"
+        )
     return int(text)
