@@ -64,8 +64,9 @@ def add_lora(
 ) -> None:
     """Freeze `model` and give each linear that config.targets names an adapter.
 
-    Modules in config.modules_to_save stay trainable, whole. A is sampled from
-    U(-1/sqrt(in), 1/sqrt(in)), as PEFT does. Raises UserError for a target that names no linear.
+    Modules in config.modules_to_save stay trainable, whole, and get no adapter, as in PEFT. A is
+    sampled from U(-1/sqrt(in), 1/sqrt(in)), as there. Raises UserError for a target that names no
+    linear.
     """
     model.requires_grad_(False)
     linears = {}
@@ -74,7 +75,7 @@ def add_lora(
             linears[name] = module
     _check_targets(config, linears)
     for name, linear in linears.items():
-        if not _is_target(config, name):
+        if not is_adapted(config, name):
             continue
         rank = config.rank_of(name)
         adapted = LoraLinear(linear, rank, config.scale_of(name), config.dropout)
@@ -92,6 +93,12 @@ def add_lora(
             f"modules_to_save: {config.modules_to_save[0]} alone cannot be trained whole: this "
             "model's embedding and head are tied; name both, embed_tokens,lm_head"
         )
+
+
+def is_adapted(config: LoraConfig, linear: str) -> bool:
+    """Whether `add_lora` gives the linear of this name an adapter."""
+    is_whole = linear in {WHOLE.get(name) for name in config.modules_to_save}
+    return _is_target(config, linear) and not is_whole
 
 
 def merge_lora(model: nn.Module) -> None:

@@ -34,6 +34,17 @@ class LoraLinear(nn.Linear):
         low = self.dropout(x).float() @ self.lora_A.T  # (..., R)
         return y + (low @ (self.scale * self.lora_B.T)).to(y.dtype)
 
+    def loss_sum(self, x: Tensor, labels: Tensor) -> Tensor:
+        """As `model.Linear.loss_sum`, with the logits of `forward`, by one wider linear:
+
+        [x, x A^T] [W, s B]^T = x W^T + s x A^T B^T
+        """
+        low = self.dropout(x).float() @ self.lora_A.T  # (..., R)
+        wide_x = torch.cat((x, low.to(x.dtype)), dim=-1)  # (..., in + R)
+        scaled_b = (self.scale * self.lora_B).to(self.weight.dtype)  # (out, R)
+        wide_weight = torch.cat((self.weight, scaled_b), dim=1)  # (out, in + R)
+        return ops.linear_cross_entropy(wide_x, wide_weight, labels)
+
     def factors(self) -> dict[str, nn.Parameter]:
         """The factors, by their names in a PEFT file."""
         return {"lora_A.weight": self.lora_A, "lora_B.weight": self.lora_B}

@@ -45,6 +45,11 @@ class Linear(nn.Linear):
         # ops/reference.py: x W^T + b
         return ops.linear(x, self.weight, self.bias)
 
+    def loss_sum(self, x: Tensor, labels: Tensor) -> Tensor:
+        """The sum of -log p(label), where this layer is the head. The logits never exist whole."""
+        # ops/reference.py: sum of -log softmax(x W^T)[label]
+        return ops.linear_cross_entropy(x, self.weight, labels)
+
 
 class Embedding(nn.Embedding):
     """A vector for each token, (V, C). Uninitialised: `initialise` or a checkpoint sets it."""
@@ -208,8 +213,7 @@ class Llama(nn.Module):
         labels[:, t] is the token *after* tokens[:, t]. The logits (B, T, V) never exist as a whole.
         """
         hidden = self(tokens, documents)  # (B, T, C)
-        # ops/reference.py: sum of -log softmax(hidden W^T)[label]
-        return ops.linear_cross_entropy(hidden, self.lm_head.weight, labels)
+        return self.lm_head.loss_sum(hidden, labels)
 
     @torch.no_grad()
     def initialise(self, generator: torch.Generator | None = None) -> "Llama":

@@ -12,13 +12,13 @@ the last two columns out over the ranks, stage 2 the gradients too.
 
 import math
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from minillama import comm
 from minillama.data.show import show_batch
 from minillama.errors import UserError
 from minillama.llama_config import LlamaConfig
-from minillama.lora import WHOLE, LoraConfig, resolve_names
+from minillama.lora import EMBEDDING, HEAD, WHOLE, LoraConfig, is_adapted
 from minillama.train_config import TrainConfig
 from minillama.training.data_building import (
     build_data,
@@ -51,19 +51,20 @@ def trainable_count(llama: LlamaConfig, lora: LoraConfig | None) -> int:
     """How many parameters are trained: all, or the adapters' and the modules trained whole."""
     if lora is None:
         return llama.parameter_count()
-    whole_modules = WHOLE.keys() & resolve_names(lora.modules_to_save)
+    whole_modules = WHOLE.keys() & lora.modules_to_save
     num_whole = min(len(whole_modules), 1 if llama.tie_embeddings else 2)
     return _factor_count(llama, lora) + num_whole * llama.vocab_size * llama.dim
 
 
 def _factor_count(llama: LlamaConfig, lora: LoraConfig) -> int:
     """Parameters of the factors A (R, in) and B (out, R) of all adapted linears."""
-    targets = resolve_names(lora.targets)
+    shapes = llama.parameter_shapes()
+    shapes[HEAD] = (llama.vocab_size, llama.dim)  # a tied head is not among them
     count = 0
-    for name, shape in llama.parameter_shapes().items():
+    for name, shape in shapes.items():
         module = name.removesuffix(".weight")
-        is_linear = len(shape) == 2
-        if is_linear and module.rpartition(".")[2] in targets:
+        is_linear = len(shape) == 2 and name != EMBEDDING
+        if is_linear and is_adapted(lora, module):
             count += lora.rank_of(module) * sum(shape)
     return count
 
@@ -76,7 +77,7 @@ def estimate(llama: LlamaConfig, config: TrainConfig, world_size: int = 1) -> Es
     """Bytes that a rank keeps through a step, without activations and communication buckets."""
     lora = lora_config(config) if config.lora else None
     trainable = trainable_count(llama, lora)
-    factors = trainable_count(llama, replace(lora, modules_to_save=())) if lora else 0  # in fp32
+    factors = _factor_count(llama, lora) if lora else 0  # in fp32
     others = trainable - factors  # in the model's dtype
     width = bytes_per_weight(config)
     is_exact = config.reduction == "exact"
