@@ -70,12 +70,13 @@ def parse(arguments: list[str]) -> tuple[train_config.TrainConfig, argparse.Name
     return config, parsed
 
 
-def main(arguments: list[str]) -> None:
+def main(arguments: list[str]) -> int:
+    """Returns the exit code: 0, or that of the signal which stopped training."""
     config, flags = parse(arguments)
     if flags.list_configs:
         for name, line in presets.list_presets().items():
             print(f"{name:24}{line}")
-        return
+        return 0
     from minillama import comm
     from minillama.training import dry_run, messages, model_building, run, trainer
     from minillama.training.summary import Stopped
@@ -84,15 +85,17 @@ def main(arguments: list[str]) -> None:
         model_building.refuse_other_adapter(config, vars(flags))
     if flags.dry_run:
         print(dry_run.describe(config, flags.world_size))
-        return
+        return 0
     run.check_inputs(config, f"{launch.launcher()} train.py {shlex.join(arguments)}")
     with comm.start(config.device) as mesh:
         if flags.show_batch:
             mesh.print(dry_run.show_first_batch(config, mesh))
-            return
+            return 0
         outcome = trainer.train(config, mesh, flags.overwrite_output_dir)
-        if not isinstance(outcome, Stopped):
-            mesh.print(messages.closing_message(Path(config.out_dir), outcome))
+        if isinstance(outcome, Stopped):
+            return outcome.exit_code
+        mesh.print(messages.closing_message(Path(config.out_dir), outcome))
+        return 0
 
 
 if __name__ == "__main__":

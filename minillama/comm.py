@@ -5,13 +5,16 @@ A `Mesh` is made once and passed down; `launch` reads what torchrun says. With o
 function here is the identity and torch.distributed is never used, so one process runs the same code
 as eight.
 
+torchrun stops its ranks when one of them fails. If torchrun itself is killed, nobody does, so each
+rank looks once a second whether its launcher is still there.
+
 A collective that fails or times out raises a one-line error that names the rank. With
 `MINILLAMA_DEBUG_COLLECTIVES=1` ranks compare what they are about to call, and from where, before
 each call: ranks that disagree stop with both places instead of waiting for each other."""
 
 import os
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -23,8 +26,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from minillama import device as devices
-from minillama.errors import UserError
-from minillama.launch import meeting_place, read_launch
+from minillama.errors import UserError, listed
+from minillama.launch import meeting_place, read_launch, stop_with_launcher
 
 _ALL_GATHER = (
     getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -62,6 +65,7 @@ def start(device_name: str = "auto", timeout_minutes: float = 30.0) -> Iterator[
 
     The process group is destroyed when the block ends.
     """
+    stop_with_launcher()
     rank, size, local_rank = read_launch()
     device = devices.pick(device_name, local_rank)
     if size == 1:
@@ -228,6 +232,29 @@ def gather_objects(mesh: Mesh, item: Any) -> list[Any]:
     if mesh.size > 1:
         _call(mesh, "all_gather_object", item, lambda: dist.all_gather_object(items, item))
     return items
+
+
+def raise_together(mesh: Mesh, error: str | None) -> None:
+    """Raise UserError on every rank if any has an error: that of the lowest rank."""
+    errors = [text for text in gather_objects(mesh, error) if text is not None]
+    if errors:
+        raise UserError(errors[0])
+
+
+def refuse_differences(mesh: Mesh, values: Mapping[str, Any], remedy: str) -> None:
+    """Raise UserError, on every rank, unless all ranks have equal values under all names."""
+    all_values = gather_objects(mesh, dict(values))
+    expected = all_values[0]
+    problems = []
+    for rank, other in enumerate(all_values):
+        for name in expected | other:
+            if other.get(name) != expected.get(name):
+                first = expected.get(name)
+                problems.append(
+                    f"{name} is {first!r} on rank 0, {other.get(name)!r} on rank {rank}"
+                )
+    if problems:
+        raise UserError(f"ranks differ: {listed(problems)}; {remedy}")
 
 
 def barrier(mesh: Mesh) -> None:

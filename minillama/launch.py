@@ -7,6 +7,9 @@ Without these variables a process is alone. This module imports no torch.
 """
 
 import os
+import signal
+import threading
+import time
 from typing import NamedTuple
 
 from minillama.errors import UserError
@@ -67,3 +70,17 @@ def _number(name: str, lowest: int, highest: int, default: int | None = None) ->
             f"{name}={text}: must be a whole number from {lowest} to {highest}; {TORCHRUN}"
         )
     return int(text)
+
+
+def stop_with_launcher() -> None:
+    """Send this process a SIGTERM when torchrun, which started it, is gone."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return  # started without torchrun: a shell may end before its job
+    launcher = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == launcher:
+            time.sleep(1.0)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True).start()

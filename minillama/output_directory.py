@@ -94,12 +94,19 @@ def lock_directory(path: Path) -> Iterator[None]:
     """Hold a directory, created if it is missing, for this process while the block runs.
 
     Raises UserError if another process holds it. The lock is on the directory itself, so no file is
-    left. Where the system or the disk has no locks, the block runs without one.
+    left, and a directory that was created and is still empty is removed again. Where the system or
+    the disk has no locks, the block runs without one.
     """
+    created = [place for place in (path, *path.parents) if not place.exists()]
     path.mkdir(parents=True, exist_ok=True)
     taken = f"{path}: another process is writing there; wait for it, or name another directory"
     with _locked(path, taken):
-        yield
+        try:
+            yield
+        finally:
+            with suppress(OSError):  # one that is not empty stays, and so do those above it
+                for place in created:
+                    place.rmdir()
 
 
 def free_bytes(path: Path) -> int:

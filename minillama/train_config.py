@@ -113,6 +113,7 @@ class TrainConfig:
     append_eod: bool = data_key(True, "end each training document with the EOS token")
     skip_bad_records: bool = data_key(False, "leave malformed records out, and count and list them")
     max_dropped: float = data_key(0.1, "largest share of documents left out: no target", below=1)
+    grow_vocabulary: bool = data_key(False, "grow the embeddings to a larger tokenizer's size")
     workers: int = data_key(1, "processes that tokenize", minimum=1)
     cache_dir: str = data_key("", "folder of tokenized raw files (empty: ~/.cache/minillama)")
 

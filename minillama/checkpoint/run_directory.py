@@ -18,12 +18,17 @@ def checkpoint_path(out_dir: Path, step: int) -> Path:
 
 def list_states(out_dir: Path) -> list[Path]:
     """Return the complete checkpoints of a run, oldest first."""
-    steps: dict[Path, int] = {}
-    for path in (out_dir / "checkpoints").glob("step-*"):
-        number = path.name.removeprefix("step-")
-        if number.isdigit():
-            steps[path] = int(number)
-    return sorted(steps, key=lambda path: steps[path])
+    paths = (out_dir / "checkpoints").glob("step-*")
+    return sorted((path for path in paths if _number(path).isdigit()), key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    """Return the step that a checkpoint is named after."""
+    return int(_number(checkpoint))
+
+
+def _number(checkpoint: Path) -> str:
+    return checkpoint.name.removeprefix("step-")
 
 
 def find_checkpoint(path: Path) -> Path:

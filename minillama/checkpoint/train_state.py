@@ -14,14 +14,19 @@ it back. Every rank writes its own slice; nothing is gathered.
     3  every rank tells whether it failed, and the hashes of its files
     4  rank 0 writes manifest.json and renames the directory to step-000100
 
-A full disk or a killed process leaves the earlier checkpoints as they are. The order of the data
-and the seeds of dropout follow from the step, so nothing else is stored of them.
+After each phase all ranks know of an error in it, and end the save together. A full disk or a
+killed process leaves the earlier checkpoints as they are. The order of the data and the seeds of
+dropout follow from the step, so nothing else is stored of them.
+
+A checkpoint that is damaged, or of a step that is trained again, is renamed: it is kept, and not
+counted among those that a run has.
 """
 
 import errno
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +35,7 @@ import torch
 from torch import Tensor
 
 from minillama import comm
-from minillama.checkpoint.run_directory import checkpoint_path, list_states
+from minillama.checkpoint.run_directory import checkpoint_path, list_states, step_of
 from minillama.comm import Mesh
 from minillama.errors import UserError
 from minillama.files import flush_to_disk, read_json, sha256_of, write_json
@@ -68,37 +73,55 @@ def save_state(
     """
     final = checkpoint_path(out_dir, step)
     partial = final.with_name(f"{final.name}.partial")
-    if mesh.is_first:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    comm.barrier(mesh)
 
+    def create() -> dict[str, str]:
+        if mesh.is_first:
+            _remove(partial)
+            partial.mkdir(parents=True)
+        return {}
+
+    def write() -> dict[str, str]:
+        _refuse_full_disk(partial, mesh, slices)
+        hashes = _write_slices(partial, slices)
+        if mesh.is_first:
+            hashes |= _write_model_and_state(partial, write_model, state)
+        return hashes
+
+    def finish() -> dict[str, str]:
+        if mesh.is_first:
+            write_json(partial / MANIFEST, {"sha256": written.hashes})
+            publish(partial, final)
+            for old in list_states(out_dir)[:-keep] if keep > 0 else []:
+                _remove(old)
+        return {}
+
+    written = Written({}, None)
+    for phase in (create, write, finish):
+        written = _on_all_ranks(mesh, partial, phase)
+        if written.error is not None:
+            break
+    if mesh.is_first and written.error is not None:
+        with suppress(OSError):
+            _remove(partial)
+    comm.barrier(mesh)
+    return written.error
+
+
+def _on_all_ranks(mesh: Mesh, place: Path, phase: Callable[[], dict[str, str]]) -> Written:
+    """Run a phase on every rank. Returns all hashes that it made, and all errors."""
     hashes: dict[str, str] = {}
     error = None
     try:
-        _refuse_full_disk(partial, mesh, slices)
-        hashes |= _write_slices(partial, slices)
-        if mesh.is_first:
-            hashes |= _write_model_and_state(partial, write_model, state)
+        hashes = phase()
     except OSError as failure:
-        place = failure.filename or partial
-        error = f"rank {mesh.rank}: {failure.strerror or failure} ({place})"
-    all_written: list[Written] = comm.gather_objects(mesh, Written(hashes, error))
-
-    errors = [written.error for written in all_written if written.error is not None]
-    if mesh.is_first and errors:
-        shutil.rmtree(partial, ignore_errors=True)
-    elif mesh.is_first:
-        all_hashes: dict[str, str] = {}
-        for written in all_written:
-            all_hashes |= written.hashes
-        write_json(partial / MANIFEST, {"sha256": all_hashes})
-        publish(partial, final)
-        if keep > 0:
-            for old in list_states(out_dir)[:-keep]:
-                shutil.rmtree(old)
-    comm.barrier(mesh)
-    return "; ".join(errors) or None
+        error = f"rank {mesh.rank}: {failure.strerror or failure} ({failure.filename or place})"
+    all_hashes: dict[str, str] = {}
+    errors = []
+    for written in comm.gather_objects(mesh, Written(hashes, error)):
+        all_hashes |= written.hashes
+        if written.error is not None:
+            errors.append(written.error)
+    return Written(all_hashes, "; ".join(errors) or None)
 
 
 def flush_and_hash(path: Path) -> str:
@@ -109,10 +132,35 @@ def flush_and_hash(path: Path) -> str:
 
 def publish(partial: Path, final: Path) -> None:
     """Rename `partial`, complete and flushed, to `final`, which is replaced if it exists."""
-    shutil.rmtree(final, ignore_errors=True)
+    _remove(final)
     os.replace(partial, final)
     flush_to_disk(final)
     flush_to_disk(final.parent)
+
+
+def _remove(path: Path) -> None:
+    """Delete a directory, or a link to one, and not what the link leads to."""
+    if path.is_symlink() or path.is_file():
+        path.unlink()
+    elif path.exists():
+        shutil.rmtree(path)
+
+
+def set_aside(directory: Path, reason: str) -> Path:
+    """Rename a checkpoint to NAME.REASON, so that it is kept but not counted; returns the path."""
+    target = directory.with_name(f"{directory.name}.{reason}")
+    number = 2
+    while target.exists() or target.is_symlink():
+        target = directory.with_name(f"{directory.name}.{reason}-{number}")
+        number += 1
+    directory.rename(target)
+    return target
+
+
+def set_aside_after(out_dir: Path, step: int) -> list[Path]:
+    """Set aside the checkpoints of later steps than `step`; returns where they are now."""
+    later = [path for path in list_states(out_dir) if step_of(path) > step]
+    return [set_aside(path, "replaced") for path in later]
 
 
 def verify(directory: Path) -> str | None:
@@ -130,12 +178,16 @@ def verify(directory: Path) -> str | None:
 
 
 def newest_intact(out_dir: Path, warn: Callable[[str], None]) -> Path | None:
-    """Return the newest checkpoint that `verify` accepts; `warn` is told of each it does not."""
+    """Return the newest checkpoint that `verify` accepts, and set aside those that it does not.
+
+    `warn` is told of each.
+    """
     for path in reversed(list_states(out_dir)):
         error = verify(path)
         if error is None:
             return path
-        warn(f"warning: damaged checkpoint passed over: {error}")
+        kept = set_aside(path, "damaged")
+        warn(f"warning: damaged checkpoint passed over: {error}; it is kept as {kept}")
     return None
 
 

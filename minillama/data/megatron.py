@@ -75,6 +75,15 @@ class MegatronDataset(Dataset):
             self.offsets = indexed.bounds  # each sequence is a document
             self.mask = self._read_mask(indexed)
 
+    @property
+    def files(self) -> list[Path]:
+        """The files that hold the arrays, those of the labels too."""
+        prefixes = [self.prefix]
+        if self.mask is not None:
+            name = self.prefix.name.removesuffix(IDS) + LABELS
+            prefixes.append(self.prefix.with_name(name))
+        return [Path(f"{prefix}.{part}") for prefix in prefixes for part in ("bin", "idx")]
+
     def _blocks(self) -> Iterator[slice]:
         for start in range(0, len(self.tokens), BLOCK):
             yield slice(start, start + BLOCK)

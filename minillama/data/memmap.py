@@ -260,6 +260,11 @@ class Dataset:
         )
 
     @property
+    def files(self) -> list[Path]:
+        """The files that hold the arrays."""
+        return [Path(f"{self.prefix}.{part}") for part in _parts_of(self.meta)]
+
+    @property
     def template(self) -> str:
         """The template that its conversations are rendered in; "" for plain text, or if unknown."""
         return self.meta.get("template", "") if self.mask is not None else ""

@@ -22,11 +22,10 @@ def describe_start(run: Run) -> str:
 
 def describe_stop(stopped: Stopped) -> str:
     """Where a run stopped, and what can be typed next."""
-    signal = stopped.signal or "a signal to another rank"
     remedy = "the same command goes on from there"
     if not stopped.is_saved:
         remedy = "no checkpoint holds that step: the same command goes on from the one before it"
-    return f"stopped by {signal} after step {stopped.step}; {remedy}"
+    return f"stopped by {stopped.signal} after step {stopped.step}; {remedy}"
 
 
 def closing_message(out_dir: Path, summary: Summary) -> str:

@@ -1,13 +1,18 @@
 """The log of a run: a progress bar, and a record per logged step in metrics.jsonl."""
 
+import json
 import math
+import os
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from minillama.files import append_file, json_line, read_json_lines, write_json_lines
+from minillama import loss_curves
+from minillama.errors import UserError
+from minillama.files import append_file, json_line, write_json_lines
 
 
 class TrainingLog:
@@ -27,9 +32,24 @@ class TrainingLog:
             dynamic_ncols=True,
         )
         if enabled:
-            records = read_json_lines(self.path) if self.path.is_file() else []
-            kept = [record for record in records if record["step"] <= first_step]
+            kept = [record for record in self._read() if record["step"] <= first_step]
             write_json_lines(self.path, kept)
+
+    def _read(self) -> list[dict[str, Any]]:
+        """The records of before. Damaged lines are left out, and their number is printed."""
+        if not self.path.is_file():
+            return []
+        records = []
+        num_damaged = 0
+        for line in self.path.read_bytes().splitlines():
+            try:
+                record = json.loads(line)
+                records.append({**record, "step": int(record["step"])})
+            except (ValueError, TypeError, KeyError):
+                num_damaged += 1
+        if num_damaged:
+            self.print(f"warning: {self.path}: {num_damaged} damaged lines are left out")
+        return records
 
     def record(self, values: dict[str, Any]) -> None:
         """Append a record. JSON has no NaN and no infinity: such a value becomes null, and its
@@ -45,8 +65,21 @@ class TrainingLog:
                 non_finite.append(name)
         if non_finite:
             record["non_finite"] = non_finite
-        with append_file(self.path) as file:
-            file.write(json_line(record).encode())
+        self._append(json_line(record).encode())
+
+    def _append(self, line: bytes) -> None:
+        """Append a line, whole or not at all. On a full disk, training goes on without it."""
+        size = self.path.stat().st_size if self.path.is_file() else 0
+        try:
+            with append_file(self.path) as file:
+                file.write(line)
+        except OSError as error:
+            self.print(
+                f"WARNING: {self.path}: {error.strerror or error}; a record is lost; "
+                "training goes on"
+            )
+            with suppress(OSError):
+                os.truncate(self.path, size)
 
     def step(self, loss: float, tokens_per_second: float) -> None:
         """Move the bar by one step."""
@@ -63,3 +96,13 @@ class TrainingLog:
         """End the bar. Returns the seconds since the log was opened."""
         self.bar.close()
         return time.perf_counter() - self.started
+
+
+def draw_loss(out_dir: Path, insist: bool) -> None:
+    """Draw loss.png. If that fails, the run is finished all the same, unless the user insists."""
+    try:
+        loss_curves.plot_loss(out_dir, insist)
+    except (UserError, OSError) as error:
+        if insist:
+            raise
+        print(f"WARNING: no loss.png was drawn: {error}")

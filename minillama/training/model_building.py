@@ -30,6 +30,7 @@ from minillama.model import Llama
 from minillama.peft_adapters import read_adapter_config
 from minillama.tokenizer import Tokenizer
 from minillama.train_config import KEYS, TrainConfig
+from minillama.training.finite import first_non_finite
 
 SHAPE_KEYS = ("n_layers", "dim", "n_heads", "n_kv_heads", "ffn_dim", "vocab_size")
 OTHER_SHAPES = "1.1b"  # its context and epsilon are those of a shape that was never published
@@ -152,6 +153,7 @@ def build_model(
     """The model on its device, and the configuration of its adapters (None: all of it is trained).
 
     llama: what `model_config` says. Everything that is drawn follows from config.seed.
+    Raises UserError if a weight of the checkpoint or adapter is not finite.
     """
     dtype, warning = compute_dtype(config.precision, mesh.device)
     if warning:
@@ -159,24 +161,54 @@ def build_model(
     generator = torch.Generator().manual_seed(config.seed)
     pretrained = _pretrained(config, base)
     if pretrained is not None:
-        _refuse_untrained_rows(config, llama, tokenizer)
+        _check_growth(config, llama, tokenizer, mesh)
         model = load_model(pretrained, dtype, config.n_layers, tokenizer.size)
     else:
         model = _initial_model(llama, tokenizer, generator).to(dtype)
     lora = _add_adapters(model, config, generator)
+    name = first_non_finite(model)
+    if name:
+        raise UserError(
+            f"{config.adapter or config.ckpt}: {name} holds NaN or infinity (in {dtype}); "
+            "a model that holds them cannot be trained: use an intact copy, or --precision fp32"
+        )
     if config.gradient_checkpointing:
         recompute_activations(model.model.layers)
     return model.to(mesh.device).train(), lora
 
 
-def _refuse_untrained_rows(config: TrainConfig, llama: LlamaConfig, tokenizer: Tokenizer) -> None:
-    trains_all_rows = not config.lora or set(WHOLE) <= set(config.modules_to_save)
-    if tokenizer.size > llama.vocab_size and not trains_all_rows:
+def _check_growth(
+    config: TrainConfig, llama: LlamaConfig, tokenizer: Tokenizer, mesh: comm.Mesh
+) -> None:
+    """Print how the vocabulary grows. Raises UserError if nothing asks for that."""
+    if tokenizer.size <= llama.vocab_size:
+        return
+    trained_rows = _trained_rows(config)
+    grown = replace(llama, vocab_size=tokenizer.size)
+    growth = (
+        f"the vocabulary grows from {llama.vocab_size:,} to {tokenizer.size:,} tokens, and the "
+        f"model from {llama.parameter_count():,} to {grown.parameter_count():,} parameters"
+    )
+    if config.lora and not set(WHOLE) <= trained_rows:
         raise UserError(
-            f"{tokenizer.path} has {tokenizer.size} pieces, more than the checkpoint's embedding "
+            f"{tokenizer.path} has {tokenizer.size} tokens, more than the checkpoint's embedding "
             "has rows; the new rows would never be trained: "
             "add --modules_to_save embed_tokens,lm_head"
         )
+    if not config.lora and not config.grow_vocabulary:
+        raise UserError(
+            f"{tokenizer.path} has {tokenizer.size} tokens, {config.ckpt} has {llama.vocab_size}: "
+            f"{growth}; if this is meant, add --grow_vocabulary; "
+            "otherwise take the checkpoint's own tokenizer: leave --tokenizer out"
+        )
+    mesh.print(f"WARNING: {growth}; new rows begin as the mean of the old ones")
+
+
+def _trained_rows(config: TrainConfig) -> set[str]:
+    """Which of the embedding and the head are trained whole beside adapters."""
+    if config.adapter:
+        return set(read_adapter_config(Path(config.adapter)).modules_to_save)
+    return set(resolve_names(config.modules_to_save))
 
 
 def _initial_model(llama: LlamaConfig, tokenizer: Tokenizer, generator: torch.Generator) -> Llama:

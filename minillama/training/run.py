@@ -5,21 +5,23 @@
 `prepare` goes through the stages in one direction, and nothing goes back to an earlier one:
 
     1. settings and directory    read only: what is refused, finished, or continued
-    2. tokenizer, data, model, optimizer
-    3. directory                 emptied if asked for, and train_config.json written
+    2. tokenizer, data           compared with what the run began with
+    3. model, optimizer
 
-A mistake that a user can make about a run is found in the first two stages. They write nothing but
-the embedded data and the token cache.
+A mistake that a user can make about a run is found here, and nothing is written but the embedded
+data and the token cache. `run_directory.start_run` changes the directory after that.
 """
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 
 from minillama import comm, device, ops
+from minillama.checkpoint import train_state
 from minillama.data.batches import BatchPlan
 from minillama.errors import UserError
+from minillama.files import sha256_of
 from minillama.launch import ranks_on_machine
 from minillama.llama_config import LlamaConfig
 from minillama.lora import LoraConfig
@@ -28,8 +30,9 @@ from minillama.parallel.sharded_optimizer import ShardedOptimizer
 from minillama.threads import choose_num_threads
 from minillama.tokenizer import Tokenizer
 from minillama.train_config import TrainConfig
-from minillama.training import data_building, model_building, run_directory
+from minillama.training import data_building, model_building, run_directory, settings
 from minillama.training.dry_run import refuse_what_cannot_fit
+from minillama.training.inputs import RunInputs, describe_inputs, read_inputs, refuse_changes
 from minillama.training.run_directory import ResumePoint
 from minillama.training.summary import Summary
 
@@ -50,6 +53,9 @@ class Run:
     lora: LoraConfig | None  # None: every parameter is trained
     optimizer: ShardedOptimizer
     resume_point: ResumePoint | None  # None: it starts at step 0
+    typed_config: TrainConfig  # as it was given: what train_config.json holds
+    inputs: RunInputs
+    in_use: tuple[str, ...]  # what it reads that may lie in out_dir
 
 
 @dataclass(frozen=True)
@@ -60,16 +66,18 @@ class FinishedRun:
 
 
 def prepare(config: TrainConfig, mesh: comm.Mesh, overwrite: bool = False) -> Run | FinishedRun:
-    """Build and check everything that a run needs, then write its directory.
+    """Build and check everything that a run needs. Its directory is left as it is.
 
-    overwrite: delete the run that is in config.out_dir. Raises UserError for what cannot be run.
+    overwrite: the run that is in config.out_dir will be deleted. Raises UserError for what cannot
+    be run.
     """
+    settings.refuse_unlike_ranks(config, overwrite, mesh)
     check_inputs(config)
     run_directory.check_directory(config, overwrite)
     base = model_building.find_base(config)
     refuse_what_cannot_fit(model_building.model_config(config, base), config)
     summary = None if overwrite else run_directory.finished_summary(config)
-    if summary is not None:
+    if summary is not None and settings.reads_recorded_files(config):
         return FinishedRun(summary)
     resume_point = run_directory.find_resume_point(config, overwrite, mesh)
     typed_config = config
@@ -84,12 +92,11 @@ def prepare(config: TrainConfig, mesh: comm.Mesh, overwrite: bool = False) -> Ru
     llama = model_building.model_config(config, base, tokenizer.size)
     _set_up_torch(config, llama)
     data = data_building.build_data(sources, base, tokenizer, llama, mesh, continued)
+    inputs = _compare_inputs(config, base, tokenizer, data, mesh, resume_point, overwrite)
+    if summary is not None:
+        return FinishedRun(summary)
     model, lora = model_building.build_model(config, base, llama, tokenizer, mesh)
     optimizer = ShardedOptimizer(model.named_parameters(), mesh, config)
-
-    if mesh.is_first:
-        in_use = [*sources.data, sources.tokenizer, sources.cache_dir]
-        run_directory.start_run(typed_config, overwrite, in_use)
     return Run(
         config=config,
         mesh=mesh,
@@ -103,7 +110,42 @@ def prepare(config: TrainConfig, mesh: comm.Mesh, overwrite: bool = False) -> Ru
         lora=lora,
         optimizer=optimizer,
         resume_point=resume_point,
+        typed_config=typed_config,
+        inputs=inputs,
+        in_use=(*sources.data, sources.tokenizer, sources.cache_dir),
     )
+
+
+def _compare_inputs(
+    config: TrainConfig,
+    base: Path | None,
+    tokenizer: Tokenizer,
+    data: data_building.RunData,
+    mesh: comm.Mesh,
+    resume_point: ResumePoint | None,
+    overwrite: bool,
+) -> RunInputs:
+    """The inputs of a run, after they were compared: those of all ranks, then now and before."""
+    out_dir = Path(config.out_dir)
+    before = read_inputs(out_dir)
+    inputs = describe_inputs(
+        base if config.init == "pretrained" else None,
+        Path(config.adapter) if config.adapter else None,
+        tokenizer,
+        {"data": data.train_batches, "eval_data": data.eval_batches if config.eval_data else None},
+        before.files,
+    )
+    all_read = dict(inputs.fingerprints)
+    if resume_point is not None:
+        all_read["resume"] = sha256_of(resume_point.directory / train_state.MANIFEST)
+    comm.refuse_differences(mesh, all_read, "these are sha256; give every rank the same files")
+
+    if resume_point is not None:
+        saved = resume_point.state.get("fingerprints", {})
+        refuse_changes(resume_point.directory, saved, inputs.fingerprints, asdict(config))
+    elif not overwrite and (out_dir / "metrics.jsonl").is_file():
+        refuse_changes(out_dir, before.fingerprints, inputs.fingerprints, asdict(config))
+    return inputs
 
 
 def check_inputs(config: TrainConfig, command: str = "python train.py") -> None:

@@ -1,6 +1,7 @@
 """The directory of a run: what may be continued, what is refused, and what starting writes.
 
     OUT_DIR/train_config.json    the settings; written when a run starts. --config takes it back
+            inputs.json          fingerprints of what the run reads (inputs.py)
             metrics.jsonl        a record per logged step: the run has taken a step
             checkpoints/         to resume from
             final/  summary.json    the run is finished
@@ -8,12 +9,14 @@
 
 A directory belongs to one run. It is continued, or refused, or emptied on request, never mixed.
 Looking comes first and writes nothing: everything else of the run is built and checked before
-`start_run` changes the directory, so a mistake in a command costs nothing.
+`start_run` changes the directory, so a mistake in a command costs nothing. From the first look on,
+the directory is locked: a second command for the same run is refused.
 """
 
-import json
 import shutil
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,37 +25,19 @@ from minillama import comm
 from minillama.checkpoint import train_state
 from minillama.errors import UserError
 from minillama.files import read_json, write_json
+from minillama.output_directory import lock_directory
 from minillama.train_config import TrainConfig
 from minillama.training.data_building import EMBEDDED
+from minillama.training.inputs import (
+    INPUTS_FILE,
+    FileRecord,
+    RunInputs,
+)
+from minillama.training.settings import refuse_other_settings
 from minillama.training.summary import Summary
 
 # What the embedded data is made of, in OUT_DIR/data.
 EMBEDDED_FILES = {"demo.json", "demo_lora.json", "tokenizer.model", "cache"}
-# Keys that may change when a run is continued: they leave its result as it is. The global batch is
-# kept, so the accumulation may change too.
-MAY_CHANGE = {
-    "out_dir",
-    "resume",
-    "device",
-    "ops",
-    "threads",
-    "logging_steps",
-    "eval_strategy",
-    "eval_steps",
-    "per_device_eval_batch_size",
-    "save_strategy",
-    "save_steps",
-    "save_total_limit",
-    "plot_loss",
-    "peak_tflops",
-    "cache_dir",
-    "max_dropped",
-    "workers",
-    "gradient_checkpointing",
-    "gradient_accumulation_steps",
-    "zero_stage",
-    "bucket_elements",
-}
 
 
 @dataclass(frozen=True)
@@ -63,13 +48,32 @@ class ResumePoint:
     state: dict[str, Any]  # state.json
 
 
+@contextmanager
+def locked(config: TrainConfig, mesh: comm.Mesh) -> Iterator[None]:
+    """Hold out_dir for this run while the block runs.
+
+    Raises UserError, on every rank, if another process holds it, or it cannot be created.
+    """
+    _refuse_no_directory(config)
+    with ExitStack() as stack:
+        problem = None
+        if mesh.is_first:
+            try:
+                stack.enter_context(lock_directory(Path(config.out_dir)))
+            except UserError as error:
+                problem = str(error)
+            except OSError as error:
+                problem = f"{error.filename or config.out_dir}: {error.strerror or error}"
+        comm.raise_together(mesh, problem)
+        yield
+
+
 def check_directory(config: TrainConfig, overwrite: bool) -> None:
     """Raise UserError if out_dir belongs to something else. Writes nothing.
 
     overwrite: the run in it, if any, will be deleted.
     """
-    if not config.out_dir:
-        raise UserError("name a run directory with --out_dir runs/NAME")
+    _refuse_no_directory(config)
     out_dir = Path(config.out_dir)
     has_run = (out_dir / "train_config.json").is_file()
     if out_dir.is_dir() and not has_run:
@@ -77,15 +81,22 @@ def check_directory(config: TrainConfig, overwrite: bool) -> None:
     if overwrite:
         _refuse_inputs_inside(config, out_dir)
     elif (out_dir / "metrics.jsonl").is_file():  # no step taken: nothing is lost
-        _refuse_other_settings(config, out_dir)
+        refuse_other_settings(config, out_dir)
 
 
 def finished_summary(config: TrainConfig) -> Summary | None:
-    """The summary of a run that is finished; None if there is something to train."""
+    """The summary of a run that is finished; None if there is something to train.
+
+    A damaged summary is made again: the run goes on from its newest checkpoint.
+    """
     path = Path(config.out_dir) / "summary.json"
-    if config.resume == "auto" and path.is_file():
+    if config.resume != "auto" or not path.is_file():
+        return None
+    try:
         return read_json(path)
-    return None
+    except UserError as error:
+        print(f"warning: {error}; the run goes on to make it again", file=sys.stderr)
+        return None
 
 
 def find_resume_point(config: TrainConfig, overwrite: bool, mesh: comm.Mesh) -> ResumePoint | None:
@@ -122,16 +133,34 @@ def with_global_batch(config: TrainConfig, mesh: comm.Mesh, rows_per_step: int) 
     return replace(config, gradient_accumulation_steps=accumulation)
 
 
-def start_run(config: TrainConfig, overwrite: bool, in_use: Sequence[str]) -> None:
-    """Write train_config.json, after deleting the old run if `overwrite`. Called on rank 0.
+def start_run(
+    config: TrainConfig,
+    inputs: RunInputs,
+    resume_point: ResumePoint | None,
+    overwrite: bool,
+    in_use: Sequence[str],
+) -> None:
+    """Write train_config.json and inputs.json. Called on rank 0.
 
+    Before, the old run is deleted if `overwrite`. Otherwise checkpoints of steps that are about to
+    be trained again are set aside.
     in_use: paths that this run reads; they stay, such as the embedded data and the token cache.
     """
     out_dir = Path(config.out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
     if overwrite:
+        _refuse_files_inside(out_dir, inputs.files, in_use)
         _empty(out_dir, in_use)
+    step = resume_point.state["step"] if resume_point else 0
+    for path in train_state.set_aside_after(out_dir, step):
+        print(f"set aside, because the run goes on from step {step}: {path}", file=sys.stderr)
+    write_json(out_dir / INPUTS_FILE, asdict(inputs))
     write_json(out_dir / "train_config.json", asdict(config))
+
+
+def _refuse_no_directory(config: TrainConfig) -> None:
+    if not config.out_dir:
+        raise UserError("name a run directory with --out_dir runs/NAME")
 
 
 def _refuse_foreign_files(config: TrainConfig, out_dir: Path) -> None:
@@ -168,25 +197,26 @@ def _refuse_inputs_inside(config: TrainConfig, out_dir: Path) -> None:
     for name in inputs:
         is_file = bool(name) and name not in EMBEDDED
         if is_file and Path(name).resolve().is_relative_to(out_dir.resolve()):
-            raise UserError(
-                f"{name}: lies in {out_dir}, which --overwrite_output_dir would empty; "
-                "choose another --out_dir"
-            )
+            raise _lies_inside(name, out_dir)
 
 
-def _refuse_other_settings(config: TrainConfig, out_dir: Path) -> None:
-    """Raise UserError if a key that changes the result differs from that of the run there."""
-    before = read_json(out_dir / "train_config.json")
-    now = json.loads(json.dumps(asdict(config)))  # tuples become lists, as in the file
-    changes = []
-    for name, value in now.items():
-        if name not in MAY_CHANGE and name in before and before[name] != value:
-            changes.append(f"{name} was {before[name]!r}, is {value!r}")
-    if changes:
-        raise UserError(
-            f"{out_dir}: holds a run with other settings: {', '.join(changes)}; "
-            "choose another --out_dir, or --overwrite_output_dir"
-        )
+def _lies_inside(name: str, out_dir: Path) -> UserError:
+    return UserError(
+        f"{name}: lies in {out_dir}, which --overwrite_output_dir would empty; "
+        "choose another --out_dir"
+    )
+
+
+def _refuse_files_inside(
+    out_dir: Path, files: Mapping[str, FileRecord], in_use: Sequence[str]
+) -> None:
+    """Raise UserError if a file that the run reads lies in out_dir, where a link may lead."""
+    kept = [Path(name).resolve() for name in in_use if name]
+    for name in files:
+        path = Path(name)
+        is_kept = any(path.is_relative_to(place) for place in kept)
+        if path.is_relative_to(out_dir.resolve()) and not is_kept:
+            raise _lies_inside(name, out_dir)
 
 
 def _empty(out_dir: Path, in_use: Sequence[str]) -> None:

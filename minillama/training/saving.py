@@ -30,6 +30,7 @@ def save_checkpoint(run: Run, step: int, tokens: int, skipped: int) -> str | Non
         "updates": optimizer.updates,
         "rows_per_step": run.train_batches.rows_per_step,
         "loss_scale": optimizer.loss_scale,
+        "fingerprints": run.inputs.fingerprints,
     }
     return train_state.save_state(
         run.out_dir,

@@ -9,6 +9,7 @@ utilisation, is the share of the device's peak; it always counts F = 3.
 """
 
 import math
+import signal
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,9 +23,14 @@ Summary = dict[str, Any]  # what summary.json holds
 class Stopped:
     """A signal ended training between two micro-batches. The step under way is given up."""
 
-    signal: str  # its name; "": it reached another rank
+    signal: str  # its name
     step: int  # updates done
     is_saved: bool = False  # whether a checkpoint holds this step
+
+    @property
+    def exit_code(self) -> int:
+        """128 + the signal's number, as a shell reports it: 130 for SIGINT, 143 for SIGTERM."""
+        return 128 + signal.Signals[self.signal]
 
 
 @dataclass

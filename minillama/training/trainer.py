@@ -21,24 +21,23 @@ from functools import partial
 import numpy as np
 import torch
 
-from minillama import comm, device, loss_curves
+from minillama import comm, device
 from minillama.checkpoint import train_state
 from minillama.data.windows import Batch
-from minillama.errors import UserError
 from minillama.files import write_json
 from minillama.memory import device_memory
 from minillama.ops import Documents
 from minillama.train_config import TrainConfig
+from minillama.training import run_directory
+from minillama.training.finite import SkipWatch, first_non_finite, refuse_useless_model
 from minillama.training.messages import describe_start, describe_stop
-from minillama.training.metrics import TrainingLog
+from minillama.training.metrics import TrainingLog, draw_loss
 from minillama.training.run import FinishedRun, Run, prepare
 from minillama.training.run_directory import ResumePoint
 from minillama.training.saving import save_checkpoint, write_final
 from minillama.training.schedule import learning_rate
 from minillama.training.signals import listening
 from minillama.training.summary import StepHistory, Stopped, Summary, throughput
-
-MAX_SKIPPED_IN_A_ROW = 5  # overflows of fp16 end with its smallest loss scale instead
 
 
 @dataclass(frozen=True)
@@ -64,7 +63,7 @@ class Trainer:
         self.step = 0  # updates done
         self.tokens = 0  # trained on
         self.skipped = 0  # steps without an update, because something was not finite
-        self.skipped_in_a_row = 0
+        self.watch = SkipWatch(run.out_dir)
         self.saved_step = 0  # of the newest checkpoint
         self.eval_loss: float | None = None  # of the newest evaluation
         self.history = StepHistory()
@@ -91,6 +90,7 @@ class Trainer:
                 self.log_evaluation(log)
             if self.is_checkpoint_due():
                 self.save_checkpoint(log)
+        refuse_useless_model(self.model, self.step, self.skipped, run.out_dir)
         if self.mesh.is_first:
             write_final(run)
         return self.summary(seconds=log.close())
@@ -103,8 +103,9 @@ class Trainer:
         self.optimizer.zero_grad()
         for first in range(0, len(batches), num_ranks):
             if comm.any_rank(self.mesh, bool(self.stop)):
-                signal = self.stop[0] if self.stop else ""
-                return Stopped(signal, self.step)
+                received = comm.gather_objects(self.mesh, list(self.stop))
+                signals = [names[0] for names in received if names]
+                return Stopped(signals[0], self.step)
             index = first + self.mesh.rank  # micro-batch first + r is rank r's
             loss = None
             if index < len(batches):
@@ -116,7 +117,9 @@ class Trainer:
         mean_loss = sum(comm.all_reduce_sum(self.mesh, losses).tolist())
         max_norm = self.config.max_grad_norm
         step = self.optimizer.step(rate, max_norm, loss_is_finite=math.isfinite(mean_loss))
-        self.count_skipped(step.updated, mean_loss)
+        if not step.updated:
+            self.skipped += 1
+        self.watch.count(self.step, mean_loss, step.updated, self.optimizer)
         return StepResult(mean_loss, step.norm)
 
     def dropout_seed(self, micro_batch: int) -> int:
@@ -130,24 +133,6 @@ class Trainer:
         tokens = torch.from_numpy(batch.tokens).unsqueeze(0).to(where)  # (1, T)
         labels = torch.from_numpy(batch.labels).unsqueeze(0).to(where)  # (1, T)
         return self.model.loss_sum(tokens, labels, Documents(batch.lengths, where))
-
-    def count_skipped(self, updated: bool, loss: float) -> None:
-        """Count a step without an update. Raises UserError if there were too many in a row."""
-        if updated:
-            self.skipped_in_a_row = 0
-            return
-        self.skipped += 1
-        if math.isfinite(loss) and self.optimizer.loss_scale is not None:
-            self.skipped_in_a_row = 0  # fp16 is still looking for its loss scale
-            return
-        self.skipped_in_a_row += 1
-        if self.skipped_in_a_row == MAX_SKIPPED_IN_A_ROW:
-            where = self.optimizer.first_non_finite() or "the loss"
-            raise UserError(
-                f"step {self.step}: loss {loss} or its gradient (first: {where}) was not finite "
-                f"{self.skipped_in_a_row} steps in a row; lower --learning_rate, or look for "
-                f"broken records in the data; checkpoints are in {self.run.out_dir}"
-            )
 
     @torch.no_grad()
     def evaluate(self) -> float:
@@ -249,7 +234,10 @@ class Trainer:
         """Write checkpoints/step-N, and return whether this step is saved; if not, train on."""
         if self.saved_step == self.step:
             return True
-        problem = save_checkpoint(self.run, self.step, self.tokens, self.skipped)
+        name = first_non_finite(self.model)
+        problem: str | None = f"{name} holds NaN or infinity"
+        if not name:
+            problem = save_checkpoint(self.run, self.step, self.tokens, self.skipped)
         if problem:
             log.print(
                 f"WARNING: step {self.step}: no checkpoint was written: {problem}; training goes on"
@@ -281,19 +269,30 @@ def train(
     if mesh is None:
         with comm.start(config.device) as own_mesh:
             return train(config, own_mesh, overwrite)
-    with listening() as stop:
+    with run_directory.locked(config, mesh):
         run = prepare(config, mesh, overwrite)
         if isinstance(run, FinishedRun):
             mesh.print(
                 f"{config.out_dir}: this run is finished; --overwrite_output_dir starts it over"
             )
             return run.summary
-        mesh.print(describe_start(run))
-        outcome = Trainer(run, stop).train()
-        if isinstance(outcome, Stopped):
-            mesh.print(describe_stop(outcome))
-        elif mesh.is_first:
-            write_json(run.out_dir / "summary.json", outcome)
-            loss_curves.plot_loss(run.out_dir, config.plot_loss)
+        with listening() as stop:
+            outcome = _train(run, stop, overwrite)
         comm.barrier(mesh)
         return outcome
+
+
+def _train(run: Run, stop: Sequence[str], overwrite: bool) -> Summary | Stopped:
+    trainer = Trainer(run, stop)  # a checkpoint that does not fit is refused here
+    if run.mesh.is_first:
+        run_directory.start_run(
+            run.typed_config, run.inputs, run.resume_point, overwrite, run.in_use
+        )
+    run.mesh.print(describe_start(run))
+    outcome = trainer.train()
+    if isinstance(outcome, Stopped):
+        run.mesh.print(describe_stop(outcome))
+    elif run.mesh.is_first:
+        write_json(run.out_dir / "summary.json", outcome)
+        draw_loss(run.out_dir, run.config.plot_loss)
+    return outcome

@@ -1,0 +1,109 @@
+"""Which settings may differ: between a run and its continuation, and between the ranks of a run.
+
+A run is continued with the settings that it began with, and its ranks are started with the same.
+Keys that leave the result as it is may differ. Keys that name files may differ if the content is
+the same: inputs.py compares that.
+"""
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from minillama import comm
+from minillama.checkpoint import train_state
+from minillama.checkpoint.hf_reader import read_about
+from minillama.errors import UserError
+from minillama.files import read_json
+from minillama.train_config import TrainConfig
+from minillama.training.inputs import have_files_changed, read_inputs
+
+# Keys that may change when a run is continued: they leave its result as it is. The global batch is
+# kept, so the accumulation may change too.
+MAY_CHANGE = {
+    "out_dir",
+    "resume",
+    "device",
+    "ops",
+    "threads",
+    "logging_steps",
+    "eval_strategy",
+    "eval_steps",
+    "per_device_eval_batch_size",
+    "save_strategy",
+    "save_steps",
+    "save_total_limit",
+    "plot_loss",
+    "peak_tflops",
+    "cache_dir",
+    "max_dropped",
+    "workers",
+    "gradient_checkpointing",
+    "gradient_accumulation_steps",
+    "zero_stage",
+    "bucket_elements",
+}
+# Keys that name files. Their content is compared, by fingerprint.
+PATHS = {"ckpt", "tokenizer", "adapter", "data", "eval_data", "dataset_dir"}
+# Keys that may differ between the ranks of a run, because machines differ.
+MAY_DIFFER = PATHS | {"resume", "device", "threads", "workers", "cache_dir"}
+
+
+def refuse_unlike_ranks(config: TrainConfig, overwrite: bool, mesh: comm.Mesh) -> None:
+    """Raise UserError, on every rank, if ranks were started with different settings."""
+    values: dict[str, Any] = {"overwrite_output_dir": overwrite}
+    for name, value in asdict(config).items():
+        if name not in MAY_DIFFER:
+            values[name] = value
+    comm.refuse_differences(mesh, values, "start every rank with the same command")
+
+
+def reads_recorded_files(config: TrainConfig) -> bool:
+    """Whether a run names the files that it began with, and none of them has changed."""
+    out_dir = Path(config.out_dir)
+    before = _recorded_settings(out_dir)
+    now = _as_json(config)
+    if any(before.get(name) != now[name] for name in PATHS):
+        return False
+    return not have_files_changed(read_inputs(out_dir).files)
+
+
+def _recorded_settings(out_dir: Path) -> dict[str, Any]:
+    """The settings of the run in out_dir; {} if nothing that it holds tells them.
+
+    A damaged train_config.json is made again from what the model's directories say.
+    """
+    path = out_dir / "train_config.json"
+    try:
+        return read_json(path)
+    except UserError as error:
+        problem = error
+    for directory in (out_dir / "final", *reversed(train_state.list_states(out_dir))):
+        settings = read_about(directory).get("settings")
+        if settings is not None:
+            print(f"warning: {problem}; {directory} tells the settings", file=sys.stderr)
+            return settings
+    return {}
+
+
+def _as_json(config: TrainConfig) -> dict[str, Any]:
+    """The settings as train_config.json holds them: tuples become lists."""
+    return json.loads(json.dumps(asdict(config)))
+
+
+def refuse_other_settings(config: TrainConfig, out_dir: Path) -> None:
+    """Raise UserError if a key that changes the result differs from that of the run there."""
+    before = _recorded_settings(out_dir)
+    ignored = MAY_CHANGE
+    if read_inputs(out_dir).fingerprints:
+        ignored = MAY_CHANGE | PATHS
+    changes = []
+    for name, value in _as_json(config).items():
+        if name not in ignored and name in before and before[name] != value:
+            changes.append(f"{name} was {before[name]!r}, is {value!r}")
+    if changes:
+        raise UserError(
+            f"{out_dir}: holds a run with other settings: {', '.join(changes)}; "
+            "choose another --out_dir, or --overwrite_output_dir"
+        )
