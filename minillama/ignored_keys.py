@@ -95,6 +95,7 @@ HARMLESS = {
     "save_total_limit": "with save_strategy = no there is nothing to keep",
     "dataset_dir": "it is used for names that are no files",
     "skip_bad_records": "a tokenized data set has no records",
+    "grow_vocabulary": "it allows growth; a tokenizer that fits needs none",
     "workers": "a tokenized data set is not tokenized",
     "cache_dir": "a tokenized data set is not cached",
     "zero_stage": "one rank has no other to share with; the updates are the same",

@@ -100,13 +100,19 @@ def lock_directory(path: Path) -> Iterator[None]:
     created = [place for place in (path, *path.parents) if not place.exists()]
     path.mkdir(parents=True, exist_ok=True)
     taken = f"{path}: another process is writing there; wait for it, or name another directory"
-    with _locked(path, taken):
-        try:
-            yield
-        finally:
-            with suppress(OSError):  # one that is not empty stays, and so do those above it
-                for place in created:
-                    place.rmdir()
+    with _locked(path, taken), _removed_if_empty(created):
+        yield
+
+
+@contextmanager
+def _removed_if_empty(directories: list[Path]) -> Iterator[None]:
+    """Remove directories, inner ones first, when the block ends, up to the first with a file."""
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            for directory in directories:
+                directory.rmdir()
 
 
 def free_bytes(path: Path) -> int:

@@ -42,7 +42,7 @@ def test_a_larger_vocabulary_grows_the_embeddings_by_their_mean(
     )
     old, new = open_tokenizer(inputs / "tokenizer.model").size, open_tokenizer(larger).size
     assert new > old
-    trainer = new_trainer(settings_for(tokenizer=str(larger)))
+    trainer = new_trainer(settings_for(tokenizer=str(larger), grow_vocabulary=True))
     before = load_model(inputs / "base").model.embed_tokens.weight
     rows = trainer.model.model.embed_tokens.weight
     assert rows.shape[0] == trainer.model.config.vocab_size == new

@@ -138,12 +138,13 @@ def test_after_a_rank_that_raises_or_is_lost_the_run_continues_to_the_same_bytes
     assert fingerprint(run) == uninterrupted
 
 
-def test_sigterm_to_the_script_saves_and_exits_0_and_the_same_command_goes_on(
+def test_sigterm_to_the_script_saves_and_exits_143_and_the_same_command_goes_on(
     run_settings, uninterrupted, tmp_path
 ):
     run = replace(run_settings, out_dir=str(tmp_path / "run"))
-    write_json(tmp_path / "run.json", asdict(run))
-    command = [sys.executable, "-c", SLOW, "--config", str(tmp_path / "run.json")]
+    settings = str(tmp_path / "train_config.json")
+    write_json(Path(settings), asdict(run))
+    command = [sys.executable, "-c", SLOW, "--config", settings]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(
         command,
@@ -161,9 +162,9 @@ def test_sigterm_to_the_script_saves_and_exits_0_and_the_same_command_goes_on(
         time.sleep(0.02)
     process.terminate()
     out, _ = process.communicate(timeout=60)
-    assert process.returncode == 0 and "stopped by SIGTERM after step" in out
+    assert process.returncode == 143 and "stopped by SIGTERM after step" in out
     done = subprocess.run(
-        [sys.executable, "train.py", "--config", str(tmp_path / "run.json")],
+        [sys.executable, "train.py", "--config", settings],
         cwd=ROOT,
         env=environment,
         capture_output=True,
