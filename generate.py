@@ -128,6 +128,10 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         parser.refuse(options, "where nothing is sampled", ("num_samples",))
     if options.num_beams == 1:
         parser.refuse(options, "without --num_beams", ("length_penalty", "early_stopping"))
+    if not options.web:
+        parser.refuse(options, "without --web", ("host", "port"))
+    if options.prompt_ids and not (options.prompt or options.prompt_file):
+        parser.refuse(options, "with token ids, which are read as they are", ("system", "template"))
     if options.chat:
         parser.refuse(options, "with --chat", ("web", *FOR_PROMPTS))
     if options.web:
@@ -198,6 +202,8 @@ def check(options: argparse.Namespace) -> None:
             "nothing to answer; give --prompt TEXT, --prompt_ids, --prompt_file FILE, "
             "--chat or --web"
         )
+    if not 0 <= options.port <= 65535:
+        raise UserError(f"--port {options.port}: must be from 0 to 65535")
     for name in ("num_samples", "num_beams", "batch_size"):
         value = getattr(options, name)
         if value < 1:

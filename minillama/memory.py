@@ -3,6 +3,7 @@
 import ctypes
 import os
 import sys
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -43,6 +44,26 @@ def _free_host_bytes() -> int | None:
     if "SC_AVPHYS_PAGES" not in getattr(os, "sysconf_names", {}):
         return None
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def most_usable_bytes(device: torch.device) -> int | None:
+    """More bytes than this cannot be allocated; None: unknown.
+
+    On the CPU that is what Linux can free for this process. On an accelerator it is all memory,
+    since torch's allocator keeps freed memory for itself.
+    """
+    if device.type != "cpu":
+        mem_get_info = getattr(getattr(torch, device.type), "mem_get_info", None)
+        return mem_get_info(device)[1] if mem_get_info else None
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None
+    for line in lines:
+        name, _, value = line.partition(":")
+        if name == "MemAvailable":
+            return int(value.split()[0]) * 1024
+    return None
 
 
 def release_freed(device: torch.device) -> None:

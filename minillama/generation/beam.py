@@ -23,12 +23,14 @@ import torch
 from torch import Tensor
 
 from minillama.errors import UserError
-from minillama.generation.cache import Cache
+from minillama.generation.cache import Cache, refuse_too_large
 from minillama.generation.decode import Completion, prefill, scale_rope
 from minillama.generation.sampling import Sampling, generator_for, penalise, tokens_seen, warp
 from minillama.model import Llama
 
 EARLY_STOPPING = ("true", "false", "never")
+SCORE_COPIES = 4  # fp32 tables (W, V) at once: logits, log p, its sum with the scores, sorting
+MOST_CATEGORIES = 2**24  # of torch.multinomial
 NEVER = -1e9  # the score of what must not be chosen
 
 
@@ -94,6 +96,7 @@ def beam_search(
             f"num_samples = {len(completions)}: beam search returns at most as many texts as it "
             f"has beams, {W}"
         )
+    refuse_too_many_beams(model, options)
     generator = generator_for(seed, prompt, completions[0].sample_index)
     config = scale_rope(model.config, completions, rope_alpha)
     cache = Cache.for_model(model, config, W, len(prompt) + max_new_tokens)
@@ -131,6 +134,19 @@ def beam_search(
     for completion, result in zip(completions, finished, strict=False):
         fill_completion(completion, result, stop_ids)
         yield completion
+
+
+def refuse_too_many_beams(model: Llama, options: BeamOptions) -> None:
+    """Raise UserError if the scores of all continuations are too many for memory, or for torch."""
+    num_scores = options.width * model.config.vocab_size
+    what = f"--num_beams {options.width}: the table of scores"
+    refuse_too_large(SCORE_COPIES * 4 * num_scores, what, model.lm_head.weight.device)
+    if options.sample and num_scores > MOST_CATEGORIES:
+        most = MOST_CATEGORIES // model.config.vocab_size
+        raise UserError(
+            f"--num_beams {options.width}: sampling among so many continuations is not possible "
+            f"in torch; use at most {most}, or leave temperature, top_k and top_p out"
+        )
 
 
 def next_log_p(
@@ -186,11 +202,12 @@ def add_finished(
     options: BeamOptions,
 ) -> list[Finished]:
     """The W best of `finished` and of the candidates that ended, the best first."""
+    ended_now = []
     for i in ended:
         length = len(sequences[i])
         score = float(scores[i]) / length**options.length_penalty
-        finished = [*finished, Finished(score, sequences[i])]
-    by_score = sorted(finished, key=lambda sequence: sequence.score, reverse=True)
+        ended_now.append(Finished(score, sequences[i]))
+    by_score = sorted([*finished, *ended_now], key=lambda sequence: sequence.score, reverse=True)
     return by_score[: options.width]
 
 
@@ -217,13 +234,15 @@ def move_rows(cache: Cache, parents: list[int], start: int) -> list[int]:
 
     start: the tokens before it are the prompt, which all rows hold already.
     """
-    free = [row for row in range(len(parents)) if row not in parents]
+    used = set(parents)
+    free = [row for row in range(len(parents)) if row not in used]
     sources = []
     targets = []
     rows = []
-    for child, parent in enumerate(parents):
-        is_first_child = parents.index(parent) == child
-        if is_first_child:
+    without_child = used
+    for parent in parents:
+        if parent in without_child:
+            without_child.remove(parent)
             rows.append(parent)
             continue
         row = free.pop()

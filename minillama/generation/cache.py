@@ -17,11 +17,23 @@ Shapes: B rows, T new tokens, S positions so far, K key/value heads, D head size
 import torch
 from torch import Tensor
 
+from minillama.errors import UserError
 from minillama.llama_config import LlamaConfig
+from minillama.memory import most_usable_bytes
 from minillama.model import Llama
 from minillama.ops import Documents
 
 ALL_ROWS = slice(None)
+
+
+def refuse_too_large(num_bytes: int, what: str, device: torch.device) -> None:
+    """Raise UserError if `what` needs more memory than there is."""
+    usable = most_usable_bytes(device)
+    if usable is not None and num_bytes > usable:
+        raise UserError(
+            f"{what} needs {num_bytes / 1e9:,.1f} GB, and {device} has {usable / 1e9:,.1f} GB; "
+            "use a smaller --num_beams, --batch_size or --max_new_tokens"
+        )
 
 
 class Cache:
@@ -56,8 +68,14 @@ class Cache:
 
     @classmethod
     def for_model(cls, model: Llama, config: LlamaConfig, batch: int, capacity: int) -> "Cache":
-        """A cache with the dtype and on the device of the model's weights."""
+        """A cache with the dtype and on the device of the model's weights.
+
+        Raises UserError if it is larger than the memory.
+        """
         weight = model.lm_head.weight
+        elements = config.n_layers * batch * config.n_kv_heads * capacity * config.head_dim
+        what = f"the cache of {batch:,} sequences of {capacity:,} tokens"
+        refuse_too_large(2 * elements * weight.element_size(), what, weight.device)
         return cls(config, batch, capacity, weight.dtype, weight.device)
 
     def extend(self, count: int, rows: slice = ALL_ROWS) -> "Cache":

@@ -33,6 +33,11 @@ class GenerationConfig:
     def __post_init__(self) -> None:
         if self.max_new_tokens < 0:
             raise UserError(f"--max_new_tokens {self.max_new_tokens}: must be at least 0")
+        if self.greedy and self.temperature:
+            raise UserError(
+                f"--greedy and --temperature {self.temperature} contradict each other; "
+                "greedy is temperature 0; leave one of them out"
+            )
         if self.num_beams < 1:
             raise UserError(f"--num_beams {self.num_beams}: must be at least 1")
         if not abs(self.length_penalty) <= 10:  # refuses nan as well

@@ -111,6 +111,11 @@ class Engine:
     def encode_prompt(self, text: str, system: str = "") -> list[int]:
         """Token ids of a prompt: the text after BOS, or a question in the template."""
         if self.template == "none":
+            if system:
+                raise UserError(
+                    "--system has no place in a prompt without a template; name one with "
+                    "--template, or put the text into the prompt"
+                )
             document: str | chat.Conversation = text
         else:
             document = chat.Conversation((chat.Turn(text, None),), system)

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 
 from minillama import chat, ops
-from minillama.checkpoint.hf_reader import load_model, read_about
+from minillama.checkpoint.hf_reader import load_model, read_template
 from minillama.checkpoint.run_directory import find_checkpoint
 from minillama.checkpoint.tokenizer_files import has_tokenizer
 from minillama.device import compute_dtype, pick
@@ -78,7 +78,7 @@ def choose_template(name: str, path: Path, base: Path) -> str:
 
     Warns of a template that nothing says the model was tuned with.
     """
-    tuned_with = read_about(path).get("template")
+    tuned_with = read_template(path)
     template = name or tuned_with or "none"
     if template not in (*chat.TEMPLATES, "none"):
         raise UserError(
@@ -120,6 +120,11 @@ def load_with_adapters(
     if (path / "adapter_config.json").is_file():
         adapter_paths.insert(0, path)
         base_path = find_base(path, base)
+    elif base:
+        raise UserError(
+            f"--base {base} would be ignored: {path} is a whole model, not an adapter; "
+            "leave one of them out, or add an adapter with --lora DIR"
+        )
     model = load_model(base_path, torch_dtype)
     replaced_by: dict[str, Path] = {}  # a module that an adapter replaces whole -> the adapter
     for adapter in adapter_paths:

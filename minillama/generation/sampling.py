@@ -22,6 +22,7 @@ from torch import Tensor
 
 from minillama.errors import UserError
 
+SMALLEST = 1e-6  # temperature and penalty divide logits: by less, fp32 could overflow
 HEAD = 256  # top-p first looks among this many tokens, to avoid sorting the whole vocabulary
 
 
@@ -35,13 +36,13 @@ class Sampling:
     repetition_penalty: float = 1.0
 
     def __post_init__(self) -> None:
-        has_valid_temperature = 0 <= self.temperature < 1e9
-        has_valid_penalty = 0 < self.repetition_penalty < 1e9
+        has_valid_temperature = self.temperature == 0 or SMALLEST <= self.temperature < 1e9
+        has_valid_penalty = SMALLEST <= self.repetition_penalty < 1e9
         has_valid_filters = self.top_k >= 0 and 0 < self.top_p <= 1
         if not (has_valid_temperature and has_valid_filters and has_valid_penalty):
             raise UserError(
                 f"{self}: expected temperature >= 0, top_k >= 0, 0 < top_p <= 1, "
-                "repetition_penalty > 0"
+                f"repetition_penalty > 0 (a temperature or penalty below {SMALLEST} overflows)"
             )
 
 
