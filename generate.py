@@ -216,7 +216,9 @@ def open_engine(options: argparse.Namespace) -> "Engine":
     from minillama.generation.loading import LoadOptions, load_engine
 
     config = from_flags(GenerationConfig, vars(options))
-    return load_engine(from_flags(LoadOptions, vars(options)), config)
+    engine = load_engine(from_flags(LoadOptions, vars(options)), config)
+    threads.use_threads_for(engine.model.config.parameter_count())
+    return engine
 
 
 def read_prompts(options: argparse.Namespace) -> "list[Prompt]":

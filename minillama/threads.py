@@ -19,6 +19,8 @@ import math
 import os
 from pathlib import Path
 
+from minillama.launch import ranks_on_machine
+
 WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")  # OpenMP's, GNU's, Intel's
 PARAMETERS_PER_THREAD = 4_000_000  # with less work a thread costs more than it computes
 
@@ -29,19 +31,28 @@ def prepare_environment() -> None:
         os.environ["OMP_WAIT_POLICY"] = "passive"
 
 
-def choose_num_threads(parameters: int, ranks_on_machine: int = 1) -> int:
+def choose_num_threads(parameters: int, ranks: int = 1) -> int:
     """Return the number of threads for one rank that computes a model with so many parameters.
+
+    ranks: how many share this machine.
 
     The user's OMP_NUM_THREADS wins. torchrun sets it to 1 for each of several ranks, which is no
     choice of the user.
     """
     requested = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]
-    is_torchruns_default = ranks_on_machine > 1 and requested == "1"
+    is_torchruns_default = ranks > 1 and requested == "1"
     if requested.isdecimal() and int(requested) > 0 and not is_torchruns_default:
         return int(requested)
-    cores_of_rank = available_cores() // ranks_on_machine
+    cores_of_rank = available_cores() // ranks
     useful_threads = parameters // PARAMETERS_PER_THREAD
     return max(1, min(cores_of_rank, useful_threads))
+
+
+def use_threads_for(parameters: int) -> None:
+    """Let torch use as many threads as pay for a model with so many parameters."""
+    import torch  # here, so that `prepare_environment` can come before it
+
+    torch.set_num_threads(choose_num_threads(parameters, ranks_on_machine()))
 
 
 def available_cores() -> int:

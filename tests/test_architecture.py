@@ -20,8 +20,8 @@ TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in SOURCES}
 # Lowest layer first. A file imports from lower layers or from its own group of files. Two groups of
 # one layer do not import each other.
 LAYERS: list[list[set[str]]] = [
-    [{"errors", "json_values"}, {"threads"}],
-    [{"files", "output_directory"}, {"options"}, {"launch"}],
+    [{"errors", "json_values"}],
+    [{"files", "output_directory"}, {"options"}, {"launch", "threads"}],
     [{"llama_config", "hf_config"}, {"device"}, {"memory"}, {"loss_curves"}],
     [{"train_config", "cli", "ignored_keys", "presets"}],
     [{"compat"}],
@@ -29,7 +29,7 @@ LAYERS: list[list[set[str]]] = [
     [{"model"}, {"parallel"}, {"data"}],
     [{"checkpoint"}, {"lora", "lora_layers", "peft_adapters"}],
     [{"generation"}],
-    [{"training"}, {"conversion"}, {"evaluation"}, {"doctor"}],
+    [{"training"}, {"conversion"}, {"evaluation"}, {"doctor", "self_test"}],
 ]
 RUN_TIME = {"torch", "sentencepiece", "numpy", "safetensors", "tqdm"}
 OPTIONAL = {

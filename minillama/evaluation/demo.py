@@ -21,6 +21,7 @@ from minillama.generation.config import GenerationConfig
 from minillama.generation.engine import Engine
 from minillama.generation.loading import LoadOptions, load_engine
 from minillama.model import Llama
+from minillama.threads import use_threads_for
 
 GREEDY = GenerationConfig(greedy=True, max_new_tokens=16)
 NUM_QUESTIONS = 300  # in all, without --limit
@@ -40,6 +41,7 @@ def evaluate(options: EvalOptions, model: Engine | LoadOptions) -> EvalResult:
             raise UserError(f"no subject {kind!r}{hint}; subjects: {', '.join(demo.KINDS)}")
     if isinstance(model, LoadOptions):
         engine = load_engine(model, GREEDY)
+        use_threads_for(engine.model.config.parameter_count())
     else:
         engine = replace(model, config=replace(GREEDY, template=model.template))
     kinds = options.subjects or kinds_of(engine)

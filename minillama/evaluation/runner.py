@@ -28,6 +28,7 @@ from minillama.files import parsing, read_json, write_json
 from minillama.generation.engine import Engine
 from minillama.generation.loading import LoadOptions, load_engine, weights_checksum
 from minillama.model import Llama
+from minillama.threads import use_threads_for
 
 Benchmark = MultipleChoice | Perplexity
 
@@ -47,6 +48,7 @@ def evaluate(
     if isinstance(model, LoadOptions):
         dtype = model.dtype
         engine = load_engine(model, device=mesh.device)
+        use_threads_for(engine.model.config.parameter_count())
     else:
         dtype = str(model.model.lm_head.weight.dtype).removeprefix("torch.")
         engine = model
