@@ -7,6 +7,7 @@ other exception is a defect of minillama and keeps its traceback.
 """
 
 import argparse
+import io
 import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -141,6 +142,7 @@ def run(main: Callable[[list[str]], int | None], arguments: list[str]) -> NoRetu
 
     A mistake becomes one line on stderr; with --debug anywhere in the arguments, a traceback.
     """
+    print_any_character()
     debug = "--debug" in arguments
     arguments = [word for word in arguments if word != "--debug"]
     if hasattr(signal, "SIGPIPE"):  # not on Windows
@@ -156,6 +158,16 @@ def run(main: Callable[[list[str]], int | None], arguments: list[str]) -> NoRetu
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def print_any_character() -> None:
+    """Print characters that a terminal's encoding lacks as \\u1234, instead of failing.
+
+    Such an encoding is ASCII or GBK. UTF-8 lacks nothing but lone surrogates.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _message_of(error: Exception) -> str:

@@ -30,6 +30,7 @@ from torch import Tensor
 
 from minillama.errors import UserError
 from minillama.files import parsing, read_json, write_json
+from minillama.hub import hub_hint
 from minillama.tensor_files import POSITIONS, TensorRef, read_tensors
 from minillama.tensor_writers import write_safetensors
 
@@ -218,7 +219,7 @@ def write_adapter(
 
 
 def _raw_config(directory: Path) -> dict[str, Any]:
-    remedy = f"an adapter is a directory with {CONFIG_FILE} and {WEIGHTS_FILE}"
+    remedy = f"an adapter is a directory with {CONFIG_FILE} and {WEIGHTS_FILE}{hub_hint(directory)}"
     return read_json(directory / CONFIG_FILE, remedy)
 
 

@@ -26,6 +26,7 @@ import sentencepiece
 
 from minillama.errors import UserError
 from minillama.files import read_json
+from minillama.hub import hub_hint
 
 FILE_NAMES = ("tokenizer.model", "tokenizer.json")
 
@@ -48,8 +49,8 @@ def open_tokenizer(path: Path | str) -> "Tokenizer":
             return JsonTokenizer(file) if is_json else SentencePieceTokenizer(file)
     if path.is_dir():
         names = " or ".join(FILE_NAMES)
-        raise UserError(f"{path}: holds no {names}; name one with --tokenizer FILE")
-    raise UserError(f"{path}: no such tokenizer file")
+        raise UserError(f"{path}: holds no {names}; name one with --tokenizer FILE{hub_hint(path)}")
+    raise UserError(f"{path}: no such tokenizer file{hub_hint(path)}")
 
 
 class SentencePieceTokenizer:

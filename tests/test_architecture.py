@@ -21,7 +21,7 @@ TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in SOURCES}
 # one layer do not import each other.
 LAYERS: list[list[set[str]]] = [
     [{"errors", "json_values"}],
-    [{"files", "output_directory"}, {"options"}, {"launch", "threads"}],
+    [{"files", "output_directory"}, {"options"}, {"launch", "threads"}, {"hub"}],
     [{"llama_config", "hf_config"}, {"device"}, {"memory"}, {"loss_curves"}],
     [{"train_config", "cli", "ignored_keys", "presets"}],
     [{"compat"}],

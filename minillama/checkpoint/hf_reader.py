@@ -17,6 +17,7 @@ from torch import nn
 from minillama.errors import UserError, listed
 from minillama.files import read_json
 from minillama.hf_config import read_config
+from minillama.hub import hub_hint
 from minillama.llama_config import LlamaConfig, with_layers
 from minillama.model import Llama
 from minillama.tensor_files import POSITIONS, TensorRef, read_tensors
@@ -85,6 +86,7 @@ def open_weights(directory: Path) -> dict[str, TensorRef]:
         raise UserError(
             f"{directory}: no such directory; "
             "a checkpoint is a directory with config.json and model*.safetensors"
+            f"{hub_hint(directory)}"
         )
     files = _weight_files(directory)
     weights: dict[str, TensorRef] = {}
@@ -190,7 +192,9 @@ def _no_weights(directory: Path) -> UserError:
         return UserError(
             f"{directory}: a LoRA adapter, not a whole model; name its base with --base DIR"
         )
-    return UserError(f"{directory}: holds no model*.safetensors and no pytorch_model*.bin")
+    return UserError(
+        f"{directory}: holds no model*.safetensors and no pytorch_model*.bin{hub_hint(directory)}"
+    )
 
 
 def _read_index(index: Path) -> dict[Path, list[str]]:

@@ -128,5 +128,12 @@ def _cache_prefix(sources: list[Source], tokenizer: Tokenizer, options: DataOpti
 def _cache_folder(cache_dir: str) -> Path:
     if cache_dir:
         return Path(cache_dir)
-    user_cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(user_cache) / "minillama"
+    user_cache = os.environ.get("XDG_CACHE_HOME")
+    if user_cache:
+        return Path(user_cache) / "minillama"
+    try:
+        return Path.home() / ".cache" / "minillama"
+    except RuntimeError:  # a user without a home, as in some containers
+        raise UserError(
+            "no home directory for the cache of tokenized data; name a folder: --cache_dir DIR"
+        ) from None

@@ -24,6 +24,7 @@ from minillama.files import read_json
 from minillama.generation.config import GenerationConfig
 from minillama.generation.engine import Engine
 from minillama.hf_config import stop_ids
+from minillama.hub import hub_hint
 from minillama.lora import load_adapter
 from minillama.model import Llama
 from minillama.peft_adapters import base_model_of
@@ -148,6 +149,7 @@ def find_base(adapter: Path, base: str) -> Path:
     if not directory.is_dir():
         raise UserError(
             f"{adapter}: its base model {directory} is not here; name it with --base DIR"
+            f"{hub_hint(directory)}"
         )
     return find_checkpoint(directory)
 

@@ -1,0 +1,158 @@
+"""Other machines and other people's paths: Windows, no home, no UTF-8, names of the Hub, YAML."""
+
+import json
+import os
+import pwd
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import generate
+import train
+from minillama import presets
+from minillama.data.token_cache import open_data
+from minillama.errors import UserError
+from minillama.generation.loading import find_base
+from minillama.hf_config import read_config
+from minillama.peft_adapters import read_adapter_config
+from minillama.tokenizer import open_tokenizer
+from tests.test_errors import error_line
+
+ROOT = Path(__file__).parents[2]
+BOM = b"\xef\xbb\xbf"
+# In every process below, these modules cannot be imported, as on Windows.
+WITHOUT_UNIX = """
+import runpy, sys
+sys.modules |= dict.fromkeys(("fcntl", "resource", "termios", "pwd", "grp", "readline"))
+script, *sys.argv[1:] = sys.argv[1:]
+sys.argv[0] = script
+runpy.run_path(script, run_name="__main__")
+"""
+
+
+def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)} | environment,
+        capture_output=True,
+        timeout=120,
+    )
+
+
+def test_a_run_and_a_completion_need_no_module_of_unix(inputs: Path, tmp_path: Path) -> None:
+    """On Windows there is neither fcntl nor resource: no locks, and no peak memory."""
+    training = (
+        f"train.py --ckpt {inputs}/base --data {inputs}/alpaca.json --max_length 96 --max_steps 1 "
+        f"--template default --cache_dir {inputs}/cache --out_dir {tmp_path}/run --device cpu"
+    )
+    output = tmp_path / "answers.jsonl"
+    generation = (
+        f"generate.py --ckpt {tmp_path}/run --prompt a --greedy --max_new_tokens 2 "
+        f"--output {output} --device cpu"
+    )
+    conversion = f"convert.py meta --reverse --input {inputs}/base --output {tmp_path}/meta"
+    for command in (training, generation, conversion):
+        done = run("-c", WITHOUT_UNIX, *command.split())
+        assert done.returncode == 0, done.stderr.decode()
+    assert json.loads(output.read_text())["completion_ids"]
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "gbk"])
+@pytest.mark.parametrize("script", ["train.py", "generate.py", "eval.py", "convert.py"])
+def test_help_is_printed_in_any_encoding(script: str, encoding: str) -> None:
+    done = run(script, "--help", PYTHONIOENCODING=encoding)
+    assert done.returncode == 0, done.stderr.decode()
+    assert done.stdout.decode(encoding)
+
+
+def test_text_that_a_terminal_cannot_show_is_printed_as_numbers() -> None:
+    code = "from minillama import cli; cli.run(lambda words: print(words[0]), ['caf\\u00e9'])"
+    done = run("-c", code, PYTHONIOENCODING="ascii")
+    assert (done.returncode, done.stdout.decode().strip()) == (0, r"caf\xe9")
+
+
+def test_without_a_home_the_cache_asks_for_a_folder(
+    inputs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+
+    def unknown(user_id: int) -> None:
+        raise KeyError(f"getpwuid(): uid not found: {user_id}")
+
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    tokenizer = open_tokenizer(inputs / "tokenizer.model")
+    with pytest.raises(UserError, match=r"no home directory .* --cache_dir DIR"):
+        open_data([str(inputs / "alpaca.json")], tokenizer)
+
+
+def test_a_byte_order_mark_is_no_part_of_a_file(inputs: Path, tmp_path: Path) -> None:
+    """Notepad writes one, and so do PowerShell and Excel."""
+    config = (inputs / "base/config.json").read_bytes()
+    (tmp_path / "config.json").write_bytes(BOM + config)
+    assert read_config(tmp_path) == read_config(inputs / "base")
+    (tmp_path / "recipe.toml").write_bytes(BOM + b"[train]\nlearning_rate = 1.0\n")
+    assert presets.read_tree(tmp_path / "recipe.toml") == {"train.learning_rate": 1.0}
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "records.json").write_bytes(BOM + (inputs / "alpaca.json").read_bytes())
+    (data / "dataset_info.json").write_bytes(BOM + b'{"named": {"file_name": "records.json"}}')
+    command = (
+        f"--ckpt {inputs}/base --data named --dataset_dir {data} --max_length 96 --max_steps 1 "
+        f"--template default --cache_dir {tmp_path}/cache --out_dir {tmp_path}/run --device cpu"
+    )
+    train.main(command.split())
+    assert (tmp_path / "run/final").is_dir()
+
+
+def test_yaml_is_refused_with_what_to_write_instead(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text("learning_rate: 1.0e-4\n")
+    with pytest.raises(UserError, match=r"recipe\.yaml: YAML is not read; write it as TOML"):
+        train.parse(["--config", str(tmp_path / "recipe.yaml")])
+
+
+NAME = "meta-llama/Llama-2-7b-hf"
+DOWNLOAD = f"`hf download {NAME} --local-dir Llama-2-7b-hf`, and give the path Llama-2-7b-hf"
+
+
+def test_a_name_of_the_hub_is_answered_with_the_command_that_downloads_it(
+    capsys: pytest.CaptureFixture, inputs: Path, tmp_path: Path
+) -> None:
+    prompt = ["--prompt", "a"]
+    assert DOWNLOAD in error_line(capsys, generate.main, ["--ckpt", NAME, *prompt])
+    with_lora = ["--ckpt", str(inputs / "base"), "--lora", NAME, *prompt]
+    assert DOWNLOAD in error_line(capsys, generate.main, with_lora)
+    training = ["--ckpt", NAME, "--data", "a.json", "--out_dir", str(tmp_path / "run")]
+    assert DOWNLOAD in error_line(capsys, train.main, training)
+    for read in (open_tokenizer, lambda path: find_base(path, str(path)), read_adapter_config):
+        with pytest.raises(UserError) as error:
+            read(Path(NAME))
+        assert DOWNLOAD in str(error.value)
+
+
+def test_only_a_name_of_the_hub_is_taken_for_one(tmp_path: Path, monkeypatch) -> None:
+    """runs/a is a path here where runs exists."""
+    monkeypatch.chdir(tmp_path)
+    Path("runs").mkdir()
+    for name in ("runs/a", "/a/b", "../a/b", "a", "a/b/c"):
+        with pytest.raises(UserError) as error:
+            open_tokenizer(name)
+        assert "hf download" not in str(error.value)
+
+
+def test_a_folder_of_the_hubs_cache_is_answered_with_the_one_inside(
+    inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    root = tmp_path / "models--meta-llama--Llama-2-7b-hf"
+    command = ["--ckpt", str(root), "--prompt", "a", "--greedy", "--max_new_tokens", "1"]
+    root.mkdir()
+    assert DOWNLOAD in error_line(capsys, generate.main, command)
+    snapshot = root / "snapshots/0123abcd"
+    shutil.copytree(inputs / "base", snapshot)
+    assert f"give {snapshot}" in error_line(capsys, generate.main, command)
+    command[1] = str(snapshot)
+    generate.main(command)
