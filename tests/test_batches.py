@@ -6,7 +6,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from minillama.data.batches import BatchPlan, pack_rows, split_documents
+from minillama.data.batches import BatchPlan, pack_rows, philox, split_documents
 from minillama.data.memmap import Dataset
 from minillama.data.show import show_batch
 from minillama.data.windows import TrainingWindows, count_targets, cut_text, join_ranges
@@ -154,6 +154,36 @@ def test_records_whose_answer_is_cut_off_are_left_out_up_to_a_share(tmp_path):
     write_dataset(tmp_path / "all", [too_long] * 20, 10)
     with pytest.raises(UserError, match="20 of 20 documents have nothing"):
         TrainingWindows(Dataset(tmp_path / "all"), 4, max_dropped=0.99)
+
+
+def test_the_first_token_of_a_document_is_no_target_whatever_its_mask(tmp_path):
+    """Megatron's labels can name it, and a document of one token has nothing else."""
+    documents = [([0, 4, 5], [1, 0, 1])] * 10 + [([0], [1])] + [([0, 4, 5], [1, 0, 1])] * 9
+    write_dataset(tmp_path / "set", documents, 10)
+    windows = TrainingWindows(Dataset(tmp_path / "set"), 4)
+    assert windows.left_out == 1
+    assert windows.targets.tolist() == [1] * 19
+    assert [windows.batch(np.array([i])).targets for i in range(19)] == [1] * 19
+
+
+@pytest.mark.parametrize(
+    ("count", "fraction", "num_held_out"), [(10, 0.16, 2), (10, 0.14, 1), (10, 0.01, 1)]
+)
+def test_the_share_that_is_held_out_is_rounded_and_at_least_one(count, fraction, num_held_out):
+    assert len(split_documents(count, fraction, seed=1)[1]) == num_held_out
+
+
+def test_what_is_held_out_is_not_the_beginning_of_an_epochs_order():
+    _, held_out = split_documents(40, 0.25, seed=1)
+    for epoch in range(3):
+        assert sorted(philox(1, epoch).permutation(40)[:10]) != held_out.tolist()
+
+
+def test_steps_are_counted_in_epochs(tmp_path):
+    write_dataset(tmp_path / "set", [([0, 1], None)] * 4, 10)
+    windows = TrainingWindows(Dataset(tmp_path / "set"), 2)
+    plan = BatchPlan(windows, rows_per_step=1, rows_per_micro_batch=1, seed=0, epochs=2)
+    assert [plan.epoch_at(steps) for steps in (0, 1, 4, 6)] == [0, 0.25, 1, 1.5]
 
 
 def test_a_held_out_document_is_never_trained_on(alpaca_dataset):

@@ -91,6 +91,7 @@ def test_renderings_are_those_of_the_reference_systems():
     )
     assert text_of("llama_factory_default", with_input) == "Human: Q\nI\nAssistant: A</s>"
     assert text_of("raw", with_input) == "<s>Q\nIA</s>"
+    assert text_of("raw", two) == "<s>SQA</s>RB</s>"
     head = "<|start_header_id|>{}<|end_header_id|>\n\n"
     assert text_of("llama3", Conversation((Turn("Q", None),), "S")) == (
         f"<s>{head.format('system')}S<|eot_id|>{head.format('user')}Q<|eot_id|>{head.format('assistant')}"

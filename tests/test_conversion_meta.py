@@ -13,7 +13,14 @@ from torch import Tensor
 
 from minillama.checkpoint.hf_writer import save_model
 from minillama.conversion.meta import hf_to_meta, meta_to_hf
-from minillama.conversion.meta_layout import find_ffn_rule, to_halves, to_pairs
+from minillama.conversion.meta_layout import (
+    NUM_SHARDS,
+    MetaParams,
+    config_from_params,
+    find_ffn_rule,
+    to_halves,
+    to_pairs,
+)
 from minillama.conversion.meta_reader import read_meta
 from minillama.conversion.writer import Output
 from minillama.hf_config import read_config
@@ -218,6 +225,23 @@ def test_the_context_length_follows_transformers_rule(tmp_path, params, context)
     conversion = meta_to_hf(directory, Output(tmp_path / "hf"))
     assert read_config(tmp_path / "hf").max_seq_len == context
     assert f"context length {context}" in str(conversion)
+
+
+def test_the_context_length_of_65b_and_of_70b_differ_by_the_key_heads():
+    """LLaMA-1's 65B and LLaMA-2's 70B have one width and one norm_eps."""
+    params = MetaParams(8192, 80, 64, 64, 1e-5, rope_theta=10000.0, vocab_size=None)
+    assert config_from_params(params, 32000, 22016).max_seq_len == 2048
+    params = replace(params, n_kv_heads=8)
+    assert config_from_params(params, 32000, 28672).max_seq_len == 4096
+    params = replace(params, rope_theta=500_000.0)
+    assert config_from_params(params, 128_256, 28672).max_seq_len == 8192
+
+
+def test_metas_own_number_of_files_is_known():
+    """7B came in one file, 13B in two, 30B in four, 65B and 70B in eight."""
+    num_files = {"7b": 1, "13b": 2, "33b": 4, "65b": 8, "70b": 8}
+    widths = {name: PUBLISHED[name].dim for name in num_files}
+    assert {name: NUM_SHARDS.get(dim, 1) for name, dim in widths.items()} == num_files
 
 
 def test_an_output_without_a_tokenizer_is_a_warning(tmp_path):

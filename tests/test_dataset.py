@@ -143,6 +143,25 @@ def test_a_run_does_not_continue_one_on_another_input(tmp_path, small_tokenizer)
     assert contents(tmp_path / "set") == contents(tmp_path / "fresh")
 
 
+def test_an_interrupted_run_whose_files_were_cut_off_starts_again(tmp_path):
+    """PREFIX.json.partial may have reached the disk while the other files did not."""
+    for num_lost_bytes, num_records in ((0, 1), (1, 0)):
+        prefix = tmp_path / f"set{num_lost_bytes}"
+        with pytest.raises(KeyboardInterrupt), DatasetWriter(prefix, 10, {}) as writer:
+            writer.add(Chunk(array("I", [1, 2]), bytearray([0, 1]), [2], records=1))
+            raise KeyboardInterrupt
+        partial = Path(f"{prefix}.bin.partial")
+        os.truncate(partial, partial.stat().st_size - num_lost_bytes)
+        with DatasetWriter(prefix, 10, {}) as writer:
+            assert writer.meta["records"] == num_records
+
+
+def test_a_document_whose_first_token_alone_is_marked_has_no_target(tmp_path):
+    documents = [([5, 6], [1, 0])] + [([5, 6], [0, 1])] * 9
+    meta = write_dataset(tmp_path / "set", documents, 10)
+    assert meta["documents_without_target"] == 1
+
+
 def test_a_killed_run_leaves_no_data_set_and_no_process(tmp_path, small_tokenizer):
     source = write_json_lines(tmp_path / "a.jsonl", alpaca(20_000))
     command = [sys.executable, "-c", BUILD, source, small_tokenizer.path, tmp_path / "set"]

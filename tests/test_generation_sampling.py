@@ -11,6 +11,7 @@ from minillama.generation.sampling import (
     next_tokens,
     penalise,
     tokens_seen,
+    warp,
 )
 from tests.conftest import generate, random_model
 
@@ -47,6 +48,29 @@ def test_top_p_keeps_the_token_that_crosses_p() -> None:
     logits = torch.tensor([0.3, 0.5, 0.2]).log()
     assert keep_top_p(logits, 0.6).isfinite().tolist() == [True, True, False]
     assert keep_top_p(logits, 0.49).isfinite().tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize("p", [0.25, 0.5, 0.75])
+def test_top_p_ends_where_p_is_reached_exactly(p: float) -> None:
+    """Four tokens of mass 1/4: transformers keeps as many as make p, and no further one."""
+    transformers = pytest.importorskip("transformers")
+    logits = torch.zeros(1, 4)
+    kept = keep_top_p(logits, p).isfinite().sum()
+    assert kept == transformers.TopPLogitsWarper(p)(None, logits).isfinite().sum() == 4 * p
+
+
+def test_temperature_top_k_and_top_p_come_in_transformers_order() -> None:
+    """Temperature changes the masses that top-p adds up."""
+    transformers = pytest.importorskip("transformers")
+    for temperature in (0.5, 2.0):
+        theirs = LOGITS.clone()
+        for warper in (
+            transformers.TemperatureLogitsWarper(temperature),
+            transformers.TopKLogitsWarper(20),
+            transformers.TopPLogitsWarper(0.8),
+        ):
+            theirs = warper(None, theirs)
+        assert torch.equal(warp(LOGITS, Sampling(temperature, 20, 0.8)), theirs)
 
 
 def test_samples_follow_the_distribution() -> None:

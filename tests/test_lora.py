@@ -30,7 +30,8 @@ KINDS = {
     "rsLoRA": LoraConfig(rank=9, alpha=6.0, use_rslora=True),
     "rank and alpha patterns": LoraConfig(
         targets=("q_proj", "k_proj", "down_proj"),
-        rank_pattern={"k_proj": 3, r"layers\.1\.mlp\.down_proj": 5},
+        # the last names no module: a pattern reaches to the end of the name
+        rank_pattern={"k_proj": 3, r"layers\.1\.mlp\.down_proj": 5, "down": 2},
         alpha_pattern={"q_proj": 2.0, "layers.0.self_attn.k_proj": 40.0},
     ),
     "patterns under rsLoRA": LoraConfig(rank_pattern={"q_proj": 4}, use_rslora=True),
@@ -200,6 +201,10 @@ def test_megatron_names_mean_ours() -> None:
 def test_a_target_that_names_nothing_is_an_error_with_the_closest() -> None:
     with pytest.raises(UserError, match=r"'q_porj' names no linear.*did you mean 'q_proj'"):
         add_lora(random_model(), LoraConfig(targets=("v_proj", "q_porj")))
+    with pytest.raises(UserError, match=r"'re:.*attn' names no linear"):  # but only a beginning
+        add_lora(random_model(), LoraConfig(targets=("re:.*attn",)))
+    with pytest.raises(UserError, match=r"'_proj' names no linear"):  # a tail, but of no name
+        add_lora(random_model(), LoraConfig(targets=("_proj",)))
     with pytest.raises(UserError, match=r"modules_to_save: 'lm_haed'.*did you mean 'lm_head'"):
         add_lora(random_model(), LoraConfig(modules_to_save=("lm_haed",)))
 

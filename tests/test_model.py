@@ -163,3 +163,10 @@ def test_initial_weights_follow_the_seed_and_the_stated_deviation() -> None:
     assert bool((one.model.norm.weight == 1).all())
     assert torch.equal(weight, same.model.layers[0].mlp.gate_proj.weight)
     assert not torch.equal(weight, other.model.layers[0].mlp.gate_proj.weight)
+
+
+def test_initial_biases_are_zero() -> None:
+    model = random_model(attention_bias=True, mlp_bias=True).initialise()
+    biases = [p for name, p in model.named_parameters() if name.endswith(".bias")]
+    assert len(biases) == 2 * 7
+    assert not any(bool(bias.any()) for bias in biases)

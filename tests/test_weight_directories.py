@@ -8,9 +8,10 @@ import safetensors.torch
 import torch
 
 from minillama.checkpoint.hf_reader import load_model, open_weights
-from minillama.checkpoint.hf_writer import write_weights
+from minillama.checkpoint.hf_writer import save_model, split_into_shards, write_weights
 from minillama.errors import UserError
 from minillama.tensor_writers import safetensors_writer, specs_of, torch_writer
+from tests.conftest import random_model
 from tests.tensors import assert_same, random_tensors, write
 
 
@@ -28,6 +29,22 @@ def test_sharded_weights_come_back_whatever_the_kind(tmp_path, bin):
     assert_same(
         {name: entry.read() for name, entry in open_weights(tmp_path / "c").items()}, tensors
     )
+
+
+def test_a_shard_is_filled_up_to_its_limit_and_the_index_counts_all_bytes(tmp_path):
+    assert split_into_shards({"a": 4, "b": 4, "c": 1, "d": 9}, 8) == [["a", "b"], ["c"], ["d"]]
+    sharded(tmp_path / "c", bin=False)
+    index = json.loads((tmp_path / "c" / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == 4 * 8 * 8 * 2
+
+
+def test_rows_that_a_vocabulary_gains_are_the_mean_in_fp32(tmp_path):
+    model = random_model().bfloat16()
+    save_model(model, tmp_path)
+    grown = load_model(tmp_path, torch.float32, vocab_size=52)
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        mean = model.get_parameter(name).float().mean(0)
+        assert torch.equal(grown.get_parameter(name)[50:], mean.expand(2, -1))
 
 
 @pytest.mark.parametrize("bin", [False, True])
