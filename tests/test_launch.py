@@ -2,13 +2,17 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from minillama.checkpoint import train_state
 from minillama.data import demo
 from minillama.tokenizer import train_tokenizer
 
@@ -126,3 +130,55 @@ def test_a_rank_that_dies_is_restarted_and_goes_on_from_the_checkpoint(arguments
         "step-000002 at step 2" in output
         and (tmp_path / "run" / "final" / "model.safetensors").is_file()
     )
+
+
+# train.py with steps slow enough to be interrupted
+SLOW = """
+import os, runpy, sys, time
+from pathlib import Path
+from minillama.training import trainer
+update = trainer.Trainer.update
+trainer.Trainer.update = lambda self, *a: (time.sleep(0.2), update(self, *a))[1]
+Path(sys.argv.pop(1), os.environ["RANK"]).write_text(str(os.getpid()))
+runpy.run_path("train.py", run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=lambda s: s.name)
+def test_ranks_save_and_end_when_torchrun_is_killed_or_stopped(
+    number: signal.Signals, arguments: list[str], tmp_path: Path
+) -> None:
+    (tmp_path / "slow.py").write_text(SLOW)
+    (tmp_path / "pids").mkdir()
+    command = [str(tmp_path / "slow.py"), str(tmp_path / "pids"), *arguments]
+    run = torchrun(
+        [*command, "--max_steps", "500", "--save_steps", "1000"],
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+    )
+    metrics = tmp_path / "run/metrics.jsonl"
+    wait_until(lambda: metrics.is_file() and metrics.stat().st_size > 0)
+    run.send_signal(number)
+    run.communicate(timeout=60)
+    assert run.returncode != 0
+    pids = [int(path.read_text()) for path in (tmp_path / "pids").iterdir()]
+    wait_until(lambda: not any(map(is_training, pids)))
+    newest = train_state.newest_intact(tmp_path / "run", print)
+    assert newest is not None
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def is_training(pid: int) -> bool:
+    """Whether a process runs; one that has ended and was not waited for does not."""
+    try:
+        status = Path(f"/proc/{pid}/stat").read_text()
+    except FileNotFoundError:
+        return False
+    return status.rpartition(") ")[2][0] != "Z"

@@ -119,11 +119,11 @@ def refuse_changes(
         if before.get(key) != now.get(key):
             old = before.get(key, "none")[:12]
             new = now.get(key, "none")[:12]
-            changes.append(f"{key} {values[key]!r} (fingerprint {old} then, {new} now)")
+            changes.append(f"{key} = {values[key]!r} (fingerprint {old} then, {new} now)")
     if changes:
         raise UserError(
-            f"{place}: this run began with another content of {', '.join(changes)}; put it back, "
-            "or choose another --out_dir, or start over with --overwrite_output_dir"
+            f"{place}: began with another content of {', '.join(changes)}; put back what it began "
+            "with, choose another --out_dir, or start over with --overwrite_output_dir"
         )
 
 
