@@ -26,6 +26,9 @@ if TYPE_CHECKING:  # imported where it is used, so that --help and data need not
     from minillama.conversion.writer import Output
 
 
+HF_LAYOUT = ("bin", "max_shard_size")  # flags of Hugging Face's layout, which Meta's has not
+
+
 def main(arguments: list[str]) -> None:
     """Run the subcommand that the first argument names, with the other arguments."""
     if not arguments or arguments[0] in ("-h", "--help"):
@@ -67,7 +70,7 @@ def meta(arguments: list[str]) -> None:
     parser = command_line.meta()
     flags = parser.parse_args(arguments)
     if flags.reverse:
-        parser.refuse(flags, "with --reverse", ("tokenizer", "max_seq_len"))
+        parser.refuse(flags, "with --reverse", ("tokenizer", "max_seq_len", *HF_LAYOUT))
     else:
         parser.refuse(flags, "without --reverse", ("shards",))
     from minillama.conversion.meta import hf_to_meta, meta_to_hf
@@ -100,6 +103,8 @@ def merge_lora(arguments: list[str]) -> None:
     flags = parser.parse_args(arguments)
     if flags.format == "hf":
         parser.refuse(flags, "without --format meta", ("shards",))
+    else:
+        parser.refuse(flags, "with --format meta", HF_LAYOUT)
     from minillama import device
     from minillama.conversion import merge
 

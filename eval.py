@@ -62,7 +62,11 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         )
     about = "print the tasks, their protocols and the files each one reads"
     parser.add_argument("--list_tasks", action="store_true", help=about)
-    return parser.parse_args(arguments)
+    flags = parser.parse_args(arguments)
+    if flags.task == "loss":
+        names = ("base", "lora", "tokenizer", "device", "dtype", "ops")
+        parser.refuse(flags, "for --task loss, which loads no model", names)
+    return flags
 
 
 def main(arguments: list[str]) -> int:

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from minillama import threads
 from minillama.threads import PARAMETERS_PER_THREAD, choose_num_threads, cpu_quota
@@ -111,3 +112,31 @@ def test_the_quota_of_a_container_is_the_smallest_on_its_way(
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(content)
     assert cpu_quota(tmp_path) == quota
+
+
+def test_a_command_uses_as_many_threads_as_its_model_pays_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    monkeypatch.setattr(threads, "available_cores", lambda: 8)
+    before = torch.get_num_threads()
+    try:
+        threads.use_threads_for(PARAMETERS_PER_THREAD * 2)
+        assert torch.get_num_threads() == 2
+        threads.use_threads_for(1000)
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_the_doctor_chooses_how_threads_wait_before_torch_is_loaded() -> None:
+    program = """
+import os, runpy, sys
+from minillama import cli, doctor
+assert "torch" not in sys.modules
+cli.run = lambda main, arguments: None
+runpy.run_module("minillama.doctor", run_name="__main__")
+assert "torch" not in sys.modules and os.environ["OMP_WAIT_POLICY"] == "passive"
+"""
+    in_new_process(program)

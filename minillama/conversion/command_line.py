@@ -241,6 +241,6 @@ def _add_weights_output(parser: Parser) -> None:
     add = parser.add_argument
     add("--dtype", choices=DTYPES, help="of the output [as the input]")
     size = "largest file of Hugging Face's layout [5GB]"
-    add("--max_shard_size", type=parse_size, default="5GB", metavar="SIZE", help=size)
+    add("--max_shard_size", type=parse_size, default=parse_size("5GB"), metavar="SIZE", help=size)
     add("--bin", action="store_true", help="write pytorch_model*.bin instead of safetensors")
     add("--verbose", action="store_true", help="print each tensor")

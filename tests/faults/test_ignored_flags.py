@@ -1,18 +1,23 @@
 """What would change a result is honoured or refused by name, never accepted and ignored."""
 
+import importlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+import convert
 import train
 from minillama import ignored_keys
 from minillama.compat import deepspeed
 from minillama.compat import flags as other_systems
+from minillama.conversion import command_line
 from minillama.errors import UserError
 from minillama.lora import LoraConfig, add_lora, save_adapter
 from minillama.train_config import KEYS
 
+evaluate = importlib.import_module("eval")
 CKPT = "--ckpt BASE --data a.json"
 
 
@@ -195,6 +200,7 @@ def test_what_is_harmless_changes_no_byte(inputs: Path, tmp_path: Path) -> None:
         "loss_scale_hysteresis": 7,
         "min_loss_scale": 0.5,
         "tf32": "true",
+        "grow_vocabulary": "true",
         "per_device_eval_batch_size": 3,
         "save_total_limit": 9,
         "dataset_dir": "nowhere",
@@ -232,3 +238,33 @@ def test_every_table_names_keys_that_exist_and_reasons() -> None:
         assert set(rule.because) <= KEYS.keys()
     for table in (ignored_keys.HARMLESS, other_systems.HARMLESS, deepspeed.HARMLESS):
         assert all(table.values())
+
+
+@pytest.mark.parametrize(
+    ("main", "command", "named"),
+    [
+        (convert.main, "meta --reverse --bin", "--bin has no meaning with --reverse"),
+        (convert.main, "meta --reverse --max_shard_size 1GB", "--max_shard_size has no meaning"),
+        (convert.main, "merge-lora --base b --lora l --format meta --bin", "with --format meta"),
+        (convert.main, "meta --reverse --tokenizer t", "--tokenizer has no meaning with --reverse"),
+        (evaluate.main, "--task boolq --ckpt a --data b --seed 3", "--seed has no meaning for"),
+        (evaluate.main, "--task perplexity --ckpt a --data b --seed 3", "--seed has no meaning"),
+        (evaluate.main, "--task loss --data a --compare b --lora c", "which loads no model"),
+        (evaluate.main, "--task loss --data a --compare b --dtype float16", "--dtype has no mean"),
+    ],
+)
+def test_convert_and_eval_refuse_what_they_would_ignore(
+    main: Callable[[list[str]], object], command: str, named: str
+) -> None:
+    words = command.split()
+    if main is convert.main:
+        words += [] if "merge-lora" in words else ["--input", "i"]
+        words += ["--output", "o"]
+    with pytest.raises(UserError) as error:
+        main(words)
+    assert named in str(error.value)
+
+
+def test_the_default_size_of_a_shard_is_no_flag_that_was_given() -> None:
+    flags = command_line.meta().parse_args("--reverse --input i --output o".split())
+    assert flags.max_shard_size == command_line.meta().get_default("max_shard_size") == 5 * 10**9
