@@ -1,7 +1,8 @@
 """Meta's layout: the names of its tensors, how they are sharded, their rotary order, params.json.
 
 Meta's files consolidated.00.pth, consolidated.01.pth, … each hold a slice of every matrix, one file
-for each of the ranks of model parallelism:
+for each of the ranks of model parallelism. The axes are those of parallel/shards.py, but for the
+embedding, which Meta cuts by columns:
 
     cut along axis 0 (rows)        wq wk wv w1 w3 output
     cut along axis 1 (columns)     wo w2 tok_embeddings
@@ -28,6 +29,7 @@ from torch import Tensor
 from minillama.errors import UserError
 from minillama.files import read_json
 from minillama.llama_config import LlamaConfig, ffn_width
+from minillama.parallel.shards import COLUMNS, axis_of
 
 
 class MetaTensor(NamedTuple):
@@ -37,30 +39,31 @@ class MetaTensor(NamedTuple):
     axis: int | None  # along which the shards cut it; None: every shard holds all of it
 
 
-# Hugging Face's module: Meta's module, and the axis of the cut
-LAYER_MODULES: dict[str, tuple[str, int | None]] = {
-    "self_attn.q_proj": ("attention.wq", 0),
-    "self_attn.k_proj": ("attention.wk", 0),
-    "self_attn.v_proj": ("attention.wv", 0),
-    "self_attn.o_proj": ("attention.wo", 1),
-    "mlp.gate_proj": ("feed_forward.w1", 0),
-    "mlp.up_proj": ("feed_forward.w3", 0),
-    "mlp.down_proj": ("feed_forward.w2", 1),
-    "input_layernorm": ("attention_norm", None),
-    "post_attention_layernorm": ("ffn_norm", None),
+# Hugging Face's module -> Meta's module
+LAYER_MODULES = {
+    "self_attn.q_proj": "attention.wq",
+    "self_attn.k_proj": "attention.wk",
+    "self_attn.v_proj": "attention.wv",
+    "self_attn.o_proj": "attention.wo",
+    "mlp.gate_proj": "feed_forward.w1",
+    "mlp.up_proj": "feed_forward.w3",
+    "mlp.down_proj": "feed_forward.w2",
+    "input_layernorm": "attention_norm",
+    "post_attention_layernorm": "ffn_norm",
 }
 NUM_SHARDS = {5120: 2, 6656: 4, 8192: 8}  # Meta's own, by model width; 1 for smaller models
 
 
 def meta_tensors(n_layers: int) -> dict[str, MetaTensor]:
     """Return Meta's tensor for each of Hugging Face's names, in the model's order."""
-    tensors = {"model.embed_tokens.weight": MetaTensor("tok_embeddings.weight", 1)}
+    tensors = {"model.embed_tokens.weight": MetaTensor("tok_embeddings.weight", COLUMNS)}
     for layer in range(n_layers):
-        for hf_module, (meta_module, axis) in LAYER_MODULES.items():
+        for hf_module, meta_module in LAYER_MODULES.items():
             name = f"model.layers.{layer}.{hf_module}.weight"
-            tensors[name] = MetaTensor(f"layers.{layer}.{meta_module}.weight", axis)
+            meta_name = f"layers.{layer}.{meta_module}.weight"
+            tensors[name] = MetaTensor(meta_name, axis_of(name))
     tensors["model.norm.weight"] = MetaTensor("norm.weight", None)
-    tensors["lm_head.weight"] = MetaTensor("output.weight", 0)
+    tensors["lm_head.weight"] = MetaTensor("output.weight", axis_of("lm_head.weight"))
     return tensors
 
 

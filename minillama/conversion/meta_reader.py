@@ -26,7 +26,9 @@ from minillama.conversion.meta_layout import (
 from minillama.conversion.writer import LazyTensor
 from minillama.errors import UserError
 from minillama.llama_config import LlamaConfig
+from minillama.parallel.shards import ROWS, join
 from minillama.tensor_files import TensorRef
+from minillama.torch_files import map_torch
 
 FIRST_GATE = "layers.0.feed_forward.w1.weight"
 
@@ -54,7 +56,7 @@ def read_meta(directory: Path) -> MetaCheckpoint:
 
     is_cut_by_rows = shards[0]["tok_embeddings.weight"].shape[-1] == params.dim
     if is_cut_by_rows:  # by LLaMA 3 and some exports
-        layout[EMBEDDING] = MetaTensor("tok_embeddings.weight", axis=0)
+        layout[EMBEDDING] = MetaTensor("tok_embeddings.weight", ROWS)
     vocab_size = sum(shard["output.weight"].shape[0] for shard in shards)
     ffn_dim = sum(shard[FIRST_GATE].shape[0] for shard in shards)
     if params.vocab_size not in (None, vocab_size):
@@ -100,13 +102,10 @@ def _join(name: str, slices: Sequence[TensorRef], axis: int | None, heads: int) 
             shape[dimension] = sum(part.shape[dimension] for part in slices)
 
     def read() -> Tensor:
-        if axis is None or len(slices) == 1:
+        if axis is None:
             tensor = _read_copies(name, slices)
         else:
-            tensor = torch.empty(shape, dtype=first.dtype)
-            lengths = [part.shape[axis] for part in slices]
-            for part, target in zip(slices, tensor.split(lengths, axis), strict=True):
-                target.copy_(part.read())
+            tensor = join([map_torch(part.file)[part.name] for part in slices], axis)
         return to_halves(tensor, heads) if heads else tensor
 
     return LazyTensor(first.dtype, tuple(shape), read)

@@ -7,7 +7,7 @@
 All files are open at once: each tensor is computed once, and each file gets its slice.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -28,6 +28,7 @@ from minillama.conversion.writer import Conversion, LazyTensors, Output, write_c
 from minillama.errors import UserError
 from minillama.files import write_json
 from minillama.llama_config import LlamaConfig
+from minillama.parallel.shards import cut
 from minillama.tensor_writers import TensorSpecs, specs_of, torch_writer
 
 
@@ -96,31 +97,18 @@ def _write_shards(
             if heads:
                 tensor = to_pairs(tensor, heads)
             meta_name, axis = layout[name]
-            slices = _cut(tensor, axis, num_shards)
-            for append, part in zip(appends, slices, strict=True):
-                append(meta_name, part)
+            for shard, append in enumerate(appends):
+                append(meta_name, cut(tensor, axis, shard, num_shards))
 
 
 def _specs_of_shards(
     config: LlamaConfig, num_shards: int, specs: TensorSpecs
 ) -> Iterator[TensorSpecs]:
     """Yield what each file will hold, under Meta's names."""
-    slices_of = {}
-    for name, (meta_name, axis) in meta_tensors(config.n_layers).items():
-        dtype, shape = specs[name]
-        tensor = torch.empty(shape, dtype=dtype, device="meta")
-        slices_of[meta_name] = _cut(tensor, axis, num_shards)
     for shard in range(num_shards):
-        yield specs_of({name: slices[shard] for name, slices in slices_of.items()})
-
-
-def _cut(tensor: Tensor, axis: int | None, num_shards: int) -> Sequence[Tensor]:
-    """Cut a tensor into equal slices along `axis`; None: every shard gets all of it.
-
-    What remains of a vocabulary that is no multiple of num_shards goes to the last slice.
-    """
-    if axis is None or num_shards == 1:
-        return [tensor] * num_shards
-    length = tensor.shape[axis] // num_shards
-    ends = [length * shard for shard in range(1, num_shards)]
-    return tensor.tensor_split(ends, axis)
+        slices = {}
+        for name, (meta_name, axis) in meta_tensors(config.n_layers).items():
+            dtype, shape = specs[name]
+            tensor = torch.empty(shape, dtype=dtype, device="meta")
+            slices[meta_name] = cut(tensor, axis, shard, num_shards)
+        yield specs_of(slices)
