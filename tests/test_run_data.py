@@ -1,6 +1,7 @@
 """The data of a run: its template, what is left out of it, and what is held out."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from minillama.generation.loading import LoadOptions, load_engine
 from minillama.tokenizer import open_tokenizer
 from minillama.train_config import TrainConfig
 from minillama.training.run import prepare
+from minillama.training.trainer import train
 from tests.conftest import random_model
 from tests.datasets import build
 from tests.runs import new_trainer, small_run, write_inputs
@@ -87,7 +89,9 @@ def test_a_run_is_continued_with_its_own_template(inputs):
     settings = {"data": data, "save_strategy": "steps", "save_steps": 2}
     tune(inputs / "base", "alpaca")
     config = long_run(inputs, inputs / "run", max_steps=4, **settings)
-    new_trainer(config).train()
+    train(config, Mesh())
+    (inputs / "run/summary.json").unlink()  # as if it was killed after its last checkpoint
+    shutil.rmtree(inputs / "run/final")
     tune(inputs / "base", "")
     again = prepare(config, Mesh())
     assert again.resume_point is not None
