@@ -22,7 +22,8 @@ FastChat, LLaMA-Factory, Chinese-LLaMA-Alpaca and AscendSpeed (--model_name_or_p
 …) are understood too.
 
 A run writes OUT_DIR/final (opens in transformers or peft), checkpoints/, metrics.jsonl,
-summary.json, train_config.json and loss.png. The same command continues an interrupted run."""
+summary.json, train_config.json, inputs.json and loss.png. The same command continues
+an interrupted run."""
 
 
 def make_parser() -> cli.Parser:

@@ -49,7 +49,40 @@ def test_a_larger_vocabulary_grows_the_embeddings_by_their_mean(
     assert torch.equal(rows[:old], before)
     assert torch.allclose(rows[old:], before.mean(0).expand(new - old, -1), atol=1e-6)
     with pytest.raises(UserError, match="modules_to_save embed_tokens,lm_head"):
-        new_trainer(settings_for(tokenizer=str(larger), lora=True))
+        new_trainer(settings_for(tokenizer=str(larger), lora=True, grow_vocabulary=True))
+
+
+@pytest.fixture
+def larger_tokenizer(tmp_path: Path) -> str:
+    texts = [record["instruction"] for record in demo.records(("first",), 50, 0, False)]
+    (tmp_path / "larger.model").write_bytes(train_tokenizer(texts, 340))
+    return str(tmp_path / "larger.model")
+
+
+def test_a_vocabulary_that_does_not_fit_is_refused_unless_growth_is_asked_for(
+    settings_for: Callable, larger_tokenizer: str, capsys: pytest.CaptureFixture
+) -> None:
+    with pytest.raises(UserError, match=r"grows from 320 to \d+ tokens.* add --grow_vocabulary"):
+        new_trainer(settings_for(tokenizer=larger_tokenizer))
+    new_trainer(settings_for(tokenizer=larger_tokenizer, grow_vocabulary=True))
+    assert "WARNING: the vocabulary grows from 320 to" in capsys.readouterr().out
+
+
+def test_modules_to_save_ask_for_growth_in_megatrons_names_too(
+    settings_for: Callable, larger_tokenizer: str
+) -> None:
+    names = ("word_embeddings", "lm_head.lm_head")
+    trainer = new_trainer(
+        settings_for(tokenizer=larger_tokenizer, lora=True, modules_to_save=names)
+    )
+    assert trainer.model.config.vocab_size == open_tokenizer(larger_tokenizer).size
+
+
+def test_growth_that_is_allowed_changes_nothing_where_the_tokenizer_fits(
+    settings_for: Callable, capsys: pytest.CaptureFixture
+) -> None:
+    assert new_trainer(settings_for(grow_vocabulary=True)).model.config.vocab_size == 320
+    assert "WARNING" not in capsys.readouterr().out
 
 
 def test_a_model_from_scratch_follows_the_keys_and_the_seed(

@@ -2,12 +2,15 @@
 
     run.py               the run: everything that training needs, built and checked once
       run_directory.py     what may be continued, what is refused
+      settings.py          which settings may differ, between runs and between ranks
+      inputs.py            fingerprints of data, tokenizer, base and adapter
       data_building.py     the batches of every step
       model_building.py    the model, its adapters
     trainer.py           the loop
       schedule.py          the learning rate
       metrics.py           the progress bar and metrics.jsonl
       saving.py            checkpoints and final/
+      finite.py            NaN and infinity
       signals.py           requests to stop
     summary.py           the figures of a run;  messages.py: the lines that are printed
     dry_run.py           what a run will need, without starting it
