@@ -10,7 +10,7 @@ import torch
 from minillama.checkpoint.hf_reader import load_model
 from minillama.checkpoint.hf_writer import save_model
 from minillama.errors import UserError
-from minillama.generation.beam import BeamOptions, beam_search, move_rows
+from minillama.generation.beam import BeamOptions, Finished, beam_search, is_decided, move_rows
 from minillama.generation.cache import Cache
 from minillama.generation.decode import Completion
 from minillama.generation.sampling import Sampling
@@ -226,3 +226,20 @@ def test_the_search_worked_by_hand(penalty: float, scores: list[float]) -> None:
     assert [answer.score for answer in found] == pytest.approx(scores, abs=1e-3)
     page = (Path(__file__).parents[1] / "docs/decoding.md").read_text(encoding="utf-8")
     assert all(f"{abs(score):.3f}" in page for score in scores)
+
+
+@pytest.mark.parametrize("early_stopping", ["false", "never"])
+@pytest.mark.parametrize(
+    ("score", "decided"), [(-0.5, False), (-1.0, True)], ids=["can enter", "cannot"]
+)
+def test_with_a_penalty_below_zero_never_is_the_same_as_false(
+    early_stopping: str, score: float, decided: bool
+) -> None:
+    """At length 4 the scores are -2 and -4, and the worst finished one has -3.
+
+    Growing can only lower such a score, so the full length says nothing.
+    """
+    options = BeamOptions(2, length_penalty=-1.0, early_stopping=early_stopping)
+    finished = [Finished(-1.0, [1]), Finished(-3.0, [2])]
+    scores = torch.tensor([score, -9.0])
+    assert is_decided(finished, scores, 4, 10, options) == decided
