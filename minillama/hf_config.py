@@ -149,13 +149,19 @@ def _read_rope(raw: dict[str, Any]) -> tuple[float, RopeScaling | None]:
 
     transformers 4 writes `rope_theta` and `rope_scaling`, transformers 5 `rope_parameters`.
     """
-    spec = (raw.get("rope_scaling") or {}) | (raw.get("rope_parameters") or {})
-    theta = spec.pop("rope_theta", None)
-    if theta is None:
-        theta = raw.get("rope_theta")
-    theta = 10000.0 if theta is None else float(theta)
-    old_kind = spec.pop("type", None)
-    kind = spec.pop("rope_type", None) or old_kind or "default"
+    old = _rope_keys(raw, "rope_scaling")
+    new = _rope_keys(raw, "rope_parameters")
+    if raw.get("rope_theta") is not None:
+        old["rope_theta"] = raw["rope_theta"]
+    for key in old.keys() & new.keys():
+        if old[key] != new[key]:
+            raise UserError(
+                f"{key} is {old[key]!r} in the keys of transformers 4, {new[key]!r} in "
+                "rope_parameters; leave one of them out"
+            )
+    spec = old | new
+    theta = float(spec.pop("rope_theta", 10000.0))
+    kind = spec.pop("rope_type", "default")
     if kind == "default":
         return theta, None
     if kind not in ROPE_KINDS:
@@ -169,8 +175,6 @@ def _read_rope(raw: dict[str, Any]) -> tuple[float, RopeScaling | None]:
             raise UserError(f"rope scaling {kind!r} has no {key} above 0 (found {spec.get(key)})")
     values = {}
     for key, value in spec.items():
-        if value is None:  # the default, as in transformers
-            continue
         values[key.replace("max_position_embeddings", "max_seq_len")] = value
     known = {field.name for field in fields(RopeScaling)}
     unknown = sorted(set(values) - known)
@@ -178,6 +182,15 @@ def _read_rope(raw: dict[str, Any]) -> tuple[float, RopeScaling | None]:
         raise UserError(f"rope scaling {kind!r}: unknown key {unknown}")
     values["factor"] = float(values["factor"])
     return theta, RopeScaling(kind, **values)
+
+
+def _rope_keys(raw: dict[str, Any], table: str) -> dict[str, Any]:
+    """The keys of rope_scaling or rope_parameters that have a value; `type` is `rope_type`."""
+    keys = {key: value for key, value in (raw.get(table) or {}).items() if value is not None}
+    old_kind = keys.pop("type", None)
+    if old_kind is not None:
+        keys.setdefault("rope_type", old_kind)
+    return keys
 
 
 def to_hf(config: LlamaConfig, dtype: str = "float32") -> dict[str, Any]:

@@ -98,6 +98,15 @@ def test_renderings_are_those_of_the_reference_systems():
     )
 
 
+def test_metas_templates_strip_texts():
+    spaced = Conversation((Turn(" Q ", " A "),))
+    assert text_of("llama2", spaced) == "<s>[INST] Q [/INST] A </s>"
+    head = "<|start_header_id|>{}<|end_header_id|>\n\n"
+    assert text_of("llama3", spaced) == (
+        f"<s>{head.format('user')}Q<|eot_id|>{head.format('assistant')}A<|eot_id|>"
+    )
+
+
 # --- the reference algorithms, on rendered text
 
 

@@ -114,3 +114,13 @@ def test_parameters_are_counted_without_making_any(name):
     with torch.device("meta"):
         model = Llama(PUBLISHED[name])
     assert sum(p.numel() for p in model.parameters()) == PUBLISHED[name].parameter_count()
+
+
+@pytest.mark.parametrize(
+    ("stage", "gradients"), [(0, 4.0), (1, 1.0), (2, 1.0)], ids=lambda value: str(value)
+)
+def test_the_exact_reduction_keeps_fp32_sums_shared_out_from_stage_1_on(stage, gradients):
+    """Bytes per parameter of a bf16 model on four ranks, in a single micro-batch too."""
+    settings = TrainConfig(precision="bf16", zero_stage=stage, reduction="exact")
+    expected = dry_run.estimate(SMALL, settings, world_size=4)
+    assert expected.gradients == gradients * SMALL.parameter_count()

@@ -114,6 +114,15 @@ def test_equal_prompts_are_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
+def test_equal_prompts_of_several_lengths_are_copied_whole() -> None:
+    model = random_model()
+    prompts = [[1], [5] * 20, [5] * 20, [1]]
+    answers = together(model, prompts, 10, GREEDY)
+    assert [answer.ids for answer in answers] == [
+        list(generate(model, prompt, 10, GREEDY)) for prompt in prompts
+    ]
+
+
 def test_a_finished_row_costs_nothing_more(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rooms of 2, 5 and 5 tokens: three rows twice, then two."""
     model, rows = random_model(), []

@@ -66,3 +66,11 @@ def test_a_checkpoint_that_stretches_its_base_itself_is_not_stretched_twice() ->
     model = random_model(rope_scaling=RopeScaling("dynamic", 2.0))
     with pytest.raises(UserError, match="rope_scaling, dynamic, stretches"):
         scale_rope(model.config, [Completion([1])], 2.0)
+
+
+def test_automatic_alpha_is_that_of_the_longest_completion() -> None:
+    config = replace(TINY, max_seq_len=16)
+    short = Completion([1] * 10, 4)
+    long = Completion([1] * 30, 4)
+    for completions in ([short, long], [long, short]):
+        assert scale_rope(config, completions, 0) == scale_rope(config, [long], 0)

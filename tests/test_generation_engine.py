@@ -11,7 +11,7 @@ from minillama.checkpoint.hf_reader import load_model
 from minillama.errors import UserError
 from minillama.generation.config import GenerationConfig
 from minillama.generation.decode import Completion
-from minillama.generation.engine import ChatSession, Engine
+from minillama.generation.engine import ChatSession, Engine, longest_stop_prefix
 from minillama.generation.terminal import chat_in_terminal
 from minillama.tokenizer import open_tokenizer
 
@@ -119,3 +119,21 @@ def test_a_question_that_is_not_utf8_does_not_end_the_chat(engine, monkeypatch, 
     first, second = capsys.readouterr().out.split("Answer: ")[1:]
     assert "lone surrogate" in first
     assert "tokens/s" in second
+
+
+def test_prompts_that_need_different_rotary_bases_are_not_completed_together(
+    engine: Engine,
+) -> None:
+    """Two within the context, two beyond it by the same length, one further beyond."""
+    engine.config = replace(engine.config, rope_alpha=0.0)
+    context = engine.model.config.max_seq_len
+    lengths = [10, 2 * context, 30, 2 * context, 3 * context]
+    requests = engine.new_completions([[1] * length for length in lengths], 1)
+    batches = engine.group_requests(requests, batch_size=8)
+    assert [sorted(batch) for batch in batches] == [[4], [1, 3], [0, 2]]
+
+
+def test_the_end_of_a_text_that_may_begin_a_stop_string_is_found() -> None:
+    assert longest_stop_prefix("text ab", ("abc", "bx")) == 2
+    assert longest_stop_prefix("text b", ("abc", "bx")) == 1
+    assert longest_stop_prefix("text", ("abc", "bx")) == 0

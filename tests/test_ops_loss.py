@@ -5,6 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from minillama import ops
 from minillama.ops import IGNORE, fused_loss
@@ -88,3 +89,26 @@ def test_a_second_backward_through_the_loss_is_refused_rather_than_wrong() -> No
     (loss / 3).backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="inplace operation"):
         (loss / 3).backward()
+
+
+def test_logits_exist_for_some_positions_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """10 positions with 13 logits each. At most so many are computed at a time, but at least C/8
+    positions.
+    """
+
+    class CountProducts(TorchDispatchMode):
+        """Counts the products that make logits."""
+
+        count = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            self.count += function is torch.ops.aten.mm.out
+            return function(*args, **(kwargs or {}))
+
+    for limit, width, num_chunks in ((4 * 13, 7, 3), (10 * 13, 7, 1), (1, 7, 10), (1, 40, 2)):
+        monkeypatch.setattr(fused_loss, "LOGIT_CHUNK", limit)
+        with CountProducts() as products:
+            fused_loss.linear_cross_entropy(
+                randn(10, width), randn(13, width, seed=1), torch.arange(10)
+            )
+        assert products.count == num_chunks

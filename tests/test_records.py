@@ -242,3 +242,11 @@ def test_prompts_of_a_file_are_checked_as_data_is(tmp_path):
     path.write_bytes('{"prompt": "玄"}'.encode("gbk"))
     with pytest.raises(UserError, match=r"a\.jsonl: not UTF-8 text"):
         read_prompt_file(path)
+
+
+def test_a_long_run_of_blank_lines_does_not_end_a_text(tmp_path, monkeypatch):
+    monkeypatch.setattr(records, "BLOCK", 4)
+    text = "one\n" + " \n" * 20 + "two\n"
+    (tmp_path / "a.txt").write_text(text)
+    blocks = [record.value for record in read_records(Source(tmp_path / "a.txt"), split_text=True)]
+    assert "".join(block.text for block in blocks) == text

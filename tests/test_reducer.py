@@ -10,6 +10,7 @@ from minillama import comm
 from minillama.comm import Mesh
 from minillama.parallel.reducer import GradientReducer, PairwiseSum
 from minillama.parallel.sharded_optimizer import ShardedOptimizer
+from minillama.train_config import TrainConfig
 from tests.conftest import random_model, random_tokens
 from tests.test_zero import settings_of
 
@@ -103,3 +104,29 @@ def test_the_tree_of_sums_does_not_depend_on_the_ranks(count, ranks):
     leaves = [Sum(str(i)) for i in range(count)]
     groups = [comm.pairwise_sum(list(leaves[i : i + ranks])) for i in range(0, count, ranks)]
     assert tree(groups) == tree(leaves)
+
+
+@pytest.mark.parametrize(
+    ("stage", "reduction", "accumulation", "reduced_in", "sum_in"),
+    [
+        (0, "fast", 1, torch.bfloat16, torch.bfloat16),
+        (1, "fast", 4, torch.float32, torch.float32),
+        (2, "fast", 1, torch.bfloat16, torch.bfloat16),
+        (2, "fast", 4, torch.bfloat16, torch.float32),
+        (0, "exact", 1, torch.float32, torch.float32),
+        (2, "exact", 4, torch.float32, torch.float32),
+    ],
+)
+def test_gradients_of_a_16_bit_model_are_reduced_as_the_table_says(
+    stage, reduction, accumulation, reduced_in, sum_in
+):
+    """The table at the head of the module. Sums over micro-batches are fp32."""
+    config = TrainConfig(
+        zero_stage=stage, reduction=reduction, gradient_accumulation_steps=accumulation
+    )
+    parameters = [nn.Parameter(torch.zeros(8, 2, dtype=torch.bfloat16))]
+    reducer = GradientReducer(parameters, Mesh(), slice_size=16, config=config)
+    assert reducer.reduce_dtype == reduced_in
+    parameters[0].sum().backward()
+    reducer.end_micro_batch()
+    assert reducer.reduced().dtype == sum_in

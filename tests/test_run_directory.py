@@ -114,6 +114,9 @@ def test_a_changed_key_that_would_change_the_result_is_refused_by_name(
     train(settings, MESH)
     with pytest.raises(UserError, match=r"learning_rate was 0\.003, is 0\.5"):
         train(replace(settings, learning_rate=0.5), MESH)
+    for key, value in {"seed": 7, "weight_decay": 0.5, "max_length": 64, "packing": False}.items():
+        with pytest.raises(UserError, match=f"{key} was "):
+            train(replace(settings, **{key: value}), MESH)
     train(replace(settings, logging_steps=5, save_total_limit=7), MESH)
 
 

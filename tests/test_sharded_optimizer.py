@@ -47,6 +47,17 @@ def test_the_loss_scale_halves_after_its_hysteresis_and_doubles_after_its_window
         scale.on_overflow()
 
 
+def test_an_overflow_starts_the_window_anew_and_the_scale_stays_above_its_minimum():
+    scale = LossScale(scale=8.0, window=3, hysteresis=1, minimum=3.0, hysteresis_left=1)
+    scale.on_success()
+    scale.on_success()
+    scale.on_overflow()
+    scale.on_success()
+    assert scale.scale == 4.0
+    scale.on_overflow()
+    assert scale.scale == 3.0
+
+
 def test_a_scaled_loss_makes_the_same_update():
     def update(loss_scale):
         net = random_model()

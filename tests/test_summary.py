@@ -9,7 +9,7 @@ import pytest
 from minillama.hf_config import published
 from minillama.loss_curves import smoothed
 from minillama.training.messages import closing_message
-from minillama.training.summary import training_flops
+from minillama.training.summary import throughput, training_flops
 
 
 def test_a_device_that_does_not_report_its_memory_has_a_closing_message() -> None:
@@ -56,3 +56,12 @@ def test_smoothing_starts_at_the_first_loss_and_follows_the_rest() -> None:
     assert smoothed([2.0] * 10) == pytest.approx([2.0] * 10)
     w = 1.8 * (1 / (1 + math.exp(-0.1)) - 0.5)
     assert smoothed([1.0, 0.0]) == pytest.approx([1.0, w])
+
+
+def test_the_speed_counts_the_document_that_a_token_is_in_on_average() -> None:
+    """Of 400 tokens, 100 are in a document of 100 and 300 in one of 300: 250 on average."""
+    config = published("15m")
+    speed = throughput(config, 1e9, [100, 300], peak_tflops=500.0)
+    tflops = 1e9 * training_flops(config, 1.0, 250.0) / 1e12
+    assert speed["tflops"] == pytest.approx(tflops, rel=1e-4)
+    assert speed["mfu"] == pytest.approx(tflops / 500.0)

@@ -76,6 +76,13 @@ def test_the_letters_of_a_control_token_stay_text(small_tokenizer):
     assert small_tokenizer.control_id("<|eot_id|>") is None
 
 
+def test_ids_beyond_the_vocabulary_have_no_text(small_tokenizer):
+    """A checkpoint's head can have more rows than its tokenizer has tokens."""
+    ids = small_tokenizer.encode("the cat")
+    beyond = [small_tokenizer.size, small_tokenizer.size + 1]
+    assert small_tokenizer.decode([*ids, *beyond]) == "the cat"
+
+
 def test_a_vocabulary_with_tokens_across_a_line_break_is_not_split_at_words(tmp_path):
     path = tmp_path / "tokenizer.model"
     path.write_bytes(train_tokenizer(["one:\ntwo:\n\nthree:\n"] * 9, 290))

@@ -71,6 +71,35 @@ def test_evaluation_is_the_mean_loss_of_the_held_out_targets(settings_for: Calla
     )
 
 
+def test_evaluation_has_no_dropout_and_training_goes_on_with_it(settings_for: Callable) -> None:
+    losses = []
+    for dropout in (0.0, 0.5):
+        settings = settings_for(validation_split=0.1, lora=True, lora_dropout=dropout)
+        trainer = new_trainer(settings)
+        factor = trainer.model.model.layers[0].self_attn.q_proj.lora_B
+        torch.nn.init.normal_(factor, generator=torch.Generator().manual_seed(0))
+        losses.append(trainer.evaluate())
+        assert all(module.training for module in trainer.model.modules())
+    assert losses[0] == losses[1]
+
+
+def test_dropout_differs_by_step_micro_batch_and_seed(settings_for: Callable) -> None:
+    trainer = new_trainer(settings_for())
+    seeds = [trainer.dropout_seed(0), trainer.dropout_seed(1)]
+    trainer.step = 1
+    seeds += [trainer.dropout_seed(0), trainer.dropout_seed(1)]
+    seeds.append(new_trainer(settings_for(seed=1)).dropout_seed(0))
+    assert len(set(seeds)) == 5
+
+
+def test_the_first_and_the_last_step_are_always_recorded(
+    settings_for: Callable, tmp_path: Path
+) -> None:
+    train(settings_for(max_steps=5, logging_steps=3), MESH)
+    records = read_metrics(tmp_path / "run/metrics.jsonl")
+    assert [record["step"] for record in records] == [1, 3, 5]
+
+
 @pytest.mark.parametrize("epochs", [1.0, 0.5, 2.0])
 def test_an_epoch_is_every_target_once(epochs: float, settings_for: Callable) -> None:
     trainer = new_trainer(settings_for(max_steps=0, num_train_epochs=epochs))

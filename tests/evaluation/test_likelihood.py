@@ -122,6 +122,15 @@ def test_likelihoods_are_those_of_transformers_however_queries_share_and_batch(
         assert result.greedy == logits.argmax()
 
 
+def test_another_prefix_of_the_same_length_is_computed_anew(model: Llama) -> None:
+    ids = random_tokens(20).tolist()
+    queries = [Query(ids[:10], [[1]]), Query(ids[10:], [[1]])]
+    alone = results_of(model, queries, [Batch(0, [0]), Batch(0, [1])])
+    shared = results_of(model, queries, [Batch(6, [0]), Batch(6, [1])])
+    for one, other in zip(alone, shared, strict=True):
+        assert one.logprobs == pytest.approx(other.logprobs, abs=1e-5)
+
+
 @pytest.mark.parametrize("task", ["mmlu", "boolq"])
 def test_scores_do_not_depend_on_batches_sharing_or_the_chunks_of_the_head(
     task: str,

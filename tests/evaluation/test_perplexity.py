@@ -34,8 +34,8 @@ def test_perplexity_is_transformers_loss_over_windows_that_predict_each_token_on
     options: Callable,
 ) -> None:
     directory = tiny_checkpoint(vocab_size=small_tokenizer.size, max_seq_len=1000)
-    text = words(1, 150)
-    (tmp_path / "text.txt").write_text(text)
+    text = words(1, 150) + " é 玄德"  # more bytes than characters
+    (tmp_path / "text.txt").write_text(text, encoding="utf-8")
     task_options = options("perplexity", data=str(tmp_path / "text.txt"))
     test = Perplexity(task_options, small_tokenizer, context)
     summary = test.summarise(predict(load_model(directory).eval(), test, 4, None, {}, Mesh()))
@@ -52,7 +52,7 @@ def test_perplexity_is_transformers_loss_over_windows_that_predict_each_token_on
         total += losses[-(end - start) :].sum().item()
     assert summary["n"] == len(ids) - 1
     assert summary["loss"] == pytest.approx(total / summary["n"], rel=1e-5)
-    bits_per_byte = total / len(text) / math.log(2)
+    bits_per_byte = total / len(text.encode()) / math.log(2)
     assert summary["bits_per_byte"] == pytest.approx(bits_per_byte, rel=1e-5)
 
 
