@@ -27,7 +27,7 @@ LAYERS: list[list[set[str]]] = [
     [{"compat"}],
     [{"ops"}, {"tokenizer"}, {"chat"}, {"comm"}, {"tensor_files", "torch_files", "tensor_writers"}],
     [{"model"}, {"parallel"}, {"data"}],
-    [{"checkpoint"}, {"lora", "lora_layers", "peft_adapters"}],
+    [{"checkpoint"}, {"lora", "lora_layers", "peft_adapters", "name_patterns"}],
     [{"generation"}],
     [{"training"}, {"conversion"}, {"evaluation"}, {"doctor", "self_test"}],
 ]
