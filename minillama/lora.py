@@ -10,30 +10,25 @@ Merging adds s B A to W once, in fp32. The factors are fp32 whatever the model's
 
 `add_lora` changes a finished model from outside: each named linear is replaced by a `LoraLinear`
 that shares its weight. `load_adapter` does the same for a PEFT adapter, and can be called again
-for a second one. The layers are in lora_layers.py, the files in peft_adapters.py.
+for a second one. The layers are in lora_layers.py, the files in peft_adapters.py and
+peft_config.py, and whether an adapter fits a model is in adapter_checks.py.
 """
 
 import math
-import re
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from minillama.adapter_checks import EMBEDDING, HEAD, misfits
 from minillama.errors import UserError, closest, listed
 from minillama.lora_layers import ADAPTED, LoraEmbedding, LoraLinear
 from minillama.model import Llama
-from minillama.peft_adapters import (
-    Adapter,
-    LoraConfig,
-    LoraFactors,
-    read_adapter,
-    write_adapter,
-)
+from minillama.peft_adapters import Adapter, LoraFactors, read_adapter, write_adapter
+from minillama.peft_config import LINEARS, LoraConfig, is_named
 from minillama.tensor_files import TensorRef
 
-LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 # Megatron's and AscendSpeed's names; their fused modules are several of ours.
 MEGATRON = {
     "query_key_value": ("q_proj", "k_proj", "v_proj"),
@@ -47,8 +42,6 @@ MEGATRON = {
 }
 # What modules_to_save may name, and where it is in the model.
 WHOLE = {"embed_tokens": "model.embed_tokens", "lm_head": "lm_head"}
-EMBEDDING = "model.embed_tokens.weight"
-HEAD = "lm_head.weight"
 
 
 def resolve_names(names: tuple[str, ...]) -> tuple[str, ...]:
@@ -101,11 +94,16 @@ def is_adapted(config: LoraConfig, linear: str) -> bool:
     return _is_target(config, linear) and not is_whole
 
 
-def merge_lora(model: nn.Module) -> None:
-    """Add every adapter to its weight and put plain modules back."""
+def merge_lora(model: Llama) -> None:
+    """Add every adapter to its weight and put plain modules back.
+
+    Factors on one of a tied pair make two weights of it.
+    """
     for name, module in list(model.named_modules()):
         if isinstance(module, ADAPTED):
             model.set_submodule(name, module.plain(module.merged_weight()))
+    is_tied = model.config.tie_embeddings and _is_tied(model)
+    model.config = replace(model.config, tie_embeddings=is_tied)
 
 
 def save_adapter(model: nn.Module, config: LoraConfig, directory: Path, base: str) -> None:
@@ -120,9 +118,12 @@ def adapter_weights(model: nn.Module, config: LoraConfig) -> dict[str, nn.Parame
         if isinstance(module, ADAPTED):
             for factor, parameter in module.factors().items():
                 weights[f"{name}.{factor}"] = parameter
-    for name in config.modules_to_save:
-        weight = f"{WHOLE[name]}.weight"
-        weights[weight] = model.get_parameter(weight)
+    for name in (*config.modules_to_save, *config.modules_to_copy):
+        module_name = WHOLE.get(name, name)
+        module = model.get_submodule(module_name)
+        weights[f"{module_name}.weight"] = module.get_parameter("weight")
+        if getattr(module, "bias", None) is not None:
+            weights[f"{module_name}.bias"] = module.get_parameter("bias")
     return weights
 
 
@@ -130,60 +131,84 @@ def load_adapter(model: Llama, directory: Path, dropout: float | None = None) ->
     """Add the adapter in a PEFT directory to `model`, unmerged; returns its configuration.
 
     The model may have adapters already. A larger embedding and head replace the model's, and a
-    tied head becomes a weight of its own where the adapter's differs from its embedding.
+    tied head becomes a weight of its own where the adapter's differs from its embedding. Parameters
+    that the adapter trains need a gradient afterwards, and no others.
 
     dropout: in place of the one that the adapter was trained with.
-    Raises UserError unless every tensor fits one module, and every target has its tensors.
+    Raises UserError unless every tensor fits one module, every target has its tensors, and all
+    values are finite.
     """
     adapter = read_adapter(directory)
-    config = adapter.config
-    modules_to_save = list(config.modules_to_save)
-    for name, module in WHOLE.items():
-        if f"{module}.weight" in adapter.whole and name not in modules_to_save:
-            modules_to_save.append(name)
-    config = replace(config, modules_to_save=tuple(modules_to_save))
-    if dropout is not None:
-        config = replace(config, dropout=dropout)
-    problems = _misfits(model, adapter, config)
+    problems = misfits(model, adapter)
     if problems:
         raise UserError(f"{directory}: does not fit this model: {listed(problems)}")
+    whole = _changed(model, adapter)
+    config = _with_modules(adapter, whole)
+    if dropout is not None:
+        config = replace(config, dropout=dropout)
 
     model.requires_grad_(False)
-    _load_whole(model, adapter.whole)
+    _load_whole(model, whole)
+    for name in config.modules_to_copy:
+        model.get_submodule(WHOLE.get(name, name)).requires_grad_(False)
     for factors in adapter.factors:
         _load_factors(model, factors, config.dropout)
     return config
 
 
+def _changed(model: Llama, adapter: Adapter) -> dict[str, TensorRef]:
+    """The whole tensors of an adapter, without copies that are equal to the model's."""
+    whole = {}
+    for name, tensor in adapter.whole.items():
+        parameter = model.get_parameter(name)
+        is_copy = adapter.is_copy(name) and tensor.shape == parameter.shape
+        if not is_copy or not torch.equal(tensor.read().to(parameter), parameter):
+            whole[name] = tensor
+    return whole
+
+
+def _with_modules(adapter: Adapter, whole: dict[str, TensorRef]) -> LoraConfig:
+    """An adapter's configuration, with its whole modules under the names they are saved by."""
+    short_names = {module: name for name, module in WHOLE.items()}
+    saved: dict[str, None] = {}
+    copied: dict[str, None] = {}
+    for name in whole:
+        module = name.rpartition(".")[0]
+        modules = copied if adapter.is_copy(name) else saved
+        modules[short_names.get(module, module)] = None
+    in_order = [name for name in adapter.config.modules_to_save if name in saved]
+    in_order += [name for name in saved if name not in in_order]
+    return replace(adapter.config, modules_to_save=tuple(in_order), modules_to_copy=tuple(copied))
+
+
 def _load_whole(model: Llama, whole: dict[str, TensorRef]) -> None:
-    """Replace the embedding or the head, and what earlier adapters added to it."""
+    """Replace parameters, and what earlier adapters added to them."""
     was_tied = _is_tied(model)
     for name, tensor in whole.items():
-        module_name = name.removesuffix(".weight")
+        module_name, _, attribute = name.rpartition(".")
         module = model.get_submodule(module_name)
         if isinstance(module, ADAPTED):
             module = module.plain(module.weight)
             model.set_submodule(module_name, module)
-        assert isinstance(module, nn.Linear | nn.Embedding)
-        module.weight = nn.Parameter(tensor.read().to(module.weight))
+        value = tensor.read_finite().to(module.get_parameter(attribute))
+        setattr(module, attribute, nn.Parameter(value))
         if isinstance(module, nn.Linear):
             module.out_features = tensor.shape[0]
-        else:
+        elif isinstance(module, nn.Embedding):
             module.num_embeddings = tensor.shape[0]
     embedding = model.get_parameter(EMBEDDING)
     if was_tied and torch.equal(embedding, model.lm_head.weight):
         model.lm_head.weight = embedding
     vocab_size = len(embedding)
-    model.config = replace(
-        model.config, vocab_size=vocab_size, tie_embeddings=was_tied and _is_tied(model)
-    )
+    is_tied = model.config.tie_embeddings and _is_tied(model)
+    model.config = replace(model.config, vocab_size=vocab_size, tie_embeddings=is_tied)
 
 
 def _load_factors(model: Llama, factors: LoraFactors, dropout: float) -> None:
     """Add factors to a module, or to the factors that it has from an earlier adapter."""
     module = model.get_submodule(factors.module)
-    a = factors.a.read()  # (R, columns)
-    b = factors.b.read()  # (rows, R)
+    a = factors.a.read_finite()  # (R, columns)
+    b = factors.b.read_finite()  # (rows, R)
     if isinstance(module, ADAPTED):
         module.append(a, b, factors.scale)
         return
@@ -200,75 +225,9 @@ def _load_factors(model: Llama, factors: LoraFactors, dropout: float) -> None:
     model.set_submodule(factors.module, adapted)
 
 
-def _misfits(model: Llama, adapter: Adapter, config: LoraConfig) -> list[str]:
-    """List the adapter's tensors that fit nowhere, and the places that get none."""
-    shapes = {}  # of the weights that an adapter can change
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear | nn.Embedding):
-            shapes[name] = tuple(module.weight.shape)
-    problems = _misfits_of_whole(adapter, config, shapes)
-    for factors in adapter.factors:
-        name = factors.module
-        is_known = name in shapes
-        if adapter.names_all_targets and not _is_target(config, name):
-            is_known = False
-        if not is_known:
-            problems.append(f"{name}.lora_A.weight fits no module")
-            continue
-        rows, columns = shapes[name]
-        rank = config.rank_of(name)
-        for factor, tensor, shape in (
-            ("lora_A", factors.a, (rank, columns)),
-            ("lora_B", factors.b, (rows, rank)),
-        ):
-            if tensor.shape != shape:
-                problems.append(
-                    f"{name}.{factor}.weight is {tensor.shape}, the model wants {shape}"
-                )
-    if adapter.names_all_targets:
-        present = {factors.module for factors in adapter.factors}
-        for name in shapes.keys() - present:
-            is_whole = f"{name}.weight" in adapter.whole
-            if _is_target(config, name) and not is_whole:
-                problems.append(f"{name}.lora_A.weight is missing")
-    return problems
-
-
-def _misfits_of_whole(
-    adapter: Adapter, config: LoraConfig, shapes: dict[str, tuple[int, ...]]
-) -> list[str]:
-    """The same for the tensors that replace the model's.
-
-    shapes: of the model's weights; a larger one's new shape is entered.
-    """
-    problems = []
-    for name in config.modules_to_save:
-        if name not in WHOLE:
-            known = ", ".join(WHOLE)
-            problems.append(f"modules_to_save: {name!r} is not one of {known}")
-        elif f"{WHOLE[name]}.weight" not in adapter.whole:
-            problems.append(f"{WHOLE[name]}.weight is missing")
-    for name, tensor in adapter.whole.items():
-        module = name.removesuffix(".weight")
-        if name not in (EMBEDDING, HEAD):
-            problems.append(f"{name} fits no module")
-            continue
-        rows, columns = shapes[module]
-        has_columns = len(tensor.shape) == 2 and tensor.shape[1] == columns
-        if not has_columns or tensor.shape[0] < rows:
-            problems.append(f"{name} is {tensor.shape}, the model wants {(rows, columns)}")
-        else:
-            shapes[module] = tensor.shape
-    rows = shapes["model.embed_tokens"][0]
-    head_rows = shapes["lm_head"][0]
-    if not problems and rows != head_rows:
-        problems.append(f"{EMBEDDING} has {rows} rows, {HEAD} {head_rows}")
-    return problems
-
-
 def _check_targets(config: LoraConfig, linears: dict[str, nn.Linear]) -> None:
     for target in config.targets:
-        if any(_matches(name, target) for name in linears):
+        if any(is_named(name, target) for name in linears):
             continue
         known = sorted({name.rsplit(".", 1)[-1] for name in linears})
         raise UserError(
@@ -278,17 +237,7 @@ def _check_targets(config: LoraConfig, linears: dict[str, nn.Linear]) -> None:
 
 
 def _is_target(config: LoraConfig, module: str) -> bool:
-    return any(_matches(module, target) for target in config.targets)
-
-
-def _matches(module: str, target: str) -> bool:
-    """PEFT's rule: a target is the name or a dotted tail of it.
-
-    A pattern, which is written `re:…` here, must match the whole name.
-    """
-    if target.startswith("re:"):
-        return re.fullmatch(target[3:], module) is not None
-    return module == target or module.endswith(f".{target}")
+    return any(is_named(module, target) for target in config.targets)
 
 
 def _is_tied(model: nn.Module) -> bool:

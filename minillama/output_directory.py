@@ -14,7 +14,7 @@ lock when its process ends, however it ends.
 import errno
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
@@ -87,6 +87,20 @@ def restore(path: Path) -> None:
         return  # its writer is alive and about to put the new one in place
     with suppress(FileNotFoundError):  # another reader was first
         old.rename(path)
+
+
+def refuse_overlap(output: Path, inputs: Iterable[Path]) -> None:
+    """Raise UserError if writing `output` would replace an input, whatever both are called.
+
+    An input may be a directory that holds the output's, such as its parent.
+    """
+    target = output.resolve()
+    for path in inputs:
+        place = path.resolve()
+        if target == place or target in place.parents:
+            raise UserError(
+                f"{output}: the output would replace the input {path}; name another output"
+            )
 
 
 @contextmanager

@@ -11,53 +11,35 @@ training run, in which PEFT's wrappers have left their names (`.default.`, `.mod
     whole       tensors that replace the model's, for example a larger embedding
 
 Only headers are read for it; a tensor is read when its `read()` is called. Every tensor of the
-file is used exactly once, or it is an error. A key of the configuration that would change the
-arithmetic and is not known here is refused by name.
+file is used exactly once, or it is an error. adapter_config.json is read by peft_config.py.
 
 Left out: DoRA (its merge rescales columns), and adapters on parameters that are no modules.
 """
 
-import math
 import re
 from collections import defaultdict
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from minillama.errors import UserError
-from minillama.files import parsing, read_json, write_json
-from minillama.hub import hub_hint
+from minillama.files import write_json
+from minillama.peft_config import (
+    CONFIG_FILE,
+    LoraConfig,
+    TargetRule,
+    read_adapter_config,
+    read_target_rule,
+)
 from minillama.tensor_files import POSITIONS, TensorRef, read_tensors
 from minillama.tensor_writers import write_safetensors
 
-CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 WEIGHTS_FILES = (WEIGHTS_FILE, "adapter_model.bin", "pytorch_model.bin")
 PREFIX = "base_model.model."  # of every name in an adapter's file
-
-# Keys that change the arithmetic, with the values at which they do nothing. Other values of
-# init_lora_weights (pissa, olora, loftq, …) also change the base weights, which an adapter's file
-# does not hold.
-NO_EFFECT: dict[str, tuple[Any, ...]] = {
-    "peft_type": ("LORA",),
-    "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal"),
-    "use_dora": (False, None),
-    "use_qalora": (False, None),
-    "lora_bias": (False, None),
-    "use_bdlora": (False, None),
-    "layer_replication": (None, []),
-    "trainable_token_indices": (None, []),
-    "target_parameters": (None, []),
-    "enable_lora": (None,),
-    "alora_invocation_tokens": (None,),
-    "arrow_config": (None,),
-    "kasa_config": (None,),
-    "monteclora_config": (None,),
-}
 
 # What wrappers have added to a name: at its front, inside a whole tensor's name, and in a factor's.
 WRAPPERS = re.compile(r"^(?:base_model\.model\.|module\.)+")
@@ -66,30 +48,6 @@ FACTOR = re.compile(
     r"^(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<factor>[AB])"
     r"(?:\.(?!weight$|bias$)[^.]+)?(?:\.weight)?$"
 )
-
-
-@dataclass(frozen=True)
-class LoraConfig:
-    """The shape of an adapter; `patterns` give some modules a rank or alpha of their own."""
-
-    rank: int = 8
-    alpha: float = 16.0
-    dropout: float = 0.0
-    targets: tuple[str, ...] = ("q_proj", "v_proj")
-    modules_to_save: tuple[str, ...] = ()
-    use_rslora: bool = False
-    rank_pattern: dict[str, int] = field(default_factory=dict)
-    alpha_pattern: dict[str, float] = field(default_factory=dict)
-
-    def rank_of(self, module: str) -> int:
-        """The rank R of a module's factors."""
-        return _by_pattern(self.rank_pattern, module, self.rank)
-
-    def scale_of(self, module: str) -> float:
-        """s = alpha / R, or alpha / sqrt(R) for rsLoRA."""
-        alpha = _by_pattern(self.alpha_pattern, module, self.alpha)
-        rank = self.rank_of(module)
-        return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
 
 
 @dataclass(frozen=True)
@@ -118,7 +76,29 @@ class Adapter:
     config: LoraConfig
     factors: list[LoraFactors]  # at most one per module
     whole: dict[str, TensorRef]  # by the name of the model's tensor
-    names_all_targets: bool  # every module that config.targets matches has factors
+    rule: TargetRule
+
+    def is_copy(self, name: str) -> bool:
+        """Tell whether a whole tensor is a copy of the base's: it was not trained.
+
+        PEFT saves the embedding and the head with factors on one of them, and with a vocabulary
+        that has grown.
+        """
+        module = name.rpartition(".")[0]
+        return not any(module.endswith(saved) for saved in self.config.modules_to_save)
+
+    def missing(self, modules: Iterable[str]) -> list[str]:
+        """Return what the file lacks for a model that has these linears and embeddings."""
+        present = {entry.module for entry in self.factors}
+        problems = []
+        for module in modules:
+            is_whole = f"{module}.weight" in self.whole
+            if self.rule.includes(module) and module not in present and not is_whole:
+                problems.append(f"{module}.lora_A.weight is missing")
+        for saved in self.config.modules_to_save:
+            if not any(name.rpartition(".")[0].endswith(saved) for name in self.whole):
+                problems.append(f"{saved}.weight is missing (modules_to_save)")
+        return problems
 
 
 def read_adapter(directory: Path) -> Adapter:
@@ -128,7 +108,6 @@ def read_adapter(directory: Path) -> Adapter:
     two factors nor a whole tensor, and for two different values of one tensor.
     """
     config = read_adapter_config(directory)
-    raw = _raw_config(directory)
     pairs, whole = _sort_tensors(directory)
     factors = []
     for (module, is_embedding), pair in pairs.items():
@@ -137,44 +116,14 @@ def read_adapter(directory: Path) -> Adapter:
             raise UserError(f"{directory}: {module} has lora_{present} without its other half")
         a, b = pair["A"], pair["B"]
         _check_rank(directory, module, a, b, config.rank_of(module))
-        if is_embedding or raw.get("fan_in_fan_out"):
-            a, b = b.transposed(), a.transposed()  # made for a weight that lies as (columns, rows)
+        if is_embedding:
+            a, b = b.transposed(), a.transposed()  # an embedding's weight lies as (columns, rows)
         factors.append(LoraFactors(module, a, b, config.scale_of(module)))
-    names_all_targets = not raw.get("layers_to_transform") and not raw.get("exclude_modules")
-    if not names_all_targets:
+    rule = read_target_rule(directory)
+    if rule.excluded or rule.layers:
         modules = [entry.module for entry in factors]
         config = replace(config, targets=tuple(sorted(modules)))
-    return Adapter(directory, config, factors, whole, names_all_targets)
-
-
-def read_adapter_config(directory: Path) -> LoraConfig:
-    """Read adapter_config.json. Raises UserError for a key that would change the arithmetic."""
-    raw = _raw_config(directory)
-    path = directory / CONFIG_FILE
-    for key, values in NO_EFFECT.items():
-        if key in raw and raw[key] not in values:
-            raise UserError(
-                f"{path}: {key} = {raw[key]!r} is not supported; "
-                "merge the adapter with peft, and use the result"
-            )
-    targets = raw.get("target_modules") or []
-    is_pattern = isinstance(targets, str)
-    with parsing(path):
-        return LoraConfig(
-            rank=int(raw["r"]),
-            alpha=float(raw["lora_alpha"]),
-            dropout=float(raw.get("lora_dropout") or 0.0),
-            targets=(f"re:{targets}",) if is_pattern else tuple(sorted(targets)),
-            modules_to_save=tuple(raw.get("modules_to_save") or ()),
-            use_rslora=bool(raw.get("use_rslora")),
-            rank_pattern=raw.get("rank_pattern") or {},
-            alpha_pattern=raw.get("alpha_pattern") or {},
-        )
-
-
-def base_model_of(directory: Path) -> str:
-    """Return where an adapter's base model is, by its configuration; "" if it is not given."""
-    return _raw_config(directory).get("base_model_name_or_path") or ""
+    return Adapter(directory, config, factors, whole, rule)
 
 
 def adapter_tensors(directory: Path) -> dict[str, TensorRef]:
@@ -216,11 +165,6 @@ def write_adapter(
         "init_lora_weights": True,
     }
     write_json(directory / CONFIG_FILE, content)
-
-
-def _raw_config(directory: Path) -> dict[str, Any]:
-    remedy = f"an adapter is a directory with {CONFIG_FILE} and {WEIGHTS_FILE}{hub_hint(directory)}"
-    return read_json(directory / CONFIG_FILE, remedy)
 
 
 Pairs = dict[tuple[str, bool], dict[str, TensorRef]]  # (module, is embedding) -> "A" and "B"
@@ -275,11 +219,3 @@ def _check_rank(directory: Path, module: str, a: TensorRef, b: TensorRef, rank: 
             f"{directory}: {module}: lora_A is {a.shape} and lora_B {b.shape}, "
             f"{CONFIG_FILE} says rank {rank}"
         )
-
-
-def _by_pattern(patterns: dict[str, Any], module: str, default: Any) -> Any:
-    """Return the value of the first pattern that matches a module's name or a dotted tail of it."""
-    for pattern, value in patterns.items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
-            return value
-    return default

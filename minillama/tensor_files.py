@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -43,6 +43,16 @@ DTYPES = {
 POSITIONS = re.compile(r"rotary_emb\.inv_freq$|^rope\.freqs$")
 
 
+class HasValues(Protocol):
+    """A tensor that has not been read yet, of a file or to be computed."""
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    def read(self) -> Tensor: ...
+
+
 @dataclass(frozen=True)
 class TensorRef:
     """A tensor of a file that has not been read yet."""
@@ -65,6 +75,22 @@ class TensorRef:
                 return self._copy(file.get_tensor(self.name))
         return self._copy(map_torch(self.file)[self.name])
 
+    def read_finite(self) -> Tensor:
+        """Return the tensor as `read` does. Raises UserError if it holds NaN or infinity."""
+        tensor = self.read()
+        if not all_finite(tensor):
+            raise UserError(
+                f"{self.file}: {self.name} holds NaN or infinity; the file is damaged, or training "
+                "diverged"
+            )
+        return tensor
+
+    def equals(self, other: "HasValues") -> bool:
+        """Tell whether another tensor has the same shape and, in its dtype, the same values."""
+        if self.shape != other.shape:
+            return False
+        return torch.equal(self.read().to(other.dtype), other.read())
+
     def read_part(self, start: int, stop: int) -> Tensor:
         """Return elements `start` to `stop` along the first axis, as `read` does."""
         assert not self.is_transposed
@@ -81,6 +107,14 @@ class TensorRef:
         if self.is_transposed:
             mapped = mapped.T
         return mapped.clone(memory_format=torch.contiguous_format)
+
+
+def all_finite(tensor: Tensor) -> bool:
+    """Tell whether a tensor holds neither NaN nor infinity, without a mask of its size."""
+    if tensor.numel() == 0:
+        return True
+    low, high = torch.aminmax(tensor)  # NaN if one element is NaN
+    return bool(torch.isfinite(low) and torch.isfinite(high))
 
 
 def read_tensors(path: Path) -> dict[str, TensorRef]:

@@ -27,7 +27,10 @@ LAYERS: list[list[set[str]]] = [
     [{"compat"}],
     [{"ops"}, {"tokenizer"}, {"chat"}, {"comm"}, {"tensor_files", "torch_files", "tensor_writers"}],
     [{"model"}, {"parallel"}, {"data"}],
-    [{"checkpoint"}, {"lora", "lora_layers", "peft_adapters", "name_patterns"}],
+    [
+        {"checkpoint"},
+        {"lora", "lora_layers", "adapter_checks", "peft_adapters", "peft_config", "name_patterns"},
+    ],
     [{"generation"}],
     [{"training"}, {"conversion"}, {"evaluation"}, {"doctor", "self_test"}],
 ]

@@ -34,7 +34,7 @@ def test_layout_shards_and_format_do_not_matter(tmp_path, tiny_checkpoint):
     ]
     expected = manifest(base)["content"]
     for output, ordered in outputs:
-        write_checkpoint(output, ordered, lambda directory: None)
+        write_checkpoint(output, [], ordered, lambda directory: None)
         assert manifest(output.path)["content"] == expected
     hf_to_meta(base, Output(tmp_path / "meta"), num_shards=3)
     assert manifest(tmp_path / "meta")["content"] == expected

@@ -1,5 +1,6 @@
 """Merging LoRA: peft's merge_and_unload is the oracle; the sum is rounded once."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from minillama.conversion.merge import merge_lora
 from minillama.conversion.writer import Output
 from minillama.errors import UserError
 from minillama.hf_config import read_config
+from tests.conftest import random_tokens
 from tests.conversions import (
     EMBEDDING,
     HEAD,
@@ -22,7 +24,9 @@ from tests.conversions import (
     read_weights,
     run_convert,
 )
+from tests.peers import assert_same_logits, open_in_peft, open_in_transformers
 
+TOKENS = random_tokens(2, 20)
 Q_WEIGHT = "model.layers.0.self_attn.q_proj.weight"
 
 
@@ -144,12 +148,17 @@ def test_raw_training_names_are_the_same_adapter(tmp_path, tiny_checkpoint):
     assert merged_content("wrapped", wrapped, "pytorch_model.bin") == expected
 
 
-def test_fan_in_fan_out_transposes_the_product(tmp_path, tiny_checkpoint):
+def test_fan_in_fan_out_changes_nothing_as_in_peft(tmp_path, tiny_checkpoint):
+    """It is for GPT-2's layers; PEFT ignores it where a layer is a linear."""
     base = tiny_checkpoint()
-    adapter = plain_adapter(tmp_path / "a", factors(), fan_in_fan_out=True)
-    merge_lora(base, [adapter], Output(tmp_path / "out"))
-    expected = read_weights(base)[Q_WEIGHT] + 2 * product(factors()).T
-    torch.testing.assert_close(read_weights(tmp_path / "out")[Q_WEIGHT], expected)
+    peft_adapter(base, tmp_path / "a")
+    config = tmp_path / "a" / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"fan_in_fan_out": True}))
+    merge_lora(base, [tmp_path / "a"], Output(tmp_path / "out"))
+    expected = open_in_peft(base, tmp_path / "a")
+    with torch.no_grad():
+        merged = open_in_transformers(tmp_path / "out")(TOKENS).logits
+        assert_same_logits(merged, expected(TOKENS).logits)
 
 
 def test_keys_that_say_which_layers_were_adapted_change_no_merge(tmp_path, tiny_checkpoint):

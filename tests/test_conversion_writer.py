@@ -68,12 +68,12 @@ def test_a_killed_conversion_leaves_the_old_state(tmp_path, tiny_checkpoint, kil
 
     def convert_and_die() -> None:
         dying = kill_at(tensors, killed_at, signal.SIGKILL)
-        write_checkpoint(replace(output, bin=True), dying, no_other_files)
+        write_checkpoint(replace(output, bin=True), [], dying, no_other_files)
 
     assert os.WTERMSIG(run_in_child(convert_and_die)) == signal.SIGKILL
     assert contents(target) == before
 
-    write_checkpoint(output, tensors, lambda path: shutil.copy(source / "config.json", path))
+    write_checkpoint(output, [], tensors, lambda path: shutil.copy(source / "config.json", path))
     weight = load_model(target).lm_head.weight
     assert torch.equal(weight, load_model(source).lm_head.weight)
     remains = [*tmp_path.glob(".*"), *target.glob("*.bin")]
@@ -87,7 +87,7 @@ def test_killed_between_writing_and_renaming_the_old_output_is_there(tmp_path, t
 
     def convert_and_die() -> None:
         output = Output(old, overwrite=True)
-        write_checkpoint(output, tensors, lambda _: os.kill(os.getpid(), signal.SIGKILL))
+        write_checkpoint(output, [], tensors, lambda _: os.kill(os.getpid(), signal.SIGKILL))
 
     assert os.WTERMSIG(run_in_child(convert_and_die)) == signal.SIGKILL
     assert contents(old) == before
@@ -102,7 +102,7 @@ def test_a_full_disk_is_one_line_and_leaves_the_old_state(tmp_path, tiny_checkpo
 
     def convert_with_little_room() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-        write_checkpoint(Output(old, overwrite=True, bin=bin), tensors, no_other_files)
+        write_checkpoint(Output(old, overwrite=True, bin=bin), [], tensors, no_other_files)
 
     assert os.WEXITSTATUS(run_in_child(convert_with_little_room)) == 2
     assert contents(old) == before
@@ -115,7 +115,7 @@ def test_termination_removes_what_is_unfinished(tmp_path, tiny_checkpoint):
 
     def convert_until_terminated() -> None:
         with convert.exit_on_sigterm():
-            write_checkpoint(Output(tmp_path / "new"), stopping, no_other_files)
+            write_checkpoint(Output(tmp_path / "new"), [], stopping, no_other_files)
 
     assert os.WEXITSTATUS(run_in_child(convert_until_terminated)) == 4
     assert not (tmp_path / "new").exists()
@@ -127,7 +127,7 @@ def test_free_disk_is_checked_before_the_first_byte(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     huge = {"w": LazyTensor(torch.float16, (10**6, 10**4), lambda: pytest.fail("work began"))}
     with pytest.raises(UserError, match=r"needs 20\.00 GB, and 1\.00 GB are free"):
-        write_checkpoint(Output(tmp_path / "new"), huge, no_other_files)
+        write_checkpoint(Output(tmp_path / "new"), [], huge, no_other_files)
     assert not list(tmp_path.iterdir())
 
 
@@ -135,7 +135,7 @@ def test_existing_output_is_refused_and_only_checkpoints_are_overwritten(tmp_pat
     tensors = open_weights(tiny_checkpoint("source"))
     old = tiny_checkpoint("old")
     with pytest.raises(UserError, match="already exists; --overwrite"):
-        write_checkpoint(Output(old), tensors, no_other_files)
+        write_checkpoint(Output(old), [], tensors, no_other_files)
     (tmp_path / "home" / "photos").mkdir(parents=True)
     (tmp_path / "home" / "config.json").write_text("{}")
     (tmp_path / "notes").mkdir()
@@ -143,18 +143,24 @@ def test_existing_output_is_refused_and_only_checkpoints_are_overwritten(tmp_pat
     (tmp_path / "file").write_text("keep")
     for name in ("home", "notes", "file"):
         with pytest.raises(UserError, match="not a plain checkpoint directory"):
-            write_checkpoint(Output(tmp_path / name, overwrite=True), tensors, no_other_files)
+            write_checkpoint(Output(tmp_path / name, overwrite=True), [], tensors, no_other_files)
     with pytest.raises(UserError, match="no output was written"):
-        write_checkpoint(Output(tmp_path / "file" / "below"), tensors, no_other_files)
+        write_checkpoint(Output(tmp_path / "file" / "below"), [], tensors, no_other_files)
     assert (tmp_path / "notes" / "a.txt").read_text() == "keep"
     assert (tmp_path / "file").read_text() == "keep"
 
 
-def test_an_input_may_be_overwritten_by_what_is_made_of_it(tiny_checkpoint):
-    base = tiny_checkpoint()
-    output = Output(base, overwrite=True, dtype=torch.float16)
-    write_checkpoint(output, open_weights(base), no_other_files)
-    assert {tensor.dtype for tensor in open_weights(base).values()} == {torch.float16}
+def test_an_output_that_would_replace_an_input_is_refused_under_every_name(
+    tmp_path, tiny_checkpoint
+):
+    base = tiny_checkpoint("base")
+    before = contents(base)
+    (tmp_path / "link").symlink_to(base)
+    for path in (base, tmp_path / "link", tmp_path / "other" / ".." / "base", tmp_path):
+        output = Output(path, overwrite=True, dtype=torch.float16)
+        with pytest.raises(UserError, match="the output would replace the input"):
+            write_checkpoint(output, [base], open_weights(base), no_other_files)
+        assert contents(base) == before
 
 
 def test_killed_between_the_two_renames_the_old_output_comes_back(
@@ -172,13 +178,13 @@ def test_killed_between_the_two_renames_the_old_output_comes_back(
 
     def convert_and_die() -> None:
         monkeypatch.setattr(Path, "rename", die_at_the_second)
-        write_checkpoint(Output(old, overwrite=True), tensors, no_other_files)
+        write_checkpoint(Output(old, overwrite=True), [], tensors, no_other_files)
 
     run_in_child(convert_and_die)
     assert contents(tmp_path / ".old.old") == before
     assert not old.exists()
     with pytest.raises(UserError, match="already exists"):
-        write_checkpoint(Output(old), tensors, no_other_files)
+        write_checkpoint(Output(old), [], tensors, no_other_files)
     assert contents(old) == before
     assert not list(tmp_path.glob(".*"))
 
@@ -196,7 +202,7 @@ def test_a_rename_that_fails_puts_the_old_output_back(tmp_path, tiny_checkpoint,
 
     monkeypatch.setattr(Path, "rename", refuse)
     with pytest.raises(UserError, match="untouched"):
-        write_checkpoint(Output(old, overwrite=True), tensors, no_other_files)
+        write_checkpoint(Output(old, overwrite=True), [], tensors, no_other_files)
     assert contents(old) == before
     assert not list(tmp_path.glob(".*"))
 
@@ -206,7 +212,7 @@ def test_two_conversions_to_one_output_do_not_mix(tmp_path, tiny_checkpoint):
     output = Output(tmp_path / "new")
     with new_directory(output.path) as directory:
         with pytest.raises(UserError, match="another conversion is writing"):
-            write_checkpoint(output, tensors, no_other_files)
+            write_checkpoint(output, [], tensors, no_other_files)
         (directory / "w").write_text("complete")
     assert (tmp_path / "new" / "w").read_text() == "complete"
 
@@ -218,11 +224,13 @@ def test_anonymous_memory_does_not_grow_with_the_number_of_tensors(tmp_path):
     for count in (4, 24):
         tensor = LazyTensor(torch.float32, (MiB,), lambda: torch.ones(MiB))
         source = Output(tmp_path / f"source{count}")
-        write_checkpoint(source, {f"w{i}": tensor for i in range(count)}, no_other_files)
+        write_checkpoint(source, [], {f"w{i}": tensor for i in range(count)}, no_other_files)
         tensors = open_weights(source.path)
         output = Output(tmp_path / f"copy{count}", dtype=torch.float16)
         peaks[count] = peak_growth(
-            lambda output=output, tensors=tensors: write_checkpoint(output, tensors, no_other_files)
+            lambda output=output, tensors=tensors: write_checkpoint(
+                output, [], tensors, no_other_files
+            )
         )
     assert peaks[24] < peaks[4] + 8 * MiB
     assert peaks[24] < 32 * MiB

@@ -135,7 +135,7 @@ def _convert(
         write_companions(directory, model, config, embedding.dtype, tokenizers)
 
     notes = tokenizer_notes(tokenizers)
-    return write_checkpoint(output, tensors, write_other_files, notes=notes)
+    return write_checkpoint(output, [base, other], tensors, write_other_files, notes=notes)
 
 
 def _combine(

@@ -7,8 +7,10 @@ there are. A whole tensor of an adapter (`modules_to_save`, for example a larger
 the base's tensor, and what earlier adapters have added to it.
 
 An adapter whose names do not match would merge without effect. So every tensor of an adapter must
-find its place in the base, exactly once. The report says for each merged weight how much it
-changed, |W' - W| / |W|, and whether W'x equals W x + s·B(A x) on random x, up to rounding.
+find its place in the base, exactly once, and every module that it targets must have its tensors.
+An embedding and head that are tied in the base become two weights where an adapter changes one.
+The report says for each merged weight how much it changed, |W' - W| / |W|, and whether W'x equals
+W x + s·B(A x) on random x, up to rounding. merge_check.py then compares the whole models.
 
 Left out on purpose: DoRA (its merge rescales columns), and merging into quantized weights.
 
@@ -27,6 +29,8 @@ from torch import Tensor
 
 from minillama.checkpoint.hf_reader import EMBEDDING, HEAD, check_names, open_weights
 from minillama.checkpoint.tokenizer_files import has_tokenizer
+from minillama.conversion.merge_check import compare, open_written, with_adapters
+from minillama.conversion.merge_inputs import check_vocabulary, notes_on_base, notes_on_vocabulary
 from minillama.conversion.meta_writer import write_meta
 from minillama.conversion.writer import (
     Conversion,
@@ -36,17 +40,13 @@ from minillama.conversion.writer import (
     write_checkpoint,
     write_companions,
 )
-from minillama.errors import UserError, closest
-from minillama.files import read_json
+from minillama.errors import UserError, closest, listed
 from minillama.hf_config import read_config
+from minillama.llama_config import LlamaConfig
 from minillama.peft_adapters import Adapter, LoraFactors, read_adapter
-from minillama.tensor_files import TensorRef
-from minillama.tokenizer import SentencePieceTokenizer
+from minillama.tensor_files import TensorRef, all_finite
 
 NUM_PROBES = 4  # P, the random hidden states of the check
-PUBLISHED_SIZES = (
-    "LLaMA's has 32000, Chinese-LLaMA's 49953, Chinese-Alpaca's 49954, Chinese-LLaMA-2's 55296"
-)
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,7 @@ class MergeReport:
     conversion: Conversion
     weights: list[MergedWeight]
     adapters: list[Adapter]
+    deviation: float  # max |merged - unmerged logits| / max |unmerged logits|
 
     def __str__(self) -> str:
         lines = [str(self.conversion)]
@@ -76,6 +77,7 @@ class MergeReport:
         for adapter in self.adapters:
             numbers = f"{len(adapter.factors)} products and {len(adapter.whole)} whole tensors"
             lines.append(f"{adapter.path}: {numbers}, each used once")
+        lines.append(f"whole model: merged - unmerged logits, relative: {self.deviation:.1e}")
         unchanged = [weight.name for weight in self.weights if weight.change == 0]
         if unchanged:
             count = f"{len(unchanged)} of {len(self.weights)} modules"
@@ -97,6 +99,7 @@ class PlannedTensor:
     """A tensor of the output: `source`, plus s·B·A of each of `factors`."""
 
     source: TensorRef
+    dtype: torch.dtype  # of the base's tensor
     factors: list[LoraFactors] = field(default_factory=list)
 
 
@@ -126,39 +129,72 @@ def merge_lora(
     base_tensors = open_weights(base)
     check_names(config, base_tensors, base)
     opened = [read_adapter(path) for path in adapters]
-    if config.tie_embeddings and any(_changes_head(adapter) for adapter in opened):
-        base_tensors = base_tensors | {HEAD: base_tensors[EMBEDDING]}
-        config = replace(config, tie_embeddings=False)
-
-    plan = {name: PlannedTensor(tensor) for name, tensor in base_tensors.items()}
-    for adapter in opened:
-        _add_to_plan(plan, adapter)
-    config = replace(config, vocab_size=plan[EMBEDDING].source.shape[0])
-    check_names(config, {name: planned.source for name, planned in plan.items()}, base)
+    plan, notes = _plan_merge(config, base_tensors, base, opened)
+    merged_config = _config_of(plan, config)
+    if merged_config.tie_embeddings and HEAD not in base_tensors:
+        del plan[HEAD]
+    check_names(merged_config, {name: planned.source for name, planned in plan.items()}, base)
 
     weights: list[MergedWeight] = []  # filled as the tensors are read
     tensors = {}
     for name, planned in plan.items():
-        dtype = output.dtype or base_tensors[name].dtype
+        dtype = output.dtype or planned.dtype
         tensors[name] = _merge_lazily(name, planned, dtype, device, seed, weights)
 
     sources = [*reversed(adapters), base]
+    notes += tokenizer_notes(sources)
+    if merged_config.vocab_size > config.vocab_size:
+        notes += notes_on_vocabulary(sources, merged_config.vocab_size)
+    unmerged = with_adapters(config, base_tensors, opened, device)
+    deviations: list[float] = []  # filled when the files are written
+
+    def check(directory: Path) -> None:
+        written = open_written(directory, meta, device)
+        deviations.append(compare(written, unmerged, tensors[EMBEDDING].dtype, seed))
+
+    inputs = [base, *adapters]
     if meta:
-        with_tokenizer = [source for source in sources if has_tokenizer(source)]
-        companions = with_tokenizer[0] if with_tokenizer else base
-        conversion = write_meta(output, tensors, config, companions, num_shards)
+        companions = next(filter(has_tokenizer, sources), base)
+        conversion = write_meta(
+            output, inputs, tensors, merged_config, companions, num_shards, check, notes
+        )
     else:
 
         def write_other_files(directory: Path) -> None:
-            write_companions(directory, base, config, tensors[EMBEDDING].dtype, sources)
+            write_companions(directory, base, merged_config, tensors[EMBEDDING].dtype, sources)
+            check(directory)
 
-        notes = tokenizer_notes(sources)
-        conversion = write_checkpoint(output, tensors, write_other_files, notes=notes)
-    return MergeReport(conversion, weights, opened)
+        conversion = write_checkpoint(output, inputs, tensors, write_other_files, notes=notes)
+    return MergeReport(conversion, weights, opened, deviations[0])
 
 
-def _changes_head(adapter: Adapter) -> bool:
-    return HEAD in adapter.whole or any(entry.weight_name == HEAD for entry in adapter.factors)
+def _plan_merge(
+    config: LlamaConfig, base_tensors: dict[str, TensorRef], base: Path, adapters: list[Adapter]
+) -> tuple[Plan, list[str]]:
+    """What each tensor of the output is made of, and notes for the user.
+
+    A tied head stands under its own name, with the embedding's tensor.
+    """
+    plan = {name: PlannedTensor(tensor, tensor.dtype) for name, tensor in base_tensors.items()}
+    if config.tie_embeddings:
+        plan[HEAD] = replace(plan[EMBEDDING], factors=[])
+    notes = []
+    for adapter in adapters:
+        notes += notes_on_base(adapter.path, base, plan[EMBEDDING].source.shape[0])
+        _add_to_plan(plan, adapter)
+    return plan, notes
+
+
+def _config_of(plan: Plan, base_config: LlamaConfig) -> LlamaConfig:
+    """The configuration of the output: its rows, and whether embedding and head are one weight."""
+    embedding = plan[EMBEDDING]
+    is_tied = base_config.tie_embeddings
+    if is_tied:
+        head = plan[HEAD]
+        is_same = embedding.source == head.source or embedding.source.equals(head.source)
+        is_tied = is_same and not embedding.factors and not head.factors
+    vocab_size = embedding.source.shape[0]
+    return replace(base_config, vocab_size=vocab_size, tie_embeddings=is_tied)
 
 
 def _add_to_plan(plan: Plan, adapter: Adapter) -> None:
@@ -171,6 +207,8 @@ def _add_to_plan(plan: Plan, adapter: Adapter) -> None:
             )
     for name, tensor in adapter.whole.items():
         shape = plan[name].source.shape
+        if adapter.is_copy(name) and tensor.equals(plan[name].source):
+            continue
         may_grow = name in (EMBEDDING, HEAD) and tensor.shape[1:] == shape[1:]
         grows = may_grow and tensor.shape[0] >= shape[0]
         if tensor.shape != shape and not grows:
@@ -178,7 +216,7 @@ def _add_to_plan(plan: Plan, adapter: Adapter) -> None:
                 f"{adapter.path}: {name} is {tensor.shape}, in the base {shape}; "
                 "it was trained on another base"
             )
-        plan[name] = PlannedTensor(tensor)
+        plan[name] = PlannedTensor(tensor, plan[name].dtype)
     for entry in adapter.factors:
         planned = plan[entry.weight_name]
         if entry.weight_shape != planned.source.shape:
@@ -187,46 +225,12 @@ def _add_to_plan(plan: Plan, adapter: Adapter) -> None:
                 f"the base has {planned.source.shape}"
             )
         planned.factors.append(entry)
+    matrices = [name for name, planned in plan.items() if len(planned.source.shape) == 2]
+    missing = adapter.missing(name.removesuffix(".weight") for name in matrices)
+    if missing:
+        raise UserError(f"{adapter.path}: {listed(missing)}; the file is not complete")
     if (adapter.path / "tokenizer.model").is_file():
-        _check_vocabulary(adapter, plan[EMBEDDING].source.shape[0])
-
-
-def _check_vocabulary(adapter: Adapter, num_rows: int) -> None:
-    """Compare the size of an adapter's vocabulary with the rows of the embedding."""
-    path = adapter.path / "tokenizer.model"
-    vocab_size = _count_tokens(path)
-    if EMBEDDING in adapter.whole and vocab_size != num_rows:
-        raise UserError(
-            f"{path}: {vocab_size} tokens, but the adapter's embedding has {num_rows} rows; a "
-            f"tokenizer of another model ({PUBLISHED_SIZES})"
-        )
-    if vocab_size > num_rows:
-        raise UserError(
-            f"{path}: {vocab_size} tokens, but the embedding has {num_rows} rows and the adapter "
-            "brings no larger one (modules_to_save: embed_tokens, lm_head); was it saved whole?"
-        )
-
-
-def _count_tokens(path: Path) -> int:
-    """Count the tokens of tokenizer.model and those that the JSON files beside it add.
-
-    Chinese-Alpaca's [PAD] is such an added token.
-    """
-    added: list[object] = []
-    added_tokens = path.with_name("added_tokens.json")
-    if added_tokens.is_file():
-        added.extend(read_json(added_tokens))
-    special_tokens = path.with_name("special_tokens_map.json")
-    if special_tokens.is_file():
-        added.extend(read_json(special_tokens).values())
-    model = SentencePieceTokenizer(path).model
-    tokens = {model.id_to_piece(index) for index in range(model.get_piece_size())}
-    for token in added:
-        if isinstance(token, dict):
-            tokens.add(token["content"])
-        elif isinstance(token, str):
-            tokens.add(token)
-    return len(tokens)
+        check_vocabulary(adapter, plan[EMBEDDING].source.shape[0])
 
 
 def _merge_lazily(
@@ -239,21 +243,31 @@ def _merge_lazily(
 ) -> LazyTensor:
     """The tensor of the output. Its reading appends to `weights` what merging did to it."""
     source = planned.source
-    if not planned.factors:
-        return LazyTensor(dtype, source.shape, source.read)
 
     def read() -> Tensor:
+        weight = source.read_finite()
+        if not planned.factors:
+            return _check_range(name, weight.to(dtype))
         # Several adapters are one adapter of their summed rank.
-        b = [entry.b.read().float() * entry.scale for entry in planned.factors]
-        a = [entry.a.read().float() for entry in planned.factors]
+        b = [entry.b.read_finite().float() * entry.scale for entry in planned.factors]
+        a = [entry.a.read_finite().float() for entry in planned.factors]
         scaled_b = torch.cat(b, dim=1).to(device)  # (out, R)
         whole_a = torch.cat(a, dim=0).to(device)  # (R, in)
-        weight = source.read().to(device).float()
-        merged, report = _merge(name, weight, scaled_b, whole_a, dtype, seed)
+        merged, report = _merge(name, weight.to(device).float(), scaled_b, whole_a, dtype, seed)
         weights.append(report)
-        return merged
+        return _check_range(name, merged)
 
     return LazyTensor(dtype, source.shape, read)
+
+
+def _check_range(name: str, weight: Tensor) -> Tensor:
+    """Return a weight of the output. Raises UserError if it left the range of its dtype."""
+    if not all_finite(weight):
+        dtype = str(weight.dtype).removeprefix("torch.")
+        raise UserError(
+            f"{name}: a value is too large for {dtype}; write another --dtype, such as float32"
+        )
+    return weight
 
 
 def _merge(

@@ -58,7 +58,8 @@ def meta_to_hf(
     def write_other_files(directory: Path) -> None:
         write_configs(directory, config, dtype, opened)
 
-    return write_checkpoint(output, checkpoint.tensors, write_other_files, notes=notes)
+    inputs = [source] if opened is None else [source, opened.path]
+    return write_checkpoint(output, inputs, checkpoint.tensors, write_other_files, notes=notes)
 
 
 def hf_to_meta(source: Path, output: Output, num_shards: int = 0) -> Conversion:
@@ -69,7 +70,7 @@ def hf_to_meta(source: Path, output: Output, num_shards: int = 0) -> Conversion:
     config = read_config(source)
     tensors = open_weights(source)
     check_names(config, tensors, source)
-    return write_meta(output, tensors, config, companions=source, num_shards=num_shards)
+    return write_meta(output, [source], tensors, config, companions=source, num_shards=num_shards)
 
 
 def _find_tokenizer(source: Path, tokenizer: Path | str) -> Tokenizer | None:

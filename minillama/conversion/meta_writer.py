@@ -7,7 +7,7 @@
 All files are open at once: each tensor is computed once, and each file gets its slice.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -33,14 +33,23 @@ from minillama.tensor_writers import TensorSpecs, specs_of, torch_writer
 
 
 def write_meta(
-    output: Output, tensors: LazyTensors, config: LlamaConfig, companions: Path, num_shards: int = 0
+    output: Output,
+    inputs: Sequence[Path],
+    tensors: LazyTensors,
+    config: LlamaConfig,
+    companions: Path,
+    num_shards: int = 0,
+    check: Callable[[Path], None] | None = None,
+    notes: Iterable[str] = (),
 ) -> Conversion:
     """Write a directory in Meta's layout.
 
     Args:
+        inputs, notes: as of `write_checkpoint`.
         tensors: whole, under Hugging Face's names.
         companions: the directory whose tokenizer is copied.
         num_shards: files of weights; 0: as many as Meta has for this width.
+        check: called with the directory once all files are in it.
 
     Raises UserError if Meta's layout cannot hold this model.
     """
@@ -54,9 +63,11 @@ def write_meta(
     def write_other_files(directory: Path) -> None:
         write_json(directory / "params.json", params_of(config))
         copy_tokenizer(companions, directory)
+        if check is not None:
+            check(directory)
 
     write_tensors = partial(_write_shards, config, num_shards)
-    return write_checkpoint(output, ordered, write_other_files, write_tensors)
+    return write_checkpoint(output, inputs, ordered, write_other_files, write_tensors, notes)
 
 
 def _check_layout(config: LlamaConfig, num_shards: int) -> None:

@@ -28,7 +28,7 @@ from minillama.checkpoint.tokenizer_files import copy_tokenizer, has_tokenizer
 from minillama.files import read_json, write_bytes, write_json
 from minillama.llama_config import LlamaConfig
 from minillama.memory import peak_resident_bytes
-from minillama.output_directory import GB, new_directory
+from minillama.output_directory import GB, new_directory, refuse_overlap
 from minillama.tensor_files import TensorRef
 from minillama.tensor_writers import TensorSpecs
 
@@ -82,6 +82,7 @@ class Conversion:
 
 def write_checkpoint(
     output: Output,
+    inputs: Sequence[Path],
     tensors: LazyTensors,
     write_other_files: Callable[[Path], None],
     write_tensors: TensorWriter | None = None,
@@ -90,12 +91,15 @@ def write_checkpoint(
     """Compute `tensors` and write them to a new directory.
 
     Args:
-        write_other_files: writes config and tokenizer into the directory, after the tensors.
+        inputs: what the conversion reads; none of it may be what it writes.
+        write_other_files: writes config and tokenizer into the directory, after the tensors. It may
+            check what was written: after a UserError there is no output.
         write_tensors: the layout of the tensors; None: Hugging Face's.
         notes: for the result.
 
-    Raises UserError if the output exists and may not be replaced, or cannot be written.
+    Raises UserError if the output is an input, may not be replaced, or cannot be written.
     """
+    refuse_overlap(output.path, inputs)
     started = time.monotonic()
     specs: TensorSpecs = {
         name: (output.dtype or tensor.dtype, tensor.shape) for name, tensor in tensors.items()

@@ -27,7 +27,7 @@ from minillama.hf_config import stop_ids
 from minillama.hub import hub_hint
 from minillama.lora import load_adapter
 from minillama.model import Llama
-from minillama.peft_adapters import base_model_of
+from minillama.peft_config import base_model_of
 from minillama.tokenizer import Tokenizer, open_tokenizer
 
 CHECKSUM_SAMPLES = 4096  # about how many values of each parameter `weights_checksum` reads

@@ -27,7 +27,7 @@ from minillama.errors import UserError
 from minillama.llama_config import LlamaConfig, ffn_width, with_layers
 from minillama.lora import WHOLE, LoraConfig, add_lora, load_adapter, resolve_names
 from minillama.model import Llama
-from minillama.peft_adapters import read_adapter_config
+from minillama.peft_config import read_adapter_config
 from minillama.tokenizer import Tokenizer
 from minillama.train_config import KEYS, TrainConfig
 from minillama.training.finite import first_non_finite
