@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from minillama.comm import Mesh
+from minillama.ops import reference
 from minillama.parallel.sharded_optimizer import ShardedOptimizer
 from minillama.train_config import TrainConfig
 from tests.conftest import random_model
@@ -108,3 +109,31 @@ def test_frozen_parameters_are_no_part_of_the_flat_vector() -> None:
     model.requires_grad_(False)
     model.lm_head.requires_grad_(True)
     assert flat_adamw(model).num_trained == model.lm_head.weight.numel()
+
+
+def test_the_exact_reduction_updates_by_the_formula_to_the_bit() -> None:
+    """A fused kernel rounds the ends of a range differently, so its bits follow from the cut."""
+    model = random_model()
+    config = TrainConfig(reduction="exact", weight_decay=0.1)
+    flat = ShardedOptimizer(model.named_parameters(), MESH, config)
+    flat.backward(loss_of(model, 0), 1)
+    vector = flat.vectors[0]
+    weight = vector.master.clone()
+    grad = vector.gradients.reduced().clone()
+    zeros = torch.zeros_like(weight)
+    ranges = [(0, vector.decayed, 0.1), (vector.decayed, vector.total, 0.0)]
+    for start, stop, weight_decay in ranges:
+        reference.adamw(
+            weight[start:stop],
+            grad[start:stop],
+            zeros[start:stop].clone(),
+            zeros[start:stop].clone(),
+            1,
+            learning_rate=1e-2,
+            beta1=config.adam_beta1,
+            beta2=config.adam_beta2,
+            epsilon=config.adam_epsilon,
+            weight_decay=weight_decay,
+        )
+    flat.step(1e-2, max_norm=0.0)
+    assert torch.equal(vector.master, weight)

@@ -1,5 +1,6 @@
 """Tokenized data sets: written whole or not at all, and the same by any number of processes."""
 
+import hashlib
 import os
 import signal
 import subprocess
@@ -46,6 +47,20 @@ def test_a_data_set_holds_every_documents_ids_and_mask(alpaca_dataset, small_tok
     assert dataset.meta["targets"] == sum(sum(mask) for _, mask in documents)
     assert dataset.tokens.dtype == np.uint16
     assert dataset.meta["documents_without_target"] == 0
+
+
+def test_a_data_set_knows_size_time_and_content_of_its_sources(alpaca_dataset):
+    source, prefix = alpaca_dataset
+    status = source.stat()
+    assert Dataset(prefix).meta["sources"] == {
+        str(source): {
+            "format": "alpaca",
+            "columns": {},
+            "bytes": status.st_size,
+            "mtime_ns": status.st_mtime_ns,
+            "sha256": hashlib.sha256(source.read_bytes()).hexdigest(),
+        }
+    }
 
 
 def test_the_index_is_offsets_from_zero_and_the_mask_is_absent_where_all_is_trained(tmp_path):

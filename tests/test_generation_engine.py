@@ -12,6 +12,7 @@ from minillama.errors import UserError
 from minillama.generation.config import GenerationConfig
 from minillama.generation.decode import Completion
 from minillama.generation.engine import ChatSession, Engine, longest_stop_prefix
+from minillama.generation.prompts import record_of
 from minillama.generation.terminal import chat_in_terminal
 from minillama.tokenizer import open_tokenizer
 
@@ -137,3 +138,11 @@ def test_the_end_of_a_text_that_may_begin_a_stop_string_is_found() -> None:
     assert longest_stop_prefix("text ab", ("abc", "bx")) == 2
     assert longest_stop_prefix("text b", ("abc", "bx")) == 1
     assert longest_stop_prefix("text", ("abc", "bx")) == 0
+
+
+def test_the_speed_of_a_record_counts_the_tokens_of_all_its_samples(engine: Engine) -> None:
+    first = Completion([1], ids=[5, 6], finish_reason="eos", seconds=1.0)
+    second = Completion([1], ids=[5, 6, 7, 8], finish_reason="length", seconds=2.0)
+    record = record_of(engine, "prompt", [first, second])
+    assert record["seconds"] == 2.0
+    assert record["tokens_per_second"] == 6 / 2

@@ -53,6 +53,7 @@ def test_a_kind_of_adapter_that_computes_otherwise_is_refused_by_name(
     ("change", "named"),
     [
         (lambda about: about.pop("lora_alpha"), "key 'lora_alpha' is missing"),
+        (lambda about: about.pop("r"), "key 'r' is missing"),
         (lambda about: about.update(r="many"), "r is 'many', expected a rank"),
     ],
 )

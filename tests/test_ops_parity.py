@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from minillama.ops import fused_attention, fused_elementwise
+from minillama.ops import fused_attention, fused_elementwise, reference
 from tests import flash
 from tests.parity import BOUNDS, CASES, Case, angles, cells, check, implementations, randn
 
@@ -81,3 +81,13 @@ def test_a_frozen_norm_or_half_of_a_gate_leaves_the_other_gradient_as_it_is() ->
     gate, up = randn(5, 24, seed=2), randn(5, 24, seed=3).requires_grad_()
     (of_up,) = torch.autograd.grad(fused_elementwise.swiglu(gate, up).sum(), up)
     assert torch.equal(of_up, torch.nn.functional.silu(gate))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_the_formula_of_a_norm_rounds_where_transformers_does(dtype: torch.dtype) -> None:
+    """The normed x is rounded to 16 bits before it is multiplied by the weight."""
+    transformers = pytest.importorskip("transformers")
+    norm = transformers.models.llama.modeling_llama.LlamaRMSNorm(70, 1e-5).to(dtype)
+    norm.weight.data = randn(70, seed=1).to(dtype)
+    x = randn(33, 70).to(dtype)
+    assert torch.equal(reference.rms_norm(x, norm.weight, 1e-5), norm(x))

@@ -164,6 +164,8 @@ def json_tokenizer(tmp_path_factory):
 def test_a_tokenizer_json_keeps_the_same_promises(json_tokenizer):
     assert (json_tokenizer.bos_id, json_tokenizer.eos_id) == (0, 1)
     assert json_tokenizer.control_id("<|start_header_id|>") == 2
+    ids = [0, 2, *json_tokenizer.encode("Hello"), 1]
+    assert json_tokenizer.decode(ids) == "Hello"  # control tokens are no text
     for text in ("Hello world. 天龘 é", "<|eot_id|> is text"):
         ids = json_tokenizer.encode(text)
         assert json_tokenizer.eos_id not in ids
