@@ -25,7 +25,13 @@ LAYERS: list[list[set[str]]] = [
     [{"llama_config", "hf_config"}, {"device"}, {"memory"}, {"loss_curves"}],
     [{"train_config", "cli", "ignored_keys", "presets"}],
     [{"compat"}],
-    [{"ops"}, {"tokenizer"}, {"chat"}, {"comm"}, {"tensor_files", "torch_files", "tensor_writers"}],
+    [
+        {"ops"},
+        {"tokenizer", "sentencepiece_tokenizer", "json_tokenizer", "added_tokens"},
+        {"chat"},
+        {"comm"},
+        {"tensor_files", "torch_files", "tensor_writers"},
+    ],
     [{"model"}, {"parallel"}, {"data"}],
     [
         {"checkpoint"},

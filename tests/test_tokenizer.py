@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minillama.errors import UserError
-from minillama.tokenizer import Stream, WordIds, open_tokenizer, train_tokenizer
+from minillama.sentencepiece_tokenizer import WordIds
+from minillama.tokenizer import Stream, open_tokenizer, train_tokenizer
 
 CONTROL = re.compile(r"</?s>|<unk>")
 # What a cache of words can get wrong: runs of spaces, line breaks, the letter ▁, other scripts.

@@ -34,7 +34,7 @@ def encode_pieces(tokenizer: Tokenizer, pieces: Iterable[Piece]) -> tuple[list[i
             text = ""
             start = len(ids)
         if piece.control:
-            ids.append(_control_id(tokenizer, piece.control))
+            ids += _control_ids(tokenizer, piece.control)
             start = len(ids)
         else:
             text += piece.text
@@ -65,18 +65,24 @@ def encode_document(
 
 
 def encode_block(tokenizer: Tokenizer, block: TextBlock, append_eod: bool) -> list[int]:
-    """The ids of a part of a plain text. BOS begins the text, and EOS ends it if append_eod."""
+    """The ids of a part of a plain text.
+
+    BOS begins the text where the tokenizer adds it, and EOS ends it if append_eod.
+    """
     check_encodable(block.text)
     ids = tokenizer.encode(block.text, follows_line_break=not block.is_first)
-    if block.is_first and tokenizer.bos_id is not None:
-        ids = [tokenizer.bos_id, *ids]
+    if block.is_first:
+        ids = [*tokenizer.starts_with, *ids]
     if block.is_last and append_eod and tokenizer.eos_id is not None:
         ids.append(tokenizer.eos_id)
     return ids
 
 
-def _control_id(tokenizer: Tokenizer, name: str) -> int:
+def _control_ids(tokenizer: Tokenizer, name: str) -> list[int]:
+    """The id of a control piece. BOS has none where the tokenizer adds none."""
+    if name == "bos":
+        return tokenizer.starts_with
     token = tokenizer.control_id(name)
     if token is None:
         raise UserError(f"{tokenizer.path}: has no {name} token, which the template needs")
-    return token
+    return [token]

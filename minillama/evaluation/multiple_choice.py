@@ -68,18 +68,15 @@ class MultipleChoice:
         return query
 
     def _encode(self, prompt: str) -> Query:
-        bos = self._bos()
+        bos = self.tokenizer.starts_with
         continuations = encode_choices(self.protocol, self.tokenizer, prompt)
         return Query(bos + self.tokenizer.encode(prompt), continuations)
 
     def _cut(self, query: Query, excess: int) -> Query:
         """The query without the first `excess` tokens after BOS."""
-        bos = self._bos()
+        bos = self.tokenizer.starts_with
         self.prompts_cut += 1
         return Query(bos + query.context[len(bos) + excess :], query.continuations)
-
-    def _bos(self) -> list[int]:
-        return [] if self.tokenizer.bos_id is None else [self.tokenizer.bos_id]
 
     def make_record(self, id: str, result: QueryResult) -> Record:
         """The prediction of a question."""

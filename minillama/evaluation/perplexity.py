@@ -43,13 +43,10 @@ class Perplexity:
         self.queries: dict[str, Query] = {}
         self.num_bytes = 0
 
-        first_token = tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
-        if first_token is None:
-            raise UserError(f"{tokenizer.path}: has neither BOS nor EOS to begin a document with")
         texts = list(read_texts(path))[: options.limit or None]
         for number, text in enumerate(texts):
+            ids = encode_document(tokenizer, text)
             self.num_bytes += len(text.encode())
-            ids = [first_token, *tokenizer.encode(text)]
             for start in range(0, len(ids) - 1, max_length):
                 self.queries[f"{number}/{start}"] = window_query(ids, start, max_length)
         if not self.queries:
@@ -97,6 +94,18 @@ def read_texts(path: Path) -> Iterator[str]:
         if not isinstance(text, str):
             raise UserError(f'{path} {place}: lacks the string "text" ({record!s:.120})')
         yield text
+
+
+def encode_document(tokenizer: Tokenizer, text: str) -> list[int]:
+    """The ids of a document, of which all but the first are predicted.
+
+    The first is BOS. Where the tokenizer adds none it is EOS, which ended the document before; a
+    tokenizer without both leaves the text's own first token unpredicted.
+    """
+    start = tokenizer.starts_with
+    if not start and tokenizer.eos_id is not None:
+        start = [tokenizer.eos_id]
+    return [*start, *tokenizer.encode(text)]
 
 
 def window_query(ids: list[int], start: int, max_length: int) -> Query:

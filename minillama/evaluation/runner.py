@@ -113,7 +113,7 @@ def describe(options: EvalOptions, benchmark: Benchmark, engine: Engine, max_len
     return {
         "task": options.task,
         **asdict(benchmark.setup),
-        "bos": engine.tokenizer.bos_id is not None,
+        "bos": bool(engine.tokenizer.starts_with),
         "max_length": max_length,
         "tokenizer_sha256": engine.tokenizer.sha256,
         "data_sha256": hashes,
