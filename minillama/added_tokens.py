@@ -56,16 +56,21 @@ class TokenizerSettings:
         """The token of a role, or ""."""
         return self.named[role].content if role in self.named else ""
 
+    def name_in_config(self, role: str) -> str:
+        """The token of a role in tokenizer_config.json alone, or ""."""
+        token = self.config.get(role) or ""
+        return token["content"] if isinstance(token, dict) else token
+
     def special_tokens(self) -> list[AddedToken]:
         """All special tokens that are named, in the order in which transformers gives them ids."""
         by_role = [self.named[role] for role in ROLES if role in self.named]
         return [*by_role, *self.additional]
 
     def flag(self, key: str, default: bool) -> bool:
-        """A key of tokenizer_config.json that is true or false."""
-        value = self.config.get(key)
+        """A key of tokenizer_config.json that is true or false; null counts as false."""
+        value = self.config.get(key, default)
         if value is None:
-            return default
+            return False
         if not isinstance(value, bool):
             raise UserError(f"{CONFIG}: {key} = {value!r}: expected true or false")
         return value

@@ -74,8 +74,11 @@ class JsonTokenizer:
         with parsing(path.with_name(CONFIG)):
             self.starts_with = self._start_of_texts(settings)
         changes: dict[str, Any] = {token.content: asdict(token) for token in new_tokens}
-        if self.starts_with != ([] if named_bos is None else [named_bos]):
+        bos_in_config = self._id_of(settings.name_in_config("bos_token"))
+        if self.starts_with != ([] if bos_in_config is None else [bos_in_config]):
             changes["starts_with"] = self.starts_with
+        if self.eos_id != self._id_of(settings.name_in_config("eos_token")):
+            changes["eos"] = self.eos_id
         self.sha256 = fingerprint(path.read_bytes(), changes)
 
     def _new_tokens(self, settings: TokenizerSettings) -> list[AddedToken]:

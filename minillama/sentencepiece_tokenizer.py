@@ -67,7 +67,8 @@ class SentencePieceTokenizer:
         settings = read_settings(path)
         with parsing(path.with_name(CONFIG)):
             adds_bos = settings.flag("add_bos_token", default=True)
-            self.is_legacy = settings.flag("legacy", default=True)
+            has_legacy_key = settings.config.get("legacy") is not None
+            self.is_legacy = settings.flag("legacy", default=True) if has_legacy_key else True
         self.added = self._with_named_tokens(settings)
         self._added_ids = {token.content: number for number, token in self.added.items()}
         words = [token for token in self.added.values() if not token.special]

@@ -2,8 +2,10 @@
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 from minillama.files import write_json
+from minillama.sentencepiece_tokenizer import SentencePieceTokenizer
 
 MODEL_FILES = ("tokenizer.model", "tokenizer.json")  # each is a whole tokenizer
 TOKENIZER_FILES = (
@@ -45,4 +47,17 @@ def copy_tokenizer(source: Path, directory: Path) -> None:
             shutil.copyfile(source / name, directory / name)
     config = directory / "tokenizer_config.json"
     if (directory / "tokenizer.model").exists() and not config.exists():
-        write_json(config, LLAMA_TOKENIZER_CONFIG)
+        write_json(config, _config_of(directory / "tokenizer.model"))
+
+
+def _config_of(path: Path) -> dict[str, Any]:
+    """The tokenizer_config.json of a tokenizer.model that has none, with its own BOS and EOS."""
+    tokenizer = SentencePieceTokenizer(path)
+    config: dict[str, Any] = dict(LLAMA_TOKENIZER_CONFIG)
+    for role, token in (("bos_token", tokenizer.bos_id), ("eos_token", tokenizer.eos_id)):
+        if token is None:
+            del config[role]
+        elif token < tokenizer.num_pieces:
+            config[role] = tokenizer.model.id_to_piece(token)
+    config["add_bos_token"] = tokenizer.bos_id is not None
+    return config
