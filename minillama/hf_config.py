@@ -15,6 +15,7 @@ from typing import Any
 from minillama.errors import UserError, closest
 from minillama.files import parsing, read_json
 from minillama.llama_config import PUBLISHED, LlamaConfig, RopeScaling, is_whole
+from minillama.output_directory import restore
 
 # Our names of the numbers, and those of Hugging Face's config.json.
 HF_NAMES = {
@@ -89,6 +90,7 @@ def stop_ids(directory: Path, config: LlamaConfig) -> tuple[int, ...]:
 
 def read_config(path: Path) -> LlamaConfig:
     """Read `config.json`, given as the file or the directory that holds it."""
+    restore(path)
     if path.is_dir():
         path = path / "config.json"
     remedy = "a checkpoint is a directory with config.json and model*.safetensors"

@@ -48,10 +48,15 @@ def test_merging_keeps_old_ids_and_appends_what_is_new(tmp_path):
 def test_existing_output_and_foreign_input_are_refused(tmp_path):
     a = tmp_path / "a"
     a.write_bytes(train_tokenizer(["a b c d e f g"] * 9, 280))
+    (tmp_path / "old").write_bytes(b"old")
     with pytest.raises(UserError, match="already exists"):
-        merge_tokenizers(a, a, a)
+        merge_tokenizers(a, a, tmp_path / "old")
+    (tmp_path / "link").symlink_to(a)
+    for output in (a, tmp_path / "link", tmp_path / ".." / tmp_path.name / "a"):
+        with pytest.raises(UserError, match="would replace the input"):
+            merge_tokenizers(a, a, output, overwrite=True)
     (tmp_path / "b").write_bytes(b"<html>")
     with pytest.raises(UserError, match="a web page"):
         merge_tokenizers(a, tmp_path / "b", tmp_path / "c")
-    merge_tokenizers(a, a, a, overwrite=True)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
+    merge_tokenizers(a, a, tmp_path / "old", overwrite=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "link", "old"]

@@ -20,6 +20,7 @@ from minillama.hf_config import read_config
 from minillama.hub import hub_hint
 from minillama.llama_config import LlamaConfig, with_layers
 from minillama.model import Llama
+from minillama.output_directory import restore
 from minillama.tensor_files import POSITIONS, TensorRef, read_tensors
 
 EMBEDDING = "model.embed_tokens.weight"
@@ -82,6 +83,7 @@ def open_weights(directory: Path) -> dict[str, TensorRef]:
 
     Raises UserError for missing or unreadable files, all of them in one message.
     """
+    restore(directory)
     if not directory.is_dir():
         raise UserError(
             f"{directory}: no such directory; "
@@ -202,7 +204,7 @@ def _read_index(index: Path) -> dict[Path, list[str]]:
     content = read_json(index, keys={"weight_map": dict}, what="a weight index")
     files: dict[Path, list[str]] = {}
     for tensor, name in content["weight_map"].items():
-        if Path(str(name)).name != name:
+        if not name or Path(str(name)).name != name:
             raise UserError(
                 f"{index}: names the file {name!r}; "
                 "only plain file names inside the directory are read"

@@ -7,6 +7,7 @@ out_dir/final/                      the finished model or adapter
 from pathlib import Path
 
 from minillama.checkpoint.hf_reader import open_weights
+from minillama.output_directory import restore
 
 CONFIG_FILES = ("config.json", "adapter_config.json")  # of a model, of an adapter
 
@@ -37,6 +38,8 @@ def find_checkpoint(path: Path) -> Path:
     For a run directory that is its final/, else its newest complete checkpoint; otherwise `path`.
     Raises UserError where there is no model, and says what is there instead.
     """
+    restore(path)
+    restore(path / "final")
     found = path
     checkpoints = list_states(path)
     if (path / "final").is_dir():

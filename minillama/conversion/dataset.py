@@ -9,8 +9,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from minillama.data.renames import complete_dataset
+from minillama.data.sources import find_sources
 from minillama.data.tokenize import DataOptions, build_dataset
 from minillama.errors import UserError
+from minillama.output_directory import refuse_overlap
 from minillama.tokenizer import open_tokenizer
 
 SUFFIXES = (".json", ".bin", ".mask", ".idx")
@@ -55,9 +58,15 @@ def tokenize_files(
     """Tokenize files, folders and named data sets into the data set PREFIX.
 
     tokenizer: its file, or a directory that holds one. Raises UserError for an existing data set,
-    unless `overwrite`, and for malformed records, unless options.skip_bad_records.
+    unless `overwrite`, for an input that the data set would replace, and for malformed records,
+    unless options.skip_bad_records.
     """
     started = time.monotonic()
+    complete_dataset(prefix)
+    opened = open_tokenizer(tokenizer)
+    inputs = [source.path for source in find_sources(files, dataset_dir=options.dataset_dir)]
+    for suffix in SUFFIXES:
+        refuse_overlap(Path(f"{prefix}{suffix}"), [*inputs, opened.path])
     for suffix in SUFFIXES:
         path = Path(f"{prefix}{suffix}")
         if path.exists() and not overwrite:
@@ -65,7 +74,6 @@ def tokenize_files(
                 f"{path}: already exists; --overwrite replaces the data set "
                 "once the new one is complete"
             )
-    opened = open_tokenizer(tokenizer)
     meta = build_dataset(files, opened, prefix, options)
     return TokenizedDataset(
         prefix=prefix,

@@ -26,6 +26,7 @@ from minillama.conversion.meta_layout import (
 from minillama.conversion.writer import LazyTensor
 from minillama.errors import UserError
 from minillama.llama_config import LlamaConfig
+from minillama.output_directory import restore
 from minillama.parallel.shards import ROWS, join
 from minillama.tensor_files import TensorRef
 from minillama.torch_files import map_torch
@@ -47,6 +48,7 @@ def read_meta(directory: Path) -> MetaCheckpoint:
     Raises UserError for damaged or missing files, all of them in one message, and for tensors that
     do not fit params.json.
     """
+    restore(directory)
     paths = sorted(directory.glob("consolidated.*.pth"))
     if not paths:
         raise UserError(f"{directory}: holds no consolidated.*.pth")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from minillama.errors import UserError
 from minillama.files import write_bytes
+from minillama.output_directory import refuse_overlap
 from minillama.tokenizer import merge_vocabularies, open_tokenizer
 
 
@@ -32,13 +33,15 @@ def merge_tokenizers(
 ) -> MergedTokenizer:
     """Write the tokenizer.model `base` with the new tokens of `added` appended.
 
-    Raises UserError for an existing output, unless `overwrite`, and for other kinds of files.
+    Raises UserError for an existing output, unless `overwrite`, for one that is an input, and for
+    other kinds of files.
     """
-    base_size = open_tokenizer(base).size
+    opened_base = open_tokenizer(base)
+    refuse_overlap(output, [opened_base.path, open_tokenizer(added).path])
     merged = merge_vocabularies(base, added)
     may_write = not output.exists() or (overwrite and output.is_file())
     if not may_write:
         raise UserError(f"{output}: already exists; --overwrite replaces a file")
     write_bytes(output, merged)
     opened = open_tokenizer(output)
-    return MergedTokenizer(output, base_size, opened.size, opened.sha256)
+    return MergedTokenizer(output, opened_base.size, opened.size, opened.sha256)

@@ -7,7 +7,7 @@
     PREFIX.json   format version, counts, dtype, tokenizer sha256, template, sha256 of each file
 
 The .json comes last and says what the other files must hold. So a data set is complete or it is not
-there.
+there; renames.py puts it in place.
 
 While a data set is written, its files are called *.partial. After every chunk, the .json.partial
 says up to where the others are valid. So an interrupted run, started again on the same input,
@@ -15,7 +15,6 @@ continues from there.
 """
 
 import json
-import os
 from array import array
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -24,6 +23,7 @@ from typing import Any, Self
 
 import numpy as np
 
+from minillama.data.renames import ARRAYS, parts_of, put_in_place
 from minillama.errors import UserError
 from minillama.files import OutputFile, append_file, flush_to_disk, parsing, read_json, sha256_of
 from minillama.output_directory import take_lock
@@ -31,7 +31,6 @@ from minillama.output_directory import take_lock
 VERSION = 1
 # A larger share of conversations without a target stops a run, unless the user says otherwise.
 MAX_DROPPED = 0.1
-ARRAYS = ("bin", "mask", "idx")
 
 
 @dataclass
@@ -152,15 +151,12 @@ class DatasetWriter:
         Raises UserError if a larger share of documents than max_dropped is without a target.
         """
         self._check_counts(max_dropped)
-        parts = _parts_of(self.meta)
+        parts = parts_of(self.meta)
         self.meta["sha256"] = {part: sha256_of(self._partial(part)) for part in parts}
         self._write_meta()
         for part in (*parts, "json"):
             flush_to_disk(self._partial(part))
-        for part in (*ARRAYS, "json"):
-            Path(f"{self.prefix}.{part}").unlink(missing_ok=True)
-        for part in (*parts, "json"):
-            os.replace(self._partial(part), f"{self.prefix}.{part}")
+        put_in_place(self.prefix, parts)
         return self.meta
 
     def _check_counts(self, max_dropped: float) -> None:
@@ -183,12 +179,6 @@ class DatasetWriter:
         self._partial("lock").unlink(missing_ok=True)
         for file in (*self.files.values(), self._lock):
             file.close()
-
-
-def _parts_of(meta: dict[str, Any]) -> list[str]:
-    """The files of a data set beside PREFIX.json."""
-    all_are_targets = meta["targets"] == meta["tokens"]
-    return ["bin", "idx"] if all_are_targets else ["bin", "mask", "idx"]
 
 
 def is_dataset(prefix: Path | str) -> bool:
@@ -217,7 +207,7 @@ class Dataset:
             dtype = np.dtype(self.meta["dtype"])
             num_documents = self.meta["documents"]
             num_tokens = self.meta["tokens"]
-            hashes = {part: self.meta["sha256"][part] for part in _parts_of(self.meta)}
+            hashes = {part: self.meta["sha256"][part] for part in parts_of(self.meta)}
         if version != VERSION:
             raise UserError(
                 f"{json_path}: version {version}, this program reads {VERSION}; make it again with "
@@ -262,7 +252,7 @@ class Dataset:
     @property
     def files(self) -> list[Path]:
         """The files that hold the arrays."""
-        return [Path(f"{self.prefix}.{part}") for part in _parts_of(self.meta)]
+        return [Path(f"{self.prefix}.{part}") for part in parts_of(self.meta)]
 
     @property
     def template(self) -> str:

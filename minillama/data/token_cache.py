@@ -20,6 +20,7 @@ from typing import Any
 from minillama import chat
 from minillama.data.megatron import MegatronDataset, find_part
 from minillama.data.memmap import Dataset, is_dataset
+from minillama.data.renames import complete_dataset
 from minillama.data.sources import Source
 from minillama.data.tokenize import (
     DataOptions,
@@ -47,6 +48,7 @@ def open_data(
     or from a file that has changed since.
     """
     if len(paths) == 1:
+        complete_dataset(paths[0])
         if find_part(paths[0]):
             return MegatronDataset(paths[0], tokenizer.size)
         if is_dataset(paths[0]):
@@ -55,6 +57,7 @@ def open_data(
             return dataset
     sources = detect_sources(paths, options)
     prefix = _cache_prefix(sources, tokenizer, options)
+    complete_dataset(prefix)
     if is_dataset(prefix):
         try:
             dataset = Dataset(prefix, verify=True)

@@ -23,7 +23,7 @@ from minillama.errors import UserError, closest
 from minillama.files import read_json
 from minillama.generation.config import GenerationConfig
 from minillama.generation.engine import Engine
-from minillama.hf_config import stop_ids
+from minillama.hf_config import read_config, stop_ids
 from minillama.hub import hub_hint
 from minillama.lora import load_adapter
 from minillama.model import Llama
@@ -70,6 +70,7 @@ def load_engine(
     config = config or GenerationConfig(greedy=True)
     config = replace(config, template=choose_template(config.template, path, base))
     check_vocabulary(tokenizer, model)
+    warn_of_unknown_rows(tokenizer, model, base)
     eos_ids = stop_ids(base, model.config)
     return Engine(model, tokenizer, config, eos_ids, path)
 
@@ -105,6 +106,18 @@ def check_vocabulary(tokenizer: Tokenizer, model: Llama) -> None:
         )
 
 
+def warn_of_unknown_rows(tokenizer: Tokenizer, model: Llama, base: Path) -> None:
+    """Warn where an adapter enlarged the embedding, and the tokenizer does not know its rows."""
+    vocab_size = model.config.vocab_size
+    if tokenizer.size < vocab_size and read_config(base).vocab_size < vocab_size:
+        print(
+            f"warning: an adapter enlarges the embedding to {vocab_size} rows, but "
+            f"{tokenizer.path} has {tokenizer.size} tokens; name the tokenizer that the adapter "
+            "was trained with: --tokenizer FILE",
+            file=sys.stderr,
+        )
+
+
 def load_with_adapters(
     path: Path, base: str, adapters: Sequence[str], dtype: str, device: torch.device
 ) -> ModelAndBase:
@@ -130,7 +143,7 @@ def load_with_adapters(
     replaced_by: dict[str, Path] = {}  # a module that an adapter replaces whole -> the adapter
     for adapter in adapter_paths:
         config = load_adapter(model, adapter, dropout=0.0)
-        for name in config.modules_to_save:
+        for name in (*config.modules_to_save, *config.modules_to_copy):
             if name in replaced_by:
                 raise UserError(
                     f"{adapter}: replaces {name} whole, and so does {replaced_by[name]}; "
