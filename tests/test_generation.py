@@ -22,16 +22,30 @@ from tests.peers import open_in_transformers
 GREEDY = Sampling(temperature=0.0)
 
 
-def their_greedy(directory: Path, prompt: list[int], count: int) -> list[int]:
+def their_greedy(
+    directory: Path, prompt: list[int], count: int, repetition_penalty: float = 1.0
+) -> list[int]:
     model = open_in_transformers(directory)
     text = model.generate(
         torch.tensor([prompt]),
         max_new_tokens=count,
         do_sample=False,
+        repetition_penalty=repetition_penalty,
         eos_token_id=None,
         pad_token_id=0,
     )
     return text[0, len(prompt) :].tolist()
+
+
+def test_greedy_tokens_with_a_repetition_penalty_equal_transformers(tmp_path: Path) -> None:
+    """The penalty falls on tokens of the prompt and on those that were written."""
+    prompt = [1, 7, 9, 30, 41, 12]
+    save_model(random_model(max_seq_len=128), tmp_path)
+    theirs = their_greedy(tmp_path, prompt, 40, repetition_penalty=1.3)
+    sampling = Sampling(temperature=0.0, repetition_penalty=1.3)
+    model = load_model(tmp_path)
+    assert list(generate(model, prompt, 40, sampling)) == theirs
+    assert theirs != list(generate(model, prompt, 40, GREEDY))
 
 
 def test_greedy_tokens_of_a_really_trained_llama_equal_transformers(shared: Path) -> None:

@@ -11,7 +11,7 @@ from minillama.checkpoint.hf_reader import load_model
 from minillama.errors import UserError
 from minillama.generation.config import GenerationConfig
 from minillama.generation.decode import Completion
-from minillama.generation.engine import ChatSession, Engine, longest_stop_prefix
+from minillama.generation.engine import ChatSession, Engine, first_stop, longest_stop_prefix
 from minillama.generation.prompts import record_of
 from minillama.generation.terminal import chat_in_terminal
 from minillama.tokenizer import open_tokenizer
@@ -84,6 +84,20 @@ def test_the_oldest_turns_are_dropped_when_the_context_is_full(engine: Engine) -
     fresh = ChatSession(engine)
     fresh.turns = list(session.turns)
     assert fresh.fit_prompt(REPEAT) == (ids, 0)
+
+
+def test_the_system_text_is_kept_when_the_oldest_turns_are_dropped(engine: Engine) -> None:
+    session = ChatSession(engine, system="Be brief.")
+    session.turns = [chat.Turn(f"question {i}", "an answer of some length") for i in range(40)]
+    ids, num_dropped = session.fit_prompt(REPEAT)
+    assert num_dropped > 0
+    assert engine.tokenizer.decode(ids).startswith("Be brief.")
+
+
+def test_the_earliest_stop_string_ends_a_text() -> None:
+    assert first_stop("a b", ("b", "a")) == 0
+    assert first_stop("b a", ("b", "a")) == 0
+    assert first_stop("c", ("b", "a")) is None
 
 
 def test_a_question_longer_than_the_context_is_refused(engine: Engine) -> None:

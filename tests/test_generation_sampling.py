@@ -27,6 +27,14 @@ def test_top_k_is_transformers(k: int) -> None:
     assert torch.equal(keep_top_k(LOGITS[0], k), transformers.TopKLogitsWarper(k)(None, LOGITS)[0])
 
 
+def test_top_k_keeps_every_token_as_likely_as_the_last_as_in_transformers() -> None:
+    transformers = pytest.importorskip("transformers")
+    logits = torch.tensor([[1.0, 3.0, 2.0, 2.0, 2.0, 0.0]])
+    kept = keep_top_k(logits, 2)
+    assert kept.isfinite().sum() == 4
+    assert torch.equal(kept, transformers.TopKLogitsWarper(2)(None, logits))
+
+
 @pytest.mark.parametrize("p", [0.01, 0.3, 0.9, 0.999])
 def test_top_p_is_transformers(p: float) -> None:
     transformers = pytest.importorskip("transformers")

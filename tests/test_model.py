@@ -165,6 +165,24 @@ def test_initial_weights_follow_the_seed_and_the_stated_deviation() -> None:
     assert not torch.equal(weight, other.model.layers[0].mlp.gate_proj.weight)
 
 
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_gradients_equal_transformers(tied: bool, tmp_path: Path) -> None:
+    """A tied embedding gets the gradient of its two uses."""
+    ours = random_model(tie_embeddings=tied)
+    save_model(ours, tmp_path)
+    theirs = open_in_transformers(tmp_path)
+    tokens = random_tokens(2, 20)
+    labels = tokens[:, 1:]
+    ours.loss_sum(tokens[:, :-1], labels).backward()
+    logits = theirs(tokens[:, :-1]).logits
+    loss = torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1), labels.flatten(), reduction="sum"
+    )
+    loss.backward()
+    for name, parameter in ours.named_parameters():
+        assert_same_logits(parameter.grad, theirs.get_parameter(name).grad)
+
+
 def test_initial_biases_are_zero() -> None:
     model = random_model(attention_bias=True, mlp_bias=True).initialise()
     biases = [p for name, p in model.named_parameters() if name.endswith(".bias")]

@@ -4,6 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from minillama.llama_config import RopeScaling
 from minillama.ops import IGNORE, Documents
 from minillama.ops.packing import Group
 from tests.conftest import random_model, random_tokens
@@ -103,3 +104,16 @@ def test_where_a_document_stands_in_the_row_does_not_matter() -> None:
     last = model(torch.cat((b, a), 1), Documents([20, 7]))
     assert torch.allclose(first[0, :7], last[0, 20:], atol=1e-5)
     assert torch.allclose(first[0, :7], model(a)[0], atol=1e-5)
+
+
+@torch.no_grad()
+def test_packed_documents_have_the_frequencies_of_the_longest() -> None:
+    """Dynamic scaling depends on the length; in a row, on that of the longest document."""
+    model = random_model(rope_scaling=RopeScaling("dynamic", 2.0), max_seq_len=16)
+    lengths = [30, 12, 30]
+    tokens = random_tokens(1, sum(lengths))
+    packed = model(tokens, Documents(lengths))[0].split(lengths)
+    documents = tokens[0].split(lengths)
+    for number in (0, 2):
+        alone = model(documents[number].unsqueeze(0))[0]
+        assert torch.allclose(packed[number], alone, atol=1e-5)

@@ -8,10 +8,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from minillama import comm
 from minillama.checkpoint import train_state
 from minillama.checkpoint.run_directory import list_states
 from minillama.comm import Mesh
 from minillama.errors import UserError
+from minillama.parallel.sharded_optimizer import SavedSlice
 from minillama.training.run_directory import with_global_batch
 from tests.ranks import run_on_ranks
 from tests.state_runs import STEPS, fingerprint, train_here
@@ -31,6 +33,21 @@ def test_stopped_on_four_ranks_continued_on_one_finished_on_two_is_as_if_never_s
         for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     ]
     assert steps == list(range(1, STEPS + 1))
+
+
+def test_slices_of_four_ranks_are_found_by_their_positions(tmp_path):
+    """Each of four ranks saves ten elements; a reader takes 5 to 37."""
+    whole = torch.arange(40.0)
+
+    def save():
+        with comm.start("cpu", timeout_minutes=1) as mesh:
+            start = 10 * mesh.rank
+            part = SavedSlice(start, {"m": whole[start : start + 10].clone()})
+            return train_state.save_state(tmp_path, 1, mesh, [part], {}, lambda _: None, keep=0)
+
+    assert run_on_ranks(4, save) == [None] * 4
+    read = train_state.slice_reader(list_states(tmp_path)[0], number=0, total=40)
+    assert torch.equal(read("m", 5, 37), whole[5:37])
 
 
 def test_ranks_that_cannot_keep_the_global_batch_are_refused(run_settings, tmp_path):

@@ -36,6 +36,8 @@ def test_a_table_worked_by_hand() -> None:
     assert summary["majority"] == 15 / 20
     assert summary["stderr"] == pytest.approx((0.45 * 0.55 / 20) ** 0.5)
     assert summary["unweighted"]["accuracy"] == (3 / 4 + 6 / 16) / 2
+    variances = 0.75 * 0.25 / 4, 0.375 * 0.625 / 16  # of anatomy's and astronomy's accuracy
+    assert summary["unweighted"]["stderr"] == pytest.approx(sum(variances) ** 0.5 / 2)
     assert summary["subjects"]["anatomy"] == {
         "n": 4,
         "accuracy": 0.75,

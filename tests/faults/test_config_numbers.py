@@ -54,7 +54,7 @@ def test_every_published_size_is_in_the_table_above() -> None:
     [
         ({"rope_theta": 0}, "rope_theta = 0.0: expected a finite number above 0"),
         ({"rope_theta": float("inf")}, "rope_theta = inf"),
-        ({"rope_parameters": {"rope_theta": 0}}, "rope_theta = 0.0"),
+        ({"rope_theta": None, "rope_parameters": {"rope_theta": 0}}, "rope_theta = 0.0"),
         ({"rms_norm_eps": float("nan")}, "norm_eps = nan"),
         ({"initializer_range": float("inf")}, "initializer_range = inf"),
         ({"rope_scaling": YARN | {"factor": float("inf")}}, "factor = inf"),
