@@ -64,7 +64,7 @@ def parse(arguments: list[str]) -> tuple[train_config.TrainConfig, argparse.Name
     if file is not None:
         flags = file.keys | flags
     flags = other_systems.keys_from(flags) | flags
-    config = train_config.resolve(source, flags, other_systems.RENAMED)
+    config = presets.resolve(source, flags, other_systems.RENAMED)
     other_systems.refuse_contradictions(flags, config)
     if file is not None:
         file.check(config, parsed.world_size)

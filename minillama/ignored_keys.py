@@ -11,12 +11,10 @@ keys of a train_config.json were checked when its run was started.
 """
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from minillama.errors import UserError
-
-if TYPE_CHECKING:
-    from minillama.train_config import TrainConfig
+from minillama.train_config import TrainConfig
 
 # Where a value comes from. A key that is not given has level 0.
 FROM_RUN = 0  # a train_config.json
@@ -32,19 +30,19 @@ class Rule(NamedTuple):
 
     key: str
     because: tuple[str, ...]
-    is_ignored: Callable[["TrainConfig"], bool]
+    is_ignored: Callable[[TrainConfig], bool]
     remedy: str
 
 
-def _has_no_eval_data(config: "TrainConfig") -> bool:
+def _has_no_eval_data(config: TrainConfig) -> bool:
     return not config.eval_data and not config.validation_split
 
 
-def _starts_from_checkpoint(config: "TrainConfig") -> bool:
+def _starts_from_checkpoint(config: TrainConfig) -> bool:
     return bool(config.ckpt) and config.init == "pretrained"
 
 
-def _has_no_warmup(config: "TrainConfig") -> bool:
+def _has_no_warmup(config: TrainConfig) -> bool:
     return config.lr_scheduler_type == "constant"
 
 
@@ -104,7 +102,7 @@ HARMLESS = {
 # fmt: on
 
 
-def refuse_ignored(config: "TrainConfig", levels: Mapping[str, int]) -> None:
+def refuse_ignored(config: TrainConfig, levels: Mapping[str, int]) -> None:
     """Raise UserError for a given key that would be ignored. levels: where each came from."""
     for rule in RULES:
         level = levels.get(rule.key, 0)

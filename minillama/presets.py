@@ -1,4 +1,7 @@
-"""Files with the settings of a run: the presets of the package, TOML files, train_config.json."""
+"""From presets, files and flags to the settings of a run.
+
+default  <  preset, TOML file or train_config.json (--config)  <  flag     the later one wins
+"""
 
 import tomllib
 from collections.abc import Mapping
@@ -7,8 +10,93 @@ from typing import Any
 
 from minillama.errors import UserError, closest
 from minillama.files import read_json, read_text
+from minillama.ignored_keys import (
+    ADAPTER_KEYS,
+    FROM_FILE,
+    FROM_FLAG,
+    FROM_RUN,
+    refuse_ignored,
+)
+from minillama.train_config import KEYS, PRECISIONS, TrainConfig, parse_list
 
 PRESETS = Path(__file__).parent / "configs"
+
+
+def resolve(
+    source: str, flags: Mapping[str, Any], renamed: Mapping[str, str] | None = None
+) -> TrainConfig:
+    """Return the settings of a run: the defaults, then `source`, then the flags.
+
+    source: the name of a preset, a .toml file, a run's train_config.json, or "".
+    flags: values by key; --fp16 and --bf16 too; names that are no key are left out.
+    renamed: other names for keys, which a file may use.
+    """
+    of_source = read_source(source, renamed or {}) if source else {}
+    of_flags = {name: value for name, value in flags.items() if name in KEYS}
+    if "adapter" in of_flags:
+        of_source = {name: of_source[name] for name in of_source if name not in ADAPTER_KEYS}
+    level = FROM_RUN if Path(source).name == "train_config.json" else FROM_FILE
+    levels = dict.fromkeys(of_source, level) | dict.fromkeys(of_flags, FROM_FLAG)
+    values = of_source | of_flags
+    if any(KEYS[name].section == "lora" for name in values):
+        values.setdefault("lora", True)
+    values["precision"] = _precision(values, flags)
+    if source and not values.get("out_dir"):
+        values["out_dir"] = f"runs/{Path(source).stem}"
+    where = source or "command line"
+    typed = {name: _typed(name, value, where) for name, value in values.items()}
+    config = TrainConfig(**typed)
+    refuse_ignored(config, levels)
+    return config
+
+
+def _precision(values: Mapping[str, Any], flags: Mapping[str, Any]) -> str:
+    """Return the precision by --fp16 or --bf16, else by the key, which may have torch's name."""
+    switches = [name for name in ("fp16", "bf16") if flags.get(name)]
+    if len(switches) == 2:
+        raise UserError("--fp16 and --bf16 exclude each other; give one")
+    if switches:
+        return switches[0]
+    precision = values.get("precision", "fp32")
+    return PRECISIONS.get(str(precision), precision)
+
+
+def read_source(source: str, renamed: Mapping[str, str]) -> dict[str, Any]:
+    """Return the values of a preset (by name), of a .toml file or of a train_config.json."""
+    path = find_source(source)
+    values: dict[str, Any] = {}
+    for dotted, value in read_tree(path).items():
+        section, _, name = dotted.rpartition(".")
+        where = f"{path}: [{section}] {name}" if section else f"{path}: {name}"
+        target = renamed.get(name, name)
+        if target not in KEYS:
+            hint = closest(name, KEYS)
+            raise UserError(f"{where}: unknown key{hint}; `train.py --help` lists every key")
+        if section not in ("", KEYS[target].section):
+            raise UserError(f"{where}: this key belongs to section [{KEYS[target].section}]")
+        if target in values:
+            raise UserError(f"{where}: the file has a value for {target} already; leave one out")
+        values[target] = value
+    return values
+
+
+def _typed(name: str, value: Any, where: str) -> Any:
+    """Return `value` with the type of its key. Raises UserError if it has another one."""
+    expected = type(KEYS[name].default)
+    if expected is float and type(value) is int:
+        return float(value)
+    if expected is tuple and isinstance(value, str):
+        return parse_list(value)
+    if expected is tuple and _is_list_of_strings(value):
+        return tuple(value)
+    if type(value) is not expected:
+        found = type(value).__name__
+        raise UserError(f"{where}: {name} = {value!r}: expected {expected.__name__}, found {found}")
+    return value
+
+
+def _is_list_of_strings(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(part, str) for part in value)
 
 
 def find_source(source: str) -> Path:

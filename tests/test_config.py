@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from minillama import cli, train_config
+from minillama import cli, presets
 from minillama.errors import UserError
 from minillama.files import write_json
 from minillama.train_config import KEYS, TrainConfig
@@ -21,7 +21,7 @@ def parse(*flags: str) -> dict:
 def test_a_flag_wins_over_the_preset_and_the_preset_over_the_default(tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.toml"
     recipe.write_text("[train]\nlearning_rate = 1e-3\nwarmup_ratio = 0.1\n[lora]\nlora = true\n")
-    settings = train_config.resolve(str(recipe), parse("--learning_rate", "5e-4"))
+    settings = presets.resolve(str(recipe), parse("--learning_rate", "5e-4"))
     assert (settings.learning_rate, settings.warmup_ratio, settings.lora) == (5e-4, 0.1, True)
     assert settings.weight_decay == TrainConfig().weight_decay
     assert settings.out_dir == "runs/recipe"
@@ -43,7 +43,7 @@ def test_a_flag_wins_over_the_preset_and_the_preset_over_the_default(tmp_path: P
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_a_flag_may_be_typed_in_every_usual_way(flags: list[str], key: str, value: object) -> None:
-    assert getattr(train_config.resolve("", parse(*flags)), key) == value
+    assert getattr(presets.resolve("", parse(*flags)), key) == value
 
 
 @pytest.mark.parametrize(
@@ -61,7 +61,7 @@ def test_a_flag_of_lora_turns_it_on_rather_than_being_ignored(
     flags: tuple[str, ...], lora: bool
 ) -> None:
     source, flags = (flags[1], flags[2:]) if "--config" in flags else ("", flags)
-    assert train_config.resolve(source, parse(*flags)).lora is lora
+    assert presets.resolve(source, parse(*flags)).lora is lora
 
 
 @pytest.mark.parametrize(
@@ -91,7 +91,7 @@ def test_a_flag_of_lora_turns_it_on_rather_than_being_ignored(
 )
 def test_a_mistake_on_the_command_line_is_named(flags: list[str], named: str) -> None:
     with pytest.raises(UserError) as error:
-        train_config.resolve("", parse(*flags))
+        presets.resolve("", parse(*flags))
     assert named in str(error.value)
 
 
@@ -116,13 +116,13 @@ def test_a_mistake_on_the_command_line_is_named(flags: list[str], named: str) ->
 def test_a_mistake_in_a_file_is_named(text: str, named: str, tmp_path: Path) -> None:
     (tmp_path / "recipe.toml").write_text(text)
     with pytest.raises(UserError) as error:
-        train_config.resolve(str(tmp_path / "recipe.toml"), {})
+        presets.resolve(str(tmp_path / "recipe.toml"), {})
     assert named in str(error.value)
 
 
 def test_an_unknown_preset_names_the_closest() -> None:
     with pytest.raises(UserError, match="no preset or file '7b_lra' \\(did you mean '7b_lora'"):
-        train_config.resolve("7b_lra", {})
+        presets.resolve("7b_lra", {})
 
 
 def test_every_key_has_a_help_text() -> None:

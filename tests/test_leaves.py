@@ -90,12 +90,12 @@ def run_in(directory: Path, *arguments: str) -> str:
 def test_training_generation_and_evaluation_need_no_leaf(pruned: Path) -> None:
     train_and_generate = """
 import minillama
-from minillama import comm, train_config
+from minillama import comm, presets, train_config
 from minillama.training import trainer
 
 flags = {"dim": 32, "ffn_dim": 64, "max_steps": 3, "out_dir": "run"}
 with comm.start("cpu") as mesh:
-    summary = trainer.train(train_config.resolve("demo", flags), mesh)
+    summary = trainer.train(presets.resolve("demo", flags), mesh)
 print(summary["steps"])
 minillama.load("run").generate("Which number is larger, 31 or 62?", max_new_tokens=4)
 """

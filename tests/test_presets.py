@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import train
-from minillama import train_config
+from minillama import presets
 from minillama.errors import UserError
 from minillama.files import write_json
 from minillama.training.dry_run import describe, estimate, refuse_what_cannot_fit
@@ -19,9 +19,9 @@ PRESETS = sorted(path.stem for path in (ROOT / "minillama/configs").glob("*.toml
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_every_preset_resolves_and_its_saved_form_replays(preset: str, tmp_path: Path) -> None:
-    settings = train_config.resolve(preset, {"seed": 7})
+    settings = presets.resolve(preset, {"seed": 7})
     write_json(tmp_path / "train_config.json", dataclasses.asdict(settings))
-    assert train_config.resolve(str(tmp_path / "train_config.json"), {}) == settings
+    assert presets.resolve(str(tmp_path / "train_config.json"), {}) == settings
 
 
 @pytest.mark.parametrize(
@@ -43,7 +43,7 @@ def test_a_plan_counts_parameters_exactly_and_allocates_nothing(
     preset: str, trainable: int
 ) -> None:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    text = describe(train_config.resolve(preset, {}), world_size=8)
+    text = describe(presets.resolve(preset, {}), world_size=8)
     assert f"trained: {trainable:,}" in text
     assert (
         resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000
@@ -53,7 +53,7 @@ def test_a_plan_counts_parameters_exactly_and_allocates_nothing(
 @pytest.mark.parametrize("preset", [name for name in PRESETS if name != "demo_lora"])
 def test_every_preset_can_be_planned(preset: str) -> None:
     """demo_lora starts from the checkpoint that demo makes."""
-    settings = train_config.resolve(preset, {})
+    settings = presets.resolve(preset, {})
     assert f"{model_config(settings, None).parameter_count():,}" in describe(settings, 1)
 
 
@@ -64,10 +64,10 @@ def test_the_bytes_of_a_plan_by_hand() -> None:
     ZeRO-1 shards. LoRA: frozen weight 2; per parameter of the adapters 4 + 4 + 8.
     """
     P = 6_738_415_616
-    settings = train_config.resolve("7b_full_zero1", {})
+    settings = presets.resolve("7b_full_zero1", {})
     full = estimate(model_config(settings, None), settings, 8)
     assert (full.weights, full.gradients, full.optimizer) == (2 * P, 4 * P, 12 * P // 8)
-    settings = train_config.resolve("7b_lora", {})
+    settings = presets.resolve("7b_lora", {})
     lora = estimate(model_config(settings, None), settings, 8)
     assert (lora.weights, lora.gradients, lora.optimizer) == (
         2 * P + 4 * lora.trainable,
@@ -78,7 +78,7 @@ def test_the_bytes_of_a_plan_by_hand() -> None:
 
 @pytest.mark.parametrize("preset", ["34b_lora", "70b_lora"])
 def test_models_that_every_rank_would_hold_whole_are_refused_with_the_bytes(preset: str) -> None:
-    settings = dataclasses.replace(train_config.resolve(preset, {}), ckpt="", init="scratch")
+    settings = dataclasses.replace(presets.resolve(preset, {}), ckpt="", init="scratch")
     llama = model_config(settings, None)
     weights = estimate(llama, settings).weights
     with pytest.raises(UserError, match=f"{weights:,} bytes .* tensor parallelism"):

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from minillama.errors import UserError, closest
-from minillama.train_config import KEYS, TrainConfig, resolve
+from minillama.presets import resolve
+from minillama.train_config import KEYS, TrainConfig
 
 
 def preset(name: str | Path, **keys: Any) -> TrainConfig:
