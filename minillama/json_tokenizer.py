@@ -83,9 +83,17 @@ class JsonTokenizer:
 
     def _new_tokens(self, settings: TokenizerSettings) -> list[AddedToken]:
         """The tokens that files beside the tokenizer.json add to it, or change, by id."""
-        own = self.model.get_added_tokens_decoder().values()
-        names = ("content", "special", "normalized", "lstrip", "rstrip", "single_word")
-        known = [AddedToken(**{name: getattr(token, name) for name in names}) for token in own]
+        known = [
+            AddedToken(
+                content=token.content,
+                special=token.special,
+                normalized=token.normalized,
+                lstrip=token.lstrip,
+                rstrip=token.rstrip,
+                single_word=token.single_word,
+            )
+            for token in self.model.get_added_tokens_decoder().values()
+        ]
         tokens = [settings.added[number] for number in sorted(settings.added)]
         new_tokens = [token for token in tokens if token not in known]
         contents = {token.content for token in (*known, *new_tokens)}
