@@ -110,3 +110,12 @@ def test_the_course_of_the_tests_names_fifteen_tests_that_have_docstrings():
         tree = ast.parse((ROOT / "tests" / file).read_text(encoding="utf-8"))
         tests = {node.name: node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
         assert ast.get_docstring(tests[name]), name
+
+
+def test_the_tests_that_the_page_of_faults_names_exist():
+    page = (ROOT / "docs/faults.md").read_text(encoding="utf-8")
+    names = re.findall(r"`(test_\w+)`", page)
+    sources = "\n".join(path.read_text(encoding="utf-8") for path in ROOT.glob("tests/**/*.py"))
+    assert len(names) >= 10
+    missing = [name for name in names if f"def {name}(" not in sources]
+    assert not missing
