@@ -18,6 +18,7 @@ from minillama.checkpoint.tokenizer_files import copy_tokenizer
 from minillama.conversion.writer import LazyTensor, LazyTensors, Output, write_checkpoint
 from minillama.errors import UserError
 from minillama.output_directory import new_directory
+from minillama.tokenizer import train_tokenizer
 from tests.memory import peak_growth
 
 
@@ -236,18 +237,23 @@ def test_anonymous_memory_does_not_grow_with_the_number_of_tensors(tmp_path):
     assert peaks[24] < 32 * MiB
 
 
-def test_a_tokenizer_of_any_name_comes_under_the_name_that_checkpoints_use(tmp_path):
+def test_a_tokenizer_of_any_name_comes_under_the_name_that_checkpoints_use(
+    tmp_path, small_tokenizer
+):
     source = tmp_path / "source"
     from_other_name = tmp_path / "other"
     from_usual_name = tmp_path / "usual"
     for directory in (source, from_other_name, from_usual_name):
         directory.mkdir()
-    for name in ("chinese.model", "tokenizer.model", "tokenizer.json", "added_tokens.json"):
-        (source / name).write_text(name)
+    chinese, usual = train_tokenizer(["天地玄黄"], 290), small_tokenizer.path.read_bytes()
+    (source / "chinese.model").write_bytes(chinese)
+    (source / "tokenizer.model").write_bytes(usual)
+    for name in ("tokenizer.json", "added_tokens.json"):
+        (source / name).write_text("{}")
     copy_tokenizer(source / "chinese.model", from_other_name)
-    assert (from_other_name / "tokenizer.model").read_text() == "chinese.model"
+    assert (from_other_name / "tokenizer.model").read_bytes() == chinese
     names = {path.name for path in from_other_name.iterdir()}
     assert names == {"tokenizer.model", "tokenizer_config.json"}, "the others describe another one"
     copy_tokenizer(source / "tokenizer.model", from_usual_name)
     assert (from_usual_name / "added_tokens.json").is_file()
-    assert (from_usual_name / "tokenizer.model").read_text() == "tokenizer.model"
+    assert (from_usual_name / "tokenizer.model").read_bytes() == usual
