@@ -70,6 +70,13 @@ def find_template(name: str) -> Callable[[Conversation], Iterator[Piece]]:
     return TEMPLATES[name]
 
 
+def end_of_answer(template: str) -> str:
+    """The name of the control token behind an answer; "" for none, or no template."""
+    if template in ("", "none"):
+        return ""
+    return render(template, Conversation((Turn("", ""),)))[-1].control
+
+
 def _round(prompt: str, turn: Turn, glued: bool, answer_format: str = "{}") -> list[Piece]:
     """Prompt, answer and EOS of a turn; the prompt alone if the turn has no answer yet."""
     if turn.answer is None:

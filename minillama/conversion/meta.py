@@ -13,6 +13,7 @@ from pathlib import Path
 
 from minillama.checkpoint.hf_reader import EMBEDDING, check_names, open_weights
 from minillama.checkpoint.hf_writer import write_configs
+from minillama.checkpoint.stop_tokens import write_stop_ids
 from minillama.checkpoint.tokenizer_files import has_tokenizer
 from minillama.conversion.meta_reader import read_meta
 from minillama.conversion.meta_writer import write_meta
@@ -57,6 +58,7 @@ def meta_to_hf(
 
     def write_other_files(directory: Path) -> None:
         write_configs(directory, config, dtype, opened)
+        write_stop_ids(directory)
 
     inputs = [source] if opened is None else [source, opened.path]
     return write_checkpoint(output, inputs, checkpoint.tensors, write_other_files, notes=notes)

@@ -24,6 +24,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from minillama.checkpoint.hf_writer import write_configs, write_weights
+from minillama.checkpoint.stop_tokens import write_stop_ids
 from minillama.checkpoint.tokenizer_files import copy_tokenizer, has_tokenizer
 from minillama.files import read_json, write_bytes, write_json
 from minillama.llama_config import LlamaConfig
@@ -134,7 +135,7 @@ def write_companions(
 
     config.json is the one of `model` with a new dtype and with the vocabulary size and tying of
     `config`; generation_config.json is `model`'s. The tokenizer and minillama.json come from the
-    first of the directories `tokenizers` that has them.
+    first of the directories `tokenizers` that has them, and what ends a text by them is added.
     """
     write_configs(directory, config, dtype)
     raw_config = read_json(model / "config.json")
@@ -149,6 +150,7 @@ def write_companions(
         if has_tokenizer(source):
             copy_tokenizer(source, directory)
             break
+    write_stop_ids(directory)
 
 
 def tokenizer_notes(directories: Sequence[Path]) -> list[str]:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from minillama import chat, ops
+from minillama.checkpoint.stop_tokens import end_ids
 from minillama.data.encode import encode_document
 from minillama.errors import UserError
 from minillama.generation.beam import beam_search
@@ -105,8 +106,10 @@ class Engine:
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
-        """The tokens that end a completion."""
-        return () if self.config.ignore_eos else self.eos_ids
+        """The tokens that end a completion: those of the model, and that of the template."""
+        if self.config.ignore_eos:
+            return ()
+        return tuple(dict.fromkeys([*self.eos_ids, *end_ids(self.tokenizer, self.template)]))
 
     def encode_prompt(self, text: str, system: str = "") -> list[int]:
         """Token ids of a prompt: the text after BOS, or a question in the template."""

@@ -17,13 +17,14 @@ import torch
 from minillama import chat, ops
 from minillama.checkpoint.hf_reader import load_model, read_template
 from minillama.checkpoint.run_directory import find_checkpoint
+from minillama.checkpoint.stop_tokens import with_stop_ids
 from minillama.checkpoint.tokenizer_files import has_tokenizer
 from minillama.device import compute_dtype, pick
 from minillama.errors import UserError, closest
 from minillama.files import read_json
 from minillama.generation.config import GenerationConfig
 from minillama.generation.engine import Engine
-from minillama.hf_config import read_config, stop_ids
+from minillama.hf_config import read_config
 from minillama.hub import hub_hint
 from minillama.lora import load_adapter
 from minillama.model import Llama
@@ -71,7 +72,7 @@ def load_engine(
     config = replace(config, template=choose_template(config.template, path, base))
     check_vocabulary(tokenizer, model)
     warn_of_unknown_rows(tokenizer, model, base)
-    eos_ids = stop_ids(base, model.config)
+    eos_ids = with_stop_ids(model.config, base, tokenizer, "").eos_ids
     return Engine(model, tokenizer, config, eos_ids, path)
 
 

@@ -19,6 +19,7 @@ import torch
 
 from minillama import comm, device, ops
 from minillama.checkpoint import train_state
+from minillama.checkpoint.stop_tokens import with_stop_ids
 from minillama.data.batches import BatchPlan
 from minillama.errors import UserError
 from minillama.files import sha256_of
@@ -96,6 +97,8 @@ def prepare(config: TrainConfig, mesh: comm.Mesh, overwrite: bool = False) -> Ru
     if summary is not None:
         return FinishedRun(summary)
     model, lora = model_building.build_model(config, base, llama, tokenizer, mesh)
+    pretrained = base if config.init == "pretrained" else None
+    model.config = with_stop_ids(model.config, pretrained, tokenizer, data.template)
     optimizer = ShardedOptimizer(model.named_parameters(), mesh, config)
     return Run(
         config=config,
