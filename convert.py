@@ -19,8 +19,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from minillama import cli, threads
+from minillama.compat.megatron import numbers_of, subcommand_of
 from minillama.conversion import command_line
 from minillama.errors import UserError, closest
+from minillama.options import from_flags
 
 if TYPE_CHECKING:  # imported where it is used, so that --help and data need not load torch
     from minillama.conversion.writer import Output
@@ -34,7 +36,7 @@ def main(arguments: list[str]) -> None:
     if not arguments or arguments[0] in ("-h", "--help"):
         print_help()
         return
-    name = arguments[0]
+    name = subcommand_of(arguments[0])
     if name not in SUBCOMMANDS:
         raise UserError(
             f"unknown subcommand {name!r}{closest(name, SUBCOMMANDS)}; "
@@ -63,7 +65,7 @@ def print_help() -> None:
     print("Subcommands")
     for name, new_parser in command_line.PARSERS.items():
         summary = (new_parser.__doc__ or "").splitlines()[0]
-        print(f"    {name:12} {summary}")
+        print(f"    {name:14} {summary}")
 
 
 def meta(arguments: list[str]) -> None:
@@ -80,6 +82,41 @@ def meta(arguments: list[str]) -> None:
         print(hf_to_meta(flags.input, output, flags.shards))
     else:
         print(meta_to_hf(flags.input, output, flags.tokenizer, flags.max_seq_len))
+
+
+def megatron(arguments: list[str]) -> None:
+    flags = command_line.megatron().parse_args(arguments)
+    from minillama.conversion.megatron import hf_to_megatron
+    from minillama.conversion.megatron_layout import MegatronOptions
+
+    options = from_flags(MegatronOptions, vars(flags))
+    numbers = numbers_of(vars(flags))
+    print(hf_to_megatron(flags.input, output_of(flags), options, flags.bias, numbers))
+
+
+def from_megatron(arguments: list[str]) -> None:
+    flags = command_line.from_megatron().parse_args(arguments)
+    from minillama.conversion.megatron import megatron_to_hf
+
+    options = (flags.config, flags.vocab_size, flags.lora_alpha)
+    print(megatron_to_hf(flags.input, output_of(flags), *options))
+
+
+def reshard(arguments: list[str]) -> None:
+    flags = command_line.reshard().parse_args(arguments)
+    from minillama.conversion import megatron
+    from minillama.conversion.megatron_layout import MegatronOptions
+
+    megatron.check_source_grid(flags.input, flags.src_tensor_parallel, flags.src_pipeline_parallel)
+    report = megatron.reshard(
+        flags.input,
+        output_of(flags),
+        from_flags(MegatronOptions, vars(flags)),
+        flags.config,
+        flags.vocab_size,
+        numbers_of(vars(flags)),
+    )
+    print(report)
 
 
 def apply_delta(arguments: list[str]) -> None:
@@ -159,6 +196,9 @@ def sha256(arguments: list[str]) -> None:
 
 SUBCOMMANDS: dict[str, Callable[[list[str]], None]] = {
     "meta": meta,
+    "megatron": megatron,
+    "from-megatron": from_megatron,
+    "reshard": reshard,
     "apply-delta": apply_delta,
     "make-delta": make_delta,
     "merge-lora": merge_lora,
@@ -177,8 +217,8 @@ def output_of(flags: argparse.Namespace) -> "Output":
         path=flags.output,
         overwrite=flags.overwrite,
         dtype=DTYPES.get(flags.dtype),
-        max_shard_bytes=flags.max_shard_size,
-        bin=flags.bin,
+        max_shard_bytes=getattr(flags, "max_shard_size", 0),  # Megatron's files have no such flags
+        bin=getattr(flags, "bin", False),
         verbose=flags.verbose,
     )
 

@@ -13,10 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # what a type checker sees in place of `__getattr__`
     from minillama.conversion.api import apply_delta as apply_delta
+    from minillama.conversion.api import from_megatron as from_megatron
     from minillama.conversion.api import make_delta as make_delta
+    from minillama.conversion.api import megatron as megatron
     from minillama.conversion.api import merge_lora as merge_lora
     from minillama.conversion.api import merge_tokenizers as merge_tokenizers
     from minillama.conversion.api import meta as meta
+    from minillama.conversion.api import reshard as reshard
     from minillama.conversion.api import sha256 as sha256
     from minillama.conversion.api import tokenize_data as tokenize_data
     from minillama.errors import UserError as UserError
@@ -35,12 +38,15 @@ PYTHON_API = {  # name -> the module that has it
     "UserError": "minillama.errors",
     "apply_delta": "minillama.conversion.api",
     "evaluate": "minillama.evaluation.api",
+    "from_megatron": "minillama.conversion.api",
     "load": "minillama.generation.api",
     "make_delta": "minillama.conversion.api",
+    "megatron": "minillama.conversion.api",
     "merge_lora": "minillama.conversion.api",
     "merge_tokenizers": "minillama.conversion.api",
     "meta": "minillama.conversion.api",
     "preset": "minillama.training.api",
+    "reshard": "minillama.conversion.api",
     "sha256": "minillama.conversion.api",
     "tokenize_data": "minillama.conversion.api",
     "train": "minillama.training.trainer",

@@ -81,8 +81,14 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 @contextmanager
-def torch_writer(path: Path, specs: TensorSpecs) -> Iterator[Append]:
-    """Write a file that torch.load(weights_only=True) opens: a stored zip entry per tensor."""
+def torch_writer(
+    path: Path, specs: TensorSpecs, arrange: Callable[[dict[str, Any]], object] = dict
+) -> Iterator[Append]:
+    """Write a file that torch.load(weights_only=True) opens: a stored zip entry per tensor.
+
+    arrange: what the file holds, of a dictionary of its tensors; by default, that dictionary. It is
+    called with placeholders.
+    """
     folder = path.stem
     next_key = 0
 
@@ -92,7 +98,7 @@ def torch_writer(path: Path, specs: TensorSpecs) -> Iterator[Append]:
         next_key += 1
 
     with create_file(path) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
-        _write_entry(archive, f"{folder}/data.pkl", memoryview(_pickle_of(specs)))
+        _write_entry(archive, f"{folder}/data.pkl", memoryview(_pickle_of(specs, arrange)))
         _write_entry(archive, f"{folder}/byteorder", memoryview(b"little"))
         _write_entry(archive, f"{folder}/version", memoryview(b"3\n"))
         yield from _appending(specs, write_storage)
@@ -125,9 +131,9 @@ class _Pickler(pickle.Pickler):
         return value if is_storage else None
 
 
-def _pickle_of(specs: TensorSpecs) -> bytes:
-    """The pickle of a dictionary in which the i-th tensor lies contiguous in storage i."""
-    calls = {}
+def _pickle_of(specs: TensorSpecs, arrange: Callable[[dict[str, Any]], object]) -> bytes:
+    """The pickle of tensors, arranged, of which the i-th lies contiguous in storage i."""
+    calls: dict[str, Any] = {}
     for key, (name, (dtype, shape)) in enumerate(specs.items()):
         storage_type = getattr(torch, STORAGE_NAMES[dtype])
         storage = ("storage", storage_type, str(key), "cpu", prod(shape))
@@ -137,7 +143,7 @@ def _pickle_of(specs: TensorSpecs) -> bytes:
             torch._utils._rebuild_tensor_v2, storage, 0, shape, stride, False, hooks
         )
     data = io.BytesIO()
-    _Pickler(data, protocol=2).dump(calls)
+    _Pickler(data, protocol=2).dump(arrange(calls))
     return data.getvalue()
 
 

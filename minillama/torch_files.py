@@ -15,9 +15,9 @@ torch.load leaves out, so that no file, however made, gives wrong values or take
     its entries     mapped as they are, compressed entries would be read as weights
     its tensors     each lies in its own storage, and has no more elements than that
 
-A training checkpoint (of Megatron, for example) names classes of its own, and is refused here. The
-place to accept one is `_check_names`: torch.serialization.get_unsafe_globals_in_checkpoint lists
-such names, and torch.serialization.safe_globals takes a stub for each, which does nothing.
+A training checkpoint, of Megatron for example, also holds objects of its program: settings, states
+of random generators. `map_state` reads such a file. An `Unknown`, which does nothing, stands in the
+place of every object whose class torch does not know. So nothing of that program is imported.
 
 Left out: the format before torch 1.6, other containers than dictionaries, tensor subclasses.
 """
@@ -27,6 +27,8 @@ import pickletools
 import struct
 import zipfile
 from collections import Counter
+from collections.abc import Collection
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -54,6 +56,16 @@ NAMES = {
     "collections OrderedDict",
     *(f"torch {storage}" for storage in STORAGES),
 }
+# What torch itself reads, and training checkpoints need: bytes, sets, sizes, devices, dtypes.
+STATE_NAMES = {
+    "_codecs.encode",
+    "builtins.set",
+    "torch.Size",
+    "torch.device",
+    *(str(dtype) for dtype in STORAGES.values()),
+}
+NPU_TENSOR = "torch_npu.utils.storage._rebuild_npu_tensor"
+SYSTEM_MODULES = ("os", "posix", "nt", "sys")  # their names are an attack, and refused
 OTHER_NAME_OPCODES = ("STACK_GLOBAL", "INST", "EXT1", "EXT2", "EXT4")  # torch.save writes GLOBAL
 WRAPPERS = ("module", "model", "state_dict")  # keys under which a training state has its weights
 LARGEST_PICKLE = 64 * 2**20  # bytes; a 70B model's is 0.1 MB
@@ -74,6 +86,29 @@ DAMAGE = (
 )
 
 
+class Unknown:
+    """Stands for an object of a class that is not known. It does nothing.
+
+    state: what the file says about the object, such as the attributes of a namespace.
+    """
+
+    state: object = None
+
+    def __init__(self, *arguments: object) -> None:
+        pass
+
+    def __setstate__(self, state: object) -> None:
+        self.state = state
+
+
+@dataclass(frozen=True)
+class MappedState:
+    """The content of a training checkpoint. Tensors are views of the file."""
+
+    weights: dict[str, Tensor]  # by name; the keys of nested dictionaries are joined by dots
+    others: dict[str, Any]  # what the file holds beside its weights, by key
+
+
 def map_torch(path: Path) -> dict[str, Tensor]:
     """Map the tensors of a torch.save file into memory, by name.
 
@@ -82,8 +117,15 @@ def map_torch(path: Path) -> dict[str, Tensor]:
     Raises UserError for a file of another kind, a cut or compressed one, and one whose pickle asks
     for anything but tensors.
     """
-    status = path.stat()
-    return _load(path, status.st_ino, status.st_size, status.st_mtime_ns)
+    return _load(path, False, *_version_of(path)).weights
+
+
+def map_state(path: Path) -> MappedState:
+    """Map a training checkpoint into memory, as `map_torch` does.
+
+    Its weights may be in nested dictionaries, and it may hold objects of unknown classes.
+    """
+    return _load(path, True, *_version_of(path))
 
 
 def refuse_foreign_bytes(path: Path, first_bytes: bytes) -> None:
@@ -102,9 +144,14 @@ def refuse_foreign_bytes(path: Path, first_bytes: bytes) -> None:
         )
 
 
+def _version_of(path: Path) -> tuple[int, int, int]:
+    """What changes when a file does, so that it is mapped again."""
+    status = path.stat()
+    return status.st_ino, status.st_size, status.st_mtime_ns
+
+
 @lru_cache(maxsize=MAPPED_FILES)
-def _load(path: Path, *version: int) -> dict[str, Tensor]:
-    """Map a file. `version` changes when the file does, so that it is mapped again."""
+def _load(path: Path, is_state: bool, *version: int) -> MappedState:
     with open(path, "rb") as file:
         first_bytes = file.read(16)
     refuse_foreign_bytes(path, first_bytes)
@@ -118,20 +165,43 @@ def _load(path: Path, *version: int) -> dict[str, Tensor]:
             f"{path}: not a file written by torch.save (it begins with {first_bytes[:4]!r})"
         )
     try:
-        storage_sizes = _check_archive(path)
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        tensors = _tensors_of(path, content)
-        _check_tensors(tensors, storage_sizes)
+        stand_ins = _stand_ins(path) if is_state else {}
+        others = {*stand_ins, *STATE_NAMES} if is_state else set()
+        storage_sizes = _check_archive(path, others)
+        allowed: list[Any] = [(value, name) for name, value in stand_ins.items()]
+        with torch.serialization.safe_globals(allowed):
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        state = _state_of(path, content, is_state)
+        _check_tensors(state.weights, storage_sizes)
     except DAMAGE as error:
         reason = str(error).split("\n")[0]
         raise UserError(
             f"{path}: cut short or damaged ({type(error).__name__}: {reason}); download it again"
         ) from None
-    return tensors
+    return state
 
 
-def _check_archive(path: Path) -> Counter[int]:
-    """Check the zip archive around the tensors. Returns the number of storages of each size."""
+def _stand_ins(path: Path) -> dict[str, Any]:
+    """Return what is called in place of each class or function that torch does not know.
+
+    torch_npu pickles a tensor as a call of its own: torch's arguments, and a format behind them.
+    """
+    stand_ins: dict[str, Any] = {}
+    for name in torch.serialization.get_unsafe_globals_in_checkpoint(path):
+        if name.split(".")[0] not in SYSTEM_MODULES:
+            stand_ins[name] = _rebuild_npu_tensor if name == NPU_TENSOR else Unknown
+    return stand_ins
+
+
+def _rebuild_npu_tensor(*arguments: Any) -> Tensor:
+    return torch._utils._rebuild_tensor_v2(*arguments[:6])
+
+
+def _check_archive(path: Path, others: Collection[str]) -> Counter[int]:
+    """Check the zip archive around the tensors. Returns the number of storages of each size.
+
+    others: names that its pickle may have beside those of a dictionary of tensors.
+    """
     with zipfile.ZipFile(path) as archive:
         entries = archive.infolist()
         pickles = []
@@ -150,15 +220,20 @@ def _check_archive(path: Path) -> Counter[int]:
             raise UserError(
                 f"{path}: written on a big-endian machine; save it again on a little-endian one"
             )
-        _check_names(path, archive.read(pickles[0]))
+        _check_names(path, archive.read(pickles[0]), others)
     data = f"{prefix}data/"
     return Counter(entry.file_size for entry in entries if entry.filename.startswith(data))
 
 
-def _check_names(path: Path, data: bytes) -> None:
-    """Raise UserError if a pickle names anything that a dictionary of tensors does not need."""
+def _check_names(path: Path, data: bytes, others: Collection[str]) -> None:
+    """Raise UserError if a pickle names anything that a dictionary of tensors does not need.
+
+    others: names that it may have nevertheless.
+    """
     for opcode, argument, _ in pickletools.genops(data):
         is_unknown = opcode.name == "GLOBAL" and argument not in NAMES
+        if is_unknown and _python_name(argument) in others:
+            continue
         if is_unknown or opcode.name in OTHER_NAME_OPCODES:
             name = str(argument or opcode.name).replace(" ", ".")
             raise UserError(
@@ -167,18 +242,39 @@ def _check_names(path: Path, data: bytes) -> None:
             )
 
 
-def _tensors_of(path: Path, content: Any) -> dict[str, Tensor]:
+def _python_name(argument: Any) -> str:
+    """Return module.name of a name in a pickle of protocol 2, which has Python 2's builtins."""
+    return str(argument).replace("__builtin__ ", "builtins ").replace(" ", ".")
+
+
+def _state_of(path: Path, content: Any, is_state: bool) -> MappedState:
     if not isinstance(content, dict):
         raise UserError(f"{path}: holds a {type(content).__name__}, not a dictionary of tensors")
+    weights = content
+    others = {}
     for key in WRAPPERS:
         if isinstance(content.get(key), dict):
-            content = content[key]
+            weights = content[key]
+            others = {other: value for other, value in content.items() if other != key}
             break
+    if is_state:
+        return MappedState(_flatten(weights), others)
     tensors = {}
-    for name, value in content.items():
+    for name, value in weights.items():
         if not isinstance(name, str) or not isinstance(value, Tensor):
             raise UserError(f"{path}: {name!r} is a {type(value).__name__}, not a tensor")
         tensors[name] = value.detach()
+    return MappedState(tensors, others)
+
+
+def _flatten(nested: dict[Any, Any], prefix: str = "") -> dict[str, Tensor]:
+    """Return the tensors in nested dictionaries; what is neither is left out."""
+    tensors = {}
+    for key, value in nested.items():
+        if isinstance(value, Tensor):
+            tensors[f"{prefix}{key}"] = value.detach()
+        elif isinstance(value, dict):
+            tensors |= _flatten(value, f"{prefix}{key}.")
     return tensors
 
 

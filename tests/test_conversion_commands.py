@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import convert
-from minillama.conversion.command_line import parse_size
+from minillama.conversion.shared_flags import parse_size
 from minillama.data.memmap import Dataset
 from minillama.errors import UserError
 from tests.conversions import run_convert

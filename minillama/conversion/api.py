@@ -77,6 +77,67 @@ def meta(
     return meta_to_hf(Path(input), target, tokenizer, max_seq_len)
 
 
+def megatron(
+    input: DirectoryOrFile,
+    output: DirectoryOrFile,
+    *,
+    tensor_parallel: int = 1,
+    pipeline_parallel: int = 1,
+    merge_mlp: bool = False,
+    deepspeed: bool = False,
+    bias: bool = False,
+    vocab_multiple: int = 128,
+    added_tokens: int = 0,
+    **options: Any,
+) -> Conversion:
+    """Convert Hugging Face's layout to Megatron's, for a grid of ranks."""
+    from minillama.conversion.megatron import hf_to_megatron
+    from minillama.conversion.megatron_layout import MegatronOptions
+
+    cut = MegatronOptions(
+        tensor_parallel, pipeline_parallel, deepspeed, merge_mlp, vocab_multiple, added_tokens
+    )
+    return hf_to_megatron(Path(input), open_output(output, options), cut, bias)
+
+
+def from_megatron(
+    input: DirectoryOrFile,
+    output: DirectoryOrFile,
+    *,
+    config: DirectoryOrFile = "",
+    vocab_size: int = 0,
+    lora_alpha: float = 0.0,
+    **options: Any,
+) -> Conversion:
+    """Convert Megatron's layout to Hugging Face's, or a LoRA run's to PEFT's."""
+    from minillama.conversion.megatron import megatron_to_hf
+
+    target = open_output(output, options)
+    return megatron_to_hf(Path(input), target, config, vocab_size, lora_alpha)
+
+
+def reshard(
+    input: DirectoryOrFile,
+    output: DirectoryOrFile,
+    *,
+    tensor_parallel: int = 1,
+    pipeline_parallel: int = 1,
+    merge_mlp: bool = False,
+    deepspeed: bool = False,
+    vocab_multiple: int = 128,
+    config: DirectoryOrFile = "",
+    vocab_size: int = 0,
+    **options: Any,
+) -> Conversion:
+    """Cut Megatron's files anew, for another number of ranks."""
+    from minillama.conversion import megatron
+    from minillama.conversion.megatron_layout import MegatronOptions
+
+    cut = MegatronOptions(tensor_parallel, pipeline_parallel, deepspeed, merge_mlp, vocab_multiple)
+    target = open_output(output, options)
+    return megatron.reshard(Path(input), target, cut, config, vocab_size)
+
+
 def apply_delta(
     base: DirectoryOrFile, delta: DirectoryOrFile, output: DirectoryOrFile, **options: Any
 ) -> Conversion:

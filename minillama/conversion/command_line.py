@@ -3,21 +3,24 @@
 This module imports no torch, so that --help is shown at once.
 """
 
-import argparse
-import inspect
-import re
 from collections.abc import Callable
 from pathlib import Path
 
 from minillama.cli import Parser, parse_bool
-from minillama.compat.flags import CONVERSION
+from minillama.conversion.shared_flags import (
+    add_count,
+    add_megatron_input,
+    add_megatron_output,
+    add_output,
+    add_path,
+    add_weights_output,
+    new_parser,
+    parse_share,
+)
 from minillama.train_config import DEVICES
 
 ORIGINAL = "the original LLaMA, a Hugging Face directory"
-WEIGHTS_DIRECTORY = "directory to write; complete or absent"
-DTYPES = ("float32", "bfloat16", "float16")
 DATA_FORMATS = ("auto", "alpaca", "sharegpt", "moss", "ascend", "text", "lines")
-UNIT_PREFIXES = " kmg"  # powers of 1000, or of 1024 before iB
 
 
 def meta() -> Parser:
@@ -30,16 +33,73 @@ def meta() -> Parser:
         python convert.py meta --input llama-2-13b/ --output llama-2-13b-hf
         python convert.py meta --reverse --input llama-2-13b-hf --output llama-2-13b-meta --shards 2
     """
-    parser = _new_parser(meta)
-    _add_weights_output(parser)
-    _add_path(parser, "--input", "Meta's directory, or with --reverse Hugging Face's")
+    parser = new_parser(meta)
+    add_weights_output(parser)
+    add_path(parser, "--input", "Meta's directory, or with --reverse Hugging Face's")
     parser.add_argument("--reverse", action="store_true", help="Hugging Face to Meta")
     shards = "with --reverse: files [as Meta: 1; 13B 2, 33B 4, 65B and 70B 8]"
-    _add_count(parser, "--shards", shards)
+    add_count(parser, "--shards", shards)
     tokenizer = "tokenizer.model [in the input directory or its parent]"
     parser.add_argument("--tokenizer", default="", metavar="FILE", help=tokenizer)
     length = "context length [LLaMA-1 2048, LLaMA-2 4096, CodeLlama 16384]"
-    _add_count(parser, "--max_seq_len", length)
+    add_count(parser, "--max_seq_len", length)
+    return parser
+
+
+def megatron() -> Parser:
+    """Hugging Face's layout to that of Megatron-LM, AscendSpeed and ModelLink, for TP × PP ranks.
+
+    A vocabulary is padded to a multiple of vocab_multiple × tensor_parallel, as AscendSpeed does.
+    config.json and the tokenizer are put beside the weights. AscendSpeed's command
+    convert_weights_from_huggingface.py works too, after convert.py.
+
+    Example
+        python convert.py megatron --input llama-2-13b-hf --output llama-2-13b-tp8-pp2 \\
+            --tensor_parallel 8 --pipeline_parallel 2 --merge_mlp
+    """
+    parser = new_parser(megatron)
+    add_megatron_output(parser)
+    add_path(parser, "--input", "a Hugging Face directory")
+    add = parser.add_argument
+    add("--bias", action="store_true", help="the attention of the model has biases")
+    add_count(parser, "--added_tokens", "rows for tokens that will be added [0]")
+    return parser
+
+
+def from_megatron() -> Parser:
+    """Megatron's layout, a release or a training checkpoint, to Hugging Face's or PEFT's.
+
+    The grid is read from the names of the files. A checkpoint of a LoRA run becomes a PEFT
+    directory. Executes nothing that a file holds.
+
+    Examples
+        python convert.py from-megatron --input llama-2-13b-tp8-pp2 --output llama-2-13b-hf
+        python convert.py from-megatron --input ckpt/iter_0002000 --output tuned-hf \\
+            --config llama-2-13b-hf
+    """
+    parser = new_parser(from_megatron)
+    add_weights_output(parser)
+    add_megatron_input(parser)
+    alpha = "alpha of a LoRA run [as the run's settings say]"
+    parser.add_argument("--lora_alpha", type=float, default=0.0, metavar="float", help=alpha)
+    return parser
+
+
+def reshard() -> Parser:
+    """Megatron's files for another grid of TP × PP ranks: the weights, whole, and cut anew.
+
+    AscendSpeed's command convert_weights_when_tp_pp_change.py works too, after convert.py.
+
+    Example
+        python convert.py reshard --input llama-2-70b-tp8-pp8 --output llama-2-70b-tp8 \\
+            --tensor_parallel 8
+    """
+    parser = new_parser(reshard)
+    add_megatron_output(parser)
+    add_megatron_input(parser)
+    for kind in ("tensor", "pipeline"):
+        source = f"of the input, to compare with its files [as they say]: {kind} parallelism"
+        add_count(parser, f"--src_{kind}_parallel", source)
     return parser
 
 
@@ -54,10 +114,10 @@ def apply_delta() -> Parser:
         python convert.py apply-delta --base llama-13b-hf --delta vicuna-13b-delta-v1.1 \\
             --output vicuna-13b
     """
-    parser = _new_parser(apply_delta)
-    _add_weights_output(parser)
-    _add_path(parser, "--base", ORIGINAL)
-    _add_path(parser, "--delta", "the published difference, likewise")
+    parser = new_parser(apply_delta)
+    add_weights_output(parser)
+    add_path(parser, "--base", ORIGINAL)
+    add_path(parser, "--delta", "the published difference, likewise")
     return parser
 
 
@@ -67,10 +127,10 @@ def make_delta() -> Parser:
     Example
         python convert.py make-delta --base llama-13b-hf --target my-13b --output my-13b-delta
     """
-    parser = _new_parser(make_delta)
-    _add_weights_output(parser)
-    _add_path(parser, "--base", ORIGINAL)
-    _add_path(parser, "--target", "the fine-tuned model, likewise")
+    parser = new_parser(make_delta)
+    add_weights_output(parser)
+    add_path(parser, "--base", ORIGINAL)
+    add_path(parser, "--target", "the fine-tuned model, likewise")
     return parser
 
 
@@ -86,15 +146,15 @@ def merge_lora() -> Parser:
         python convert.py merge-lora --base llama-7b-hf --lora chinese-llama-plus \\
             --lora chinese-alpaca-plus --output merged
     """
-    parser = _new_parser(merge_lora)
-    _add_weights_output(parser)
-    _add_path(parser, "--base", "the model the first adapter was trained on")
+    parser = new_parser(merge_lora)
+    add_weights_output(parser)
+    add_path(parser, "--base", "the model the first adapter was trained on")
     add = parser.add_argument
     lora = "adapter; repeat for several"
     add("--lora", type=Path, action="append", required=True, metavar="DIR", help=lora)
     layout = "layout of the output: hf, meta [hf]"
     add("--format", type=_parse_layout, choices=("hf", "meta"), default="hf", help=layout)
-    _add_count(parser, "--shards", "with --format meta: files [as Meta does]")
+    add_count(parser, "--shards", "with --format meta: files [as Meta does]")
     add("--device", default="auto", choices=DEVICES, help="where B·A is computed [auto]")
     add("--seed", type=int, default=0, help="of the random hidden states of the check [0]")
     return parser
@@ -109,10 +169,10 @@ def tokenizer() -> Parser:
         python convert.py tokenizer --base llama/tokenizer.model --add chinese_sp.model \\
             --output merged.model
     """
-    parser = _new_parser(tokenizer)
-    _add_output(parser, "the merged tokenizer.model")
-    _add_path(parser, "--base", "the tokenizer.model that keeps its ids")
-    _add_path(parser, "--add", "the model whose new tokens are appended")
+    parser = new_parser(tokenizer)
+    add_output(parser, "the merged tokenizer.model")
+    add_path(parser, "--base", "the tokenizer.model that keeps its ids")
+    add_path(parser, "--add", "the model whose new tokens are appended")
     return parser
 
 
@@ -128,8 +188,8 @@ def data() -> Parser:
         python convert.py data --input alpaca.json --tokenizer llama/tokenizer.model \\
             --output my_data --template vicuna_v1.1
     """
-    parser = _new_parser(data)
-    _add_output(parser, "what the data set's files are called before the dot")
+    parser = new_parser(data)
+    add_output(parser, "what the data set's files are called before the dot")
     add = parser.add_argument
     files = "raw files or folders: .json, .jsonl, .txt, .parquet"
     add("--input", nargs="+", required=True, metavar="FILE", help=files)
@@ -138,7 +198,7 @@ def data() -> Parser:
     add("--format", choices=DATA_FORMATS, default="auto", help="of the input [auto]")
     template = "prompt template of conversations [sharegpt: vicuna_v1.1; others: alpaca]"
     add("--template", default="", metavar="NAME", help=template)
-    _add_count(parser, "--workers", "processes that tokenize [1]", default=1)
+    add_count(parser, "--workers", "processes that tokenize [1]", default=1)
     append_eod = "end documents with the end-of-text token [true]"
     add("--append_eod", type=parse_bool, default=True, metavar="true|false", help=append_eod)
     skip = "leave malformed records out, count and list them, instead of stopping"
@@ -163,7 +223,7 @@ def sha256() -> Parser:
 
     The last one names the first tensor that differs, and by how much.
     """
-    parser = _new_parser(sha256)
+    parser = new_parser(sha256)
     directory = "a checkpoint: Hugging Face's layout, Meta's, or an adapter"
     parser.add_argument("directory", type=Path, metavar="DIR", help=directory)
     against = "compare with a manifest or checkpoint; writes nothing"
@@ -173,6 +233,9 @@ def sha256() -> Parser:
 
 PARSERS: dict[str, Callable[[], Parser]] = {
     "meta": meta,
+    "megatron": megatron,
+    "from-megatron": from_megatron,
+    "reshard": reshard,
     "apply-delta": apply_delta,
     "make-delta": make_delta,
     "merge-lora": merge_lora,
@@ -182,65 +245,6 @@ PARSERS: dict[str, Callable[[], Parser]] = {
 }
 
 
-def parse_share(text: str) -> float:
-    """Return a number from 0 to below 1, for argparse."""
-    share = float(text)
-    if not 0 <= share < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not at least 0 and below 1")
-    return share
-
-
-def parse_size(text: str) -> int:
-    """Return the bytes of a size such as 5GB or 500MiB, for argparse."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:([kmg])(i?)b)?", text.strip().lower())
-    if match is None:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 5GB or 500MiB")
-    number, prefix, binary = match.groups()
-    unit = 1024 if binary else 1000
-    power = UNIT_PREFIXES.index(prefix or " ")
-    return int(float(number) * unit**power)
-
-
-def _parse_count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
-    return int(text)
-
-
 def _parse_layout(name: str) -> str:
     """Translate the names of Chinese-LLaMA-Alpaca's script to ours."""
     return {"huggingface": "hf", "pth": "meta"}.get(name, name)
-
-
-def _new_parser(subcommand: Callable[[], Parser]) -> Parser:
-    name = subcommand.__name__
-    return Parser(
-        CONVERSION.get(name),
-        prog=f"convert.py {name.replace('_', '-')}",
-        description=inspect.getdoc(subcommand),
-    )
-
-
-def _add_path(parser: Parser, flag: str, help: str) -> None:
-    parser.add_argument(flag, type=Path, required=True, metavar="PATH", help=help)
-
-
-def _add_count(parser: Parser, flag: str, help: str, default: int = 0) -> None:
-    parser.add_argument(flag, type=_parse_count, default=default, metavar="N", help=help)
-
-
-def _add_output(parser: Parser, help: str) -> None:
-    overwrite = "replace an existing output, once the new one is complete"
-    parser.add_argument("--overwrite", action="store_true", help=overwrite)
-    _add_path(parser, "--output", help)
-
-
-def _add_weights_output(parser: Parser) -> None:
-    """Add the flags of every subcommand that writes weights."""
-    _add_output(parser, WEIGHTS_DIRECTORY)
-    add = parser.add_argument
-    add("--dtype", choices=DTYPES, help="of the output [as the input]")
-    size = "largest file of Hugging Face's layout [5GB]"
-    add("--max_shard_size", type=parse_size, default=parse_size("5GB"), metavar="SIZE", help=size)
-    add("--bin", action="store_true", help="write pytorch_model*.bin instead of safetensors")
-    add("--verbose", action="store_true", help="print each tensor")

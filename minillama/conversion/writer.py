@@ -35,6 +35,9 @@ from minillama.tensor_writers import TensorSpecs
 
 # A directory with one of these files is a checkpoint, which --overwrite may replace.
 CHECKPOINT_FILES = ("config.json", "params.json", "adapter_config.json", "manifest.json")
+# Megatron's directory has its weights in the folder RELEASE, and one of these files beside it.
+RELEASE = "release"
+TRACKERS = ("latest_checkpointed_iteration.txt", "latest")
 
 
 @dataclass(frozen=True)
@@ -189,6 +192,9 @@ def _copy_first(name: str, sources: Sequence[Path], directory: Path) -> None:
 
 def _is_plain_checkpoint(path: Path) -> bool:
     """Tell whether a directory is a checkpoint without subdirectories, which hold other things."""
-    if any(inner.is_dir() for inner in path.iterdir()):
+    subdirectories = [inner.name for inner in path.iterdir() if inner.is_dir()]
+    if subdirectories == [RELEASE]:
+        return any((path / name).is_file() for name in TRACKERS)
+    if subdirectories:
         return False
     return any((path / name).is_file() for name in CHECKPOINT_FILES)
