@@ -47,7 +47,7 @@ from minillama.errors import UserError
 from minillama.files import write_text
 from minillama.parallel.shards import axis_of, check_tensor_parallel, cut, layers_of_stage
 from minillama.tensor_files import TensorRef
-from minillama.tensor_writers import TensorSpecs, specs_of, torch_writer
+from minillama.tensor_writers import Append, TensorSpecs, specs_of, torch_writer
 
 ENCODER = "language_model/encoder/"
 FIRST_GATE = "model.layers.0.mlp.gate_proj.weight"
@@ -203,22 +203,27 @@ def _write_stages(
     tensors: Iterator[tuple[str, Tensor]],
     specs: TensorSpecs,
 ) -> None:
-    """Write each tensor once: every rank of its stage gets its part."""
-    ranks = grid.tensor_parallel
+    """Write the stages one after the other, each tensor once."""
     arrange = partial(_arrange, grid.deepspeed)
     for stage in range(grid.pipeline_parallel):
         whole = {name: spec for name, spec in specs.items() if name.startswith(f"{stage}/")}
         with ExitStack() as open_files:
             appends = []
-            for rank in range(ranks):
+            for rank in range(grid.tensor_parallel):
                 path = directory / RELEASE / grid.file_of(rank, stage)
-                rank_specs = _specs_of_rank(whole, axes, rank, ranks)
+                rank_specs = _specs_of_rank(whole, axes, rank, grid.tensor_parallel)
                 writer = torch_writer(path, rank_specs, arrange)
                 appends.append(open_files.enter_context(writer))
             for _ in whole:
-                name, tensor = next(tensors)
-                for rank, append in enumerate(appends):
-                    append(name, cut(tensor, axes[name], rank, ranks))
+                _append_parts(appends, *next(tensors), axes)
+
+
+def _append_parts(
+    appends: Sequence[Append], name: str, tensor: Tensor, axes: Mapping[str, int | None]
+) -> None:
+    """Give every rank's file its part of a tensor."""
+    for rank, append in enumerate(appends):
+        append(name, cut(tensor, axes[name], rank, len(appends)))
 
 
 def _specs_of_rank(
