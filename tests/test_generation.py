@@ -39,7 +39,7 @@ def their_greedy(
 
 def test_greedy_tokens_with_a_repetition_penalty_equal_transformers(tmp_path: Path) -> None:
     """The penalty falls on tokens of the prompt and on those that were written."""
-    prompt = [1, 7, 9, 30, 41, 12]
+    prompt = random_tokens(40).tolist()
     save_model(random_model(max_seq_len=128), tmp_path)
     theirs = their_greedy(tmp_path, prompt, 40, repetition_penalty=1.3)
     sampling = Sampling(temperature=0.0, repetition_penalty=1.3)
