@@ -78,6 +78,15 @@ def empty_model(config: LlamaConfig, dtype: torch.dtype) -> Llama:
     return model
 
 
+def first_non_finite(model: nn.Module) -> str:
+    """The name of the first parameter that holds NaN or infinity; "" if none does."""
+    for name, parameter in model.named_parameters():
+        smallest, largest = parameter.detach().aminmax()  # NaN where any value is NaN
+        if not bool((smallest.isfinite() & largest.isfinite()).item()):
+            return name
+    return ""
+
+
 def open_weights(directory: Path) -> dict[str, TensorRef]:
     """Return every tensor of a model directory, by name; only headers are read.
 

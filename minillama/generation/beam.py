@@ -25,7 +25,14 @@ from torch import Tensor
 from minillama.errors import UserError
 from minillama.generation.cache import Cache, refuse_too_large
 from minillama.generation.decode import Completion, prefill, scale_rope
-from minillama.generation.sampling import Sampling, generator_for, penalise, tokens_seen, warp
+from minillama.generation.sampling import (
+    Sampling,
+    generator_for,
+    penalise,
+    refuse_non_finite,
+    tokens_seen,
+    warp,
+)
 from minillama.model import Llama
 
 EARLY_STOPPING = ("true", "false", "never")
@@ -153,6 +160,7 @@ def next_log_p(
     logits: Tensor, prompt: list[int], hypotheses: list[Hypothesis], sampling: Sampling
 ) -> Tensor:
     """log p of each next token, (W, V), with the repetition penalty."""
+    refuse_non_finite(logits.amax(-1))
     log_p = logits.float().log_softmax(-1)
     if sampling.repetition_penalty == 1:
         return log_p

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 
 from minillama import chat, ops
-from minillama.checkpoint.hf_reader import load_model, read_template
+from minillama.checkpoint.hf_reader import first_non_finite, load_model, read_template
 from minillama.checkpoint.run_directory import find_checkpoint
 from minillama.checkpoint.stop_tokens import with_stop_ids
 from minillama.checkpoint.tokenizer_files import has_tokenizer
@@ -152,6 +152,12 @@ def load_with_adapters(
                 )
             replaced_by[name] = adapter
     model = model.to(device).eval().requires_grad_(False)
+    name = first_non_finite(model)
+    if name:  # attention can hide NaN: fluent text would come out
+        raise UserError(
+            f"{base_path}: {name} holds NaN or infinity (in {torch_dtype}); the weights or an "
+            "adapter are damaged, or too large for this --dtype: use an intact copy, or float32"
+        )
     return ModelAndBase(model, base_path)
 
 

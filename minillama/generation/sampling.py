@@ -68,11 +68,7 @@ def next_tokens(
     if seen is not None:
         logits = penalise(logits, seen, sampling.repetition_penalty)
     best = logits.max(-1)
-    if not bool(best.values.isfinite().all()):
-        raise UserError(
-            "the model's logits are not finite numbers; its weights are damaged, or overflow: "
-            "try --dtype float32"
-        )
+    refuse_non_finite(best.values)
     if sampling.temperature == 0:
         return best.indices
     p = warp(logits, sampling).softmax(-1).cpu()  # on the CPU: not every device has fp64
@@ -81,6 +77,14 @@ def next_tokens(
     target = uniform * cumulative[:, -1:]  # (B, 1)
     tokens = torch.searchsorted(cumulative, target, right=True)  # (B, 1)
     return tokens.squeeze(1).to(logits.device)
+
+
+def refuse_non_finite(largest: Tensor) -> None:
+    """Raises UserError where the largest logit of a row, (B,), is NaN or infinite."""
+    if not bool(largest.isfinite().all()):
+        raise UserError(
+            "the model's logits are not finite numbers; its numbers overflow: try --dtype float32"
+        )
 
 
 def warp(logits: Tensor, sampling: Sampling, at_least: int = 1) -> Tensor:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from torch import nn
 
+from minillama.checkpoint.hf_reader import first_non_finite
 from minillama.errors import UserError
 from minillama.parallel.sharded_optimizer import ShardedOptimizer
 
@@ -37,14 +38,6 @@ class SkipWatch:
                 f"{self.in_a_row} steps in a row; lower --learning_rate, or look for "
                 f"broken records in the data; checkpoints are in {self.out_dir}"
             )
-
-
-def first_non_finite(model: nn.Module) -> str:
-    """The name of the first parameter that holds NaN or infinity; "" if none does."""
-    for name, parameter in model.named_parameters():
-        if not bool(parameter.detach().isfinite().all()):
-            return name
-    return ""
 
 
 def refuse_useless_model(model: nn.Module, steps: int, skipped: int, out_dir: Path) -> None:

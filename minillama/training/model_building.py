@@ -20,7 +20,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from minillama import comm, hf_config
-from minillama.checkpoint.hf_reader import empty_model, load_model
+from minillama.checkpoint.hf_reader import empty_model, first_non_finite, load_model
 from minillama.checkpoint.run_directory import find_checkpoint
 from minillama.device import compute_dtype
 from minillama.errors import UserError
@@ -30,7 +30,6 @@ from minillama.model import Llama
 from minillama.peft_config import read_adapter_config
 from minillama.tokenizer import Tokenizer
 from minillama.train_config import KEYS, TrainConfig
-from minillama.training.finite import first_non_finite
 
 SHAPE_KEYS = ("n_layers", "dim", "n_heads", "n_kv_heads", "ffn_dim", "vocab_size")
 OTHER_SHAPES = "1.1b"  # its context and epsilon are those of a shape that was never published

@@ -23,13 +23,14 @@ import torch
 
 from minillama import comm, device
 from minillama.checkpoint import train_state
+from minillama.checkpoint.hf_reader import first_non_finite
 from minillama.data.windows import Batch
 from minillama.files import write_json
 from minillama.memory import device_memory
 from minillama.ops import Documents
 from minillama.train_config import TrainConfig
 from minillama.training import run_directory
-from minillama.training.finite import SkipWatch, first_non_finite, refuse_useless_model
+from minillama.training.finite import SkipWatch, refuse_useless_model
 from minillama.training.messages import describe_start, describe_stop
 from minillama.training.metrics import TrainingLog, draw_loss
 from minillama.training.run import FinishedRun, Run, prepare
