@@ -10,6 +10,7 @@ from minillama import ops
 from minillama.checkpoint.hf_reader import first_non_finite
 from minillama.checkpoint.hf_writer import save_model
 from minillama.errors import UserError
+from minillama.generation import loading
 from minillama.generation.beam import BeamOptions, beam_search
 from minillama.generation.config import GenerationConfig
 from minillama.generation.decode import Completion, decode
@@ -52,13 +53,14 @@ def test_a_broken_adapter_is_refused_by_name(small_tokenizer, tmp_path: Path) ->
 
 
 def test_weights_beyond_16_bits_are_refused_though_they_are_finite_in_32(
-    small_tokenizer, tmp_path: Path
+    small_tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = random_model(vocab_size=400)
     with torch.no_grad():
         model.lm_head.weight[0, 0] = 1e5
     save_model(model, tmp_path / "model", small_tokenizer)
     assert load_engine(LoadOptions(str(tmp_path / "model")), GenerationConfig(greedy=True))
+    monkeypatch.setattr(loading, "compute_dtype", lambda *_: (torch.float16, ""))
     with pytest.raises(UserError, match=r"lm_head\.weight holds NaN .*torch\.float16"):
         load_engine(LoadOptions(str(tmp_path / "model"), dtype="float16"))
 
