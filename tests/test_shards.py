@@ -18,7 +18,7 @@ from minillama.parallel.shards import (
     layers_of_stage,
     part_of,
 )
-from minillama.peft_adapters import LoraConfig
+from minillama.peft_config import LoraConfig
 from tests.conftest import TINY
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

@@ -82,7 +82,8 @@ def hf_to_megatron(
     def write_beside(directory: Path) -> None:
         write_companions(directory, source, config, dtype, [source])
 
-    return write_megatron(output, model, options, write_beside, tokenizer_notes([source]))
+    notes = tokenizer_notes([source])
+    return write_megatron(output, [source], model, options, write_beside, notes)
 
 
 def megatron_to_hf(
@@ -104,19 +105,20 @@ def megatron_to_hf(
     if origin is None:
         raise UserError(f"{source}: {UNKNOWN_HEADS}")
     checkpoint = read_megatron(files, heads_of(origin.config))
+    inputs = _inputs_of(files, origin)
     rows = vocab_size or _tokens_of(checkpoint, files, origin.config)
     tensors = _crop_vocabulary(checkpoint.model.tensors, rows)
     if checkpoint.is_lora:
         base = str(origin.directory or "") if config else ""
         alpha = lora_alpha or float(checkpoint.arguments.get("lora_alpha") or 0)
-        return write_megatron_adapter(output, tensors, origin.config, alpha, base)
+        return write_megatron_adapter(output, inputs, tensors, origin.config, alpha, base)
     model_config = _fit_config(origin.config, tensors)
     if model_config.tie_embeddings:
         tensors.pop(HEAD, None)
     check_names(model_config, tensors, files.folder)
     dtype = output.dtype or tensors[EMBEDDING].dtype
     write_beside = _companions_of(origin.directory, model_config, dtype)
-    return write_checkpoint(output, tensors, write_beside, notes=_notes(files))
+    return write_checkpoint(output, inputs, tensors, write_beside, notes=_notes(files))
 
 
 def reshard(
@@ -165,7 +167,8 @@ def reshard(
         deepspeed=options.deepspeed or files.grid.deepspeed,
         merge_mlp=options.merge_mlp or checkpoint.is_merged,
     )
-    return write_megatron(output, model, options, write_beside, _notes(files))
+    inputs = _inputs_of(files, origin)
+    return write_megatron(output, inputs, model, options, write_beside, _notes(files))
 
 
 def check_source_grid(source: Path, tensor_parallel: int, pipeline_parallel: int) -> None:
@@ -192,6 +195,12 @@ def _find_origin(files: MegatronFiles, config: Path | str) -> Origin | None:
     if (root / "config.json").is_file():
         return Origin(read_config(root), root)
     return None
+
+
+def _inputs_of(files: MegatronFiles, origin: Origin | None) -> list[Path]:
+    if origin is None or origin.directory is None:
+        return [files.folder]
+    return [files.folder, origin.directory]
 
 
 def _compare_numbers(config: LlamaConfig, numbers: Numbers | None, source: Path) -> None:

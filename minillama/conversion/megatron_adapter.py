@@ -5,7 +5,7 @@ given q, k and v each their rows of B and a copy of their common A. So s·B·A o
 the run added to it.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -14,7 +14,8 @@ from torch import Tensor
 from minillama.conversion.writer import Conversion, LazyTensors, Output, write_checkpoint
 from minillama.errors import UserError
 from minillama.llama_config import LlamaConfig
-from minillama.peft_adapters import LoraConfig, write_adapter
+from minillama.peft_adapters import write_adapter
+from minillama.peft_config import LoraConfig
 from minillama.tensor_writers import TensorSpecs
 
 A = ".lora_A.weight"  # (R, in)
@@ -22,7 +23,12 @@ B = ".lora_B.weight"  # (out, R)
 
 
 def write_megatron_adapter(
-    output: Output, tensors: LazyTensors, config: LlamaConfig, alpha: float, base: str
+    output: Output,
+    inputs: Sequence[Path],
+    tensors: LazyTensors,
+    config: LlamaConfig,
+    alpha: float,
+    base: str,
 ) -> Conversion:
     """Write factors and whole tensors, by their names in the model, as a PEFT directory.
 
@@ -53,7 +59,7 @@ def write_megatron_adapter(
         modules_to_save=tuple(sorted(name.split(".")[-2] for name in whole)),
     )
     write_tensors = partial(_write_tensors, lora, base)
-    return write_checkpoint(output, tensors, _nothing_beside, write_tensors)
+    return write_checkpoint(output, inputs, tensors, _nothing_beside, write_tensors)
 
 
 def _write_tensors(

@@ -37,6 +37,7 @@ from minillama.conversion.megatron_layout import (
 from minillama.conversion.writer import LazyTensor
 from minillama.errors import UserError, listed
 from minillama.files import read_text
+from minillama.output_directory import restore
 from minillama.parallel.shards import axis_of, join
 from minillama.torch_files import Unknown, map_state
 
@@ -98,6 +99,7 @@ def find_files(directory: Path) -> MegatronFiles:
 
 def _folder_of(directory: Path) -> Path:
     """Return the folder that the tracker of a directory names; without one, the directory."""
+    restore(directory)
     if (directory / TRACKER).is_file():
         name = read_text(directory / TRACKER).strip()
         return directory / (f"iter_{int(name):07d}" if name.isdecimal() else name)

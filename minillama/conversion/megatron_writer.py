@@ -55,6 +55,7 @@ FIRST_GATE = "model.layers.0.mlp.gate_proj.weight"
 
 def write_megatron(
     output: Output,
+    inputs: Sequence[Path],
     model: LazyModel,
     options: MegatronOptions,
     write_companions: Callable[[Path], None] | None,
@@ -62,6 +63,7 @@ def write_megatron(
 ) -> Conversion:
     """Write the directory of a Megatron checkpoint.
 
+    inputs, notes: as of `write_checkpoint`.
     write_companions: writes what belongs beside the weights, such as the tokenizer.
     Raises UserError if the model cannot be cut like this.
     """
@@ -85,7 +87,7 @@ def write_megatron(
             write_companions(directory)
 
     write_tensors = partial(_write_stages, grid, axes)
-    return write_checkpoint(output, tensors, write_other_files, write_tensors, notes)
+    return write_checkpoint(output, inputs, tensors, write_other_files, write_tensors, notes)
 
 
 def _check_layout(model: LazyModel, options: MegatronOptions) -> None:
