@@ -168,6 +168,19 @@ def test_an_adapter_goes_on_training_with_pefts_gradients(
         assert_same_logits(gradient, expected[name], tolerance=1e-4)
 
 
+def test_rows_that_were_only_saved_are_kept_and_not_trained(base: Path, tmp_path: Path) -> None:
+    """PEFT saves an enlarged embedding and head with every adapter, and leaves them frozen."""
+    tuned = peft_adapter(base, tmp_path / "adapter", rows=57)
+    model = load_model(base)
+    config = load_adapter(model, tmp_path / "adapter", dropout=0.0)
+    assert config.modules_to_save == ()
+    assert set(config.modules_to_copy) == {"embed_tokens", "lm_head"}
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert trained and all("lora_" in name for name in trained)
+    with torch.no_grad():
+        check_everywhere(base, tmp_path / "adapter", tuned(TOKENS).logits, tmp_path / "merged")
+
+
 def test_dropout_falls_on_the_input_of_a_as_in_peft(tmp_path: Path) -> None:
     save_model(random_model(), tmp_path / "base")
     tuned = peft_adapter(tmp_path / "base", tmp_path / "adapter", lora_dropout=0.5).train()

@@ -72,6 +72,7 @@ def test_an_output_that_is_an_input_is_refused_by_every_subcommand(
 
 READERS: dict[str, Callable[[Path], object]] = {
     "generate and eval": find_checkpoint,
+    "an adapter as the checkpoint": lambda path: find_checkpoint(path / "adapter"),
     "its base": lambda path: read_config(path / "base"),
     "training": lambda path: load_model(path / "base"),
     "an adapter": lambda path: read_adapter(path / "adapter"),
