@@ -181,6 +181,22 @@ def read_target_rule(directory: Path) -> TargetRule:
         )
 
 
+def refuse_tied_factors(directory: Path) -> None:
+    """Raise UserError if an adapter cannot be trained further.
+
+    With ensure_weight_tying PEFT trains the factors of a tied embedding and head as one. Here each
+    of them would go its own way.
+    """
+    if not raw_config(directory).get("ensure_weight_tying"):
+        return
+    rule = read_target_rule(directory)
+    if rule.includes("model.embed_tokens") or rule.includes("lm_head"):
+        raise UserError(
+            f"{directory / CONFIG_FILE}: ensure_weight_tying with factors on the embedding is not "
+            "supported in training; merge the adapter into its base, and train a new one"
+        )
+
+
 def base_model_of(directory: Path) -> str:
     """Return where an adapter's base model is, by its configuration; "" if it is not given."""
     name = raw_config(directory).get("base_model_name_or_path") or ""

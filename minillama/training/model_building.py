@@ -27,7 +27,7 @@ from minillama.errors import UserError
 from minillama.llama_config import LlamaConfig, ffn_width, with_layers
 from minillama.lora import WHOLE, LoraConfig, add_lora, load_adapter, resolve_names
 from minillama.model import Llama
-from minillama.peft_config import read_adapter_config
+from minillama.peft_config import read_adapter_config, refuse_tied_factors
 from minillama.tokenizer import Tokenizer
 from minillama.train_config import KEYS, TrainConfig
 
@@ -228,6 +228,7 @@ def _add_adapters(
         return None
     if config.adapter:
         refuse_other_adapter(config, keys_not_at_default(config))
+        refuse_tied_factors(Path(config.adapter))
         return load_adapter(model, Path(config.adapter), config.lora_dropout)
     lora = lora_config(config)
     add_lora(model, lora, generator)

@@ -16,8 +16,10 @@ from minillama.checkpoint.hf_reader import load_model
 from minillama.checkpoint.hf_writer import save_model
 from minillama.conversion.merge import merge_lora
 from minillama.conversion.writer import Output
+from minillama.errors import UserError
 from minillama.lora import load_adapter, save_adapter
 from minillama.lora import merge_lora as merge_in_memory
+from minillama.peft_config import refuse_tied_factors
 from tests.adapters import TOKENS, logits
 from tests.conftest import random_model
 from tests.peers import assert_same_logits, open_in_transformers
@@ -179,6 +181,19 @@ def test_rows_that_were_only_saved_are_kept_and_not_trained(base: Path, tmp_path
     assert trained and all("lora_" in name for name in trained)
     with torch.no_grad():
         check_everywhere(base, tmp_path / "adapter", tuned(TOKENS).logits, tmp_path / "merged")
+
+
+def test_tied_factors_are_computed_and_not_trained_further(tmp_path: Path) -> None:
+    save_model(random_model(tie_embeddings=True), tmp_path / "base")
+    settings = {"target_modules": ["embed_tokens"], "ensure_weight_tying": True}
+    tuned = peft_adapter(tmp_path / "base", tmp_path / "a", **settings)
+    with torch.no_grad():
+        expected = tuned(TOKENS).logits
+    check_everywhere(tmp_path / "base", tmp_path / "a", expected, tmp_path / "merged")
+    with pytest.raises(UserError, match="ensure_weight_tying"):
+        refuse_tied_factors(tmp_path / "a")
+    peft_adapter(tmp_path / "base", tmp_path / "b", target_modules=["embed_tokens"])
+    refuse_tied_factors(tmp_path / "b")
 
 
 def test_dropout_falls_on_the_input_of_a_as_in_peft(tmp_path: Path) -> None:
