@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from minillama import cli, threads
 from minillama.compat.flags import GENERATION
 from minillama.errors import UserError
+from minillama.files import parsing
+from minillama.json_values import check_encodable
 from minillama.options import from_flags
 
 if TYPE_CHECKING:  # torch is imported when the flags and prompts are known to be right
@@ -159,7 +161,10 @@ def main(arguments: list[str]) -> None:
     check(options)
     prompts = read_prompts(options)
     engine = open_engine(options)
-    print(f"{engine.path} (template: {engine.template})", file=sys.stderr)
+    from minillama.tokenizer import describe_bos
+
+    bos = describe_bos(engine.tokenizer)
+    print(f"{engine.path} (template: {engine.template}, {bos})", file=sys.stderr)
     if options.web:
         from minillama.generation import web
 
@@ -202,6 +207,8 @@ def check(options: argparse.Namespace) -> None:
             "nothing to answer; give --prompt TEXT, --prompt_ids, --prompt_file FILE, "
             "--chat or --web"
         )
+    with parsing("--system"):
+        check_encodable(options.system)
     if not 0 <= options.port <= 65535:
         raise UserError(f"--port {options.port}: must be from 0 to 65535")
     for name in ("num_samples", "num_beams", "batch_size"):
@@ -216,7 +223,9 @@ def open_engine(options: argparse.Namespace) -> "Engine":
     from minillama.generation.loading import LoadOptions, load_engine
 
     config = from_flags(GenerationConfig, vars(options))
-    engine = load_engine(from_flags(LoadOptions, vars(options)), config)
+    texts = (options.prompt, options.prompt_file, options.chat, options.web, options.stop)
+    load_options = from_flags(LoadOptions, vars(options))
+    engine = load_engine(load_options, config, needs_text=any(texts))
     threads.use_threads_for(engine.model.config.parameter_count())
     return engine
 

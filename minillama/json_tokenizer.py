@@ -138,6 +138,9 @@ class JsonTokenizer:
         named_by_role = {"bos": self.bos_id, "eos": self.eos_id}
         return named_by_role.get(name, self.model.token_to_id(name))
 
+    def name_of(self, token: int) -> str:
+        return self.model.id_to_token(token)
+
     def decode(self, ids: Iterable[int]) -> str:
         return self.model.decode(list(ids), skip_special_tokens=True)
 

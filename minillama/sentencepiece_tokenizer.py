@@ -174,6 +174,10 @@ class SentencePieceTokenizer:
             token = self.model.piece_to_id(name)
         return named_by_role.get(name, token)
 
+    def name_of(self, token: int) -> str:
+        """What a token is called, such as "<s>"."""
+        return self.added[token].content if token in self.added else self.model.id_to_piece(token)
+
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ids. Special tokens, and ids without a token, are left out.
 

@@ -33,7 +33,45 @@ def open_tokenizer(path: Path | str) -> "Tokenizer":
     raise UserError(f"{path}: no such tokenizer file{hub_hint(path)}")
 
 
-Tokenizer = SentencePieceTokenizer | JsonTokenizer
+class TokenIds:
+    """Stands in for a tokenizer that is not there: what is read and written is ids, not text.
+
+    It has the attributes and methods of a tokenizer.
+    """
+
+    size = 0
+    sha256 = ""
+    bos_rule = "no tokenizer"
+    splits_at_lines = False
+
+    def __init__(self, path: Path) -> None:
+        self.path = path  # where there is no tokenizer
+        self.bos_id: int | None = None
+        self.eos_id: int | None = None
+        self.starts_with: list[int] = []
+
+    def encode(self, text: str, follows_line_break: bool = False) -> list[int]:
+        raise UserError(f"{self.path}: has no tokenizer for {text!r}; name one with --tokenizer")
+
+    def control_id(self, name: str) -> int | None:
+        return None
+
+    def name_of(self, token: int) -> str:
+        return str(token)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The ids themselves, such as "1 15043"."""
+        return " ".join(map(str, ids))
+
+
+Tokenizer = SentencePieceTokenizer | JsonTokenizer | TokenIds
+
+
+def describe_bos(tokenizer: Tokenizer) -> str:
+    """What a text begins with, and what decides that."""
+    names = [tokenizer.name_of(token) for token in tokenizer.starts_with]
+    start = f"BOS {names[0]}" if names else "no BOS"
+    return f"{start} (by {tokenizer.bos_rule})"
 
 
 class Stream:

@@ -21,7 +21,7 @@ from minillama.checkpoint.stop_tokens import with_stop_ids
 from minillama.checkpoint.tokenizer_files import has_tokenizer
 from minillama.device import compute_dtype, pick
 from minillama.errors import UserError, closest
-from minillama.files import read_json
+from minillama.generation.chat_templates import own_chat_template
 from minillama.generation.config import GenerationConfig
 from minillama.generation.engine import Engine
 from minillama.hf_config import read_config
@@ -29,7 +29,7 @@ from minillama.hub import hub_hint
 from minillama.lora import load_adapter
 from minillama.model import Llama
 from minillama.peft_config import base_model_of
-from minillama.tokenizer import Tokenizer, open_tokenizer
+from minillama.tokenizer import TokenIds, Tokenizer, open_tokenizer
 
 CHECKSUM_SAMPLES = 4096  # about how many values of each parameter `weights_checksum` reads
 
@@ -56,24 +56,34 @@ def load_engine(
     options: LoadOptions,
     config: GenerationConfig | None = None,
     device: torch.device | None = None,
+    needs_text: bool = True,
 ) -> Engine:
     """A model ready to complete prompts; without a `config` it is greedy.
 
     device: in place of options.device, for a rank that has a device of its own.
+    needs_text: whether a model without a tokenizer is refused; else its completions are ids.
     """
     ops.choose(options.ops)
     path = find_checkpoint(Path(options.ckpt))
     model, base = load_with_adapters(
         path, options.base, options.lora, options.dtype, device or pick(options.device)
     )
-    has_own_tokenizer = has_tokenizer(path)
-    tokenizer = open_tokenizer(options.tokenizer or (path if has_own_tokenizer else base))
+    tokenizer = find_tokenizer(options.tokenizer, path, base, needs_text)
     config = config or GenerationConfig(greedy=True)
     config = replace(config, template=choose_template(config.template, path, base))
     check_vocabulary(tokenizer, model)
     warn_of_unknown_rows(tokenizer, model, base)
     eos_ids = with_stop_ids(model.config, base, tokenizer, "").eos_ids
     return Engine(model, tokenizer, config, eos_ids, path)
+
+
+def find_tokenizer(name: str, path: Path, base: Path, needs_text: bool) -> Tokenizer:
+    """The tokenizer that is named, else that of the checkpoint or adapter, else its base's."""
+    source = path if has_tokenizer(path) else base
+    if not name and not needs_text and not has_tokenizer(source):
+        print(f"note: {source} has no tokenizer, so token ids are written", file=sys.stderr)
+        return TokenIds(source)
+    return open_tokenizer(name or source)
 
 
 def choose_template(name: str, path: Path, base: Path) -> str:
@@ -88,7 +98,7 @@ def choose_template(name: str, path: Path, base: Path) -> str:
             f"no template {template!r}{closest(template, chat.TEMPLATES)}; "
             f"templates: none, {', '.join(chat.TEMPLATES)}"
         )
-    if template not in ("none", "raw", tuned_with) and not has_chat_template(base):
+    if template not in ("none", "raw", tuned_with) and not own_chat_template(base):
         if tuned_with:
             known = f"was tuned with the template {tuned_with}"
         else:
@@ -110,7 +120,7 @@ def check_vocabulary(tokenizer: Tokenizer, model: Llama) -> None:
 def warn_of_unknown_rows(tokenizer: Tokenizer, model: Llama, base: Path) -> None:
     """Warn where an adapter enlarged the embedding, and the tokenizer does not know its rows."""
     vocab_size = model.config.vocab_size
-    if tokenizer.size < vocab_size and read_config(base).vocab_size < vocab_size:
+    if 0 < tokenizer.size < vocab_size and read_config(base).vocab_size < vocab_size:
         print(
             f"warning: an adapter enlarges the embedding to {vocab_size} rows, but "
             f"{tokenizer.path} has {tokenizer.size} tokens; name the tokenizer that the adapter "
@@ -182,11 +192,3 @@ def weights_checksum(model: Llama) -> str:
         step = max(1, len(values) // CHECKSUM_SAMPLES)
         digest.update(values[::step].float().cpu().numpy().tobytes())
     return digest.hexdigest()
-
-
-def has_chat_template(directory: Path) -> bool:
-    """Do the tokenizer's files hold a chat template, as those of published chat models do?"""
-    path = directory / "tokenizer_config.json"
-    if path.is_file() and read_json(path).get("chat_template"):
-        return True
-    return (directory / "chat_template.jinja").is_file()

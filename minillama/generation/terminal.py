@@ -3,6 +3,7 @@
 import io
 import sys
 
+from minillama.generation.chat_templates import missing_template_note
 from minillama.generation.engine import ChatSession, Engine
 
 QUIT_WORDS = ("q", "quit", "exit")
@@ -16,10 +17,7 @@ def chat_in_terminal(engine: Engine, system: str = "", seed: int | None = None) 
         # A question that is not UTF-8 is then refused by itself, and the conversation goes on.
         sys.stdin.reconfigure(errors="surrogateescape")
     if engine.template == "none":
-        print(
-            "note: no chat template is known for this checkpoint, so it only continues text; "
-            "choose one with --template NAME"
-        )
+        print(missing_template_note(engine.tokenizer.path.parent))
     print(f"{', '.join(QUIT_WORDS)}: end    {', '.join(CLEAR_WORDS)}: start over")
     while True:
         try:

@@ -23,7 +23,7 @@ from minillama.data.tokenize import DataOptions
 from minillama.data.windows import TrainingWindows
 from minillama.errors import UserError
 from minillama.llama_config import LlamaConfig
-from minillama.tokenizer import Tokenizer, open_tokenizer
+from minillama.tokenizer import Tokenizer, describe_bos, open_tokenizer
 from minillama.train_config import TrainConfig
 
 EMBEDDED = ("demo", "demo_lora")  # names of the data that the package makes itself
@@ -99,6 +99,7 @@ def build_data(
         dataset = open_data(config.data, tokenizer, options)
         template = dataset.template or config.template or base_template
         mesh.print(f"template: {template or 'none'}")
+        mesh.print(f"tokenizer: {describe_bos(tokenizer)}")
         if config.eval_data:
             eval_options = replace(options, template=template)
             held_out = open_data(config.eval_data, tokenizer, eval_options)
