@@ -199,6 +199,11 @@ def _no_weights(directory: Path) -> UserError:
             f"{directory}: Meta's; convert it first: "
             f"python convert.py meta --input {directory} --output {directory.name}-hf"
         )
+    if (directory / "latest_checkpointed_iteration.txt").is_file():
+        return UserError(
+            f"{directory}: Megatron's; convert it first: "
+            f"python convert.py from-megatron --input {directory} --output {directory.name}-hf"
+        )
     if (directory / "adapter_config.json").is_file():
         return UserError(
             f"{directory}: a LoRA adapter, not a whole model; name its base with --base DIR"

@@ -37,7 +37,7 @@ def write_megatron_adapter(
     """
     if not alpha:
         raise UserError("the files do not hold the alpha of LoRA; name it with --lora_alpha")
-    modules = {name.removesuffix(A) for name in tensors if name.endswith(A)}
+    modules = [name.removesuffix(A) for name in tensors if name.endswith(A)]
     shapes = config.parameter_shapes()
     ranks = set()
     for module in modules:
