@@ -27,14 +27,12 @@ from torch import Tensor
 
 from minillama import device as devices
 from minillama.errors import UserError, listed
-from minillama.launch import meeting_place, read_launch, stop_with_launcher
+from minillama.launch import read_launch, rendezvous_address, stop_with_launcher
 
-_ALL_GATHER = (
-    getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-)  # torch renamed it after 2.13
+# torch renamed all_gather_into_tensor after 2.13.
+_ALL_GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
-
-MEETING_TIMEOUT = timedelta(minutes=5)  # for all ranks to start
+RENDEZVOUS_TIMEOUT = timedelta(minutes=5)  # for all ranks to start
 
 
 @dataclass
@@ -71,7 +69,7 @@ def start(device_name: str = "auto", timeout_minutes: float = 30.0) -> Iterator[
     if size == 1:
         yield Mesh(device=device)
         return
-    store = _meet(rank, size)
+    store = _rendezvous(rank, size)
     # torchrun restarts ranks with the same store, which still holds the addresses of the ranks that
     # died. So each attempt uses a prefix of its own.
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
@@ -90,18 +88,18 @@ def start(device_name: str = "auto", timeout_minutes: float = 30.0) -> Iterator[
         dist.destroy_process_group()
 
 
-def _meet(rank: int, size: int) -> dist.Store:
+def _rendezvous(rank: int, size: int) -> dist.Store:
     """The store through which the ranks find each other; rank 0 or torchrun has it.
 
-    Raises UserError where it cannot be reached, or a rank does not come.
+    Raises UserError if it cannot be reached, or a rank does not come.
     """
     try:
-        store, _, _ = next(dist.rendezvous("env://", timeout=MEETING_TIMEOUT))
+        store, _, _ = next(dist.rendezvous("env://", timeout=RENDEZVOUS_TIMEOUT))
     except (RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(
-            f"rank {rank} of {size}: the ranks do not meet at {meeting_place()}: the address must "
-            f"be that of rank 0's machine, the port free, and every rank started ({reason})"
+            f"rank {rank} of {size}: the ranks do not meet at {rendezvous_address()}: the address "
+            f"must be that of rank 0's machine, the port free, and every rank started ({reason})"
         ) from error
     return store
 
@@ -129,8 +127,8 @@ def _compare_calls(mesh: Mesh, call: str) -> None:
     calls: list[str] = [""] * mesh.size
     dist.all_gather_object(calls, f"{call} at {caller.filename}:{caller.lineno}")
     if len(set(calls)) > 1:
-        listed = "; ".join(f"rank {rank}: {call}" for rank, call in enumerate(calls))
-        raise UserError(f"ranks disagree about the next collective: {listed}")
+        all_calls = "; ".join(f"rank {rank}: {call}" for rank, call in enumerate(calls))
+        raise UserError(f"ranks disagree about the next collective: {all_calls}")
 
 
 def all_reduce_sum(mesh: Mesh, tensor: Tensor) -> Tensor:
@@ -155,8 +153,7 @@ def reduce_to(
     Args:
         owner: the rank that gets the sum; None: all ranks do.
         pairwise_of: add the tensors of the first `pairwise_of` ranks in a fixed pairwise tree,
-        ((0+1)+(2+3))+…,
-            instead of in the order of their arrival.
+            ((0+1)+(2+3))+…, instead of in the order of their arrival.
 
     Returns a function that waits for the sum and returns it. Its result is undefined on ranks other
     than the owner."""
@@ -208,7 +205,7 @@ def all_gather(mesh: Mesh, tensor: Tensor) -> Tensor:
 
 
 def all_gather_into(mesh: Mesh, whole: Tensor, part: Tensor) -> Tensor:
-    """Fill `whole` with every rank's `part`, in rank order.
+    """Fill `whole` with every rank's `part`, in rank order, and return it.
 
     `part` may be this rank's own range of `whole`.
     """

@@ -46,7 +46,7 @@ def ranks_on_machine() -> int:
     return _number("LOCAL_WORLD_SIZE", 1, 2**31, default=1)
 
 
-def meeting_place() -> str:
+def rendezvous_address() -> str:
     """Return the address at which the ranks meet, for messages."""
     return f"MASTER_ADDR:MASTER_PORT = {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
 

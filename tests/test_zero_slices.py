@@ -88,11 +88,11 @@ def save_and_load(saved: list[tuple[int, dict]] | None) -> tuple[list, np.ndarra
         updates = 0
         if saved is not None:
             optimizer.load_state(lambda number, total: reader_of(saved), len(saved), None)
-            updates = optimizer.state().updates
+            updates = optimizer.state().num_updates
         optimizer.zero_grad()
         optimizer.backward(loss_of(named) / mesh.size, mesh.size)
         optimizer.step(1e-2, max_norm=0.0)
-        assert optimizer.state().updates == updates + 1
+        assert optimizer.state().num_updates == updates + 1
         slices = []
         for part in optimizer.state().slices:
             arrays = {name: tensor.numpy().copy() for name, tensor in part.tensors.items()}

@@ -3,7 +3,8 @@
     checkpoints/step-000100/                   the model or adapter, as a directory of its own, and
         state-0-000000000000.safetensors       master, m, v of flat vector 0 from position 0 on
         state-0-000000016384.safetensors       … from position 16384 on; one file per rank
-        state.json                             step, tokens, skipped steps, loss scale, global batch
+        state.json                             step, updates, tokens, skipped steps, loss scale,
+                                               global batch, fingerprints of the inputs
         manifest.json                          sha256 of every file; written last
 
 State is stored by its position in the flat vector and never by rank, so any number of ranks reads
@@ -48,7 +49,7 @@ MANIFEST = "manifest.json"
 
 
 @dataclass(frozen=True)
-class Written:
+class RankFiles:
     """What a rank has written: the sha256 of its files by name, or why it failed."""
 
     hashes: dict[str, str]
@@ -87,27 +88,28 @@ def save_state(
             hashes |= _write_model_and_state(partial, write_model, state)
         return hashes
 
-    def finish() -> dict[str, str]:
+    def finish(hashes: dict[str, str]) -> dict[str, str]:
         if mesh.is_first:
-            write_json(partial / MANIFEST, {"sha256": written.hashes})
+            write_json(partial / MANIFEST, {"sha256": hashes})
             publish(partial, final)
             for old in list_states(out_dir)[:-keep] if keep > 0 else []:
                 _remove(old)
         return {}
 
-    written = Written({}, None)
-    for phase in (create, write, finish):
-        written = _on_all_ranks(mesh, partial, phase)
-        if written.error is not None:
-            break
-    if mesh.is_first and written.error is not None:
+    outcome = _on_all_ranks(mesh, partial, create)
+    if outcome.error is None:
+        outcome = _on_all_ranks(mesh, partial, write)
+    if outcome.error is None:
+        hashes = outcome.hashes
+        outcome = _on_all_ranks(mesh, partial, lambda: finish(hashes))
+    if mesh.is_first and outcome.error is not None:
         with suppress(OSError):
             _remove(partial)
     comm.barrier(mesh)
-    return written.error
+    return outcome.error
 
 
-def _on_all_ranks(mesh: Mesh, place: Path, phase: Callable[[], dict[str, str]]) -> Written:
+def _on_all_ranks(mesh: Mesh, place: Path, phase: Callable[[], dict[str, str]]) -> RankFiles:
     """Run a phase on every rank. Returns all hashes that it made, and all errors."""
     hashes: dict[str, str] = {}
     error = None
@@ -117,11 +119,11 @@ def _on_all_ranks(mesh: Mesh, place: Path, phase: Callable[[], dict[str, str]]) 
         error = f"rank {mesh.rank}: {failure.strerror or failure} ({failure.filename or place})"
     all_hashes: dict[str, str] = {}
     errors = []
-    for written in comm.gather_objects(mesh, Written(hashes, error)):
+    for written in comm.gather_objects(mesh, RankFiles(hashes, error)):
         all_hashes |= written.hashes
         if written.error is not None:
             errors.append(written.error)
-    return Written(all_hashes, "; ".join(errors) or None)
+    return RankFiles(all_hashes, "; ".join(errors) or None)
 
 
 def flush_and_hash(path: Path) -> str:
@@ -158,7 +160,7 @@ def set_aside(directory: Path, reason: str) -> Path:
 
 
 def set_aside_after(out_dir: Path, step: int) -> list[Path]:
-    """Set aside the checkpoints of later steps than `step`; returns where they are now."""
+    """Rename the checkpoints of later steps than `step`; returns their new paths."""
     later = [path for path in list_states(out_dir) if step_of(path) > step]
     return [set_aside(path, "replaced") for path in later]
 
@@ -178,7 +180,7 @@ def verify(directory: Path) -> str | None:
 
 
 def newest_intact(out_dir: Path, warn: Callable[[str], None]) -> Path | None:
-    """Return the newest checkpoint that `verify` accepts, and set aside those that it does not.
+    """Return the newest checkpoint that `verify` accepts, and rename those that it does not.
 
     `warn` is told of each.
     """

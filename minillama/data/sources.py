@@ -154,9 +154,9 @@ def _source_of_entry(info_path: Path, name: str, entry: dict[str, Any]) -> Sourc
     The columns `history` and `system` are not read unless the entry names them, as in
     LLaMA-Factory.
     """
-    where = f"{info_path}: {name}"
-    path = _path_of_entry(info_path, where, entry)
-    _refuse_unknown(where, entry, (*ENTRY_KEYS, *HUB_KEYS))
+    place = f"{info_path}: {name}"
+    path = _path_of_entry(info_path, place, entry)
+    _refuse_unknown(place, entry, (*ENTRY_KEYS, *HUB_KEYS))
     formatting = entry.get("formatting", "alpaca")
     is_ranking = bool(entry.get("ranking"))
     if is_ranking or formatting not in ("alpaca", "sharegpt"):
@@ -164,7 +164,7 @@ def _source_of_entry(info_path: Path, name: str, entry: dict[str, Any]) -> Sourc
         if is_ranking:
             kind = "ranking data, for reward models"
         raise UserError(
-            f"{where} is {kind}; known are alpaca and sharegpt, for supervised training"
+            f"{place} is {kind}; known are alpaca and sharegpt, for supervised training"
         )
     expected_sha1 = entry.get("file_sha1")
     if expected_sha1:
@@ -177,38 +177,38 @@ def _source_of_entry(info_path: Path, name: str, entry: dict[str, Any]) -> Sourc
     columns = {"history": "", "system": ""}
     for table in NAME_TABLES:
         names = {key: value or "" for key, value in entry.get(table, {}).items()}
-        _refuse_unknown(f"{where}: {table}", names, (*COLUMNS, *HARMLESS_TAGS))
+        _refuse_unknown(f"{place}: {table}", names, (*COLUMNS, *HARMLESS_TAGS))
         columns |= {key: value for key, value in names.items() if key in COLUMNS}
     for column, name_in_file in columns.items():
         if not isinstance(name_in_file, str):
-            raise UserError(f"{where}: {column} is {name_in_file!r}, expected the name of a column")
+            raise UserError(f"{place}: {column} is {name_in_file!r}, expected the name of a column")
     return Source(path, formatting, columns)
 
 
-def _path_of_entry(info_path: Path, where: str, entry: dict[str, Any]) -> Path:
+def _path_of_entry(info_path: Path, place: str, entry: dict[str, Any]) -> Path:
     """The file of an entry. It must lie in the folder of dataset_info.json, or below it."""
     if "file_name" not in entry:
-        raise UserError(f"{where} has no file_name; download its data and add the file's name")
+        raise UserError(f"{place} has no file_name; download its data and add the file's name")
     file_name = entry["file_name"]
     if not isinstance(file_name, str):
-        raise UserError(f"{where}: file_name is {file_name!r}, expected the name of a file")
+        raise UserError(f"{place}: file_name is {file_name!r}, expected the name of a file")
     if Path(file_name).is_absolute() or ".." in Path(file_name).parts:
         raise UserError(
-            f"{where}: file_name {file_name!r} is outside {info_path.parent}; move the file into "
+            f"{place}: file_name {file_name!r} is outside {info_path.parent}; move the file into "
             "that folder, or give its path to --data"
         )
     path = info_path.parent / file_name
     if not path.is_file():
-        raise UserError(f"{path}: no such file; named by {where}")
+        raise UserError(f"{path}: no such file; named by {place}")
     return path
 
 
-def _refuse_unknown(where: str, values: dict[str, Any], known: Sequence[str]) -> None:
+def _refuse_unknown(place: str, values: dict[str, Any], known: Sequence[str]) -> None:
     """Raise UserError for a key with a value that is not known: it would change what is read."""
     for key, value in values.items():
         if value and key not in known:
             raise UserError(
-                f"{where}: the key {key!r} is not known here{closest(key, known)}; take it out if "
+                f"{place}: the key {key!r} is not known here{closest(key, known)}; take it out if "
                 "the data is right without it"
             )
 

@@ -17,13 +17,14 @@ import torch
 from torch import Tensor
 
 from minillama.evaluation.batching import Batch, Query
+from minillama.llama_config import LlamaConfig
 from minillama.model import Llama
 
 LOGIT_CHUNK = 1 << 22  # logits that exist at a time: 16 MB
 
 
 class QueryResult(NamedTuple):
-    """The model's answer to a query."""
+    """What the model predicts for a query."""
 
     logprobs: list[float]  # of each continuation, summed over its tokens
     logits: list[float]  # of each continuation's first token, as the head gives them
@@ -48,15 +49,26 @@ class TokenScore(NamedTuple):
 class SharedPrefix:
     """A `model.KeyValueCache`: a prefix's keys and values, computed once for any number of rows."""
 
-    def __init__(self, model: Llama, tokens: list[int]) -> None:
-        device = model.lm_head.weight.device
-        self.config = model.config
-        self.capacity = model.config.max_seq_len
+    def __init__(self, config: LlamaConfig, tokens: list[int], device: torch.device) -> None:
+        self.config = config
+        self.capacity = config.max_seq_len
         self.lengths = None
         self.tokens = tokens
         self.layers: list[tuple[Tensor, Tensor]] = []  # keys and values, (1, P, K, D) each
-        self.positions = torch.arange(len(tokens), device=device)
-        model(torch.tensor([tokens], device=device), cache=self)
+        self.positions = torch.arange(len(tokens), device=device)  # of the tokens of the next call
+
+    @classmethod
+    def compute(cls, model: Llama, tokens: list[int]) -> "SharedPrefix":
+        """Run the model on the prefix, and keep its keys and values."""
+        device = model.lm_head.weight.device
+        prefix = cls(model.config, tokens, device)
+        model(torch.tensor([tokens], device=device), cache=prefix)
+        return prefix
+
+    def extend(self, T: int) -> None:
+        """Before a call of the model: its rows are T tokens, which follow the prefix."""
+        P = len(self.tokens)
+        self.positions = torch.arange(P, P + T, device=self.positions.device)
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values so far, (B, S, K, D) each.
@@ -88,7 +100,7 @@ def score_queries(
         if not tokens:
             prefix = None
         elif prefix is None or prefix.tokens != tokens:
-            prefix = SharedPrefix(model, tokens)
+            prefix = SharedPrefix.compute(model, tokens)
         results = _score_batch(model, members, prefix)
         yield dict(zip(batch.members, results, strict=True))
 
@@ -102,26 +114,28 @@ def _score_batch(
     T = max(map(len, rows))
     device = model.lm_head.weight.device
     if prefix:
-        prefix.positions = torch.arange(P, P + T, device=device)
+        prefix.extend(T)
     padded = [row + [0] * (T - len(row)) for row in rows]
     hidden = model(torch.tensor(padded, device=device), cache=prefix)  # (B, T, C)
     targets = _find_targets(queries, P, T)
+    # In the order of _find_targets: by query, then continuation, then token.
     scores = iter(_score_targets(model, hidden.flatten(0, 1), targets))
     results = []
     for query in queries:
         logprobs = []
         first_tokens = []
         for continuation in query.continuations:
-            tokens = list(islice(scores, len(continuation)))
-            logprobs.append(sum(token.logprob for token in tokens))
-            first_tokens.append(tokens[0])
-        logits = [token.logit for token in first_tokens]
+            token_scores = list(islice(scores, len(continuation)))
+            logprobs.append(sum(token_score.logprob for token_score in token_scores))
+            first_tokens.append(token_scores[0])
+        logits = [token_score.logit for token_score in first_tokens]
         results.append(QueryResult(logprobs, logits, first_tokens[0].greedy))
     return results
 
 
 def _find_targets(queries: list[Query], P: int, T: int) -> list[Target]:
-    """Every token of every continuation, with the position that predicts it."""
+    """Every token of every continuation, with the position that predicts it: by query, then
+    continuation, then token."""
     targets = []
     row = 0
     for query in queries:

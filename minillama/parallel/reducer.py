@@ -103,10 +103,8 @@ class GradientReducer:
         mesh: this rank among the others.
         slice_size: elements of the flat vector that each rank owns.
         config: `zero_stage`, `reduction`, `bucket_elements`, `gradient_accumulation_steps`.
-        defer: never reduce during backward. A rank without a micro-batch reduces one flat vector
-        after the other, and all
-            ranks must reduce in the same order, or they wait for each other forever. So only one
-            vector may go early.
+        defer: reduce only after backward. A rank without a micro-batch runs no backward, and all
+            ranks must reduce in the same order. So only one vector may reduce during backward.
     """
 
     def __init__(

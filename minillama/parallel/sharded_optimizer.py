@@ -68,7 +68,7 @@ class LossScale:
         return cls(**fields)
 
 
-class StepResult(NamedTuple):
+class OptimizerStep(NamedTuple):
     """What came of one optimizer step."""
 
     norm: float  # of the whole gradient, before clipping
@@ -88,7 +88,7 @@ class OptimizerState:
     """What a checkpoint holds of the optimizer, as seen by one rank."""
 
     slices: list[SavedSlice]  # one for each flat vector
-    updates: int
+    num_updates: int
     loss_scale: dict[str, Any] | None
 
 
@@ -156,7 +156,7 @@ class ShardedOptimizer:
 
     def step(
         self, learning_rate: float, max_norm: float, loss_is_finite: bool = True
-    ) -> StepResult:
+    ) -> OptimizerStep:
         """Clip the norm of the gradient to `max_norm` (0: do not clip) and update the weights.
 
         If the gradient or the loss is not finite, the weights stay as they are, on every rank.
@@ -167,37 +167,39 @@ class ShardedOptimizer:
         if not (math.isfinite(norm) and loss_is_finite):
             if self.loss_scale:
                 self.loss_scale.on_overflow()
-            return StepResult(norm, updated=False)
+            return OptimizerStep(norm, updated=False)
         is_clipped = max_norm > 0 and norm > max_norm
         clip = max_norm / (norm + 1e-6) if is_clipped else 1.0
         for vector in self.vectors:
             vector.step(learning_rate, clip * unscale)
         if self.loss_scale:
             self.loss_scale.on_success()
-        return StepResult(norm, updated=True)
+        return OptimizerStep(norm, updated=True)
 
     def state(self) -> OptimizerState:
         """What this rank saves."""
         return OptimizerState(
             slices=[SavedSlice(vector.owned.start, vector.state()) for vector in self.vectors],
-            updates=self.vectors[0].steps,
+            num_updates=self.vectors[0].steps,
             loss_scale=self.loss_scale.state() if self.loss_scale else None,
         )
 
     def load_state(
         self,
         open_vector: Callable[[int, int], ReadRange],
-        updates: int,
+        num_updates: int,
         loss_scale: dict[str, Any] | None,
     ) -> None:
         """Continue from a saved state, written by any number of ranks.
 
         Args:
             open_vector: open_vector(number, total) returns the reader of flat vector `number`, of
-            `total` elements. updates: updates made so far. loss_scale: `OptimizerState.loss_scale`.
+                `total` elements.
+            num_updates: updates made so far.
+            loss_scale: `OptimizerState.loss_scale`.
         """
         for number, vector in enumerate(self.vectors):
-            vector.load_state(open_vector(number, vector.total), updates)
+            vector.load_state(open_vector(number, vector.total), num_updates)
         if self.loss_scale and loss_scale:
             self.loss_scale = LossScale.from_state(loss_scale)
 

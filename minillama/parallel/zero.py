@@ -38,7 +38,7 @@ from minillama.train_config import TrainConfig
 
 # Elements. Slices are whole chunks, so the norm of a chunk does not depend on the number of ranks.
 CHUNK = 16384
-MAX_UPDATED = 1 << 22  # elements updated at a time, which bounds the temporary copies of a step
+UPDATE_CHUNK = 1 << 22  # elements updated at a time, which bounds the temporary copies of a step
 STATE = ("master", "m", "v")  # the vectors that a checkpoint holds
 
 
@@ -89,9 +89,9 @@ class ZeroAdamW:
         padded = round_up(self.total, CHUNK * mesh.size)
         slice_size = padded // mesh.size
         self.owned = slice(mesh.rank * slice_size, (mesh.rank + 1) * slice_size)
-        self.updated = self.owned if self.stage else slice(0, padded)  # what this rank updates
+        self.update_range = self.owned if self.stage else slice(0, padded)  # what this rank updates
         self._lay_out_weights(padded)
-        updated_weights = self.weights[self.updated]
+        updated_weights = self.weights[self.update_range]
         is_fp32 = updated_weights.dtype == torch.float32
         self.master = updated_weights if is_fp32 else updated_weights.float()
         self.m = torch.zeros_like(self.master)
@@ -131,26 +131,26 @@ class ZeroAdamW:
     def step(self, learning_rate: float, scale: float = 1.0) -> None:
         """Update the weights of every rank once, with the gradient times `scale`."""
         self.steps += 1
-        matrices_end = self._in_updated(self.decayed)
-        end = self._in_updated(self.total)
+        matrices_end = self._clamp_to_update_range(self.decayed)
+        end = self._clamp_to_update_range(self.total)
         self._update_range(0, matrices_end, learning_rate, scale, self.weight_decay)
         self._update_range(matrices_end, end, learning_rate, scale, 0.0)
         self.all_gather_weights()
 
-    def _in_updated(self, position: int) -> int:
-        """A position of the flat vector, counted from the start of `updated` and limited to that
-        range.
+    def _clamp_to_update_range(self, position: int) -> int:
+        """A position of the flat vector, counted from the start of `update_range` and limited
+        to it.
         """
-        size = self.updated.stop - self.updated.start
-        return min(max(position - self.updated.start, 0), size)
+        size = self.update_range.stop - self.update_range.start
+        return min(max(position - self.update_range.start, 0), size)
 
     def _update_range(
         self, start: int, stop: int, learning_rate: float, scale: float, weight_decay: float
     ) -> None:
         """AdamW on the elements start … stop of what this rank updates."""
         gradient = self.gradients.reduced()
-        for first in range(start, stop, MAX_UPDATED):
-            place = slice(first, min(first + MAX_UPDATED, stop))
+        for first in range(start, stop, UPDATE_CHUNK):
+            place = slice(first, min(first + UPDATE_CHUNK, stop))
             scaled = gradient[place].float()
             if scale != 1.0:
                 scaled = scaled * scale
@@ -170,7 +170,7 @@ class ZeroAdamW:
     def all_gather_weights(self) -> None:
         """Copy the fp32 master weights into the weights of every rank."""
         if self.master.dtype != self.weights.dtype:
-            self.weights[self.updated].copy_(self.master)
+            self.weights[self.update_range].copy_(self.master)
         if self.stage:
             comm.all_gather_into(self.mesh, self.weights, self.weights[self.owned])
 
@@ -181,7 +181,7 @@ class ZeroAdamW:
         bad = (~self.gradients.reduced().isfinite()).nonzero()
         if len(bad) == 0:
             return ""
-        position = int(bad[0]) + self.updated.start
+        position = int(bad[0]) + self.update_range.start
         index = bisect(self.gradients.starts, position) - 1
         return self.named[index][0]
 
@@ -189,8 +189,8 @@ class ZeroAdamW:
         """master, m and v of the slice that this rank owns, from position `owned.start` on,
         without padding.
         """
-        first = self._in_updated(min(self.owned.start, self.total))
-        last = self._in_updated(min(self.owned.stop, self.total))
+        first = self._clamp_to_update_range(min(self.owned.start, self.total))
+        last = self._clamp_to_update_range(min(self.owned.stop, self.total))
         return {name: getattr(self, name)[first:last] for name in STATE}
 
     def load_state(self, read: Callable[[str, int, int], Tensor], steps: int) -> None:
@@ -198,10 +198,11 @@ class ZeroAdamW:
 
         Args:
             read: read(name, start, stop) returns a range of a saved vector, whichever rank saved
-            it. steps: updates made so far.
+                it.
+            steps: updates made so far.
         """
-        start = min(self.updated.start, self.total)
-        stop = min(self.updated.stop, self.total)
+        start = min(self.update_range.start, self.total)
+        stop = min(self.update_range.stop, self.total)
         for name in STATE:
             getattr(self, name)[: stop - start] = read(name, start, stop)
         self.steps = steps

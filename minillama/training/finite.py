@@ -32,9 +32,9 @@ class SkipWatch:
             return
         self.in_a_row += 1
         if self.in_a_row == MAX_SKIPPED_IN_A_ROW:
-            where = optimizer.first_non_finite() or "the loss"
+            name = optimizer.first_non_finite() or "the loss"
             raise UserError(
-                f"step {step}: loss {loss} or its gradient (first: {where}) was not finite "
+                f"step {step}: loss {loss} or its gradient (first: {name}) was not finite "
                 f"{self.in_a_row} steps in a row; lower --learning_rate, or look for "
                 f"broken records in the data; checkpoints are in {self.out_dir}"
             )

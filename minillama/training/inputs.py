@@ -110,8 +110,8 @@ def refuse_changes(
 ) -> None:
     """Raise UserError if a fingerprint differs from the one that the run in `place` began with.
 
-    values: the settings, for the message. What has no fingerprint in `before` is not compared, if
-    `before` is empty; an earlier version kept none.
+    values: the settings, for the message. If `before` is empty, nothing is
+    compared: an earlier version stored no fingerprints.
     """
     changes = []
     keys = {**before, **now} if before else {}

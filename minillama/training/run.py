@@ -42,7 +42,9 @@ from minillama.training.summary import Summary
 class Run:
     """What a training run is made of, on this rank."""
 
-    config: TrainConfig  # its accumulation makes the global batch of the run that is continued
+    # gradient_accumulation_steps is chosen so that the global batch stays that of the continued
+    # run.
+    config: TrainConfig
     mesh: comm.Mesh
     out_dir: Path
     base: Path | None  # the checkpoint that it starts from
@@ -69,8 +71,8 @@ class FinishedRun:
 def prepare(config: TrainConfig, mesh: comm.Mesh, overwrite: bool = False) -> Run | FinishedRun:
     """Build and check everything that a run needs. Its directory is left as it is.
 
-    overwrite: the run that is in config.out_dir will be deleted. Raises UserError for what cannot
-    be run.
+    overwrite: the run that is in config.out_dir will be deleted.
+    Returns a FinishedRun if nothing is left to train. Raises UserError for what cannot be run.
     """
     settings.refuse_unlike_ranks(config, overwrite, mesh)
     check_inputs(config)

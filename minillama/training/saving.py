@@ -27,7 +27,7 @@ def save_checkpoint(run: Run, step: int, tokens: int, skipped: int) -> str | Non
         "step": step,
         "tokens": tokens,
         "skipped": skipped,
-        "updates": optimizer.updates,
+        "updates": optimizer.num_updates,
         "rows_per_step": run.train_batches.rows_per_step,
         "loss_scale": optimizer.loss_scale,
         "fingerprints": run.inputs.fingerprints,

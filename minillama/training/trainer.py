@@ -21,10 +21,11 @@ from functools import partial
 import numpy as np
 import torch
 
-from minillama import comm, device
+from minillama import comm
 from minillama.checkpoint import train_state
 from minillama.checkpoint.hf_reader import first_non_finite
 from minillama.data.windows import Batch
+from minillama.device import seeded
 from minillama.files import write_json
 from minillama.memory import device_memory
 from minillama.ops import Documents
@@ -72,7 +73,7 @@ class Trainer:
             self.resume(run.resume_point)
 
     def train(self) -> Summary | Stopped:
-        """Train to the last step and write final/; or stop, with the state saved, at a signal."""
+        """Train to the end and write final/. Returns Stopped, after a save, if a signal came."""
         run = self.run
         log = TrainingLog(run.out_dir, self.total_steps, self.step, self.mesh.is_first)
         while self.step < self.total_steps:
@@ -97,20 +98,20 @@ class Trainer:
         return self.summary(seconds=log.close())
 
     def update(self, batches: list[Batch], rate: float) -> StepResult | Stopped:
-        """One optimizer step on a global batch, unless its loss or gradient is not finite."""
+        """One step on a global batch, if all is finite. Returns Stopped if a signal came."""
         num_ranks = self.mesh.size
         num_targets = max(1, sum(batch.targets for batch in batches))
         losses = torch.zeros(len(batches), device=self.mesh.device)  # fp32; each from one rank
         self.optimizer.zero_grad()
         for first in range(0, len(batches), num_ranks):
             if comm.any_rank(self.mesh, bool(self.stop)):
-                received = comm.gather_objects(self.mesh, list(self.stop))
-                signals = [names[0] for names in received if names]
-                return Stopped(signals[0], self.step)
+                signals_by_rank = comm.gather_objects(self.mesh, list(self.stop))
+                first_signals = [signals[0] for signals in signals_by_rank if signals]
+                return Stopped(first_signals[0], self.step)
             index = first + self.mesh.rank  # micro-batch first + r is rank r's
             loss = None
             if index < len(batches):
-                with device.seeded(self.dropout_seed(index), self.mesh.device):
+                with seeded(self.dropout_seed(index), self.mesh.device):
                     loss = self.loss_sum(batches[index]) / num_targets
                 losses[index] = loss.detach()
             active_ranks = min(num_ranks, len(batches) - first)
@@ -130,10 +131,10 @@ class Trainer:
 
     def loss_sum(self, batch: Batch) -> torch.Tensor:
         """The sum of -log p over the targets of a micro-batch, ()."""
-        where = self.mesh.device
-        tokens = torch.from_numpy(batch.tokens).unsqueeze(0).to(where)  # (1, T)
-        labels = torch.from_numpy(batch.labels).unsqueeze(0).to(where)  # (1, T)
-        return self.model.loss_sum(tokens, labels, Documents(batch.lengths, where))
+        device = self.mesh.device
+        tokens = torch.from_numpy(batch.tokens).unsqueeze(0).to(device)  # (1, T)
+        labels = torch.from_numpy(batch.labels).unsqueeze(0).to(device)  # (1, T)
+        return self.model.loss_sum(tokens, labels, Documents(batch.lengths, device))
 
     @torch.no_grad()
     def evaluate(self) -> float:

@@ -82,7 +82,7 @@ def test_a_peer_that_does_not_come_is_not_waited_for_without_end(
     rank: str, environment: pytest.MonkeyPatch
 ) -> None:
     """Rank 0 waits for the other one, and rank 1 for a store that nobody opens."""
-    environment.setattr(comm, "MEETING_TIMEOUT", timedelta(seconds=1))
+    environment.setattr(comm, "RENDEZVOUS_TIMEOUT", timedelta(seconds=1))
     environment.setenv("RANK", rank)
     do_not_meet = pytest.raises(UserError, match=f"rank {rank} of 2: the ranks do not meet")
     with do_not_meet, comm.start("cpu"):
