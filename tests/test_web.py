@@ -4,6 +4,7 @@ Needs gradio, selenium and a Chromium with its driver (CONTRIBUTING.md has the c
 them these tests are skipped.
 """
 
+import http.client
 import os
 import re
 import shutil
@@ -170,6 +171,26 @@ def test_the_server_listens_on_this_machine_only_in_any_environment(
     assert [place for place in listening if place.endswith(f":{port:04X}")] == [
         f"0100007F:{port:04X}"
     ]
+
+
+@pytest.mark.parametrize(
+    ("path", "headers", "status"),
+    [
+        ("/", {}, 200),
+        ("/", {"Host": "evil.example.com"}, 403),
+        ("/", {"Origin": "https://evil.example.com"}, 403),
+        ("/gradio_api/upload", {}, 403),
+        ("/gradio_api/info", {}, 403),
+        ("/monitoring", {}, 403),
+    ],
+)
+def test_the_server_answers_its_own_page_only(
+    address: str, path: str, headers: dict[str, str], status: int
+) -> None:
+    connection = http.client.HTTPConnection(address.removeprefix("http://"), timeout=30)
+    connection.request("GET", path, headers=headers)
+    assert connection.getresponse().status == status
+    connection.close()
 
 
 def test_a_port_in_use_is_told(address: str) -> None:

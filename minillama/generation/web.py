@@ -1,8 +1,8 @@
 """A conversation in the browser: the terminal's chat, with its settings beside it (extra `web`).
 
-The page is served on 127.0.0.1 unless another address is named, and gradio's usage reports to its
-makers are off. Each visitor's conversation is kept in the visitor's own page. Answers are written
-one at a time.
+The page is served on 127.0.0.1 unless another address is named, to itself only (web_guard.py), and
+gradio's usage reports to its makers are off. Each visitor's conversation is kept in the visitor's
+own page. Answers are written one at a time.
 """
 
 import os
@@ -15,8 +15,7 @@ from typing import Any
 from minillama.chat import TEMPLATES, Turn
 from minillama.errors import UserError
 from minillama.generation.engine import ChatSession, Engine
-
-LOCAL_HOSTS = ("127.0.0.1", "::1", "localhost")
+from minillama.generation.web_guard import LOCAL_HOSTS, OwnPageOnly
 
 
 def serve(engine: Engine, system: str, seed: int | None, host: str, port: int) -> None:
@@ -33,6 +32,7 @@ def serve(engine: Engine, system: str, seed: int | None, host: str, port: int) -
             run_history=False,
             quiet=True,
             prevent_thread_lock=True,
+            app_kwargs={"middleware": [(OwnPageOnly, (host,), {})]},
         )
     except OSError:
         raise UserError(
