@@ -26,7 +26,8 @@ from minillama.errors import UserError, closest, listed
 from minillama.lora_layers import ADAPTED, LoraEmbedding, LoraLinear
 from minillama.model import Llama
 from minillama.peft_adapters import Adapter, LoraFactors, read_adapter, write_adapter
-from minillama.peft_config import LINEARS, LoraConfig, is_named
+from minillama.peft_config import LINEARS, LoraConfig
+from minillama.peft_targets import is_named
 from minillama.tensor_files import TensorRef
 
 # Megatron's and AscendSpeed's names; their fused modules are several of ours.

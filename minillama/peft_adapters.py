@@ -30,10 +30,10 @@ from minillama.files import write_json
 from minillama.peft_config import (
     CONFIG_FILE,
     LoraConfig,
-    TargetRule,
     read_adapter_config,
     read_target_rule,
 )
+from minillama.peft_targets import TargetRule
 from minillama.tensor_files import POSITIONS, TensorRef, read_tensors
 from minillama.tensor_writers import write_safetensors
 
@@ -120,7 +120,7 @@ def read_adapter(directory: Path) -> Adapter:
             a, b = b.transposed(), a.transposed()  # an embedding's weight lies as (columns, rows)
         factors.append(LoraFactors(module, a, b, config.scale_of(module)))
     rule = read_target_rule(directory)
-    if rule.excluded or rule.layers:
+    if rule.excluded or rule.layers or rule.ties_pair:
         modules = [entry.module for entry in factors]
         config = replace(config, targets=tuple(sorted(modules)))
     return Adapter(directory, config, factors, whole, rule)

@@ -1,8 +1,6 @@
 """adapter_config.json of PEFT: what an adapter is, which modules it adapts, and what is refused.
 
-    target_modules        names or dotted tails of names; or one pattern of the whole name
-    exclude_modules       likewise: not these
-    layers_to_transform   only in these layers (layers_pattern: what stands before their number)
+    target_modules, …     which modules are adapted: peft_targets.py
     modules_to_save       trained whole, and so never adapted
     rank_pattern, alpha_pattern   a pattern of a name's tail -> another rank or alpha
 
@@ -21,6 +19,7 @@ from minillama.files import parsing, read_json
 from minillama.hub import hub_hint
 from minillama.name_patterns import matches, matches_tail
 from minillama.output_directory import restore
+from minillama.peft_targets import TargetRule
 
 CONFIG_FILE = "adapter_config.json"
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -46,6 +45,7 @@ HONOURED = {
     "rank_pattern",
     "alpha_pattern",
     "use_rslora",
+    "ensure_weight_tying",
 }
 # Keys that change nothing of what a finished adapter computes.
 HARMLESS = {
@@ -65,7 +65,6 @@ HARMLESS = {
     "velora_config",  # what backward keeps
     "megatron_core",  # the name of a library
     "qalora_group_size",  # of use_qalora, which is refused
-    "ensure_weight_tying",  # both tensors of a pair are in the file
 }
 
 
@@ -92,52 +91,6 @@ class LoraConfig:
         alpha = _by_pattern(self.alpha_pattern, module, self.alpha)
         rank = self.rank_of(module)
         return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
-
-
-@dataclass(frozen=True)
-class TargetRule:
-    """Which modules an adapter adapts."""
-
-    targets: tuple[str, ...]  # empty: the file does not say
-    excluded: tuple[str, ...] = ()
-    layers: tuple[int, ...] = ()  # empty: all
-    layer_patterns: tuple[str, ...] = ()  # of what stands before a layer's number; empty: any name
-    modules_to_save: tuple[str, ...] = ()
-
-    def includes(self, module: str) -> bool:
-        """Tell whether the module of this name has factors."""
-        if any(is_named(module, name) for name in self.excluded):
-            return False
-        if any(f".{name}." in f".{module}." for name in self.modules_to_save):
-            return False
-        if not any(is_named(module, name) for name in self.targets):
-            return False
-        return not self.layers or self._layer_of(module) in self.layers
-
-    def _layer_of(self, module: str) -> int | None:
-        """The first number among the dotted parts of a name, behind one of `layer_patterns`."""
-        parts = module.split(".")
-        for index in range(1, len(parts) - 1):
-            if not parts[index].isdecimal():
-                continue
-            before = ".".join(parts[:index])
-            if self.layer_patterns:
-                is_layer = any(matches_tail(name, before) for name in self.layer_patterns)
-            else:
-                is_layer = index >= 2
-            if is_layer:
-                return int(parts[index])
-        return None
-
-
-def is_named(module: str, target: str) -> bool:
-    """PEFT's rule: a target is the name or a dotted tail of it.
-
-    A pattern, which is written `re:…` here, must match the whole name.
-    """
-    if target.startswith("re:"):
-        return matches(target[3:], module)
-    return module == target or module.endswith(f".{target}")
 
 
 def read_adapter_config(directory: Path) -> LoraConfig:
@@ -178,6 +131,7 @@ def read_target_rule(directory: Path) -> TargetRule:
             layers=_layers(raw),
             layer_patterns=tuple(layer_patterns),
             modules_to_save=_names(raw, "modules_to_save"),
+            ties_pair=_flag(raw, "ensure_weight_tying"),
         )
 
 
@@ -187,10 +141,8 @@ def refuse_tied_factors(directory: Path) -> None:
     With ensure_weight_tying PEFT trains the factors of a tied embedding and head as one. Here each
     of them would go its own way.
     """
-    if not raw_config(directory).get("ensure_weight_tying"):
-        return
     rule = read_target_rule(directory)
-    if rule.includes("model.embed_tokens") or rule.includes("lm_head"):
+    if rule.ties_pair and rule.includes("lm_head"):
         raise UserError(
             f"{directory / CONFIG_FILE}: ensure_weight_tying with factors on the embedding is not "
             "supported in training; merge the adapter into its base, and train a new one"

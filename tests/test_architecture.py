@@ -35,7 +35,15 @@ LAYERS: list[list[set[str]]] = [
     [{"model"}, {"parallel"}, {"data"}],
     [
         {"checkpoint"},
-        {"lora", "lora_layers", "adapter_checks", "peft_adapters", "peft_config", "name_patterns"},
+        {
+            "lora",
+            "lora_layers",
+            "adapter_checks",
+            "peft_adapters",
+            "peft_config",
+            "peft_targets",
+            "name_patterns",
+        },
     ],
     [{"generation"}],
     [{"training"}, {"conversion"}, {"evaluation"}, {"doctor", "self_test"}],
