@@ -17,6 +17,11 @@ LEAVES = {
     "compat": {"train.py", "generate.py", "convert.py", "minillama/conversion/shared_flags.py"},
     "conversion.megatron": {"convert.py", "minillama/conversion/api.py"},
     "conversion.megatron_adapter": {"minillama/conversion/megatron.py"},
+    "conversion.megatron_layout": {
+        "convert.py",
+        *(f"minillama/conversion/{name}.py" for name in ("api", "megatron")),
+        *(f"minillama/conversion/megatron_{name}.py" for name in ("reader", "writer")),
+    },
     "conversion.megatron_reader": {"minillama/conversion/megatron.py"},
     "conversion.megatron_writer": {"minillama/conversion/megatron.py"},
     # the table of the Python API: a name is imported at its first use
@@ -89,6 +94,16 @@ def run_in(directory: Path, *arguments: str) -> str:
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+def test_other_conversions_need_no_megatron(tmp_path: Path) -> None:
+    shutil.copytree(ROOT / "minillama", tmp_path / "minillama")
+    shutil.copy(ROOT / "convert.py", tmp_path)
+    for path in (tmp_path / "minillama/conversion").glob("megatron*.py"):
+        path.unlink()
+    model = str(ROOT / "tests/golden/model")
+    words = ["--base", model, "--target", model, "--output", "delta"]
+    assert "21 tensors" in run_in(tmp_path, "convert.py", "make-delta", *words)
 
 
 def test_training_generation_and_evaluation_need_no_leaf(pruned: Path) -> None:

@@ -98,7 +98,7 @@ def reshard() -> Parser:
     add_megatron_output(parser)
     add_megatron_input(parser)
     for kind in ("tensor", "pipeline"):
-        source = f"of the input, to compare with its files [as they say]: {kind} parallelism"
+        source = f"{kind} parallelism of the input; an error if its folders say another one"
         add_count(parser, f"--src_{kind}_parallel", source)
     return parser
 
