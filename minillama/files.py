@@ -143,9 +143,19 @@ def create_file(path: Path) -> OutputFile:
 
 
 def append_file(path: Path) -> OutputFile:
-    """Open a file, created with its directory if it is missing, for writing at its end."""
+    """Open a file, created with its directory if it is missing, for writing at its end.
+
+    Raises UserError for a symbolic link, which would lead to another file.
+    """
+    refuse_link(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     return OutputFile(path, "ab")
+
+
+def refuse_link(path: Path) -> None:
+    """Raise UserError if `path`, which is about to be written, is a symbolic link."""
+    if path.is_symlink():
+        raise UserError(f"{path}: a symbolic link in the place of a file to write; remove it")
 
 
 @contextmanager
@@ -212,6 +222,11 @@ def hidden_sibling(path: Path, state: str) -> Path:
     if path.name in ("", ".."):
         raise UserError(f"{path}: cannot be written; name a file or directory below it")
     return path.with_name(f".{path.name}.{state}")
+
+
+def is_temporary(path: Path) -> bool:
+    """Tell whether `path` is what a process that was killed leaves of a file."""
+    return path.name.startswith(".") and path.name.endswith(".partial")
 
 
 @contextmanager

@@ -188,7 +188,10 @@ def _read_rope(raw: dict[str, Any]) -> tuple[float, RopeScaling | None]:
 
 def _rope_keys(raw: dict[str, Any], table: str) -> dict[str, Any]:
     """The keys of rope_scaling or rope_parameters that have a value; `type` is `rope_type`."""
-    keys = {key: value for key, value in (raw.get(table) or {}).items() if value is not None}
+    content = raw.get(table) or {}
+    if not isinstance(content, dict):
+        raise UserError(f"{table} = {content!r}: expected an object, such as {{}}")
+    keys = {key: value for key, value in content.items() if value is not None}
     old_kind = keys.pop("type", None)
     if old_kind is not None:
         keys.setdefault("rope_type", old_kind)

@@ -68,7 +68,7 @@ NPU_TENSOR = "torch_npu.utils.storage._rebuild_npu_tensor"
 SYSTEM_MODULES = ("os", "posix", "nt", "sys")  # their names are an attack, and refused
 OTHER_NAME_OPCODES = ("STACK_GLOBAL", "INST", "EXT1", "EXT2", "EXT4")  # torch.save writes GLOBAL
 WRAPPERS = ("module", "model", "state_dict")  # keys under which a training state has its weights
-LARGEST_PICKLE = 64 * 2**20  # bytes; a 70B model's is 0.1 MB
+LARGEST_PICKLE = 4 * 2**20  # bytes; a 70B model's is 0.1 MB
 MAPPED_FILES = 8  # as many as Meta's largest model has; a conversion reads them in turn
 DAMAGE = (
     zipfile.BadZipFile,

@@ -51,6 +51,11 @@ TEXTS = [
 ]
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    every = "let every operation on files fail once (minutes), not a few of each command"
+    parser.addoption("--all-kill-points", action="store_true", help=every)
+
+
 def random_model(seed: int = 0, **changes) -> Llama:
     """A tiny model in which every parameter matters: norms are not 1, biases not 0, attention
     not uniform.

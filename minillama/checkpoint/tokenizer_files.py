@@ -1,10 +1,9 @@
 """The tokenizer's files in a model directory."""
 
-import shutil
 from pathlib import Path
 from typing import Any
 
-from minillama.files import write_json
+from minillama.files import write_bytes, write_json
 from minillama.sentencepiece_tokenizer import SentencePieceTokenizer
 
 MODEL_FILES = ("tokenizer.model", "tokenizer.json")  # each is a whole tokenizer
@@ -40,11 +39,11 @@ def copy_tokenizer(source: Path, directory: Path) -> None:
     """
     if source.is_file():
         usual_name = "tokenizer.json" if source.suffix == ".json" else "tokenizer.model"
-        shutil.copyfile(source, directory / usual_name)
+        write_bytes(directory / usual_name, source.read_bytes())
         source = source.parent if source.name == usual_name else directory
     for name in TOKENIZER_FILES:
         if (source / name).is_file() and not (directory / name).exists():
-            shutil.copyfile(source / name, directory / name)
+            write_bytes(directory / name, (source / name).read_bytes())
     config = directory / "tokenizer_config.json"
     if (directory / "tokenizer.model").exists() and not config.exists():
         write_json(config, _config_of(directory / "tokenizer.model"))

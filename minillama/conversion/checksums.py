@@ -23,7 +23,7 @@ from minillama.checkpoint.hf_reader import open_weights
 from minillama.conversion.meta_reader import read_meta
 from minillama.conversion.writer import LazyTensors
 from minillama.errors import UserError
-from minillama.files import read_json, sha256_of, write_json
+from minillama.files import is_temporary, read_json, sha256_of, write_json
 from minillama.peft_adapters import adapter_tensors
 from minillama.tensor_writers import bytes_of
 
@@ -101,7 +101,7 @@ def manifest(directory: Path) -> dict[str, Any]:
         content.update(line.encode())
     files = {}
     for path in sorted(directory.iterdir()):
-        if path.is_file() and path.name != MANIFEST:
+        if path.is_file() and path.name != MANIFEST and not is_temporary(path):
             files[path.name] = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
     fingerprint = content.hexdigest()
     return {"version": 1, "content": fingerprint, "tensors": described, "files": files}

@@ -9,9 +9,9 @@
 The .json comes last and says what the other files must hold. So a data set is complete or it is not
 there; renames.py puts it in place.
 
-While a data set is written, its files are called *.partial. After every chunk, the .json.partial
-says up to where the others are valid. So an interrupted run, started again on the same input,
-continues from there.
+While a data set is written, its files are called *.partial, and the .json.partial is locked. After
+every chunk it says up to where the others are valid. So an interrupted run, started again on the
+same input, continues from there.
 """
 
 import json
@@ -25,7 +25,15 @@ import numpy as np
 
 from minillama.data.renames import ARRAYS, parts_of, put_in_place
 from minillama.errors import UserError
-from minillama.files import OutputFile, append_file, flush_to_disk, parsing, read_json, sha256_of
+from minillama.files import (
+    OutputFile,
+    append_file,
+    flush_to_disk,
+    parsing,
+    read_json,
+    refuse_link,
+    sha256_of,
+)
 from minillama.output_directory import take_lock
 
 VERSION = 1
@@ -95,10 +103,12 @@ class DatasetWriter:
         self.files: dict[str, OutputFile] = {}
 
     def __enter__(self) -> Self:
-        self._lock = append_file(self._partial("lock"))
-        taken = f"{self.prefix}: another process is writing this data set; wait for it to end"
-        take_lock(self._lock.fileno(), self._partial("lock"), taken)
         for part in (*ARRAYS, "json"):
+            refuse_link(self._partial(part))
+        self.files["json"] = append_file(self._partial("json"))
+        taken = f"{self.prefix}: another process is writing this data set; wait for it to end"
+        take_lock(self.files["json"].fileno(), self._partial("json"), taken)
+        for part in ARRAYS:
             self.files[part] = append_file(self._partial(part))
         with suppress(UserError, KeyError):  # no .json.partial, or a damaged one
             self._continue_from(read_json(self._partial("json")))
@@ -176,8 +186,7 @@ class DatasetWriter:
         if not was_interrupted:
             for part in (*ARRAYS, "json"):
                 self._partial(part).unlink(missing_ok=True)
-        self._partial("lock").unlink(missing_ok=True)
-        for file in (*self.files.values(), self._lock):
+        for file in self.files.values():
             file.close()
 
 

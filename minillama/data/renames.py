@@ -42,11 +42,10 @@ def complete_dataset(prefix: Path | str) -> None:
     Readers call this before they look for a data set. Without such remains it does nothing.
     """
     json_path = Path(f"{prefix}.json.partial")
-    lock_path = Path(f"{prefix}.lock.partial")
     if not json_path.is_file():
         return
-    with suppress(UserError, KeyError, OSError), append_file(lock_path) as lock:
-        take_lock(lock.fileno(), lock_path, "its writer is alive")
+    with suppress(UserError, KeyError, OSError), append_file(json_path) as file:
+        take_lock(file.fileno(), json_path, "its writer is alive")
         meta = read_json(json_path, keys={"sha256": dict})
         for part, expected in meta["sha256"].items():
             partial = Path(f"{prefix}.{part}.partial")
@@ -56,7 +55,6 @@ def complete_dataset(prefix: Path | str) -> None:
         put_in_place(Path(prefix), parts_of(meta))
         for part in ARRAYS:
             Path(f"{prefix}.{part}.partial").unlink(missing_ok=True)
-        lock_path.unlink()
 
 
 def parts_of(meta: dict[str, Any]) -> list[str]:

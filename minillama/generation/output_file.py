@@ -35,10 +35,12 @@ class CompletionFile:
 
     def __init__(self, path: Path, settings: Record) -> None:
         """Raises UserError where FILE is not empty, or FILE.partial has other settings."""
-        if path.exists() and (path.is_dir() or path.stat().st_size > 0):
-            raise UserError(f"{path}: already exists; name another --output, or delete it")
         self.path = path
         self.partial = path.with_name(f"{path.name}.partial")
+        if path.exists() and (path.is_dir() or path.stat().st_size > 0):
+            if path.is_file():
+                self.partial.unlink(missing_ok=True)  # killed between the two lines of `finish`
+            raise UserError(f"{path}: already exists; name another --output, or delete it")
         settings = json.loads(json.dumps(settings))  # as JSON gives them back: tuples are lists
         lines = read_json_lines(self.partial) if self.partial.is_file() else []
         records = lines[1:]

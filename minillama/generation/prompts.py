@@ -101,7 +101,8 @@ def complete_prompts(
             progress = f"{len(done)} of {len(prompts)} answers are in {file.partial}"
             print(f"\n{progress}; the same command goes on", file=sys.stderr)
         raise
-    bar.close()
+    finally:
+        bar.close()
     if file:
         file.finish()
 

@@ -106,3 +106,9 @@ def draw_loss(out_dir: Path, insist: bool) -> None:
         if insist:
             raise
         print(f"WARNING: no loss.png was drawn: {error}")
+
+
+def draw_missing_loss(out_dir: Path, insist: bool, enabled: bool) -> None:
+    """Draw loss.png of a finished run that was killed before it was drawn. Rank 0 alone does."""
+    if enabled and not (out_dir / "loss.png").exists():
+        draw_loss(out_dir, insist)

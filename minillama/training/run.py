@@ -65,6 +65,7 @@ class Run:
 class FinishedRun:
     """A run that has nothing left to train."""
 
+    out_dir: Path
     summary: Summary
 
 
@@ -81,7 +82,7 @@ def prepare(config: TrainConfig, mesh: comm.Mesh, overwrite: bool = False) -> Ru
     refuse_what_cannot_fit(model_building.model_config(config, base), config)
     summary = None if overwrite else run_directory.finished_summary(config)
     if summary is not None and settings.reads_recorded_files(config):
-        return FinishedRun(summary)
+        return FinishedRun(Path(config.out_dir), summary)
     resume_point = run_directory.find_resume_point(config, overwrite, mesh)
     typed_config = config
     continued = None
@@ -97,7 +98,7 @@ def prepare(config: TrainConfig, mesh: comm.Mesh, overwrite: bool = False) -> Ru
     data = data_building.build_data(sources, base, tokenizer, llama, mesh, continued)
     inputs = _compare_inputs(config, base, tokenizer, data, mesh, resume_point, overwrite)
     if summary is not None:
-        return FinishedRun(summary)
+        return FinishedRun(Path(config.out_dir), summary)
     model, lora = model_building.build_model(config, base, llama, tokenizer, mesh)
     pretrained = base if config.init == "pretrained" else None
     model.config = with_stop_ids(model.config, pretrained, tokenizer, data.template)

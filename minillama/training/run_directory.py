@@ -24,7 +24,7 @@ from typing import Any
 from minillama import comm
 from minillama.checkpoint import train_state
 from minillama.errors import UserError
-from minillama.files import read_json, write_json
+from minillama.files import is_temporary, read_json, write_json
 from minillama.output_directory import lock_directory
 from minillama.train_config import TrainConfig
 from minillama.training.data_building import EMBEDDED
@@ -175,18 +175,13 @@ def _refuse_foreign_files(config: TrainConfig, out_dir: Path) -> None:
 
 def _is_preparation(config: TrainConfig, path: Path) -> bool:
     """Whether `path` can come from a run that ended before it wrote train_config.json."""
-    if _is_partial(path):
+    if is_temporary(path):
         return True
     if config.cache_dir and Path(config.cache_dir).resolve().is_relative_to(path.resolve()):
         return True
     if path.name != "data" or not path.is_dir():
         return False
-    return all(file.name in EMBEDDED_FILES or _is_partial(file) for file in path.iterdir())
-
-
-def _is_partial(path: Path) -> bool:
-    """Whether `path` is what `files` leaves of a file if the process is killed."""
-    return path.name.startswith(".") and path.name.endswith(".partial")
+    return all(file.name in EMBEDDED_FILES or is_temporary(file) for file in path.iterdir())
 
 
 def _refuse_inputs_inside(config: TrainConfig, out_dir: Path) -> None:

@@ -15,6 +15,7 @@ resumed run needs only the step.
 import math
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -33,7 +34,7 @@ from minillama.train_config import TrainConfig
 from minillama.training import run_directory
 from minillama.training.finite import SkipWatch, refuse_useless_model
 from minillama.training.messages import describe_start, describe_stop
-from minillama.training.metrics import TrainingLog, draw_loss
+from minillama.training.metrics import TrainingLog, draw_loss, draw_missing_loss
 from minillama.training.run import FinishedRun, Run, prepare
 from minillama.training.run_directory import ResumePoint
 from minillama.training.saving import save_checkpoint, write_final
@@ -76,34 +77,32 @@ class Trainer:
         """Train to the end and write final/. Returns Stopped, after a save, if a signal came."""
         run = self.run
         log = TrainingLog(run.out_dir, self.total_steps, self.step, self.mesh.is_first)
-        while self.step < self.total_steps:
-            started = time.perf_counter()
-            batches = run.train_batches.micro_batches(self.step)
-            rate = learning_rate(self.step, self.total_steps, self.config)
-            result = self.update(batches, rate)
-            if isinstance(result, Stopped):
-                is_saved = self.save_checkpoint(log)
-                log.close()
-                return replace(result, is_saved=is_saved)
-            seconds = time.perf_counter() - started
-            self.step += 1
-            self.log_step(log, result, rate, batches, seconds)
-            if self.is_evaluation_due():
-                self.log_evaluation(log)
-            if self.is_checkpoint_due():
-                self.save_checkpoint(log)
-        refuse_useless_model(self.model, self.step, self.skipped, run.out_dir)
-        if self.mesh.is_first:
-            write_final(run)
-        return self.summary(seconds=log.close())
+        with closing(log):
+            while self.step < self.total_steps:
+                started = time.perf_counter()
+                batches = run.train_batches.micro_batches(self.step)
+                rate = learning_rate(self.step, self.total_steps, self.config)
+                result = self.update(batches, rate)
+                if isinstance(result, Stopped):
+                    return replace(result, is_saved=self.save_checkpoint(log))
+                seconds = time.perf_counter() - started
+                self.step += 1
+                self.log_step(log, result, rate, batches, seconds)
+                if self.is_evaluation_due():
+                    self.log_evaluation(log)
+                if self.is_checkpoint_due():
+                    self.save_checkpoint(log)
+            refuse_useless_model(self.model, self.step, self.skipped, run.out_dir)
+            if self.mesh.is_first:
+                write_final(run)
+            return self.summary(seconds=log.close())
 
     def update(self, batches: list[Batch], rate: float) -> StepResult | Stopped:
         """One step on a global batch, if all is finite. Returns Stopped if a signal came."""
-        num_ranks = self.mesh.size
         num_targets = max(1, sum(batch.targets for batch in batches))
         losses = torch.zeros(len(batches), device=self.mesh.device)  # fp32; each from one rank
         self.optimizer.zero_grad()
-        for first in range(0, len(batches), num_ranks):
+        for first in range(0, len(batches), self.mesh.size):
             if comm.any_rank(self.mesh, bool(self.stop)):
                 signals_by_rank = comm.gather_objects(self.mesh, list(self.stop))
                 first_signals = [signals[0] for signals in signals_by_rank if signals]
@@ -114,7 +113,7 @@ class Trainer:
                 with seeded(self.dropout_seed(index), self.mesh.device):
                     loss = self.loss_sum(batches[index]) / num_targets
                 losses[index] = loss.detach()
-            active_ranks = min(num_ranks, len(batches) - first)
+            active_ranks = min(self.mesh.size, len(batches) - first)
             self.optimizer.backward(loss, active_ranks)
         mean_loss = sum(comm.all_reduce_sum(self.mesh, losses).tolist())
         max_norm = self.config.max_grad_norm
@@ -275,8 +274,9 @@ def train(
         run = prepare(config, mesh, overwrite)
         if isinstance(run, FinishedRun):
             mesh.print(
-                f"{config.out_dir}: this run is finished; --overwrite_output_dir starts it over"
+                f"{run.out_dir}: this run is finished; --overwrite_output_dir starts it over"
             )
+            draw_missing_loss(run.out_dir, config.plot_loss, mesh.is_first)
             return run.summary
         with listening() as stop:
             outcome = _train(run, stop, overwrite)
