@@ -67,7 +67,7 @@ FLAGS = (
          "address of --web; another one lets other machines in [127.0.0.1]"),
     Flag("port", int, 7860, "N", "port of --web [7860]"),
     Flag("system", str, "", "TEXT",
-         "system text of the conversation, where the template has a place for it"),
+         "system text of the conversation, if the template has a place for it"),
     Flag("template", str, "", "NAME|none",
          "prompt template (empty: the checkpoint's own, else none)"),
     Flag("max_new_tokens", int, 0, "N",
@@ -85,7 +85,7 @@ FLAGS = (
     Flag("early_stopping", ("true", "false", "never"), "false", None,
          "beams: when to stop; docs/decoding.md [false]"),
     Flag("rope_alpha", rope_alpha, None, "auto|A",
-         "go beyond the context: stretch the rotary base by A^(D/(D-2))"),
+         "go beyond the context: scale the rotary base by A^(D/(D-2))"),
     Flag("batch_size", int, 8, "N", "completions written at once [8]"),
     Flag("stop", "list", [], "TEXT", "end before this text; may repeat"),
     Flag("ignore_eos", "switch", False, None, "do not end at EOS"),
@@ -263,7 +263,7 @@ def open_output(
 def settings_of(
     engine: "Engine", prompt_ids: list[list[int]], options: argparse.Namespace
 ) -> dict[str, Any]:
-    """What a completion depends on: an interrupted file goes on only where all of it is equal."""
+    """What a completion depends on: an interrupted file goes on only if all of it is equal."""
     from minillama.generation.loading import weights_checksum
 
     flags = {name: value for name, value in vars(options).items() if name not in FREE}

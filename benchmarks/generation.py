@@ -12,7 +12,7 @@ the left; ours computes no padding). Reading the prompt is timed by itself and t
 a loop of nothing but torch's matrix-vector products over the same weights, one a linear and token:
 what decoding costs if all else were free. litgpt takes part where it is installed.
 
-Figures are tokens a second by the wall clock and by the processor's, medians over the rounds with
+Figures are tokens a second by the wall clock and by the CPU's, medians over the rounds with
 the smallest and largest, and the median of ours over theirs within a round.
 """
 
@@ -72,7 +72,7 @@ class Ours:
         self.model = deepcopy(model)
 
     def run(self, prompts: list[list[int]], tokens: int, beams: int) -> None:
-        ops.pack(self.model, max(len(prompts), beams))
+        ops.pack_weights(self.model, max(len(prompts), beams))
         if beams > 1:
             done = list(
                 beam_search(

@@ -37,7 +37,7 @@ EOS = Piece("", is_target=True, control="eos")
 
 @dataclass(frozen=True)
 class Turn:
-    """One question and its answer.
+    """One message of the user, and the model's answer.
 
     answer: None if the model is to write it.
     input: Alpaca's second field, what the instruction is about. None in formats without this field.
@@ -64,6 +64,7 @@ def render(template: str, conversation: Conversation) -> list[Piece]:
 
 
 def find_template(name: str) -> Callable[[Conversation], Iterator[Piece]]:
+    """The function that renders a conversation. Raises UserError for an unknown name."""
     if name not in TEMPLATES:
         known = ", ".join(TEMPLATES)
         raise UserError(f"no template {name!r}{closest(name, TEMPLATES)}; templates: {known}")
@@ -89,7 +90,7 @@ def _round(prompt: str, turn: Turn, glued: bool, answer_format: str = "{}") -> l
     ]
 
 
-def _question(turn: Turn) -> str:
+def _user_text(turn: Turn) -> str:
     return f"{turn.user}\n{turn.input}" if turn.input else turn.user
 
 
@@ -115,7 +116,7 @@ def _raw(conversation: Conversation) -> Iterator[Piece]:
     system = conversation.system
     yield BOS
     for turn in conversation.turns:
-        yield from _round(system + _question(turn), turn, glued=True)
+        yield from _round(system + _user_text(turn), turn, glued=True)
         system = ""  # it stands before the first round only, here and in the templates below
 
 
@@ -137,7 +138,7 @@ def _vicuna(conversation: Conversation) -> Iterator[Piece]:
     system = (conversation.system or VICUNA_SYSTEM) + " "
     yield BOS
     for turn in conversation.turns:
-        prompt = f"{system}USER: {_question(turn)} ASSISTANT:"
+        prompt = f"{system}USER: {_user_text(turn)} ASSISTANT:"
         yield from _round(prompt, turn, glued=True, answer_format=" {}")
         system = ""
 
@@ -148,7 +149,7 @@ def _llama2(conversation: Conversation) -> Iterator[Piece]:
     if conversation.system:
         system = f"<<SYS>>\n{conversation.system}\n<</SYS>>\n\n"
     for turn in conversation.turns:
-        prompt = f"[INST] {(system + _question(turn)).strip()} [/INST]"
+        prompt = f"[INST] {(system + _user_text(turn)).strip()} [/INST]"
         if turn.answer is not None:
             turn = replace(turn, answer=turn.answer.strip())
         yield BOS
@@ -160,7 +161,7 @@ def _chinese_alpaca(conversation: Conversation) -> Iterator[Piece]:
     """Chinese-LLaMA-Alpaca's prompt, with a space at its end. The answer is encoded by itself."""
     system = conversation.system or ALPACA
     for turn in conversation.turns:
-        prompt = f"{system}\n\n### Instruction:\n{_question(turn)}\n\n### Response: "
+        prompt = f"{system}\n\n### Instruction:\n{_user_text(turn)}\n\n### Response: "
         yield BOS
         yield from _round(prompt, turn, glued=False)
 
@@ -170,7 +171,7 @@ def _chinese_alpaca_2(conversation: Conversation) -> Iterator[Piece]:
     system = f"<<SYS>>\n{conversation.system or CHINESE_ALPACA_2_SYSTEM}\n<</SYS>>\n\n"
     for turn in conversation.turns:
         yield BOS
-        yield from _round(f"[INST] {system}{_question(turn)} [/INST]", turn, glued=False)
+        yield from _round(f"[INST] {system}{_user_text(turn)} [/INST]", turn, glued=False)
         system = ""
 
 
@@ -182,11 +183,11 @@ def _ascend_instruction(conversation: Conversation) -> Iterator[Piece]:
     *earlier, last = conversation.turns
     prompt = f"\n{conversation.system or ASCEND_SYSTEM}\n"
     for turn in earlier:
-        prompt += f"### Instruction:\n{_question(turn)}\n### Response:\n{turn.answer}\n"
-    question = _question(last)
+        prompt += f"### Instruction:\n{_user_text(turn)}\n### Response:\n{turn.answer}\n"
+    user_text = _user_text(last)
     if not earlier and last.input is not None:
-        question = f"{last.user}\n{last.input}"
-    prompt += f"### Instruction:\n{question}\n### Response:\n"
+        user_text = f"{last.user}\n{last.input}"
+    prompt += f"### Instruction:\n{user_text}\n### Response:\n"
     yield BOS
     yield from _round(prompt, last, glued=True, answer_format="{}\n")
 
@@ -197,7 +198,7 @@ def _llama_factory_default(conversation: Conversation) -> Iterator[Piece]:
     for turn in conversation.turns:
         if before:
             yield Piece(before)
-        yield from _round(f"Human: {_question(turn)}\nAssistant: ", turn, glued=False)
+        yield from _round(f"Human: {_user_text(turn)}\nAssistant: ", turn, glued=False)
         before = "\n"
 
 
@@ -207,7 +208,7 @@ def _llama3(conversation: Conversation) -> Iterator[Piece]:
     if conversation.system:
         yield from _llama3_message("system", conversation.system)
     for turn in conversation.turns:
-        yield from _llama3_message("user", _question(turn))
+        yield from _llama3_message("user", _user_text(turn))
         yield from _llama3_message("assistant", turn.answer, turn.is_target)
 
 

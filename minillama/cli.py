@@ -171,7 +171,7 @@ def print_any_character() -> None:
 
 
 def _message_of(error: Exception) -> str:
-    """Return one line about an error that the user can mend, or "" for a defect of minillama."""
+    """Return one line about an error that the user can repair, or "" for a defect of minillama."""
     text = str(error)
     if isinstance(error, UserError):
         return text
@@ -181,7 +181,7 @@ def _message_of(error: Exception) -> str:
     if text.startswith("Failed to load the backend extension"):  # torch imports all plug-ins
         plugin = text.split(": ")[1].split(".")[0]
         return (
-            f"torch's device plug-in {plugin} does not load ({error.__cause__}); mend it, or set "
+            f"torch's device plug-in {plugin} does not load ({error.__cause__}); repair it, or set "
             "TORCH_DEVICE_BACKEND_AUTOLOAD=0 to continue without it"
         )
     if isinstance(error, MemoryError) or "can't allocate memory" in text or "out of memory" in text:

@@ -118,16 +118,16 @@ def _first_usable() -> str:
         if not problem:
             return candidate
         if _is_installed(candidate):
-            log.warning("%s passed over: %s", candidate, problem)
+            log.warning("%s skipped: %s", candidate, problem)
     return "cpu"
 
 
 def _require_usable(name: str, is_forced: bool) -> None:
     problem = _find_problem(name)
     if problem:
-        wish = "MINILLAMA_DEVICE asks for it" if is_forced else "take another with --device"
+        hint = "MINILLAMA_DEVICE asks for it" if is_forced else "take another with --device"
         raise UserError(
-            f"device {name!r} cannot be used: {problem} ({wish}); it needs {VENDORS[name].install}"
+            f"device {name!r} cannot be used: {problem} ({hint}); it needs {VENDORS[name].install}"
         )
 
 
@@ -179,12 +179,12 @@ def is_googles(package: str) -> bool:
     Looks at its metadata alone: importing it can end the process.
     """
     try:
-        about = metadata.metadata(package)
+        package_metadata = metadata.metadata(package)
     except metadata.PackageNotFoundError:
         return False  # a source tree
-    requirements = about.get_all("Requires-Dist") or ()
+    requirements = package_metadata.get_all("Requires-Dist") or ()
     needs_libtpu = any(requirement.startswith("libtpu") for requirement in requirements)
-    home_pages = about.get_all("Home-page") or ()
+    home_pages = package_metadata.get_all("Home-page") or ()
     return needs_libtpu or any("google" in page for page in home_pages)
 
 

@@ -1,11 +1,11 @@
 """Reads and writes Hugging Face's `config.json`, as transformers 4 and 5 spell it.
 
-Two numbers of a LLaMA, `rope_theta` and `norm_eps`, leave no trace in the weights: with a wrong one
-a model still talks, only worse. They are read from the checkpoint's own file and never guessed from
-a size or a path. A `config.json` that asks for something this network does not do is refused by key
-and value.
+Two numbers of a LLaMA, `rope_theta` and `norm_eps`, cannot be read from the weights. With a wrong
+value the model runs without an error, but predicts worse. They are read from the checkpoint's own
+file and never guessed from a size or a path. A `config.json` that asks for something this network
+does not do is refused by key and value.
 
-Left out on purpose: sliding windows, experts, quantized weights, attention dropout.
+This module leaves out sliding windows, experts, quantized weights and attention dropout.
 """
 
 from dataclasses import fields

@@ -132,7 +132,7 @@ def load_adapter(model: Llama, directory: Path, dropout: float | None = None) ->
     """Add the adapter in a PEFT directory to `model`, unmerged; returns its configuration.
 
     The model may have adapters already. A larger embedding and head replace the model's, and a
-    tied head becomes a weight of its own where the adapter's differs from its embedding. Parameters
+    tied head becomes a weight of its own if the adapter's differs from its embedding. Parameters
     that the adapter trains need a gradient afterwards, and no others.
 
     dropout: in place of the one that the adapter was trained with.

@@ -33,7 +33,7 @@ class KeyValueCache(Protocol):
 
     config: LlamaConfig  # the model's, or with other rotary settings
     positions: Tensor  # of the tokens in this call: (T,), or (B, T)
-    lengths: Tensor | None  # number of keys of each sequence, (B,); None where all have S keys
+    lengths: Tensor | None  # number of keys of each sequence, (B,); None if all have S keys
     capacity: int  # all positions are below it
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -46,7 +46,7 @@ class Linear(nn.Linear):
         return ops.linear(x, self.weight, self.bias)
 
     def loss_sum(self, x: Tensor, labels: Tensor) -> Tensor:
-        """The sum of -log p(label), where this layer is the head. The logits never exist whole."""
+        """The sum of -log p(label), if this layer is the head. The logits never exist whole."""
         # ops/reference.py: sum of -log softmax(x W^T)[label]
         return ops.linear_cross_entropy(x, self.weight, labels)
 
@@ -55,7 +55,7 @@ class Embedding(nn.Embedding):
     """A vector for each token, (V, C). Uninitialised: `initialise` or a checkpoint sets it."""
 
     def reset_parameters(self) -> None:
-        """Do nothing, where torch would sample the vectors."""
+        """Do nothing. torch would sample the vectors here."""
 
 
 class RMSNorm(nn.Module):

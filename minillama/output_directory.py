@@ -2,13 +2,13 @@
 
     write        into .NAME.partial, which is locked       an old NAME is still there
     fsync        of every file in it
-    rename       NAME becomes .NAME.old                    one rename replaces no directory
+    rename       NAME becomes .NAME.old                    a rename cannot replace a directory
     rename       .NAME.partial becomes NAME
     remove       .NAME.old
 
-A run that is killed leaves the old directory or the new one. Only between the two renames there is
-neither: `restore` puts .NAME.old back, and the next writer clears the rest. The kernel releases a
-lock when its process ends, however it ends.
+A rename can replace an empty directory only. A run that is killed leaves the old directory or the
+new one. Only between the two renames there is neither: `restore` puts .NAME.old back, and the next
+writer clears the rest. The kernel releases a lock when its process ends, however it ends.
 """
 
 import errno
@@ -49,11 +49,11 @@ def new_directory(
     path = path.resolve()
     partial = hidden_sibling(path, "partial")
     old = hidden_sibling(path, "old")
-    taken = f"{path}: another {writer} is writing this output; wait for it, or name another"
+    lock_message = f"{path}: another {writer} is writing this output; wait for it, or name another"
     try:
         _refuse_links(partial, old)
         partial.mkdir(parents=True, exist_ok=True)
-        with _locked(partial, taken):
+        with _locked(partial, lock_message):
             try:
                 _settle(path, old)
                 _clear(partial)
@@ -108,13 +108,15 @@ def lock_directory(path: Path) -> Iterator[None]:
     """Hold a directory, created if it is missing, for this process while the block runs.
 
     Raises UserError if another process holds it. The lock is on the directory itself, so no file is
-    left, and a directory that was created and is still empty is removed again. Where the system or
+    left, and a directory that was created and is still empty is removed again. If the system or
     the disk has no locks, the block runs without one.
     """
     created = [place for place in (path, *path.parents) if not place.exists()]
     path.mkdir(parents=True, exist_ok=True)
-    taken = f"{path}: another process is writing there; wait for it, or name another directory"
-    with _locked(path, taken), _removed_if_empty(created):
+    lock_message = (
+        f"{path}: another process is writing there; wait for it, or name another directory"
+    )
+    with _locked(path, lock_message), _removed_if_empty(created):
         yield
 
 
@@ -138,11 +140,11 @@ def free_bytes(path: Path) -> int:
         return shutil.disk_usage(place).free
 
 
-def take_lock(handle: int, path: Path, taken: str) -> None:
+def take_lock(handle: int, path: Path, lock_message: str) -> None:
     """Lock an open file or directory until `handle` is closed.
 
-    Raises UserError with the message `taken` if another process holds the lock. Where the system or
-    the disk has no locks, nothing happens.
+    Raises UserError with the message `lock_message` if another process holds the lock. If the
+    system or the disk has no locks, nothing happens.
     """
     if not HAS_LOCKS:
         return
@@ -151,24 +153,26 @@ def take_lock(handle: int, path: Path, taken: str) -> None:
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise UserError(taken) from None
+        raise UserError(lock_message) from None
     except OSError as error:
         if error.errno not in CANNOT_LOCK:
             error.filename = str(path)
             raise
     if not path.exists() or not os.path.samestat(os.fstat(handle), path.stat()):
-        raise UserError(taken)  # another process renamed or removed it after it was opened here
+        raise UserError(
+            lock_message
+        )  # another process renamed or removed it after it was opened here
 
 
 @contextmanager
-def _locked(directory: Path, taken: str) -> Iterator[None]:
-    """Hold the lock of a directory. Raises UserError with the message `taken` if it is held."""
+def _locked(directory: Path, lock_message: str) -> Iterator[None]:
+    """Hold the lock of a directory. Raises UserError with `lock_message` if it is held."""
     if not HAS_LOCKS:
         yield
         return
     handle = os.open(directory, os.O_RDONLY)
     try:
-        take_lock(handle, directory, taken)
+        take_lock(handle, directory, lock_message)
         yield
     finally:
         os.close(handle)

@@ -55,7 +55,7 @@ HARMLESS = {
     "task_type",  # a head for it would be a tensor that fits nowhere
     "inference_mode",
     "peft_version",
-    "fan_in_fan_out",  # of GPT-2's layers; PEFT ignores it where a layer is a linear
+    "fan_in_fan_out",  # of GPT-2's layers; PEFT ignores it if a layer is a linear
     "merge_weights",  # of the first versions: when to merge
     "bias",  # biases that were trained are tensors of the file
     "loftq_config",  # of how A, B and the base start; init_lora_weights says whether it was used

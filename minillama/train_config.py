@@ -157,7 +157,7 @@ class TrainConfig:
     resume: str = train_key("auto",
         "auto: continue from the newest checkpoint in out_dir; none; or a checkpoint directory")
     plot_loss: bool = train_key(False,
-        "fail if loss.png cannot be drawn (it is drawn where matplotlib is installed)")
+        "fail if loss.png cannot be drawn (it is drawn if matplotlib is installed)")
     peak_tflops: float = train_key(0.0,
         "the device's peak TFLOP/s, to report model-FLOPs utilisation against")
     device: str = train_key("auto", "device", DEVICES)

@@ -18,9 +18,7 @@ from minillama.tokenizer import SentencePieceTokenizer, open_tokenizer, train_to
 from minillama.train_config import TrainConfig
 from tests.datasets import alpaca, build, write_json_lines
 
-torch.set_num_threads(
-    1
-)  # one thread adds in one order, and forked ranks do not fight over the processor
+torch.set_num_threads(1)  # one thread adds in one order, and forked ranks do not fight over the CPU
 
 # 6 query and 3 key/value heads: n_heads != n_kv_heads², so a confusion of the two counts cannot
 # come out right by chance.

@@ -163,10 +163,10 @@ print(memory.peak, memory.free, device.supports_bf16(one), device.synchronize(on
 module = getattr(torch, one.type)
 before = module.get_rng_state()
 with device.seeded(7, one):
-    drawn = torch.rand(1, generator=module.generator)
+    sampled = torch.rand(1, generator=module.generator)
     assert not torch.equal(module.get_rng_state(), before)
 with device.seeded(7, one):
-    assert torch.equal(torch.rand(1, generator=module.generator), drawn)
+    assert torch.equal(torch.rand(1, generator=module.generator), sampled)
 print(torch.equal(module.get_rng_state(), before))
 module.is_bf16_supported = lambda: False
 print(device.compute_dtype("bf16", one))
@@ -245,7 +245,7 @@ def test_googles_package_of_the_same_name_is_known_without_importing_it(
         "device.pick('tpu')",
     )
     assert done.stdout.splitlines() == ["cpu", "cpu"]
-    assert "tpu passed over: the torch_tpu installed here is Google's" in done.stderr
+    assert "tpu skipped: the torch_tpu installed here is Google's" in done.stderr
     assert "device 'tpu' cannot be used: the torch_tpu installed here is Google's" in done.stderr
 
 
@@ -256,7 +256,7 @@ def test_a_plugin_that_does_not_load_is_named_with_what_to_set(tmp_path: Path) -
     assert done.returncode == 2
     assert done.stderr == (
         "error: torch's device plug-in torch_npu does not load (libhccl.so: cannot open shared "
-        "object file); mend it, "
+        "object file); repair it, "
         "or set TORCH_DEVICE_BACKEND_AUTOLOAD=0 to continue without it\n"
     )
     done = run(
@@ -265,7 +265,7 @@ def test_a_plugin_that_does_not_load_is_named_with_what_to_set(tmp_path: Path) -
         TORCH_DEVICE_BACKEND_AUTOLOAD="0",
     )
     assert done.stdout == "cpu\n"
-    assert "npu passed over: torch_npu does not load (libhccl.so" in done.stderr
+    assert "npu skipped: torch_npu does not load (libhccl.so" in done.stderr
     assert "device 'npu' cannot be used: torch_npu does not load" in done.stderr
 
 
@@ -277,6 +277,4 @@ def test_a_plugin_without_a_chip_is_passed_over_aloud(tmp_path: Path) -> None:
     )
     done = run(tmp_path, "print(device.pick('auto'))", ASCEND_RT_VISIBLE_DEVICES="9")
     assert done.stdout == "cpu\n"
-    assert (
-        "npu passed over: torch_npu finds no chip (ASCEND_RT_VISIBLE_DEVICES is 9)" in done.stderr
-    )
+    assert "npu skipped: torch_npu finds no chip (ASCEND_RT_VISIBLE_DEVICES is 9)" in done.stderr

@@ -131,7 +131,7 @@ def test_beams_sample_only_where_a_temperature_or_its_like_is_given() -> None:
         (["--early_stopping", "often"], "early_stopping"),
         (["--prompt_ids", "1 a"], "expected whole numbers"),
         (["--prompt_ids", "²"], "expected whole numbers"),
-        (["--stop", ""], "an empty text would end every answer"),
+        (["--stop", ""], "an empty text would end every completion"),
         (["--temperature", "nan"], "expected temperature >= 0"),
         (["--repetition_penalty", "nan"], "repetition_penalty > 0"),
         (

@@ -62,9 +62,9 @@ def test_ntk_goes_on_top_of_position_interpolation() -> None:
     )
 
 
-def test_a_checkpoint_that_stretches_its_base_itself_is_not_stretched_twice() -> None:
+def test_a_checkpoint_that_scales_its_base_itself_is_not_scaled_twice() -> None:
     model = random_model(rope_scaling=RopeScaling("dynamic", 2.0))
-    with pytest.raises(UserError, match="rope_scaling, dynamic, stretches"):
+    with pytest.raises(UserError, match="rope_scaling, dynamic, scales"):
         scale_rope(model.config, [Completion([1])], 2.0)
 
 

@@ -53,7 +53,7 @@ def test_every_form_of_the_linear_is_its_formula_rounded_once(
     as_it_is, shuffled = nn.Linear(64, 48), nn.Linear(64, 48)
     as_it_is.weight = shuffled.weight = nn.Parameter(weight, requires_grad=False)
     monkeypatch.setattr(cpu_linear, "packing_gains", lambda weight, rows: True)
-    cpu_linear.pack(shuffled, rows)
+    cpu_linear.pack_weights(shuffled, rows)
     assert shuffled.weight.is_mkldnn
     assert torch.equal(shuffled.weight.to_dense(), weight)
     for linear in (as_it_is, shuffled):
@@ -83,12 +83,12 @@ def test_weights_are_packed_where_rows_and_cpu_gain(
     model = random_model().to(dtype)
     model.lm_head.weight = model.model.embed_tokens.weight
     layer, embedding = model.model.layers[0], model.lm_head.weight
-    ops.pack(model, rows)
+    ops.pack_weights(model, rows)
     assert layer.mlp.gate_proj.weight.is_mkldnn is packs
     assert layer.self_attn.q_proj.weight.is_mkldnn is (packs and dtype == torch.bfloat16)  # small
     assert model.lm_head.weight is embedding, "shared with the embedding"
     once = layer.mlp.gate_proj.weight
-    ops.pack(model, rows)
+    ops.pack_weights(model, rows)
     assert layer.mlp.gate_proj.weight is once
 
 
@@ -99,11 +99,11 @@ def test_packed_weights_give_the_same_texts_and_are_for_the_fused_linear_only(
     model = random_model()
     try:
         ops.choose("reference")
-        ops.pack(model, 4)
+        ops.pack_weights(model, 4)
         assert not model.lm_head.weight.is_mkldnn
         ops.choose("auto")
         before = [answer.ids for answer in together(model, PROMPTS, 6, GREEDY)]
-        ops.pack(model, 4)
+        ops.pack_weights(model, 4)
         assert model.lm_head.weight.is_mkldnn
         assert [answer.ids for answer in together(model, PROMPTS, 6, GREEDY)] == before
         with pytest.raises(AssertionError, match="take gradients before"):
@@ -148,7 +148,7 @@ def test_a_mask_that_decoding_made_serves_where_gradients_are_asked_for() -> Non
 
 def test_a_session_packs_for_as_many_texts_as_it_writes(monkeypatch: pytest.MonkeyPatch) -> None:
     packed_for = []
-    monkeypatch.setattr(ops, "pack", lambda model, rows: packed_for.append(rows))
+    monkeypatch.setattr(ops, "pack_weights", lambda model, rows: packed_for.append(rows))
     tokenizer = open_tokenizer(Path(__file__).parent / "golden/model")
     session = Engine(random_model(), tokenizer, GenerationConfig(template="none"))
     for beams, count in ((1, 1), (1, 4), (3, 1)):

@@ -162,7 +162,7 @@ def test_an_interrupted_run_goes_on_and_ends_as_if_it_had_not_been(
     done = len((tmp_path / "part.jsonl.partial").read_text().splitlines()) - 1
     assert 6 <= done < 12
     assert not out.exists()
-    assert f"{done} of 12 answers are in {out}.partial" in capsys.readouterr().err
+    assert f"{done} of 12 completions are in {out}.partial" in capsys.readouterr().err
     with open(tmp_path / "part.jsonl.partial", "a") as file:
         file.write('{"number": 3, "comple')  # killed in the middle of a line
     began.clear()

@@ -6,12 +6,12 @@ import torch
 from minillama.errors import UserError
 from minillama.generation.sampling import (
     Sampling,
+    filter_logits,
     keep_top_k,
     keep_top_p,
     next_tokens,
     penalise,
     tokens_seen,
-    warp,
 )
 from tests.conftest import generate, random_model
 
@@ -78,7 +78,7 @@ def test_temperature_top_k_and_top_p_come_in_transformers_order() -> None:
             transformers.TopPLogitsWarper(0.8),
         ):
             theirs = warper(None, theirs)
-        assert torch.equal(warp(LOGITS, Sampling(temperature, 20, 0.8)), theirs)
+        assert torch.equal(filter_logits(LOGITS, Sampling(temperature, 20, 0.8)), theirs)
 
 
 def test_samples_follow_the_distribution() -> None:

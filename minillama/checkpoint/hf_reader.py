@@ -111,7 +111,8 @@ def open_files(
 ) -> list[dict[str, TensorRef]]:
     """Return the tensors in each of `files`, by name, without rotary positions.
 
-    files: the names that each file must have. promise: where these come from, for the error.
+    files: the names that each file must have.
+    promise: where these come from, for the error.
     alike: whether all files may have the same names, as slices of the same tensors do.
     Raises UserError that lists all files which are missing, cannot be read, lack a name, or have a
     name that another file has.
@@ -159,7 +160,7 @@ def check_names(config: LlamaConfig, tensors: Mapping[str, HasShape], directory:
 
 
 def read_about(directory: Path) -> dict[str, Any]:
-    """Return minillama.json: the template and what made the model; {} where there is none."""
+    """Return minillama.json: the template and what made the model; {} if there is none."""
     path = directory / "minillama.json"
     return read_json(path) if path.is_file() else {}
 

@@ -36,16 +36,16 @@ def find_checkpoint(path: Path) -> Path:
     """Return the model or adapter directory that `path` means.
 
     For a run directory that is its final/, else its newest complete checkpoint; otherwise `path`.
-    Raises UserError where there is no model, and says what is there instead.
+    Raises UserError if there is no model, and says what is there instead.
     """
     restore(path)
     restore(path / "final")
-    found = path
+    directory = path
     checkpoints = list_states(path)
     if (path / "final").is_dir():
-        found = path / "final"
+        directory = path / "final"
     elif checkpoints:
-        found = checkpoints[-1]
-    if not any((found / name).is_file() for name in CONFIG_FILES):
-        open_weights(found)  # its error says what the directory holds
-    return found
+        directory = checkpoints[-1]
+    if not any((directory / name).is_file() for name in CONFIG_FILES):
+        open_weights(directory)  # its error says what the directory holds
+    return directory

@@ -189,7 +189,7 @@ def newest_intact(out_dir: Path, warn: Callable[[str], None]) -> Path | None:
         if error is None:
             return path
         kept = set_aside(path, "damaged")
-        warn(f"warning: damaged checkpoint passed over: {error}; it is kept as {kept}")
+        warn(f"warning: damaged checkpoint skipped: {error}; it is kept as {kept}")
     return None
 
 

@@ -56,7 +56,7 @@ class Equality:
 
 
 def write_manifest(directory: Path) -> WrittenManifest:
-    """Write DIR/manifest.json for a checkpoint."""
+    """Write DIR/manifest.json for a checkpoint. Returns its hash, and the directory."""
     content = manifest(directory)
     write_json(directory / MANIFEST, content)
     return WrittenManifest(directory, content["content"])
@@ -64,6 +64,8 @@ def write_manifest(directory: Path) -> WrittenManifest:
 
 def check(directory: Path, against: Path) -> Equality:
     """Compare a checkpoint with a manifest file, or with another checkpoint directory.
+
+    Returns the hash of their content, and how many tensors are equal.
 
     Raises UserError naming the first tensor that differs. It says by how much, element by element
     if `against` is a directory, and else by the norms.

@@ -122,7 +122,7 @@ def apply_delta() -> Parser:
 
 
 def make_delta() -> Parser:
-    """delta = target - base: what may be published where the base may not.
+    """delta = target - base: what may be published if the base may not.
 
     Example
         python convert.py make-delta --base llama-13b-hf --target my-13b --output my-13b-delta

@@ -5,8 +5,9 @@
 Each tensor is computed by itself, in the base's dtype (fp16), as FastChat does. Vicuna v1.1 has the
 base's shapes. Vicuna v0 has one token more: the base is extended by rows of zeros.
 
-The sum of a base and a delta that do not belong together is a model that still talks, but badly. So
-the headers of both sides are compared before any work, and can be shown (`compare`).
+The sum of a base and a delta that do not belong together is a model that runs without an error, but
+predicts badly. So the headers of both sides are compared before any work, and can be shown
+(`compare`).
 
 Rotary positions are never taken from a delta: the `inv_freq` of an old file is a difference too,
 all zeros.

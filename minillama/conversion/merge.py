@@ -8,11 +8,11 @@ the base's tensor, and what earlier adapters have added to it.
 
 An adapter whose names do not match would merge without effect. So every tensor of an adapter must
 find its place in the base, exactly once, and every module that it targets must have its tensors.
-An embedding and head that are tied in the base become two weights where an adapter changes one.
+An embedding and head that are tied in the base become two weights if an adapter changes one.
 The report says for each merged weight how much it changed, |W' - W| / |W|, and whether W'x equals
 W x + s·B(A x) on random x, up to rounding. merge_check.py then compares the whole models.
 
-Left out on purpose: DoRA (its merge rescales columns), and merging into quantized weights.
+This module leaves out DoRA (its merge rescales columns), and merging into quantized weights.
 
 Shapes: a linear is (out, in); A is (R, in), B is (out, R); P random hidden states x are (in, P).
 """
@@ -275,7 +275,9 @@ def _merge(
 ) -> tuple[Tensor, MergedWeight]:
     """Return W' = W + s·B·A in `dtype`, and what merging did to W.
 
-    weight: W in fp32 (out, in), overwritten. scaled_b: s·B (out, R). a: A (R, in).
+    weight: W in fp32 (out, in), overwritten.
+    scaled_b: s·B (out, R).
+    a: A (R, in).
     """
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(weight.shape[1], NUM_PROBES, generator=generator).to(weight.device)  # (in, P)

@@ -5,7 +5,7 @@
                 s·B(A x) to the product with it
 
 Both read the same random tokens. So a merge that is right tensor by tensor and wrong as a model is
-noticed, for example where one of two tied weights has changed and the other should not.
+noticed, for example if one of two tied weights has changed and the other should not.
 
 Neither model is loaded: a layer reads its weight when it is applied and then forgets it. Memory
 holds one weight in fp32, whatever the size of the model.

@@ -4,7 +4,7 @@ Three things differ: the names of tensors, the files (each of Meta's holds a sli
 each of Hugging Face's holds whole tensors), and the rotary order of q and k. All three are
 described in meta_layout.py; meta_reader.py and meta_writer.py are the two directions.
 
-Left out on purpose: the scaled rotary frequencies of LLaMA 3.1, whose numbers Meta's files do not
+This module leaves out the scaled rotary frequencies of LLaMA 3.1, whose numbers Meta's files do not
 hold.
 """
 
@@ -27,6 +27,8 @@ def meta_to_hf(
     source: Path, output: Output, tokenizer: Path | str = "", max_seq_len: int = 0
 ) -> Conversion:
     """Convert the directory `source` from Meta's layout to Hugging Face's.
+
+    Returns what was written, with notes for the user.
 
     Args:
         tokenizer: its file; empty: the one beside the weights, or one directory up.
@@ -67,7 +69,7 @@ def meta_to_hf(
 def hf_to_meta(source: Path, output: Output, num_shards: int = 0) -> Conversion:
     """Convert the directory `source` from Hugging Face's layout to Meta's.
 
-    num_shards: files of weights; 0: as many as Meta has for this width.
+    Returns what was written. num_shards: files of weights; 0: as many as Meta has for this width.
     """
     config = read_config(source)
     tensors = open_weights(source)

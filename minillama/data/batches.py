@@ -12,7 +12,7 @@ batch is computed from its step number, and nothing has to be remembered.
     row 1   c c c c | d d d d
     row 2   e e e e e e e e              micro-batch 1 = row 2
 
-The last global batch of an epoch may be smaller. Ranks are left out on purpose: a rank takes some
+The last global batch of an epoch may be smaller. This module knows no ranks: a rank takes some
 of the micro-batches of the same global batch.
 """
 
@@ -125,7 +125,7 @@ def philox(seed: int, counter: int) -> np.random.Generator:
 def pack_rows(lengths: np.ndarray, max_length: int) -> np.ndarray:
     """Fill rows of at most max_length tokens with windows, in order.
 
-    A row ends where the next window does not fit. Row r is the windows bounds[r] to bounds[r + 1].
+    A row ends when the next window does not fit. Row r is the windows bounds[r] to bounds[r + 1].
     lengths [6, 3, 4, 4, 8] and max_length 9 give the bounds [0, 2, 4, 5].
     """
     first_token = np.append(0, lengths.cumsum())  # [0, 6, 9, 13, 17, 25]

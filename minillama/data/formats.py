@@ -5,7 +5,7 @@ A document is a `Conversation`, which a template renders later, or a plain strin
     {"instruction": "Q", "output": "A"}       alpaca      Conversation((Turn("Q", "A"),))
     {"text": "It was the best of times"}      text        "It was the best of times"
 
-Guessing is left out on purpose: if the first record of a file fits no format, the error names the
+Nothing is guessed: if the first record of a file fits no format, the error names the
 keys it has.
 """
 

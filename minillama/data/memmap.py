@@ -106,8 +106,10 @@ class DatasetWriter:
         for part in (*ARRAYS, "json"):
             refuse_link(self._partial(part))
         self.files["json"] = append_file(self._partial("json"))
-        taken = f"{self.prefix}: another process is writing this data set; wait for it to end"
-        take_lock(self.files["json"].fileno(), self._partial("json"), taken)
+        lock_message = (
+            f"{self.prefix}: another process is writing this data set; wait for it to end"
+        )
+        take_lock(self.files["json"].fileno(), self._partial("json"), lock_message)
         for part in ARRAYS:
             self.files[part] = append_file(self._partial(part))
         with suppress(UserError, KeyError):  # no .json.partial, or a damaged one
@@ -177,7 +179,7 @@ class DatasetWriter:
         if num_empty == num_documents or num_empty > max_dropped * num_documents:
             raise UserError(
                 f"{self.prefix}: {num_empty} of {num_documents} documents have nothing to train on "
-                "(no answer, or an empty one); mend the data or its template, or leave them out: "
+                "(no answer, or an empty one); repair the data or its template, or leave them out: "
                 f"raise max_dropped, now {max_dropped:g}"
             )
 
@@ -228,8 +230,8 @@ class Dataset:
         self.mask = None
         if "mask" in hashes:
             self.mask = self._map("mask", np.dtype(np.uint8), num_tokens)
-        rises = (np.diff(self.offsets) >= 0).all()
-        if self.offsets[0] != 0 or self.offsets[-1] != num_tokens or not rises:
+        is_sorted = (np.diff(self.offsets) >= 0).all()
+        if self.offsets[0] != 0 or self.offsets[-1] != num_tokens or not is_sorted:
             raise UserError(
                 f"{prefix}.idx: offsets do not rise from 0 to {num_tokens}; the file is damaged"
             )

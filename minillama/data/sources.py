@@ -8,7 +8,7 @@
 An entry can give the sha1 of its file; a file with other content is refused. So is an entry that
 names a file outside its folder, or has a key that would change what is read and is not known here:
 a data set that was downloaded decides neither of them. Addresses on the
-Hugging Face Hub are left out on purpose: nothing here uses a network.
+Hugging Face Hub are left out, because nothing here uses a network.
 """
 
 import hashlib

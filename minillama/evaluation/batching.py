@@ -27,7 +27,7 @@ class Query:
     def tails(self) -> list[list[int]]:
         """What the model reads behind the context, a row each.
 
-        The last token of a continuation is predicted, but not read. So where all continuations
+        The last token of a continuation is predicted, but not read. So if all continuations
         are single tokens, one row with an empty tail gives all of them.
         """
         tails = [continuation[:-1] for continuation in self.continuations]
@@ -40,7 +40,7 @@ class Query:
 
 
 @dataclass
-class Batch:
+class QueryBatch:
     """Queries that go through the model together, behind the first `prefix` tokens of each."""
 
     prefix: int  # tokens of the shared prefix
@@ -68,8 +68,8 @@ class PrefixGroup:
         return self.prefix * (self.num_rows - 1)
 
 
-def plan(queries: list[Query], batch_size: int) -> list[Batch]:
-    """Put each query into one batch. The result depends on the arguments alone.
+def plan(queries: list[Query], batch_size: int) -> list[QueryBatch]:
+    """Return batches that hold each query once. They depend on the arguments alone.
 
     A batch has at most `batch_size` rows, except that a query with more has a batch of its own.
     """
@@ -83,7 +83,7 @@ def plan(queries: list[Query], batch_size: int) -> list[Batch]:
 
 
 def group_by_prefix(queries: list[Query]) -> list[PrefixGroup]:
-    """Group queries that share a prefix.
+    """Group queries that share a prefix. Each query is in exactly one of the returned groups.
 
     In the sorted order of their contexts, neighbours share most. So each query is compared with
     the group before it only.
@@ -102,7 +102,7 @@ def group_by_prefix(queries: list[Query]) -> list[PrefixGroup]:
 
 
 def merge(group: PrefixGroup, single: PrefixGroup, queries: list[Query]) -> PrefixGroup | None:
-    """`group` with the query of `single`; None where the two save more tokens apart."""
+    """`group` with the query of `single`; None if the two save more tokens apart."""
     last_context = queries[group.members[-1]].context
     context = queries[single.members[0]].context
     prefix = min(group.prefix, single.prefix, common_prefix(last_context, context))
@@ -124,19 +124,19 @@ def common_prefix(a: list[int], b: list[int]) -> int:
 
 def split_into_batches(
     queries: list[Query], prefix: int, members: list[int], batch_size: int
-) -> list[Batch]:
+) -> list[QueryBatch]:
     """Batches of similar length, the shortest first.
 
-    A batch ends where it is full, or where the next row would pad its shortest one too much.
+    A batch ends when it is full, or when the next row would pad its shortest one too much.
     """
-    batches: list[Batch] = []
+    batches: list[QueryBatch] = []
     max_length = 0.0
     for i in sorted(members, key=lambda i: (queries[i].length, i)):
         length = queries[i].length - prefix
         num_rows = len(queries[i].tails)
         is_full = not batches or batches[-1].num_rows + num_rows > batch_size
         if is_full or length > max_length:
-            batches.append(Batch(prefix, members=[]))
+            batches.append(QueryBatch(prefix, members=[]))
             max_length = MAX_SPREAD * length + MAX_PADDING
         batch = batches[-1]
         batch.members.append(i)

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from minillama.evaluation.batching import Batch, Query
+from minillama.evaluation.batching import Query, QueryBatch
 from minillama.llama_config import LlamaConfig
 from minillama.model import Llama
 
@@ -87,7 +87,7 @@ class SharedPrefix:
 
 @torch.inference_mode()
 def score_queries(
-    model: Llama, queries: list[Query], batches: Iterable[Batch]
+    model: Llama, queries: list[Query], batches: Iterable[QueryBatch]
 ) -> Iterator[dict[int, QueryResult]]:
     """Yield the results of one batch after another, by the index of the query.
 

@@ -44,7 +44,8 @@ def summarise(
 ) -> Record:
     """The score of all predictions, of each subject and of each group, and the mean over subjects.
 
-    hashes: the sha256 of each subject's file. ties: questions for which two choices are best.
+    hashes: the sha256 of each subject's file.
+    ties: questions for which two choices are best.
     """
     subject_scores = {}
     for subject, sha256 in hashes.items():

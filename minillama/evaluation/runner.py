@@ -18,7 +18,7 @@ from minillama import ops
 from minillama.comm import Mesh, gather_objects
 from minillama.errors import UserError
 from minillama.evaluation import predictions
-from minillama.evaluation.batching import Batch, plan
+from minillama.evaluation.batching import QueryBatch, plan
 from minillama.evaluation.likelihood import QueryResult, score_queries
 from minillama.evaluation.multiple_choice import MultipleChoice
 from minillama.evaluation.options import EvalOptions
@@ -64,7 +64,7 @@ def evaluate(
         "weights_sample_sha256": weights_checksum(engine.model),
     }
     out = Path(options.out) if options.out else None
-    ops.pack(engine.model, rows=1)
+    ops.pack_weights(engine.model, rows=1)
     records = predict(engine.model, benchmark, options.batch_size, out, settings, mesh)
     summary = {
         **about,
@@ -173,7 +173,7 @@ def predict(
     return in_order
 
 
-def share_of(batches: list[Batch], mesh: Mesh) -> list[Batch]:
+def share_of(batches: list[QueryBatch], mesh: Mesh) -> list[QueryBatch]:
     """The batches of this rank: successive ones, so that ranks have about equal costs."""
     total = sum(batch.cost for batch in batches)
     share = []

@@ -4,7 +4,7 @@
     score when finished      s / length ** length_penalty
 
 A step extends each of the W hypotheses by every token and keeps the best 2 W candidates (more
-where there are several stop tokens). At most W of those can end, so W remain to go on. A candidate
+if there are several stop tokens). At most W of those can end, so W remain to go on. A candidate
 that ends among the first W joins the finished ones, of which the W best are kept. The search ends
 when no hypothesis can overtake the worst of them; `early_stopping` says how that is judged. With
 sampling, the 2 W candidates are sampled without replacement instead of taken from the top.
@@ -27,11 +27,11 @@ from minillama.generation.cache import Cache, refuse_too_large
 from minillama.generation.decode import Completion, prefill, scale_rope
 from minillama.generation.sampling import (
     Sampling,
+    filter_logits,
     generator_for,
     penalise,
     refuse_non_finite,
     tokens_seen,
-    warp,
 )
 from minillama.model import Llama
 
@@ -92,7 +92,7 @@ def beam_search(
 ) -> Iterator[Completion]:
     """Fill the completions, all of one prompt and at most W, with the best results, best first.
 
-    Each is yielded once, finished. temperature, top-k and top-p of `sampling` count only where
+    Each is yielded once, finished. temperature, top-k and top-p of `sampling` count only if
     options.sample is set.
     """
     prompt = completions[0].prompt_ids
@@ -183,7 +183,7 @@ def choose_candidates(
     """
     per_hypothesis = max(2, per_hypothesis)
     if options.sample:
-        log_p = warp(log_p, sampling, at_least=per_hypothesis)
+        log_p = filter_logits(log_p, sampling, at_least=per_hypothesis)
     total = (log_p + scores.unsqueeze(1)).flatten()  # (W·V,)
     count = per_hypothesis * options.width
     if options.sample:

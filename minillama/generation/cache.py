@@ -60,10 +60,10 @@ class Cache:
         self.all_positions = torch.arange(capacity, device=device)
         # How the next forward pass writes; set by `extend` and `pack`.
         self.positions = self.all_positions[:0]  # of the new tokens: (T,) or (B, T)
-        self.lengths: Tensor | None = None  # tokens in each row, (B,), where they differ
+        self.lengths: Tensor | None = None  # tokens in each row, (B,), if they differ
         self._rows = ALL_ROWS
-        self._row_index: Tensor | None = None  # row of each new token, where positions differ
-        self._start = 0  # position of the first new token, where it is the same in all rows
+        self._row_index: Tensor | None = None  # row of each new token, if positions differ
+        self._start = 0  # position of the first new token, if it is the same in all rows
         self._longest: int | None = None  # tokens in the longest row; None: packed
 
     @classmethod
@@ -79,7 +79,10 @@ class Cache:
         return cls(config, batch, capacity, weight.dtype, weight.device)
 
     def extend(self, count: int, rows: slice = ALL_ROWS) -> "Cache":
-        """Prepare for the next `count` tokens of `rows`; then one forward pass stores them."""
+        """Prepare for the next `count` tokens of `rows`, which one forward pass then stores.
+
+        Returns the cache itself.
+        """
         filled = [length + count for length in self.filled[rows]]
         self.filled[rows] = filled
         longest = max(filled)
@@ -100,7 +103,10 @@ class Cache:
         return self
 
     def pack(self, documents: Documents, rows: list[int]) -> "Cache":
-        """Prepare for whole prompts end to end: document i is stored in row rows[i]."""
+        """Prepare for whole prompts end to end: document i is stored in row rows[i].
+
+        Returns the cache itself.
+        """
         for row, length in zip(rows, documents.lengths, strict=True):
             self.filled[row] = length
         self.positions = documents.positions.unsqueeze(0)  # (1, T)

@@ -12,7 +12,7 @@ from minillama.generation.sampling import Sampling
 class GenerationConfig:
     """How completions are written. Raises UserError for values that are out of range.
 
-    temperature, top_k and top_p are None where nothing was said. Then `Sampling` has the default,
+    temperature, top_k and top_p are None if they were not given. Then `Sampling` has the default,
     and beam search does not sample.
     """
 
@@ -47,7 +47,9 @@ class GenerationConfig:
                 f"--early_stopping {self.early_stopping!r}: must be {', '.join(EARLY_STOPPING)}"
             )
         if "" in self.stop:
-            raise UserError('--stop "": an empty text would end every answer at once; leave it out')
+            raise UserError(
+                '--stop "": an empty text would end every completion at once; leave it out'
+            )
         _ = self.sampling  # checks its own values
 
     @property

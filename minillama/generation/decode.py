@@ -113,15 +113,15 @@ def longest_sequence(completions: list[Completion]) -> int:
 def drop_finished(cache: Cache, live: list[Completion]) -> list[int]:
     """Drop the rows of finished completions.
 
-    Returns which rows remain, in their new order: the last row moves into a row that is dropped.
+    The last row moves into a row that is dropped. Returns `result[new row] = old row`.
     """
-    rows = list(range(len(live)))
+    old_rows = list(range(len(live)))
     for row in reversed(range(len(live))):
         if live[row].is_finished:
             cache.drop(row)
-            rows[row] = rows[-1]
-            rows.pop()
-    return rows
+            old_rows[row] = old_rows[-1]
+            old_rows.pop()
+    return old_rows
 
 
 @dataclass
@@ -213,7 +213,7 @@ def scale_rope(
         return config
     if config.rope_scaling and config.rope_scaling.kind == "dynamic":
         raise UserError(
-            "--rope_alpha: this checkpoint's own rope_scaling, dynamic, stretches the rotary "
+            "--rope_alpha: this checkpoint's own rope_scaling, dynamic, scales the rotary "
             "base already"
         )
     if alpha == 0:
@@ -225,7 +225,7 @@ def scale_rope(
 
 
 def check_context(config: LlamaConfig, completion: Completion) -> None:
-    """Raises UserError where the prompt and the completion together exceed the context."""
+    """Raises UserError if the prompt and the completion together exceed the context."""
     num_free = config.max_seq_len - len(completion.prompt_ids)
     if completion.max_new_tokens <= num_free:
         return
@@ -233,7 +233,7 @@ def check_context(config: LlamaConfig, completion: Completion) -> None:
     raise UserError(
         f"a prompt of {len(completion.prompt_ids)} tokens and {completion.max_new_tokens} new ones "
         f"exceed the context of {config.max_seq_len}; {remedy}, "
-        "or stretch the rotary positions with --rope_alpha auto"
+        "or scale the rotary base with --rope_alpha auto"
     )
 
 

@@ -23,7 +23,7 @@ from minillama.model import Llama
 from minillama.tokenizer import Stream, Tokenizer
 
 DEFAULT_NEW_TOKENS = 256
-CHAT_RESERVE = 32  # tokens that a chat prompt leaves free where max_new_tokens is not set
+CHAT_RESERVE = 32  # tokens that a chat prompt leaves free if max_new_tokens is not set
 
 
 class TextEmitter:
@@ -112,7 +112,7 @@ class Engine:
         return tuple(dict.fromkeys([*self.eos_ids, *end_ids(self.tokenizer, self.template)]))
 
     def encode_prompt(self, text: str, system: str = "") -> list[int]:
-        """Token ids of a prompt: the text after BOS, or a question in the template."""
+        """Token ids of a prompt: the text after BOS, or a user's message in the template."""
         if self.template == "none":
             if system:
                 raise UserError(
@@ -139,7 +139,7 @@ class Engine:
     ) -> dict[int, list[Completion]]:
         """`num_samples` completions of each prompt, by the prompt's index.
 
-        Samples of equal prompts are numbered on, so that they differ from each other.
+        If a prompt occurs twice, its samples get different numbers, so that they differ.
         """
         num_made: Counter[tuple[int, ...]] = Counter()
         completions: dict[int, list[Completion]] = {}
@@ -157,12 +157,12 @@ class Engine:
         """
         config = self.config
         if config.beams is None:
-            ops.pack(self.model, len(completions))
+            ops.pack_weights(self.model, len(completions))
             steps = decode(
                 self.model, completions, config.sampling, self.stop_ids, seed, config.rope_alpha
             )
         else:
-            ops.pack(self.model, config.num_beams)
+            ops.pack_weights(self.model, config.num_beams)
             steps = beam_search(
                 self.model,
                 completions,
@@ -210,7 +210,9 @@ class Engine:
             limit = 1 if self.config.beams else max(1, batch_size // len(requests[first]))
             batch = [i for i in remaining[:limit] if self._rope_alpha(requests[i][0]) == alpha]
             batches.append(batch)
-            remaining = remaining[len(batch) :]  # lengths fall, so those of one alpha come first
+            remaining = remaining[
+                len(batch) :
+            ]  # sorted, longest first: prompts of one alpha are neighbours
         return batches
 
     def _rope_alpha(self, completion: Completion) -> float | None:
@@ -221,7 +223,7 @@ class Engine:
 
 
 class ChatPrompt(NamedTuple):
-    """A conversation that ends with an open question, and what was left out of it."""
+    """A conversation that ends with an open turn, and what was left out of it."""
 
     ids: list[int]
     num_dropped: int  # oldest turns that did not fit into the context
@@ -241,7 +243,7 @@ class ChatSession:
         self.note = ""
 
     def fit_prompt(self, text: str) -> ChatPrompt:
-        """The conversation so far and an open question; drops the oldest turns until it fits."""
+        """The conversation so far and an open turn; drops the oldest turns until it fits."""
         engine = self.engine
         template = "raw" if engine.template == "none" else engine.template
         reserve = engine.config.max_new_tokens or CHAT_RESERVE
@@ -259,9 +261,9 @@ class ChatSession:
         )
 
     def reply(self, text: str, seed: int | None = None) -> Iterator[str]:
-        """Answer a question, and yield the new text. The last turn grows with it.
+        """Write the completion of a new turn, and yield its text. The last turn grows with it.
 
-        A question that does not fit yields one empty text, and `note` says why.
+        A message that does not fit yields one empty text, and `note` says why.
         """
         try:
             prompt = self.fit_prompt(text)
@@ -272,7 +274,7 @@ class ChatSession:
         yield from self._stream(text, prompt, seed)
 
     def ask(self, text: str, seed: int | None = None) -> str:
-        """The whole answer to a question. Raises UserError for one that does not fit."""
+        """The whole completion of a new turn. Raises UserError for a message that does not fit."""
         prompt = self.fit_prompt(text)
         return "".join(self._stream(text, prompt, seed)).strip()
 

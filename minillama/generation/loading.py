@@ -108,7 +108,7 @@ def choose_template(name: str, path: Path, base: Path) -> str:
 
 
 def check_vocabulary(tokenizer: Tokenizer, model: Llama) -> None:
-    """Raises UserError where the tokenizer has tokens that the embedding has no row for."""
+    """Raises UserError if the tokenizer has tokens that the embedding has no row for."""
     vocab_size = model.config.vocab_size
     if tokenizer.size > vocab_size:
         raise UserError(

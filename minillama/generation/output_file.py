@@ -16,7 +16,7 @@ Record = dict[str, Any]
 
 
 def refuse_other_settings(old: Record, new: Record, remedy: str) -> None:
-    """Raises UserError where a file was begun with settings that differ from those of now.
+    """Raises UserError if a file was begun with settings that differ from those of now.
 
     The caller adds the file's name, with `parsing`.
     """
@@ -34,7 +34,7 @@ class CompletionFile:
     """
 
     def __init__(self, path: Path, settings: Record) -> None:
-        """Raises UserError where FILE is not empty, or FILE.partial has other settings."""
+        """Raises UserError if FILE is not empty, or FILE.partial has other settings."""
         self.path = path
         self.partial = path.with_name(f"{path.name}.partial")
         if path.exists() and (path.is_dir() or path.stat().st_size > 0):

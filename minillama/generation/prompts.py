@@ -98,7 +98,7 @@ def complete_prompts(
         started = [completion.text for completion in unprinted if completion.text]
         print(*started, sep="\n", flush=True)
         if file:
-            progress = f"{len(done)} of {len(prompts)} answers are in {file.partial}"
+            progress = f"{len(done)} of {len(prompts)} completions are in {file.partial}"
             print(f"\n{progress}; the same command goes on", file=sys.stderr)
         raise
     finally:

@@ -23,7 +23,7 @@ from torch import Tensor
 from minillama.errors import UserError
 
 SMALLEST = 1e-6  # temperature and penalty divide logits: by less, fp32 could overflow
-HEAD = 256  # top-p first looks among this many tokens, to avoid sorting the whole vocabulary
+TOP_P_FIRST = 256  # top-p first looks among this many tokens, to avoid sorting the whole vocabulary
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def next_tokens(
     refuse_non_finite(best.values)
     if sampling.temperature == 0:
         return best.indices
-    p = warp(logits, sampling).softmax(-1).cpu()  # on the CPU: not every device has fp64
+    p = filter_logits(logits, sampling).softmax(-1).cpu()  # on the CPU: not every device has fp64
     cumulative = p.double().cumsum(-1)  # (B, V)
     uniform = torch.stack([torch.rand(1, generator=g, dtype=torch.float64) for g in generators])
     target = uniform * cumulative[:, -1:]  # (B, 1)
@@ -80,14 +80,14 @@ def next_tokens(
 
 
 def refuse_non_finite(largest: Tensor) -> None:
-    """Raises UserError where the largest logit of a row, (B,), is NaN or infinite."""
+    """Raises UserError if the largest logit of a row, (B,), is NaN or infinite."""
     if not bool(largest.isfinite().all()):
         raise UserError(
             "the model's logits are not finite numbers; its numbers overflow: try --dtype float32"
         )
 
 
-def warp(logits: Tensor, sampling: Sampling, at_least: int = 1) -> Tensor:
+def filter_logits(logits: Tensor, sampling: Sampling, at_least: int = 1) -> Tensor:
     """Apply temperature, top-k and top-p. at_least: how many tokens are kept in any case."""
     k = max(sampling.top_k, at_least) if sampling.top_k > 0 else 0
     logits = keep_top_k(logits / sampling.temperature, k)
@@ -125,7 +125,7 @@ def keep_top_p(logits: Tensor, p: float, at_least: int = 1) -> Tensor:
         return logits
     log_total = logits.logsumexp(-1, keepdim=True)  # (..., 1)
     V = logits.shape[-1]
-    for head in (min(HEAD, V), V):  # the head is enough unless p lies beyond its mass
+    for head in (min(TOP_P_FIRST, V), V):  # the head is enough unless p lies beyond its mass
         ordered, index = logits.topk(head)  # (..., head)
         mass = (ordered - log_total).exp()
         mass_before = mass.cumsum(-1) - mass

@@ -11,10 +11,10 @@ CLEAR_WORDS = ("clear", "new")
 
 
 def chat_in_terminal(engine: Engine, system: str = "", seed: int | None = None) -> None:
-    """Read questions and print answers, until q, quit, exit or the end of input."""
+    """Read messages and print completions, until q, quit, exit or the end of input."""
     chat = ChatSession(engine, system)
     if isinstance(sys.stdin, io.TextIOWrapper):
-        # A question that is not UTF-8 is then refused by itself, and the conversation goes on.
+        # A message that is not UTF-8 is then refused by itself, and the conversation goes on.
         sys.stdin.reconfigure(errors="surrogateescape")
     if engine.template == "none":
         print(missing_template_note(engine.tokenizer.path.parent))
@@ -31,11 +31,11 @@ def chat_in_terminal(engine: Engine, system: str = "", seed: int | None = None) 
             chat.turns = []
             print("(new conversation)")
         elif text:
-            print_answer(chat, text, seed)
+            print_completion(chat, text, seed)
 
 
-def print_answer(chat: ChatSession, text: str, seed: int | None) -> None:
-    """Print an answer while it is written; Ctrl-C stops it and keeps what was written."""
+def print_completion(chat: ChatSession, text: str, seed: int | None) -> None:
+    """Print a completion while it is written; Ctrl-C stops it and keeps what was written."""
     print("Answer: ", end="", flush=True)
     try:
         for piece in chat.reply(text, seed):

@@ -48,7 +48,7 @@ def serve(engine: Engine, system: str, seed: int | None, host: str, port: int) -
 
 
 def build_page(engine: Engine, system: str, seed: int | None) -> Any:
-    """The page as gradio's Blocks. Raises UserError where gradio is not installed."""
+    """The page as gradio's Blocks. Raises UserError if gradio is not installed."""
     gradio = import_gradio()
     responder = Responder(engine, system, seed)
     with gradio.Blocks(title="minillama", analytics_enabled=False) as page:

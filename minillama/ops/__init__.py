@@ -67,7 +67,7 @@ class Op:
         self.choose("")  # at the first call: as MINILLAMA_OPS says
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        function = self._settled.get(x.device)
+        function = self._chosen_functions.get(x.device)
         if function is None:
             function = self.select(x, *args, **kwargs).function
         return function(x, *args, **kwargs)
@@ -76,7 +76,7 @@ class Op:
         """The implementation that a call with these arguments runs."""
         usable = self.usable(x.device.type)
         if usable[0].supports is None:
-            self._settled[x.device] = usable[0].function
+            self._chosen_functions[x.device] = usable[0].function
         for implementation in usable:
             if implementation.supports is None or implementation.supports(x, *args, **kwargs):
                 self._log(x.device.type, implementation)
@@ -94,7 +94,8 @@ class Op:
         """
         self.choice = name
         self._usable: dict[str, list[Implementation]] = {}  # by device type
-        self._settled: dict[torch.device, Callable[..., Any]] = {}  # nothing to ask at a call
+        # By device, if the first implementation takes all arguments: then no call selects again.
+        self._chosen_functions: dict[torch.device, Callable[..., Any]] = {}
         self._logged: dict[str, list[str]] = {}  # names of those used so far, by device type
 
     def usable(self, device_type: str) -> list[Implementation]:
@@ -230,10 +231,10 @@ def _check_choice(text: str, name: str, names: list[str]) -> None:
         raise UserError(f"--ops, MINILLAMA_OPS: {text}; choose one of: {', '.join(allowed)}")
 
 
-def pack(model: nn.Module, rows: int) -> None:
-    """Before decoding `rows` sequences at a time: pack the weights, where the fused linear is used.
+def pack_weights(model: nn.Module, rows: int) -> None:
+    """Before decoding `rows` sequences at a time: pack the weights, if the fused linear is used.
 
-    See `cpu_linear.pack`. To do it again costs nothing.
+    See `cpu_linear.pack_weights`. To do it again costs nothing.
     """
     if linear.usable("cpu")[0].function is cpu_linear.linear:
-        cpu_linear.pack(model, rows)
+        cpu_linear.pack_weights(model, rows)

@@ -95,7 +95,7 @@ def linear_row_by_row(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def packing_gains(weight: Tensor, rows: int) -> bool:
     """Whether products of `rows` rows with `weight` are faster when it is packed.
 
-    bf16 weights always gain where there are units for them. One to three rows of fp32 are bound
+    bf16 weights always gain if there are units for them. One to three rows of fp32 are bound
     by the memory in either order, and torch's own product does less besides.
     """
     if not torch.backends.mkldnn.is_available() or not weight.is_cpu or weight.is_mkldnn:
@@ -111,8 +111,8 @@ def pack_weight(weight: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def pack(model: nn.Module, rows: int) -> None:
-    """Pack the weights of the linear layers of `model`, where that gains for `rows` rows at a time.
+def pack_weights(model: nn.Module, rows: int) -> None:
+    """Pack the weights of the linear layers of `model`, if that gains for `rows` rows at a time.
 
     A product cuts its weight into tiles for the CPU's registers. Decoding multiplies a few rows by
     the whole weight again and again, and cutting costs more than multiplying, so it is done once.

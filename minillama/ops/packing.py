@@ -43,12 +43,10 @@ class Group:
 class Layout(NamedTuple):
     """Where the tokens stand in the padded rows of all groups. The slots are numbered through."""
 
-    gather_index: (
-        Tensor  # (slots,): the token in each slot; padding repeats its document's last token
-    )
-    inverse_index: (
-        Tensor  # (tokens,): the slot of each token, gather_index[inverse_index] = 0, 1, 2, …
-    )
+    # (slots,): the token in each slot; padding repeats its document's last token
+    gather_index: Tensor
+    # (tokens,): the slot of each token, gather_index[inverse_index] = 0, 1, 2, …
+    inverse_index: Tensor
     padding: Tensor  # the slots that hold no token
 
 
@@ -67,7 +65,7 @@ class Documents:
 
     @cached_property
     def groups(self) -> list[Group]:
-        """The documents from the longest to the shortest, cut where padding would be too much.
+        """The documents from the longest to the shortest, cut when padding would be too much.
 
         A row has at most 16 + length // 8 slots of padding.
         """

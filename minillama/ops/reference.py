@@ -69,7 +69,7 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         (x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin)      x1, x2: the halves of a head
 
     x (B, T, H, D). cos and sin come from `rotary.rope_tables`, where sin has the sign of its half:
-    (T, 1, D), or (B, T, 1, D) where the sequences of the batch stand at different positions.
+    (T, 1, D), or (B, T, 1, D) if the sequences of the batch stand at different positions.
     """
     x32 = x.float()
     halves_swapped = x32.roll(x.shape[-1] // 2, dims=-1)  # (x2, x1)
@@ -111,7 +111,7 @@ def attention(
 def causal_mask(T: int, S: int, lengths: Tensor | None, device: torch.device) -> Tensor:
     """True where a query sees a key. The T queries stand at the last T of the keys.
 
-    (T, S) where all S keys are there, (B, 1, T, S) where row b has lengths[b] keys.
+    (T, S) if all S keys are there, (B, 1, T, S) if row b has lengths[b] keys.
     """
     key = torch.arange(S, device=device)
     query = torch.arange(T, device=device).unsqueeze(1)
@@ -130,7 +130,7 @@ def document_mask(documents: Documents) -> Tensor:
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     """The *sum* over labelled positions of -log softmax(hidden W^T)[label]: a scalar, fp32.
 
-    hidden (..., C), weight (V, C), labels (...) with IGNORE where nothing is predicted.
+    hidden (..., C), weight (V, C), labels (...) with IGNORE if nothing is predicted.
     It is a sum because only the caller knows how many targets the whole global batch has. Without
     any labelled position it is 0, not nan.
     """

@@ -54,8 +54,8 @@ def _rope_theta(config: LlamaConfig, length: int) -> float:
     if scaling is None or scaling.kind != "dynamic":
         return config.rope_theta
     D, context = config.head_dim, config.max_seq_len
-    stretch = scaling.factor * max(length, context) / context - (scaling.factor - 1)
-    return config.rope_theta * stretch ** (D / (D - 2))
+    theta_factor = scaling.factor * max(length, context) / context - (scaling.factor - 1)
+    return config.rope_theta * theta_factor ** (D / (D - 2))
 
 
 def _llama3_frequencies(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
@@ -131,7 +131,7 @@ def rope_tables(config: LlamaConfig, length: int) -> tuple[Tensor, Tensor]:
 
 
 class RotaryTables:
-    """The tables of a model, kept from call to call and computed again where they do not fit.
+    """The tables of a model, kept from call to call and computed again if they do not fit.
 
     They are fp32 whatever the dtype of the model, so they are neither buffers nor in checkpoints.
     """

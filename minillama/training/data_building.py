@@ -36,7 +36,7 @@ class RunData:
 
     train_batches: BatchPlan
     eval_batches: BatchPlan | None  # None: nothing is held out
-    template: str  # what the model is tuned with; "" if nothing says a template
+    template: str  # what the model is tuned with; "" if no template is known
 
 
 def with_embedded_data(config: TrainConfig, mesh: comm.Mesh) -> TrainConfig:

@@ -1,7 +1,7 @@
 """The model of a run: from the settings and a checkpoint to a `Llama` that is ready to train.
 
     architecture    config.json of the checkpoint; from scratch: a published size, or the shape keys
-    weights         the checkpoint's, grown to the tokenizer's vocabulary; from scratch: drawn
+    weights         the checkpoint's, grown to the tokenizer's vocabulary; from scratch: random
     adapters        LoRA, new or from a PEFT directory; the other weights are then frozen
     recomputation   layers that keep their input alone for backward
 
@@ -41,14 +41,15 @@ def find_base(config: TrainConfig) -> Path | None:
 
 
 def _pretrained(config: TrainConfig, base: Path | None) -> Path | None:
-    """The checkpoint that the weights come from; None: they are drawn."""
+    """The checkpoint that the weights come from; None: they are random."""
     return base if config.init == "pretrained" else None
 
 
 def model_config(config: TrainConfig, base: Path | None, vocab_size: int = 0) -> LlamaConfig:
     """The architecture that a run trains.
 
-    base: the checkpoint's directory. vocab_size: of a model from scratch; 0: as published.
+    base: the checkpoint's directory.
+    vocab_size: of a model from scratch; 0: as published.
     Raises UserError if the shape keys contradict the checkpoint, or do not make a shape.
     """
     keys = {name: getattr(config, name) for name in SHAPE_KEYS}
@@ -151,7 +152,7 @@ def build_model(
 ) -> tuple[Llama, LoraConfig | None]:
     """The model on its device, and the configuration of its adapters (None: all of it is trained).
 
-    llama: what `model_config` says. Everything that is drawn follows from config.seed.
+    llama: what `model_config` says. Everything random follows from config.seed.
     Raises UserError if a weight of the checkpoint or adapter is not finite.
     """
     dtype, warning = compute_dtype(config.precision, mesh.device)

@@ -156,7 +156,7 @@ def _compare_inputs(
 
 def check_inputs(config: TrainConfig, command: str = "python train.py") -> None:
     """Raise UserError if weights or data are missing. It names the complete command to type, and
-    where both are published.
+    if both are published.
     """
     missing = {}
     if config.init == "pretrained" and not config.ckpt:

@@ -8,9 +8,9 @@
             data/                the embedded data, if the run uses it
 
 A directory belongs to one run. It is continued, or refused, or emptied on request, never mixed.
-Looking comes first and writes nothing: everything else of the run is built and checked before
-`start_run` changes the directory, so a mistake in a command costs nothing. From the first look on,
-the directory is locked: a second command for the same run is refused.
+First everything is checked, without writing. Only then `start_run` changes the directory, so a
+mistake in a command costs nothing. It is locked from the first check on: a second command for the
+same run is refused.
 """
 
 import shutil
@@ -33,7 +33,7 @@ from minillama.training.inputs import (
     FileRecord,
     RunInputs,
 )
-from minillama.training.settings import refuse_other_settings
+from minillama.training.settings import refuse_changed_settings
 from minillama.training.summary import Summary
 
 # What the embedded data is made of, in OUT_DIR/data.
@@ -81,7 +81,7 @@ def check_directory(config: TrainConfig, overwrite: bool) -> None:
     if overwrite:
         _refuse_inputs_inside(config, out_dir)
     elif (out_dir / "metrics.jsonl").is_file():  # no step taken: nothing is lost
-        refuse_other_settings(config, out_dir)
+        refuse_changed_settings(config, out_dir)
 
 
 def finished_summary(config: TrainConfig) -> Summary | None:
@@ -143,7 +143,7 @@ def start_run(
     """Write train_config.json and inputs.json. Called on rank 0.
 
     Before, the old run is deleted if `overwrite`. Otherwise checkpoints of steps that are about to
-    be trained again are set aside.
+    be trained again are renamed.
     in_use: paths that this run reads; they stay, such as the embedded data and the token cache.
     """
     out_dir = Path(config.out_dir)
@@ -153,7 +153,7 @@ def start_run(
         _empty(out_dir, in_use)
     step = resume_point.state["step"] if resume_point else 0
     for path in train_state.set_aside_after(out_dir, step):
-        print(f"set aside, because the run goes on from step {step}: {path}", file=sys.stderr)
+        print(f"renamed, because the run goes on from step {step}: {path}", file=sys.stderr)
     write_json(out_dir / INPUTS_FILE, asdict(inputs))
     write_json(out_dir / "train_config.json", asdict(config))
 

@@ -70,7 +70,7 @@ def reads_recorded_files(config: TrainConfig) -> bool:
 
 
 def _recorded_settings(out_dir: Path) -> dict[str, Any]:
-    """The settings of the run in out_dir; {} if nothing that it holds tells them.
+    """The settings of the run in out_dir; {} if no file in it has the settings.
 
     A damaged train_config.json is made again from what the model's directories say.
     """
@@ -82,7 +82,7 @@ def _recorded_settings(out_dir: Path) -> dict[str, Any]:
     for directory in (out_dir / "final", *reversed(train_state.list_states(out_dir))):
         settings = read_about(directory).get("settings")
         if settings is not None:
-            print(f"warning: {problem}; {directory} tells the settings", file=sys.stderr)
+            print(f"warning: {problem}; the settings were read from {directory}", file=sys.stderr)
             return settings
     return {}
 
@@ -92,7 +92,7 @@ def _as_json(config: TrainConfig) -> dict[str, Any]:
     return json.loads(json.dumps(asdict(config)))
 
 
-def refuse_other_settings(config: TrainConfig, out_dir: Path) -> None:
+def refuse_changed_settings(config: TrainConfig, out_dir: Path) -> None:
     """Raise UserError if a key that changes the result differs from that of the run there."""
     before = _recorded_settings(out_dir)
     ignored = MAY_CHANGE

@@ -76,7 +76,8 @@ def throughput(
 ) -> dict[str, float | None]:
     """The speed of one device, in three units.
 
-    lengths: of the documents. peak_tflops: the device's own; 0: not given, and no MFU.
+    lengths: of the documents.
+    peak_tflops: the device's own; 0: not given, and no MFU.
     """
     squares = sum(length * length for length in lengths)
     sequence = squares / sum(lengths)  # length of the document that a token is in, on average

@@ -1,10 +1,10 @@
 """The plan of batches, worked by hand: prefixes are shared where that saves most."""
 
-from minillama.evaluation.batching import Batch, Query, plan
+from minillama.evaluation.batching import Query, QueryBatch, plan
 from tests.conftest import random_tokens
 
 
-def prefixes_and_members(batches: list[Batch]) -> list[tuple[int, list[int]]]:
+def prefixes_and_members(batches: list[QueryBatch]) -> list[tuple[int, list[int]]]:
     return sorted((batch.prefix, batch.members) for batch in batches)
 
 

@@ -8,7 +8,7 @@ import torch
 
 from minillama.comm import Mesh
 from minillama.evaluation import likelihood, runner
-from minillama.evaluation.batching import Batch, Query, plan, split_into_batches
+from minillama.evaluation.batching import Query, QueryBatch, plan, split_into_batches
 from minillama.evaluation.likelihood import QueryResult, score_queries
 from minillama.model import Llama
 from minillama.tokenizer import Tokenizer, open_tokenizer
@@ -16,7 +16,7 @@ from tests.conftest import random_tokens
 from tests.peers import open_in_transformers
 
 
-def results_of(model: Llama, queries: list[Query], batches: list[Batch]) -> list[QueryResult]:
+def results_of(model: Llama, queries: list[Query], batches: list[QueryBatch]) -> list[QueryResult]:
     """The result of each query, in order."""
     results = {}
     for batch in score_queries(model, queries, batches):
@@ -125,8 +125,8 @@ def test_likelihoods_are_those_of_transformers_however_queries_share_and_batch(
 def test_another_prefix_of_the_same_length_is_computed_anew(model: Llama) -> None:
     ids = random_tokens(20).tolist()
     queries = [Query(ids[:10], [[1]]), Query(ids[10:], [[1]])]
-    alone = results_of(model, queries, [Batch(0, [0]), Batch(0, [1])])
-    shared = results_of(model, queries, [Batch(6, [0]), Batch(6, [1])])
+    alone = results_of(model, queries, [QueryBatch(0, [0]), QueryBatch(0, [1])])
+    shared = results_of(model, queries, [QueryBatch(6, [0]), QueryBatch(6, [1])])
     for one, other in zip(alone, shared, strict=True):
         assert one.logprobs == pytest.approx(other.logprobs, abs=1e-5)
 
@@ -141,7 +141,7 @@ def test_scores_do_not_depend_on_batches_sharing_or_the_chunks_of_the_head(
 ) -> None:
     queries = list(benchmark(task, protocol="lm_eval").queries.values())
 
-    def logprobs(batches: list[Batch]) -> list[float]:
+    def logprobs(batches: list[QueryBatch]) -> list[float]:
         return [value for r in results_of(model, queries, batches) for value in r.logprobs]
 
     assert any(batch.prefix for batch in plan(queries, 8))

@@ -5,7 +5,7 @@ the formula and the limits of its manual page, in differentiable torch. A call o
 raises ValueError, as the vendor's checks would.
 
 Written from the manual, not from `minillama.ops`: nothing of that package is used here. What is
-emulated is what the manual says; whether the silicon agrees is not known here.
+emulated is what the manual says; whether the chip agrees is not known here.
 """
 
 import json

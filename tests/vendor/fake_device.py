@@ -3,7 +3,7 @@
 torch lets a pure-Python back end take the place of a vendor's plug-in
 (`_setup_privateuseone_for_python_backend`, experimental, torch 2.13). Every tensor of the device is
 a `DeviceTensor`: a wrapper whose `host` is an ordinary tensor. Operators are run on the hosts and
-their results wrapped again; a tensor of the processor among them is refused, as a real device
+their results wrapped again; a tensor of the CPU among them is refused, as a real device
 would. What this proves is plumbing: what is moved where, what is called with which devices, what is
 saved and gathered. One device name a process, so each has processes of its own.
 """
@@ -95,7 +95,7 @@ def name() -> str:
 def run_on_host(function: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
     """An operator on the hosts of its tensors.
 
-    Only copies may mix the device with the processor.
+    Only copies may mix the device with the CPU.
     """
     operator = function.__name__.split(".")[0]
     tensors = [x for x in pytree.arg_tree_leaves(*args, **kwargs) if isinstance(x, Tensor)]
