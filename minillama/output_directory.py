@@ -159,9 +159,8 @@ def take_lock(handle: int, path: Path, lock_message: str) -> None:
             error.filename = str(path)
             raise
     if not path.exists() or not os.path.samestat(os.fstat(handle), path.stat()):
-        raise UserError(
-            lock_message
-        )  # another process renamed or removed it after it was opened here
+        # another process renamed or removed it after it was opened here
+        raise UserError(lock_message)
 
 
 @contextmanager
