@@ -10,7 +10,7 @@ import pytest
 
 import generate
 import train
-from minillama import train_config
+from minillama import presets
 from minillama.tokenizer import open_tokenizer, train_tokenizer
 from tests.test_presets import PRESETS
 
@@ -46,7 +46,7 @@ def words(tmp_path: Path, tiny_checkpoint: Callable[..., Path]) -> list[str]:
 
 def own_inputs(preset: str, folder: Path) -> list[str]:
     """What a preset's second comment line leaves to the user: checkpoint, data, tokenizer."""
-    settings = train_config.resolve(preset, {})
+    settings = presets.resolve(preset, {})
     if settings.data == ("demo",) and settings.init == "scratch":
         return ["--dim", "24", "--n_layers", "2", "--n_heads", "6", "--ffn_dim", "42"]
     data = "text.txt" if "pretrain" in preset else "alpaca.json"
