@@ -178,11 +178,11 @@ def read_template(directory: Path) -> str:
 def _weight_files(directory: Path) -> dict[Path, list[str]]:
     """Return the files that hold the weights, and the tensors that an index promises in each."""
     for name in ("model.safetensors", "pytorch_model.bin"):
+        if (directory / name).is_file():
+            return {directory / name: []}  # before the index, as transformers does
         index = directory / f"{name}.index.json"
         if index.is_file():
             return _read_index(index)
-        if (directory / name).is_file():
-            return {directory / name: []}
     raise _no_weights(directory)
 
 

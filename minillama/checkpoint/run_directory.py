@@ -4,9 +4,11 @@ out_dir/checkpoints/step-000100/    complete, or absent
 out_dir/final/                      the finished model or adapter
 """
 
+import sys
 from pathlib import Path
 
 from minillama.checkpoint.hf_reader import open_weights
+from minillama.checkpoint.manifest import refuse_damage
 from minillama.output_directory import restore
 
 CONFIG_FILES = ("config.json", "adapter_config.json")  # of a model, of an adapter
@@ -36,7 +38,8 @@ def find_checkpoint(path: Path) -> Path:
     """Return the model or adapter directory that `path` means.
 
     For a run directory that is its final/, else its newest complete checkpoint; otherwise `path`.
-    Raises UserError if there is no model, and says what is there instead.
+    Raises UserError if there is no model, and says what is there instead, and for files that are
+    not what its manifest says.
     """
     restore(path)
     restore(path / "final")
@@ -46,6 +49,8 @@ def find_checkpoint(path: Path) -> Path:
         directory = path / "final"
     elif checkpoints:
         directory = checkpoints[-1]
+        print(f"{path}: has no final/; its newest checkpoint is used: {directory}", file=sys.stderr)
     if not any((directory / name).is_file() for name in CONFIG_FILES):
         open_weights(directory)  # its error says what the directory holds
+    refuse_damage(directory)
     return directory

@@ -72,6 +72,9 @@ def check(directory: Path, against: Path) -> Equality:
     """
     expected = manifest(against) if against.is_dir() else _read_manifest(against)
     actual = manifest(directory)
+    if "tensors" not in expected:  # of a run's final/
+        _refuse_other_files(directory, against, actual["files"], expected["files"])
+        expected["tensors"] = actual["tensors"]
     for name in sorted(actual["tensors"] | expected["tensors"]):
         if name not in expected["tensors"]:
             raise UserError(f"{name}: only in {directory}")
@@ -133,8 +136,16 @@ def _describe(tensor: Tensor) -> dict[str, Any]:
 
 def _read_manifest(path: Path) -> dict[str, Any]:
     remedy = "`convert.py sha256 DIR` writes one"
-    keys = {"tensors": dict, "files": dict}
-    return read_json(path, remedy, keys, "a manifest of convert.py sha256")
+    return read_json(path, remedy, {"files": dict}, "a manifest of convert.py sha256")
+
+
+def _refuse_other_files(
+    directory: Path, against: Path, actual: dict[str, Any], expected: dict[str, Any]
+) -> None:
+    """Raise UserError for the first file whose content is not what a manifest says."""
+    for name, recorded in expected.items():
+        if actual.get(name, {}).get("sha256") != recorded["sha256"]:
+            raise UserError(f"{directory / name}: its content is not what {against} says")
 
 
 def _compare_tensor(
@@ -174,6 +185,6 @@ def _compare_files(actual: dict[str, Any], expected: dict[str, Any]) -> list[str
     for name in sorted(actual | expected):
         if name not in actual or name not in expected:
             notes.append(f"note: {name} is on one side only")
-        elif actual[name] != expected[name]:
+        elif actual[name]["sha256"] != expected[name]["sha256"]:
             notes.append(f"note: {name} differs")
     return notes

@@ -6,7 +6,8 @@ all of them, in the order of the questions.
     running      predictions.jsonl (rank 0), predictions.rank-1.jsonl, …        as they come
     finished     predictions.jsonl                                              sorted
 
-A run with the same settings continues from these files; other settings are refused.
+A run with the same settings continues from these files. Other settings are refused, and so are
+records that were changed: each carries a digest of itself.
 """
 
 from collections.abc import Iterable
@@ -22,7 +23,7 @@ from minillama.files import (
     write_json,
     write_json_lines,
 )
-from minillama.generation.output_file import refuse_other_settings
+from minillama.generation.output_file import refuse_other_settings, with_digest, without_digest
 
 REMEDY = "name another --out, or delete it"
 
@@ -45,7 +46,8 @@ def resume(directory: Path, settings: Record) -> dict[str, Record]:
     records = {}
     for file in files:
         with parsing(file):
-            for record in read_json_lines(file):
+            for line in read_json_lines(file):
+                record = without_digest(line)
                 records[record["id"]] = record
     publish(directory, records.values())
     return records
@@ -54,13 +56,13 @@ def resume(directory: Path, settings: Record) -> dict[str, Record]:
 def append(directory: Path, rank: int, records: Iterable[Record]) -> None:
     """Append finished records to this rank's file."""
     name = f"predictions.rank-{rank}.jsonl" if rank else "predictions.jsonl"
-    lines = "".join(map(json_line, records))
+    lines = "".join(json_line(with_digest(record)) for record in records)
     with append_file(directory / name) as file:
         file.write(lines.encode("utf-8"))
 
 
 def publish(directory: Path, records: Iterable[Record]) -> None:
     """Replace predictions.jsonl, and the files of the other ranks with it."""
-    write_json_lines(directory / "predictions.jsonl", records)
+    write_json_lines(directory / "predictions.jsonl", map(with_digest, records))
     for file in directory.glob("predictions.rank-*.jsonl"):
         file.unlink()

@@ -5,6 +5,7 @@ sorted, and FILE appears by one rename: it is complete or absent. An interrupted
 FILE.partial. That file belongs to the settings it was begun with, and is refused under others.
 """
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,28 @@ def refuse_other_settings(old: Record, new: Record, remedy: str) -> None:
             )
 
 
+def with_digest(record: Record) -> Record:
+    """A record as it is written to a file from which a run may go on."""
+    return {**record, "digest": _digest_of(record)}
+
+
+def without_digest(record: Record) -> Record:
+    """A record as it was. Raises UserError if it was changed since. A file of before has none."""
+    content = dict(record)
+    digest = content.pop("digest", None)
+    if digest is not None and digest != _digest_of(content):
+        raise UserError(
+            f"the record {json.dumps(content, ensure_ascii=False)[:60]}… is not what was written "
+            "(its digest differs); delete its line, and it is computed again"
+        )
+    return content
+
+
+def _digest_of(record: Record) -> str:
+    """The first 16 hexadecimal digits of the sha256 of a record's line."""
+    return hashlib.sha256(json_line(record).encode("utf-8")).hexdigest()[:16]
+
+
 class CompletionFile:
     """FILE while it is written: FILE.partial, whose first line holds the settings.
 
@@ -43,19 +66,21 @@ class CompletionFile:
             raise UserError(f"{path}: already exists; name another --output, or delete it")
         settings = json.loads(json.dumps(settings))  # as JSON gives them back: tuples are lists
         lines = read_json_lines(self.partial) if self.partial.is_file() else []
-        records = lines[1:]
         with parsing(self.partial):
+            records = [without_digest(line) for line in lines[1:]]
             if lines:
                 remedy = "repeat the first command to go on, or delete it to start over"
                 refuse_other_settings(lines[0]["settings"], settings, remedy)
-        write_json_lines(self.partial, [{"settings": settings}, *records])  # no line is cut short
+        kept = [with_digest(record) for record in records]
+        write_json_lines(self.partial, [{"settings": settings}, *kept])  # no line is cut short
         self.done = {record.pop("number"): record for record in records}
 
     def add(self, number: int, record: Record) -> None:
         """Append the record of the prompt with this index."""
         self.done[number] = record
         with append_file(self.partial) as file:
-            file.write(json_line({"number": number, **record}).encode("utf-8"))
+            line = json_line(with_digest({"number": number, **record}))
+            file.write(line.encode("utf-8"))
 
     def finish(self) -> None:
         """Publish all records, in the order of the prompts, under the file's own name."""

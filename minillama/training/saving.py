@@ -9,6 +9,7 @@ from pathlib import Path
 
 from minillama.checkpoint import train_state
 from minillama.checkpoint.hf_writer import save_model
+from minillama.checkpoint.manifest import write_manifest
 from minillama.checkpoint.tokenizer_files import copy_tokenizer
 from minillama.files import write_json
 from minillama.lora import save_adapter
@@ -47,6 +48,7 @@ def write_final(run: Run) -> None:
     """Write final/, complete or absent. Called on rank 0."""
     with new_directory(run.out_dir / "final", replace=True) as directory:
         write_model(run, directory)
+        write_manifest(directory)
 
 
 def write_model(run: Run, directory: Path) -> None:

@@ -49,7 +49,7 @@ def test_a_score_is_written_with_all_that_it_depends_on(
     assert "seconds" in summary
     predictions = read_predictions(out)
     assert [record["id"] for record in predictions] == [f"boolq/{i}" for i in range(10)]
-    assert predictions[0].keys() == {"id", "subject", "gold", "predicted", "scores"}
+    assert predictions[0].keys() == {"id", "subject", "gold", "predicted", "scores", "digest"}
     num_correct = sum(record["gold"] == record["predicted"] for record in predictions)
     assert summary["accuracy"] == num_correct / 10
     assert "protocol ascend, 0 shots, with BOS, split dev" in capsys.readouterr().out

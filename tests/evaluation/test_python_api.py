@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from minillama import UserError, evaluate, load
+from minillama.generation.output_file import without_digest
 
 GOLDEN = Path(__file__).parents[1] / "golden/model"
 
@@ -31,7 +32,7 @@ def test_the_result_is_what_the_command_writes_and_prints(
     written = json.loads((tmp_path / "summary.json").read_text())
     assert without_time(result.summary) == without_time(written)
     lines = (tmp_path / "predictions.jsonl").read_text().splitlines()
-    assert result.predictions == [json.loads(line) for line in lines]
+    assert result.predictions == [without_digest(json.loads(line)) for line in lines]
 
 
 def test_the_demo_and_two_runs_are_evaluated_too(tmp_path: Path) -> None:

@@ -91,6 +91,17 @@ def torch_file(path: str, data: bytes, compressed_zeros: int = 0) -> Callable[[P
     return write
 
 
+def index(weight_map: Any) -> Callable[[Path], None]:
+    """Write an index of shards in the place of the weights."""
+
+    def write(folder: Path) -> None:
+        (folder / WEIGHTS).unlink()
+        content = json.dumps({"weight_map": weight_map})
+        (folder / f"{WEIGHTS}.index.json").write_text(content)
+
+    return write
+
+
 def header(path: str, content: Any, length: int | None = None) -> Callable[[Path], object]:
     """Write a safetensors file of a header alone."""
     raw = json.dumps(content).encode() if not isinstance(content, bytes) else content
@@ -159,10 +170,12 @@ FILES = (
             "shape": [2**31, 2**31], "data_offsets": [0, 0]}}), GENERATE, "model.safetensors"),
     BadFile("a shape of -1", header(WEIGHTS, {"w": {"dtype": "F32", "shape": [-1],
             "data_offsets": [0, 4]}}), GENERATE, "model.safetensors"),
-    BadFile("an index that names nothing", text(f"{WEIGHTS}.index.json",
-            '{"weight_map": {"a": ""}}'), GENERATE, "index.json"),
-    BadFile("an index beside the whole file", text(f"{WEIGHTS}.index.json",
-            '{"weight_map": {"a": "../../secret"}}'), GENERATE, "index.json"),
+    BadFile("an index that names nothing", index({"a": ""}), GENERATE, "index.json"),
+    BadFile("an index that leads outside", index({"a": "../target/model.safetensors"}),
+            GENERATE, "index.json"),
+    BadFile("an index of numbers", index({"a": 5}), GENERATE, "index.json"),
+    BadFile("an index of what is not there", index({"a": "other.safetensors"}),
+            GENERATE, "other.safetensors"),
     BadFile("a pickle with a huge memo", torch_file("base/pytorch_model.bin", HUGE_MEMO),
             GENERATE, "missing"),
     BadFile("a pickle with a huge text", torch_file("base/pytorch_model.bin", HUGE_BYTES),
