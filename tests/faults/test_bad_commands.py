@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 from _pytest.mark import ParameterSet
 
+from minillama.errors import UserError
+from minillama.files import append_file
 from tests.faults.bad_commands import COMMANDS
 from tests.faults.bad_files import FILES, GENERATE, BadFile
 from tests.faults.commands import Outcome, run_command
@@ -81,6 +83,15 @@ def test_a_link_for_the_unfinished_completions_is_replaced_and_not_followed(
     assert run_command(command, folder, tmp_path / "report").code == 0
     assert (folder / "text.txt").read_bytes() == before
     assert not (folder / "out.jsonl.partial").is_symlink()
+
+
+def test_nothing_is_appended_through_a_link(tmp_path: Path) -> None:
+    target = tmp_path / "target"
+    target.write_text("kept")
+    (tmp_path / "metrics.jsonl").symlink_to(target)
+    with pytest.raises(UserError, match=r"metrics\.jsonl: a symbolic link"):
+        append_file(tmp_path / "metrics.jsonl")
+    assert target.read_text() == "kept"
 
 
 def test_the_tables_are_long_enough_and_hold_nothing_twice() -> None:
