@@ -58,12 +58,14 @@ class CompletionFile:
 
     def __init__(self, path: Path, settings: Record) -> None:
         """Raises UserError if FILE is not empty, or FILE.partial has other settings."""
+        exists = f"{path}: already exists; name another --output, or delete it"
+        if path.is_dir():  # the root directory has no name, so this comes first
+            raise UserError(exists)
         self.path = path
         self.partial = path.with_name(f"{path.name}.partial")
-        if path.exists() and (path.is_dir() or path.stat().st_size > 0):
-            if path.is_file():
-                self.partial.unlink(missing_ok=True)  # killed between the two lines of `finish`
-            raise UserError(f"{path}: already exists; name another --output, or delete it")
+        if path.exists() and path.stat().st_size > 0:
+            self.partial.unlink(missing_ok=True)  # killed between the two lines of `finish`
+            raise UserError(exists)
         settings = json.loads(json.dumps(settings))  # as JSON gives them back: tuples are lists
         lines = read_json_lines(self.partial) if self.partial.is_file() else []
         with parsing(self.partial):
