@@ -23,6 +23,9 @@ class TrainingLog:
         self.path = out_dir / "metrics.jsonl"
         self.enabled = enabled
         self.started = time.perf_counter()
+        if enabled:
+            kept = [record for record in self._read() if record["step"] <= first_step]
+            write_json_lines(self.path, kept)
         self.bar = tqdm(
             total=total_steps,
             initial=first_step,
@@ -31,9 +34,6 @@ class TrainingLog:
             disable=not enabled,
             dynamic_ncols=True,
         )
-        if enabled:
-            kept = [record for record in self._read() if record["step"] <= first_step]
-            write_json_lines(self.path, kept)
 
     def _read(self) -> list[dict[str, Any]]:
         """The records of before. Damaged lines are left out, and their number is printed."""
@@ -90,7 +90,7 @@ class TrainingLog:
     def print(self, text: str) -> None:
         """Print a line above the bar."""
         if self.enabled:
-            self.bar.write(text)
+            tqdm.write(text)
 
     def close(self) -> float:
         """End the bar. Returns the seconds since the log was opened."""

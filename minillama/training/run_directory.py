@@ -154,8 +154,8 @@ def start_run(
     step = resume_point.state["step"] if resume_point else 0
     for path in train_state.set_aside_after(out_dir, step):
         print(f"renamed, because the run goes on from step {step}: {path}", file=sys.stderr)
+    write_json(out_dir / "train_config.json", asdict(config))  # first: it makes out_dir a run's
     write_json(out_dir / INPUTS_FILE, asdict(inputs))
-    write_json(out_dir / "train_config.json", asdict(config))
 
 
 def _refuse_no_directory(config: TrainConfig) -> None:
