@@ -13,6 +13,7 @@ from minillama.comm import Mesh
 from minillama.errors import UserError
 from minillama.loss_curves import read_metrics
 from minillama.train_config import TrainConfig
+from minillama.training import run_directory
 from minillama.training.messages import describe_stop
 from minillama.training.summary import Stopped
 from minillama.training.trainer import Trainer, train
@@ -234,6 +235,34 @@ def test_embedded_data_of_a_run_that_never_started_is_not_foreign(
     refused(replace(demo, lora=True, lora_targets=("q_prj",)), "q_prj")
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["data"]
     assert train(demo, MESH)["steps"] == 1
+
+
+@pytest.mark.parametrize("num_written", [0, 1, 2])
+def test_a_run_that_was_killed_while_it_started_can_be_started_again(
+    num_written: int, settings_for: Callable, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """What a start leaves is a run's: the same command goes on and finds no foreign files."""
+    write_json = run_directory.write_json
+    written: list[str] = []
+
+    def write_or_die(path: Path, content: dict) -> None:
+        if len(written) == num_written:
+            raise KeyboardInterrupt
+        written.append(path.name)
+        write_json(path, content)
+
+    config = settings_for(max_steps=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(run_directory, "write_json", write_or_die)
+        if num_written < 2:
+            with pytest.raises(KeyboardInterrupt):
+                train(config, MESH)
+        else:  # killed after the last file of the start
+            run = new_trainer(config).run
+            run_directory.start_run(config, run.inputs, None, overwrite=False, in_use=())
+    left = {path.name for path in (tmp_path / "run").glob("*.json")}
+    assert left == set(written)
+    assert train(config, MESH)["steps"] == 1
 
 
 def test_a_checkpoint_that_could_not_be_written_is_tried_again(

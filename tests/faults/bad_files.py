@@ -29,7 +29,6 @@ class BadFile:
     write: Callable[[Path], object]
     command: str
     words: str
-    fault: str = ""  # the one that still lets it pass
 
 
 def text(path: str, content: str | bytes) -> Callable[[Path], object]:
