@@ -1,14 +1,14 @@
 """Linear layers: on a CPU there are three ways to be faster than torch's own product.
 
-    packed weights     for decoding: W is stored in the order in which oneDNN reads it.
-                       1.3 to 1.5 times as fast in bf16 on a CPU with bf16 units,
-                       1.2 to 2 times in fp32 from four rows on (docs/ops.md)
-    row by row         for decoding in bf16 with few rows: a matrix-vector product for each row
+    packed weights     for decoding: W is stored in the order in which oneDNN reads it
+    row by row         for decoding in bf16 on a CPU without bf16 units, up to 6 rows:
+                       a matrix-vector product for each row
     16-bit in fp32     for training in fp16, or in bf16 on a CPU without units for it:
                        products of fp32 copies, rounded once
 
 `linear` chooses among them, and all compute `reference.linear` up to rounding. On other devices it
-is torch's own product. benchmarks/cpu_linear.py measures each way beside torch's product.
+is torch's own product. benchmarks/cpu_linear.py measures each way beside torch's product;
+docs/ops.md has its figures.
 """
 
 from functools import cache
@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-MATVEC_ROWS = 6  # up to so many rows, without bf16 units, row by row beats a copy of W in fp32
+MATVEC_ROWS = 6  # up to so many rows a product for each beats a copy of W in fp32
 LARGE = 1 << 19  # elements from which packing an fp32 weight gains
 PACKED_ROWS = 8  # number of rows for which oneDNN chooses the order; it serves any number
 
@@ -77,11 +77,14 @@ class _Linear16(torch.autograd.Function):
 
 
 def _is_row_by_row(x: Tensor) -> bool:
-    """Whether one product for each row of x is the fastest way: bf16, no gradient, few rows."""
-    if x.dtype is not torch.bfloat16 or torch.is_grad_enabled():
+    """Whether one product for each row of x is the fastest way.
+
+    So it is for few rows in bf16, without gradients, on a CPU without bf16 units.
+    """
+    if x.dtype is not torch.bfloat16 or torch.is_grad_enabled() or has_bf16_units():
         return False
     num_rows = x.numel() // x.shape[-1]
-    return num_rows <= (1 if has_bf16_units() else MATVEC_ROWS)
+    return num_rows <= MATVEC_ROWS
 
 
 def linear_row_by_row(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
