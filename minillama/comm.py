@@ -39,6 +39,7 @@ RENDEZVOUS_TIMEOUT = timedelta(minutes=5)  # for all ranks to start
 class Mesh:
     """This process among its peers.
 
+    group: torch's process group of these ranks; None: all ranks. Ranks are numbered within it.
     `elements_sent` counts tensor elements sent to other ranks: each one once for each rank it must
     reach."""
 
@@ -46,6 +47,8 @@ class Mesh:
     size: int = 1
     device: torch.device = torch.device("cpu")
     elements_sent: float = 0.0
+    group: dist.ProcessGroup | None = None
+    timeout_minutes: float = 30.0  # of a collective
 
     @property
     def is_first(self) -> bool:
@@ -83,7 +86,7 @@ def start(device_name: str = "auto", timeout_minutes: float = 30.0) -> Iterator[
         pg_options=devices.group_options(device, size),
     )
     try:
-        yield Mesh(rank, size, device)
+        yield Mesh(rank, size, device, timeout_minutes=timeout_minutes)
     finally:
         dist.destroy_process_group()
 
@@ -124,8 +127,9 @@ def _compare_calls(mesh: Mesh, call: str) -> None:
     """Raise UserError if ranks are about to call different collectives."""
     stack = reversed(traceback.extract_stack())
     caller = next(frame for frame in stack if frame.filename != __file__)
+    place = f"{call} at {caller.filename}:{caller.lineno}"
     calls: list[str] = [""] * mesh.size
-    dist.all_gather_object(calls, f"{call} at {caller.filename}:{caller.lineno}")
+    dist.all_gather_object(calls, place, group=mesh.group)
     if len(set(calls)) > 1:
         all_calls = "; ".join(f"rank {rank}: {call}" for rank, call in enumerate(calls))
         raise UserError(f"ranks disagree about the next collective: {all_calls}")
@@ -135,7 +139,16 @@ def all_reduce_sum(mesh: Mesh, tensor: Tensor) -> Tensor:
     """Replace `tensor`, in place, by its sum over the ranks."""
     if mesh.size > 1:
         mesh.elements_sent += 2 * tensor.numel() * (mesh.size - 1) / mesh.size
-        _call(mesh, "all_reduce", tensor, lambda: dist.all_reduce(tensor))
+        _call(mesh, "all_reduce", tensor, lambda: dist.all_reduce(tensor, group=mesh.group))
+    return tensor
+
+
+def all_reduce_max(mesh: Mesh, tensor: Tensor) -> Tensor:
+    """Replace `tensor`, in place, by its elementwise maximum over the ranks."""
+    if mesh.size > 1:
+        mesh.elements_sent += 2 * tensor.numel() * (mesh.size - 1) / mesh.size
+        largest = partial(dist.all_reduce, tensor, dist.ReduceOp.MAX, mesh.group)
+        _call(mesh, "all_reduce", tensor, largest)
     return tensor
 
 
@@ -165,7 +178,8 @@ def reduce_to(
     if pairwise_of is not None:
         total = _gather_and_add(mesh, tensor, owner, pairwise_of)
         return lambda: total
-    work = _call(mesh, "reduce", tensor, lambda: dist.reduce(tensor, owner, async_op=True))
+    start = partial(dist.reduce, tensor, group=mesh.group, async_op=True, group_dst=owner)
+    work = _call(mesh, "reduce", tensor, start)
 
     def wait() -> Tensor:
         _call(mesh, "reduce", tensor, work.wait)
@@ -177,10 +191,12 @@ def reduce_to(
 def _gather_and_add(mesh: Mesh, tensor: Tensor, owner: int, num_ranks: int) -> Tensor:
     """The pairwise sum of the first `num_ranks` ranks' tensors, on the owner."""
     if mesh.rank != owner:
-        _call(mesh, "gather", tensor, lambda: dist.gather(tensor, None, owner))
+        send = partial(dist.gather, tensor, group=mesh.group, group_dst=owner)
+        _call(mesh, "gather", tensor, send)
         return tensor
     tensors = [torch.empty_like(tensor) for _ in range(mesh.size)]
-    _call(mesh, "gather", tensor, lambda: dist.gather(tensor, tensors, owner))
+    receive = partial(dist.gather, tensor, tensors, group=mesh.group, group_dst=owner)
+    _call(mesh, "gather", tensor, receive)
     return pairwise_sum(tensors[:num_ranks])
 
 
@@ -211,23 +227,34 @@ def all_gather_into(mesh: Mesh, whole: Tensor, part: Tensor) -> Tensor:
     """
     if mesh.size == 1:
         return whole
-    mesh.elements_sent += part.numel() * (mesh.size - 1)
     in_place = part.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr()
     if in_place and mesh.device.type == "cpu":
         # gloo's all_gather would hold two more copies of the whole.
         for owner, shard in enumerate(whole.split(len(part))):
-            _call(mesh, "broadcast", part, partial(dist.broadcast, shard, owner))
+            broadcast(mesh, shard, owner)
     else:
+        mesh.elements_sent += part.numel() * (mesh.size - 1)
         source = part.clone() if in_place else part
-        _call(mesh, "all_gather", part, lambda: _ALL_GATHER(whole, source))
+        _call(mesh, "all_gather", part, lambda: _ALL_GATHER(whole, source, group=mesh.group))
     return whole
+
+
+def broadcast(mesh: Mesh, tensor: Tensor, owner: int) -> Tensor:
+    """Fill `tensor`, in place, with that of the owner."""
+    if mesh.size > 1:
+        if mesh.rank == owner:
+            mesh.elements_sent += tensor.numel() * (mesh.size - 1)
+        fill = partial(dist.broadcast, tensor, group=mesh.group, group_src=owner)
+        _call(mesh, "broadcast", tensor, fill)
+    return tensor
 
 
 def gather_objects(mesh: Mesh, item: Any) -> list[Any]:
     """Every rank's small Python object, in rank order."""
     items: list[Any] = [item] * mesh.size
     if mesh.size > 1:
-        _call(mesh, "all_gather_object", item, lambda: dist.all_gather_object(items, item))
+        gather = partial(dist.all_gather_object, items, item, group=mesh.group)
+        _call(mesh, "all_gather_object", item, gather)
     return items
 
 
@@ -257,7 +284,7 @@ def refuse_differences(mesh: Mesh, values: Mapping[str, Any], remedy: str) -> No
 def barrier(mesh: Mesh) -> None:
     """Wait for all ranks."""
     if mesh.size > 1:
-        _call(mesh, "barrier", None, dist.barrier)
+        _call(mesh, "barrier", None, partial(dist.barrier, group=mesh.group))
 
 
 @contextmanager

@@ -1,0 +1,85 @@
+"""The grid of ranks: data × stage × tensor (Narayanan et al. 2021).
+
+    data      ranks with the same part of the model and different micro-batches
+    stage     ranks with consecutive layers of one model, on the same micro-batches
+    tensor    ranks with parts of the same layers, on the same micro-batches
+
+Rank = (data · stages + stage) · tensors + tensor, as in Megatron. Tensor ranks send most, so they
+are neighbours. With 8 ranks, 2 stages and 2 tensor ranks:
+
+                 stage 0    stage 1
+    data 0        0  1       2  3
+    data 1        4  5       6  7
+
+Each line through a rank is a `Mesh` of its own. A line of one rank needs no group, and all its
+collectives are the identity.
+"""
+
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from minillama import device as devices
+from minillama.comm import Mesh
+from minillama.errors import UserError
+
+
+@dataclass(frozen=True)
+class Grid:
+    """All ranks, and the three lines through this one."""
+
+    all: Mesh
+    data: Mesh
+    stage: Mesh
+    tensor: Mesh
+
+    @property
+    def elements_sent(self) -> float:
+        """Tensor elements that this rank sent along all lines."""
+        lines = {id(mesh): mesh for mesh in (self.all, self.data, self.stage, self.tensor)}
+        return sum(mesh.elements_sent for mesh in lines.values())
+
+
+def make_grid(mesh: Mesh, tensor_parallel: int = 1, pipeline_parallel: int = 1) -> Grid:
+    """Divide all ranks into a grid. Every rank must call this.
+
+    Raises UserError unless the ranks are a multiple of tensor_parallel · pipeline_parallel.
+    """
+    ranks_of_model = tensor_parallel * pipeline_parallel
+    if mesh.size % ranks_of_model:
+        raise UserError(
+            f"{mesh.size} ranks cannot hold tensor_parallel = {tensor_parallel} times "
+            f"pipeline_parallel = {pipeline_parallel}; start a multiple of {ranks_of_model} ranks"
+        )
+    if ranks_of_model == 1:
+        single = Mesh(device=mesh.device)
+        return Grid(all=mesh, data=mesh, stage=single, tensor=single)
+    numbers = torch.arange(mesh.size).view(-1, pipeline_parallel, tensor_parallel)
+    return Grid(
+        all=mesh,
+        data=_line_through(mesh, numbers, axis=0),
+        stage=_line_through(mesh, numbers, axis=1),
+        tensor=_line_through(mesh, numbers, axis=2),
+    )
+
+
+def _line_through(mesh: Mesh, numbers: torch.Tensor, axis: int) -> Mesh:
+    """The line along an axis that holds this rank. Every rank makes every group, in one order."""
+    length = numbers.shape[axis]
+    if length == 1:
+        return Mesh(device=mesh.device)
+    if length == mesh.size:
+        return mesh
+    own_line = None
+    for line in numbers.movedim(axis, -1).reshape(-1, length).tolist():
+        group = dist.new_group(
+            line,
+            timeout=timedelta(minutes=mesh.timeout_minutes),
+            pg_options=devices.group_options(mesh.device, length),
+        )
+        if mesh.rank in line:
+            own_line = Mesh(line.index(mesh.rank), length, mesh.device, group=group)
+    assert own_line is not None, "every rank is on one line along each axis"
+    return own_line
