@@ -236,6 +236,21 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
         yield
 
 
+def random_state(device: torch.device) -> torch.Tensor:
+    """The state of a device's random generator, uint8 on the host."""
+    if device.type == "cpu":
+        return torch.get_rng_state()
+    return getattr(torch, device.type).get_rng_state(device)
+
+
+def set_random_state(state: torch.Tensor, device: torch.device) -> None:
+    """Continue a device's random numbers from a state of `random_state`."""
+    if device.type == "cpu":
+        torch.set_rng_state(state)
+    else:
+        getattr(torch, device.type).set_rng_state(state, device)
+
+
 def allow_tf32(allowed: bool) -> None:
     """Whether CUDA may round the inputs of fp32 products to TF32; other devices have no such
     mode.

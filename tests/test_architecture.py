@@ -29,7 +29,7 @@ LAYERS: list[list[set[str]]] = [
         {"ops"},
         {"tokenizer", "sentencepiece_tokenizer", "json_tokenizer", "added_tokens"},
         {"chat"},
-        {"comm", "grid"},
+        {"comm", "grid", "point_to_point"},
         {"tensor_files", "torch_files", "tensor_writers"},
     ],
     [{"model"}, {"parallel"}, {"data"}],

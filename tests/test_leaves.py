@@ -27,6 +27,7 @@ LEAVES = {
     # the table of the Python API: a name is imported at its first use
     "conversion": {"convert.py", "minillama/__init__.py"},
     "generation.web": {"generate.py"},
+    "parallel.pipeline": {"minillama/training/run.py"},
     "ops.triton": {"minillama/ops/cuda.py"},
     "ops.cuda": {"minillama/ops/__init__.py"},
     "ops.npu": {"minillama/ops/__init__.py"},
