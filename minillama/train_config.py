@@ -165,6 +165,10 @@ class TrainConfig:
         "implementations of the ops: reference, fused, auto, …, or by op: rms_norm=reference")
     threads: int = train_key(0, "CPU threads of a rank (0: by the model's size)", below=1025)
 
+    tensor_parallel: int = parallel_key(1,
+        "ranks that cut each layer and its weights among them", minimum=1)
+    pipeline_parallel: int = parallel_key(1,
+        "stages: ranks that hold consecutive layers of one model", minimum=1)
     zero_stage: int = parallel_key(0,
         "what is sharded over ranks: 1 the optimizer's state, 2 the gradients too", (0, 1, 2))
     reduction: str = parallel_key("fast", "order in which gradients are summed", ("exact", "fast"))

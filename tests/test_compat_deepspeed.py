@@ -63,7 +63,7 @@ def test_a_deepspeed_file_that_asks_for_more_is_refused(change, named, tmp_path)
                 "gradient_accumulation_steps": 2,
             },
             "",
-            "100 is not .*8 × .*2 × 4 ranks = 64",
+            "100 is not .*8 × .*2 × 4 data ranks = 64",
         ),
         ({"train_batch_size": 64}, "--gradient_accumulation_steps 3", "64 is not .* = 36"),
         ({"fp16": {"enabled": False}}, "--fp16", "fp16.enabled = False, but the precision .*fp16"),

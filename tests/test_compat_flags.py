@@ -212,8 +212,6 @@ def test_chips_are_not_split_yet(monkeypatch):
     [
         ("--stage dpo", "--stage dpo is not supported"),
         ("--finetuning_type freeze", "--finetuning_type freeze"),
-        ("--tensor-model-parallel-size 8", "tensor parallelism does not exist here yet"),
-        ("--pipeline-model-parallel-size 2", "pipeline parallelism does not exist"),
         ("--quantization_bit 4", "--quantization_bit 4"),
         ("--load_in_kbits 8", "quantized weights"),
         ("--zero3_enabled True", "weights are not sharded"),
@@ -238,6 +236,8 @@ def test_what_cannot_be_honoured_is_refused_by_name(flags, named):
         ("--evaluation_strategy epoch", "eval_strategy", "epoch"),
         ("--dtype bfloat16", "precision", "bf16"),
         ("--finetuning_type full --lora_target q_proj", "lora", False),
+        ("--tensor-model-parallel-size 8", "tensor_parallel", 8),
+        ("--pipeline-model-parallel-size 2", "pipeline_parallel", 2),
     ],
 )
 def test_their_names_of_our_keys_are_understood(flags: str, key: str, value: object) -> None:

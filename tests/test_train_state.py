@@ -13,6 +13,7 @@ from minillama.checkpoint import train_state
 from minillama.checkpoint.run_directory import list_states
 from minillama.comm import Mesh
 from minillama.errors import UserError
+from minillama.grid import make_grid
 from minillama.parallel.sharded_optimizer import SavedSlice
 from minillama.training.run_directory import with_global_batch
 from tests.ranks import run_on_ranks
@@ -53,8 +54,9 @@ def test_slices_of_four_ranks_are_found_by_their_positions(tmp_path):
 def test_ranks_that_cannot_keep_the_global_batch_are_refused(run_settings, tmp_path):
     run = replace(run_settings, out_dir=str(tmp_path / "run"))
     run_on_ranks(1, train_here, run, 2)
-    with pytest.raises(UserError, match="global batch is 4 rows, which 3 ranks"):
-        with_global_batch(run, Mesh(rank=0, size=3), 4)
+    with pytest.raises(UserError, match="global batch is 4 rows, which 3 data ranks"):
+        mesh = Mesh(rank=0, size=3)
+        with_global_batch(run, make_grid(mesh), 4)
 
 
 FILES = [

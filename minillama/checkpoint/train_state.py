@@ -11,13 +11,14 @@ State is stored by its position in the flat vector and never by rank, so any num
 it back. Every rank writes its own slice; nothing is gathered.
 
     1  rank 0 creates step-000100.partial
-    2  every rank writes its slices there, rank 0 also the model and state.json; all are flushed
-    3  every rank tells whether it failed, and the hashes of its files
-    4  rank 0 writes manifest.json and renames the directory to step-000100
+    2  every rank writes its slices there
+    3  the ranks together write the model
+    4  rank 0 writes state.json
+    5  rank 0 writes manifest.json and renames the directory to step-000100
 
-After each phase all ranks know of an error in it, and end the save together. A full disk or a
-killed process leaves the earlier checkpoints as they are. The order of the data and the seeds of
-dropout follow from the step, so nothing else is stored of them.
+After each phase its files are flushed, and all ranks know of an error in it. Then they end the save
+together. A full disk or a killed process leaves the earlier checkpoints as they are. The order of
+the data and the seeds of dropout follow from the step, so nothing else is stored of them.
 
 A checkpoint that is damaged, or of a step that is trained again, is renamed: it is kept, and not
 counted among those that a run has.
@@ -69,7 +70,8 @@ def save_state(
 
     slices: this rank's slice of each flat vector.
     state: the content of state.json.
-    write_model: writes the model into a directory; called on rank 0.
+    write_model: writes the model into a directory; called on every rank, so it may gather what
+        the ranks hold.
     keep: delete all but the newest `keep` checkpoints (0: none).
     """
     final = checkpoint_path(out_dir, step)
@@ -81,14 +83,18 @@ def save_state(
             partial.mkdir(parents=True)
         return {}
 
-    def write() -> dict[str, str]:
-        _refuse_full_disk(partial, mesh, slices)
-        hashes = _write_slices(partial, slices)
-        if mesh.is_first:
-            hashes |= _write_model_and_state(partial, write_model, state)
-        return hashes
+    def write_slices() -> dict[str, str]:
+        _refuse_full_disk(partial, needed)
+        return _write_slices(partial, slices)
 
-    def finish(hashes: dict[str, str]) -> dict[str, str]:
+    def write_whole_model() -> dict[str, str]:
+        write_model(partial)
+        return {}
+
+    def write_state() -> dict[str, str]:
+        return _write_state(partial, state) if mesh.is_first else {}
+
+    def finish() -> dict[str, str]:
         if mesh.is_first:
             write_json(partial / MANIFEST, {"sha256": hashes})
             publish(partial, final)
@@ -96,12 +102,13 @@ def save_state(
                 _remove(old)
         return {}
 
-    outcome = _on_all_ranks(mesh, partial, create)
-    if outcome.error is None:
-        outcome = _on_all_ranks(mesh, partial, write)
-    if outcome.error is None:
-        hashes = outcome.hashes
-        outcome = _on_all_ranks(mesh, partial, lambda: finish(hashes))
+    needed = sum(comm.gather_objects(mesh, _bytes_of(slices)))
+    hashes: dict[str, str] = {}
+    for phase in (create, write_slices, write_whole_model, write_state, finish):
+        outcome = _on_all_ranks(mesh, partial, phase)
+        hashes |= outcome.hashes
+        if outcome.error is not None:
+            break
     if mesh.is_first and outcome.error is not None:
         with suppress(OSError):
             _remove(partial)
@@ -232,11 +239,15 @@ def slice_reader(directory: Path, number: int, total: int) -> ReadRange:
     return read
 
 
-def _refuse_full_disk(partial: Path, mesh: Mesh, slices: list[SavedSlice]) -> None:
+def _bytes_of(slices: list[SavedSlice]) -> int:
     num_bytes = 0
     for part in slices:
         num_bytes += sum(tensor.nbytes for tensor in part.tensors.values())
-    needed = mesh.size * num_bytes  # all ranks have about as much
+    return num_bytes
+
+
+def _refuse_full_disk(partial: Path, needed: int) -> None:
+    """needed: bytes of the optimizer's state of all ranks."""
     free = free_bytes(partial)
     if free < needed:
         raise OSError(
@@ -256,11 +267,8 @@ def _write_slices(partial: Path, slices: list[SavedSlice]) -> dict[str, str]:
     return hashes
 
 
-def _write_model_and_state(
-    partial: Path, write_model: Callable[[Path], None], state: dict[str, Any]
-) -> dict[str, str]:
-    """Write what rank 0 writes; returns the files' sha256 by name."""
-    write_model(partial)
+def _write_state(partial: Path, state: dict[str, Any]) -> dict[str, str]:
+    """Write state.json; returns the sha256 of it and of the model's files by name."""
     write_json(partial / "state.json", state)
     hashes = {}
     for path in sorted(partial.iterdir()):

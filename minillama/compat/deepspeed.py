@@ -79,12 +79,13 @@ class DeepSpeedFile:
                 )
         micro_batch = config.per_device_train_batch_size
         accumulation = config.gradient_accumulation_steps
-        product = micro_batch * accumulation * world_size
+        data_ranks = world_size // (config.tensor_parallel * config.pipeline_parallel)
+        product = micro_batch * accumulation * data_ranks
         if self.total_batch not in (None, product):
             raise UserError(
                 f"{self.path}: train_batch_size = {self.total_batch} is not "
                 f"per_device_train_batch_size {micro_batch} × gradient_accumulation_steps "
-                f"{accumulation} × {world_size} ranks = {product}"
+                f"{accumulation} × {data_ranks} data ranks = {product}"
             )
 
 

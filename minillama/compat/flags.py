@@ -66,13 +66,13 @@ KEY_NAMES = {
     "n_kv_heads": "num_query_groups",
     "ffn_dim": "ffn_hidden_size",
     "initializer_range": "init_method_std",
+    "tensor_parallel": "tensor_model_parallel_size",
+    "pipeline_parallel": "pipeline_model_parallel_size",
 }
 RENAMED = {name: key for key, names in KEY_NAMES.items() for name in names.split()}
 
 NOT_SHARDED = "weights are not sharded here; use --zero_stage 2"
 NOT_QUANTIZED = "quantized weights are not trained here"
-NO_TENSOR_PARALLEL = "tensor parallelism does not exist here yet"
-NO_PIPELINE_PARALLEL = "pipeline parallelism does not exist here yet"
 ADAMW = ("adamw_torch", "adamw_torch_fused", "adamw_hf")
 LLAMA_TOKENIZERS = ("pretrainedfromhf", "llama2tokenizer", "sentencepiecetokenizer")
 
@@ -80,8 +80,6 @@ ALLOWED = {
     "stage": Allowed(("sft", "pt"), "only supervised fine-tuning and pre-training exist here"),
     "do_train": Allowed(("true",), "train.py trains; eval.py evaluates"),
     "finetuning_type": Allowed(("lora", "full"), "tune with lora or in full"),
-    "tensor_model_parallel_size": Allowed(("1",), NO_TENSOR_PARALLEL),
-    "pipeline_model_parallel_size": Allowed(("1",), NO_PIPELINE_PARALLEL),
     "quantization_bit": Allowed(("none",), NOT_QUANTIZED),
     "load_in_kbits": Allowed(("16",), NOT_QUANTIZED),
     "train_on_prompt": Allowed(("false",), "prompts are not targets here"),

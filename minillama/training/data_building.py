@@ -22,6 +22,7 @@ from minillama.data.token_cache import open_data
 from minillama.data.tokenize import DataOptions
 from minillama.data.windows import TrainingWindows
 from minillama.errors import UserError
+from minillama.grid import Grid
 from minillama.llama_config import LlamaConfig
 from minillama.tokenizer import Tokenizer, describe_bos, open_tokenizer
 from minillama.train_config import TrainConfig
@@ -68,13 +69,14 @@ def build_data(
     base: Path | None,
     tokenizer: Tokenizer,
     llama: LlamaConfig,
-    mesh: comm.Mesh,
+    grid: Grid,
     continued: Path | None = None,
 ) -> RunData:
     """Open the data sets, tokenizing raw files once, and lay out the batches of all steps.
 
     continued: the checkpoint of this run that it goes on from. Its template stays.
     """
+    mesh = grid.all
     max_length = row_length(config, llama)
     if max_length > llama.max_seq_len:
         raise UserError(
@@ -117,8 +119,8 @@ def build_data(
     mesh.print(f"data: {train_windows.summary()}")
 
     return RunData(
-        train_batches=_train_plan(train_windows, config, mesh),
-        eval_batches=_eval_plan(eval_windows, config, mesh) if eval_windows else None,
+        train_batches=_train_plan(train_windows, config, grid.data.size),
+        eval_batches=_eval_plan(eval_windows, config, grid.data.size) if eval_windows else None,
         template=template,
     )
 
@@ -137,11 +139,11 @@ def _own_template(directories: Sequence[Path | None]) -> str:
     return ""
 
 
-def _train_plan(windows: TrainingWindows, config: TrainConfig, mesh: comm.Mesh) -> BatchPlan:
+def _train_plan(windows: TrainingWindows, config: TrainConfig, data_ranks: int) -> BatchPlan:
     rows_per_rank = config.per_device_train_batch_size * config.gradient_accumulation_steps
     return BatchPlan(
         windows,
-        rows_per_step=rows_per_rank * mesh.size,
+        rows_per_step=rows_per_rank * data_ranks,
         rows_per_micro_batch=config.per_device_train_batch_size,
         seed=config.seed,
         packing=config.packing,
@@ -150,10 +152,10 @@ def _train_plan(windows: TrainingWindows, config: TrainConfig, mesh: comm.Mesh) 
     )
 
 
-def _eval_plan(windows: TrainingWindows, config: TrainConfig, mesh: comm.Mesh) -> BatchPlan:
+def _eval_plan(windows: TrainingWindows, config: TrainConfig, data_ranks: int) -> BatchPlan:
     return BatchPlan(
         windows,
-        rows_per_step=config.per_device_eval_batch_size * mesh.size,
+        rows_per_step=config.per_device_eval_batch_size * data_ranks,
         rows_per_micro_batch=config.per_device_eval_batch_size,
         seed=0,
         packing=config.packing,

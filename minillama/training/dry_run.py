@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from minillama import comm
 from minillama.data.show import show_batch
 from minillama.errors import UserError
+from minillama.grid import make_grid
 from minillama.llama_config import LlamaConfig
 from minillama.lora import EMBEDDING, HEAD, WHOLE, LoraConfig, is_adapted
 from minillama.train_config import TrainConfig
@@ -27,6 +28,7 @@ from minillama.training.data_building import (
     with_embedded_data,
 )
 from minillama.training.model_building import find_base, lora_config, model_config
+from minillama.training.settings import refuse_unfinished
 from minillama.training.summary import gigabytes
 
 LARGEST_REPLICATED = 40 * 10**9  # bytes of weights that one device holds beside its activations
@@ -131,6 +133,7 @@ def refuse_what_cannot_fit(llama: LlamaConfig, config: TrainConfig) -> None:
 
 def describe(config: TrainConfig, world_size: int) -> str:
     """The plan of a run: what --dry_run prints."""
+    refuse_unfinished(config)
     llama = model_config(config, find_base(config))
     needed = estimate(llama, config, world_size)
     lines = [
@@ -196,6 +199,6 @@ def show_first_batch(config: TrainConfig, mesh: comm.Mesh) -> str:
     config = with_embedded_data(config, mesh)
     tokenizer = build_tokenizer(config, base)
     llama = model_config(config, base, tokenizer.size)
-    data = build_data(config, base, tokenizer, llama, mesh)
+    data = build_data(config, base, tokenizer, llama, make_grid(mesh))
     first_batch = data.train_batches.micro_batches(0)[0]
     return show_batch(tokenizer, first_batch, color=sys.stdout.isatty())

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from torch import nn
 
+from minillama import comm
 from minillama.checkpoint.hf_reader import first_non_finite
 from minillama.errors import UserError
 from minillama.parallel.sharded_optimizer import ShardedOptimizer
@@ -40,8 +41,21 @@ class SkipWatch:
             )
 
 
-def refuse_useless_model(model: nn.Module, steps: int, skipped: int, out_dir: Path) -> None:
-    """Raise UserError if no step changed the weights, or they are not finite.
+def non_finite_on_any_rank(model: nn.Module, mesh: comm.Mesh) -> str:
+    """The name of a parameter that holds NaN or infinity on some rank; "" if none does.
+
+    Ranks may hold different parts of the model. All get the same name.
+    """
+    for name in comm.gather_objects(mesh, first_non_finite(model)):
+        if name:
+            return name
+    return ""
+
+
+def refuse_useless_model(
+    model: nn.Module, mesh: comm.Mesh, steps: int, skipped: int, out_dir: Path
+) -> None:
+    """Raise UserError, on all ranks, if no step changed the weights, or they are not finite.
 
     skipped: how many of the steps made no update. Called before final/ is written.
     """
@@ -51,7 +65,7 @@ def refuse_useless_model(model: nn.Module, steps: int, skipped: int, out_dir: Pa
             f"finite; {out_dir / 'final'} was not written; lower --learning_rate (in fp16: "
             "--initial_scale_power), or look for broken records in the data"
         )
-    name = first_non_finite(model)
+    name = non_finite_on_any_rank(model, mesh)
     if name:
         raise UserError(
             f"after step {steps}, {name} holds NaN or infinity; {out_dir / 'final'} was not "

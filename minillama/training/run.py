@@ -23,6 +23,7 @@ from minillama.checkpoint.stop_tokens import with_stop_ids
 from minillama.data.batches import BatchPlan
 from minillama.errors import UserError
 from minillama.files import sha256_of
+from minillama.grid import Grid, make_grid
 from minillama.launch import ranks_on_machine
 from minillama.llama_config import LlamaConfig
 from minillama.lora import LoraConfig
@@ -45,7 +46,7 @@ class Run:
     # gradient_accumulation_steps is chosen so that the global batch stays that of the continued
     # run.
     config: TrainConfig
-    mesh: comm.Mesh
+    grid: Grid
     out_dir: Path
     base: Path | None  # the checkpoint that it starts from
     tokenizer: Tokenizer
@@ -59,6 +60,11 @@ class Run:
     typed_config: TrainConfig  # as it was given: what train_config.json holds
     inputs: RunInputs
     in_use: tuple[str, ...]  # what it reads that may lie in out_dir
+
+    @property
+    def mesh(self) -> comm.Mesh:
+        """All ranks of the run."""
+        return self.grid.all
 
 
 @dataclass(frozen=True)
@@ -75,7 +81,9 @@ def prepare(config: TrainConfig, mesh: comm.Mesh, overwrite: bool = False) -> Ru
     overwrite: the run that is in config.out_dir will be deleted.
     Returns a FinishedRun if nothing is left to train. Raises UserError for what cannot be run.
     """
+    settings.refuse_unfinished(config)
     settings.refuse_unlike_ranks(config, overwrite, mesh)
+    grid = make_grid(mesh, config.tensor_parallel, config.pipeline_parallel)
     check_inputs(config)
     run_directory.check_directory(config, overwrite)
     base = model_building.find_base(config)
@@ -89,23 +97,23 @@ def prepare(config: TrainConfig, mesh: comm.Mesh, overwrite: bool = False) -> Ru
     if resume_point is not None:
         continued = resume_point.directory
         rows_per_step = resume_point.state["rows_per_step"]
-        config = run_directory.with_global_batch(config, mesh, rows_per_step)
+        config = run_directory.with_global_batch(config, grid, rows_per_step)
 
     sources = data_building.with_embedded_data(config, mesh)
     tokenizer = data_building.build_tokenizer(sources, base)
     llama = model_building.model_config(config, base, tokenizer.size)
     _set_up_torch(config, llama)
-    data = data_building.build_data(sources, base, tokenizer, llama, mesh, continued)
+    data = data_building.build_data(sources, base, tokenizer, llama, grid, continued)
     inputs = _compare_inputs(config, base, tokenizer, data, mesh, resume_point, overwrite)
     if summary is not None:
         return FinishedRun(Path(config.out_dir), summary)
     model, lora = model_building.build_model(config, base, llama, tokenizer, mesh)
     pretrained = base if config.init == "pretrained" else None
     model.config = with_stop_ids(model.config, pretrained, tokenizer, data.template)
-    optimizer = ShardedOptimizer(model.named_parameters(), mesh, config)
+    optimizer = ShardedOptimizer(model.named_parameters(), grid.data, config)
     return Run(
         config=config,
-        mesh=mesh,
+        grid=grid,
         out_dir=Path(config.out_dir),
         base=base,
         tokenizer=tokenizer,

@@ -25,6 +25,7 @@ from minillama import comm
 from minillama.checkpoint import train_state
 from minillama.errors import UserError
 from minillama.files import is_temporary, read_json, write_json
+from minillama.grid import Grid
 from minillama.output_directory import lock_directory
 from minillama.train_config import TrainConfig
 from minillama.training.data_building import EMBEDDED
@@ -112,23 +113,24 @@ def find_resume_point(config: TrainConfig, overwrite: bool, mesh: comm.Mesh) -> 
     return ResumePoint(directory, train_state.read_state(directory))
 
 
-def with_global_batch(config: TrainConfig, mesh: comm.Mesh, rows_per_step: int) -> TrainConfig:
-    """The settings with the accumulation that makes `rows_per_step` rows on this many ranks.
+def with_global_batch(config: TrainConfig, grid: Grid, rows_per_step: int) -> TrainConfig:
+    """The settings with the accumulation that makes `rows_per_step` rows on this many data ranks.
 
     Raises UserError if no accumulation does.
     """
-    rows_at_once = config.per_device_train_batch_size * mesh.size
+    data_ranks = grid.data.size
+    rows_at_once = config.per_device_train_batch_size * data_ranks
     accumulation, rest = divmod(rows_per_step, rows_at_once)
     if rest:
         raise UserError(
-            f"the run's global batch is {rows_per_step} rows, which {mesh.size} ranks with "
+            f"the run's global batch is {rows_per_step} rows, which {data_ranks} data ranks with "
             f"{config.per_device_train_batch_size} rows at a time cannot make; "
             "use another number of ranks"
         )
     if accumulation != config.gradient_accumulation_steps:
-        mesh.print(
+        grid.all.print(
             f"global batch kept at {rows_per_step} rows: gradient_accumulation_steps is "
-            f"{accumulation} on {mesh.size} ranks"
+            f"{accumulation} on {data_ranks} data ranks"
         )
     return replace(config, gradient_accumulation_steps=accumulation)
 

@@ -45,14 +45,18 @@ def save_checkpoint(run: Run, step: int, tokens: int, skipped: int) -> str | Non
 
 
 def write_final(run: Run) -> None:
-    """Write final/, complete or absent. Called on rank 0."""
+    """Write final/, complete or absent. Called on every rank."""
+    if not run.mesh.is_first:
+        return
     with new_directory(run.out_dir / "final", replace=True) as directory:
         write_model(run, directory)
         write_manifest(directory)
 
 
 def write_model(run: Run, directory: Path) -> None:
-    """Write the model, or its adapter alone, and how it was made. Called on rank 0."""
+    """Write the model, or its adapter alone, and how it was made. Called on every rank."""
+    if not run.mesh.is_first:
+        return
     base = str(run.base.resolve()) if run.base else ""
     if run.lora is None:
         save_model(run.model, directory, run.tokenizer)

@@ -43,11 +43,27 @@ MAY_CHANGE = {
     "gradient_accumulation_steps",
     "zero_stage",
     "bucket_elements",
+    "tensor_parallel",
+    "pipeline_parallel",
 }
 # Keys that name files. Their content is compared, by fingerprint.
 PATHS = {"ckpt", "tokenizer", "adapter", "data", "eval_data", "dataset_dir"}
 # Keys that may differ between the ranks of a run, because machines differ.
 MAY_DIFFER = PATHS | {"resume", "device", "threads", "workers", "cache_dir"}
+
+# Keys that may only be 1 until the part that they need exists.
+UNFINISHED = {
+    "tensor_parallel": "tensor parallelism does not exist here yet",
+    "pipeline_parallel": "pipeline parallelism does not exist here yet",
+}
+
+
+def refuse_unfinished(config: TrainConfig) -> None:
+    """Raise UserError for a key that asks for a part that does not exist yet."""
+    for name, reason in UNFINISHED.items():
+        value = getattr(config, name)
+        if value > 1:
+            raise UserError(f"{name} = {value}: {reason}; leave it out")
 
 
 def refuse_unlike_ranks(config: TrainConfig, overwrite: bool, mesh: comm.Mesh) -> None:

@@ -16,7 +16,7 @@ import math
 import time
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -24,31 +24,23 @@ import torch
 
 from minillama import comm
 from minillama.checkpoint import train_state
-from minillama.checkpoint.hf_reader import first_non_finite
 from minillama.data.windows import Batch
 from minillama.device import seeded
 from minillama.files import write_json
-from minillama.memory import device_memory
 from minillama.ops import Documents
 from minillama.train_config import TrainConfig
 from minillama.training import run_directory
-from minillama.training.finite import SkipWatch, refuse_useless_model
+from minillama.training.evaluation import evaluation_loss
+from minillama.training.finite import SkipWatch, non_finite_on_any_rank, refuse_useless_model
 from minillama.training.messages import describe_start, describe_stop
 from minillama.training.metrics import TrainingLog, draw_loss, draw_missing_loss
+from minillama.training.records import Progress, StepResult, figures, step_record, summarize
 from minillama.training.run import FinishedRun, Run, prepare
 from minillama.training.run_directory import ResumePoint
 from minillama.training.saving import save_checkpoint, write_final
 from minillama.training.schedule import learning_rate
 from minillama.training.signals import listening
-from minillama.training.summary import StepHistory, Stopped, Summary, throughput
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """What one optimizer step came to. Both are as computed, even if they are not finite."""
-
-    loss: float  # mean over the targets of the global batch
-    grad_norm: float  # before clipping
+from minillama.training.summary import StepHistory, Stopped, Summary
 
 
 class Trainer:
@@ -58,6 +50,7 @@ class Trainer:
         """stop: a list that a signal handler fills (`signals.listening`)."""
         self.run = run
         self.config = run.config
+        self.grid = run.grid
         self.mesh = run.mesh
         self.model = run.model
         self.optimizer = run.optimizer
@@ -92,36 +85,54 @@ class Trainer:
                     self.log_evaluation(log)
                 if self.is_checkpoint_due():
                     self.save_checkpoint(log)
-            refuse_useless_model(self.model, self.step, self.skipped, run.out_dir)
-            if self.mesh.is_first:
-                write_final(run)
-            return self.summary(seconds=log.close())
+            refuse_useless_model(self.model, self.mesh, self.step, self.skipped, run.out_dir)
+            write_final(run)
+            return summarize(run, self.progress, self.history, seconds=log.close())
 
     def update(self, batches: list[Batch], rate: float) -> StepResult | Stopped:
         """One step on a global batch, if all is finite. Returns Stopped if a signal came."""
-        num_targets = max(1, sum(batch.targets for batch in batches))
-        losses = torch.zeros(len(batches), device=self.mesh.device)  # fp32; each from one rank
         self.optimizer.zero_grad()
-        for first in range(0, len(batches), self.mesh.size):
-            if comm.any_rank(self.mesh, bool(self.stop)):
-                signals_by_rank = comm.gather_objects(self.mesh, list(self.stop))
-                first_signals = [signals[0] for signals in signals_by_rank if signals]
-                return Stopped(first_signals[0], self.step)
-            index = first + self.mesh.rank  # micro-batch first + r is rank r's
-            loss = None
-            if index < len(batches):
-                with seeded(self.dropout_seed(index), self.mesh.device):
-                    loss = self.loss_sum(batches[index]) / num_targets
-                losses[index] = loss.detach()
-            active_ranks = min(self.mesh.size, len(batches) - first)
-            self.optimizer.backward(loss, active_ranks)
-        mean_loss = sum(comm.all_reduce_sum(self.mesh, losses).tolist())
+        losses = self.forward_backward(batches)
+        if isinstance(losses, Stopped):
+            return losses
+        mean_loss = sum(losses.tolist())
         max_norm = self.config.max_grad_norm
         step = self.optimizer.step(rate, max_norm, loss_is_finite=math.isfinite(mean_loss))
         if not step.updated:
             self.skipped += 1
         self.watch.count(self.step, mean_loss, step.updated, self.optimizer)
         return StepResult(mean_loss, step.norm)
+
+    def forward_backward(self, batches: list[Batch]) -> torch.Tensor | Stopped:
+        """Add up the gradients of this rank's micro-batches of a global batch.
+
+        Returns each micro-batch's share of the mean loss, (len(batches),); Stopped if a signal
+        came.
+        """
+        data = self.grid.data
+        num_targets = max(1, sum(batch.targets for batch in batches))
+        losses = torch.zeros(len(batches), device=data.device)  # fp32; each from one data rank
+        for first in range(0, len(batches), data.size):
+            signal = self.signal_on_any_rank()
+            if signal:
+                return Stopped(signal, self.step)
+            index = first + data.rank  # micro-batch first + r is data rank r's
+            loss = None
+            if index < len(batches):
+                with seeded(self.dropout_seed(index), data.device):
+                    loss = self.loss_sum(batches[index]) / num_targets
+                losses[index] = loss.detach()
+            active_ranks = min(data.size, len(batches) - first)
+            self.optimizer.backward(loss, active_ranks)
+        return comm.all_reduce_sum(data, losses)
+
+    def signal_on_any_rank(self) -> str:
+        """The name of the first signal that came to a rank, the same on all ranks; "" if none."""
+        if not comm.any_rank(self.mesh, bool(self.stop)):
+            return ""
+        signals_by_rank = comm.gather_objects(self.mesh, list(self.stop))
+        first_signals = [signals[0] for signals in signals_by_rank if signals]
+        return first_signals[0]
 
     def dropout_seed(self, micro_batch: int) -> int:
         """The seed of one micro-batch's dropout, the same whichever rank computes it."""
@@ -135,21 +146,11 @@ class Trainer:
         labels = torch.from_numpy(batch.labels).unsqueeze(0).to(device)  # (1, T)
         return self.model.loss_sum(tokens, labels, Documents(batch.lengths, device))
 
-    @torch.no_grad()
     def evaluate(self) -> float:
         """The mean loss per target of the evaluation data."""
         plan = self.run.eval_batches
         assert plan is not None, "evaluate is called only if there is evaluation data"
-        self.model.eval()
-        loss = 0.0
-        num_targets = 0
-        for step in range(plan.total_steps):
-            batches = plan.micro_batches(step)
-            num_targets += sum(batch.targets for batch in batches)
-            for batch in batches[self.mesh.rank :: self.mesh.size]:
-                loss += float(self.loss_sum(batch))
-        self.model.train()
-        return sum(comm.gather_objects(self.mesh, loss)) / num_targets
+        return evaluation_loss(self.model, plan, self.grid.data, self.loss_sum)
 
     def is_evaluation_due(self) -> bool:
         if self.run.eval_batches is None:
@@ -181,23 +182,14 @@ class Trainer:
         tokens = sum(len(batch.tokens) for batch in batches)
         self.tokens += tokens
         self.history.add(result.loss, seconds, tokens)
-        tokens_per_second = tokens / seconds / self.mesh.size
+        tokens_per_second = tokens / seconds / self.mesh.size  # of a device
         log.step(result.loss, tokens_per_second)
         is_logged = self.step % self.config.logging_steps == 0
         if not is_logged and self.step not in (1, self.total_steps):
             return
-        record = {
-            "step": self.step,
-            "epoch": round(self.run.train_batches.epoch_at(self.step), 4),
-            "loss": result.loss,
-            "learning_rate": rate,
-            "grad_norm": result.grad_norm,
-            "skipped": self.skipped,
-        }
-        if self.optimizer.loss_scale is not None:
-            record["loss_scale"] = self.optimizer.loss_scale.scale
+        record = step_record(self.run, self.progress, result, rate)
         lengths = [length for batch in batches for length in batch.lengths]
-        log.record(record | self.figures(tokens_per_second, lengths))
+        log.record(record | figures(self.run, self.tokens, tokens_per_second, lengths))
 
     def log_evaluation(self, log: TrainingLog) -> None:
         """Evaluate, and record the loss."""
@@ -206,36 +198,15 @@ class Trainer:
         log.record({"step": self.step, "epoch": epoch, "eval_loss": self.eval_loss})
         log.print(f"step {self.step}: validation loss {self.eval_loss:.4f}")
 
-    def figures(self, tokens_per_second: float, lengths: Sequence[int]) -> Summary:
-        """What records and the summary both hold: tokens, speed of a device, memory."""
-        return {
-            "tokens": self.tokens,
-            **throughput(self.model.config, tokens_per_second, lengths, self.config.peak_tflops),
-            "peak_memory_bytes": device_memory(self.mesh.device).peak,
-        }
-
-    def summary(self, seconds: float) -> Summary:
-        """What summary.json holds. seconds: since training began."""
-        losses = self.history.finite_losses
-        tokens_per_second = self.history.tokens_per_second / self.mesh.size
-        lengths = self.run.train_batches.windows.length.tolist()
-        return {
-            "train_loss": sum(losses) / len(losses) if losses else None,
-            "last_loss": losses[-1] if losses else None,
-            "eval_loss": self.eval_loss,
-            "steps": self.step,
-            "step_seconds": round(self.history.seconds_per_step, 4),
-            "skipped_steps": self.skipped,
-            "seconds": round(seconds, 2),
-            "trainable_parameters": self.optimizer.num_trained,
-            **self.figures(tokens_per_second, lengths),
-        }
+    @property
+    def progress(self) -> Progress:
+        return Progress(self.step, self.skipped, self.tokens, self.eval_loss)
 
     def save_checkpoint(self, log: TrainingLog) -> bool:
         """Write checkpoints/step-N, and return whether this step is saved; if not, train on."""
         if self.saved_step == self.step:
             return True
-        name = first_non_finite(self.model)
+        name = non_finite_on_any_rank(self.model, self.mesh)
         problem: str | None = f"{name} holds NaN or infinity"
         if not name:
             problem = save_checkpoint(self.run, self.step, self.tokens, self.skipped)
