@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from minillama import cli, threads
-from minillama.compat.megatron import numbers_of, subcommand_of
+from minillama.compat import conversion as other_systems
+from minillama.compat.megatron import numbers_of
 from minillama.conversion import command_line
 from minillama.errors import UserError, closest
 from minillama.options import from_flags
@@ -36,14 +37,14 @@ def main(arguments: list[str]) -> None:
     if not arguments or arguments[0] in ("-h", "--help"):
         print_help()
         return
-    name = subcommand_of(arguments[0])
+    name = other_systems.subcommand_of(arguments[0])
     if name not in SUBCOMMANDS:
         raise UserError(
             f"unknown subcommand {name!r}{closest(name, SUBCOMMANDS)}; "
             f"choose one of: {', '.join(SUBCOMMANDS)}"
         )
     with exit_on_sigterm():
-        SUBCOMMANDS[name](arguments[1:])
+        SUBCOMMANDS[name](other_systems.with_defaults(arguments[0], arguments[1:]))
 
 
 @contextmanager
@@ -72,7 +73,8 @@ def meta(arguments: list[str]) -> None:
     parser = command_line.meta()
     flags = parser.parse_args(arguments)
     if flags.reverse:
-        parser.refuse(flags, "with --reverse", ("tokenizer", "max_seq_len", *HF_LAYOUT))
+        not_of_meta = ("tokenizer", "max_seq_len", "model_size", *HF_LAYOUT)
+        parser.refuse(flags, "with --reverse", not_of_meta)
     else:
         parser.refuse(flags, "without --reverse", ("shards",))
     from minillama.conversion.meta import hf_to_meta, meta_to_hf
@@ -81,7 +83,8 @@ def meta(arguments: list[str]) -> None:
     if flags.reverse:
         print(hf_to_meta(flags.input, output, flags.shards))
     else:
-        print(meta_to_hf(flags.input, output, flags.tokenizer, flags.max_seq_len))
+        source = other_systems.meta_directory(flags.input, flags.model_size)
+        print(meta_to_hf(source, output, flags.tokenizer, flags.max_seq_len))
 
 
 def megatron(arguments: list[str]) -> None:
@@ -172,16 +175,18 @@ def data(arguments: list[str]) -> None:
     from minillama.conversion.dataset import tokenize_files
     from minillama.data.tokenize import DataOptions
 
+    request = other_systems.preprocessing(vars(flags))
     options = DataOptions(
-        data_format=flags.format,
-        template=flags.template,
-        append_eod=flags.append_eod,
+        data_format=request["format"],
+        template=request["template"],
+        append_eod=flags.append_eod is not False,
         skip_bad_records=flags.skip_bad_records,
         max_dropped=flags.max_dropped,
         dataset_dir=flags.dataset_dir,
         workers=flags.workers,
     )
-    print(tokenize_files(flags.input, flags.tokenizer, flags.output, options, flags.overwrite))
+    prefix = request["output"]
+    print(tokenize_files(flags.input, flags.tokenizer, prefix, options, flags.overwrite))
 
 
 def sha256(arguments: list[str]) -> None:

@@ -3,7 +3,9 @@
 import argparse
 import shlex
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from minillama import cli, errors, launch, presets, threads, train_config
 from minillama.compat import deepspeed
@@ -17,9 +19,9 @@ EXAMPLES = """
       --data alpaca_data.json --out_dir runs/a
 
 Every key below may also stand in a TOML file given as --config FILE.toml; a flag wins over the
-file, the file over the default. Lists are comma-separated; [brackets] show defaults. Flags of
-FastChat, LLaMA-Factory, Chinese-LLaMA-Alpaca and AscendSpeed (--model_name_or_path, --lora_target,
-…) are understood too.
+file, the file over the default. Commas or spaces separate the parts of a list; [brackets] show
+defaults. Flags of FastChat, LLaMA-Factory, Chinese-LLaMA-Alpaca and AscendSpeed
+(--model_name_or_path, --lora_target, …) are understood too: docs/commands.md.
 
 A run writes OUT_DIR/final (opens in transformers or peft), checkpoints/, metrics.jsonl,
 summary.json, train_config.json, inputs.json and loss.png. The same command continues
@@ -40,7 +42,8 @@ def make_parser() -> cli.Parser:
     world_size = "with --dry_run: plan for N ranks"
     add("--world_size", type=int, default=None, metavar="N", help=world_size)
     add("--overwrite_output_dir", **cli.BOOLEAN, default=False, help="empty out_dir first")
-    add("--deepspeed", default="", metavar="FILE", help="take settings from a DeepSpeed JSON file")
+    deepspeed_file = "take settings from a DeepSpeed JSON file"
+    add("--deepspeed", nargs="?", const="", default="", metavar="FILE", help=deepspeed_file)
     cli.add_keys(parser)
     other_systems.add_flags(parser)
     return parser
@@ -60,15 +63,28 @@ def parse(arguments: list[str]) -> tuple[train_config.TrainConfig, argparse.Name
     own_start = ("ckpt", "data", "model", "init", "tokenizer", "dim")
     is_own_run = any(name in flags for name in own_start)
     source = flags["config"] or ("" if is_own_run else "demo")
-    file = deepspeed.read(Path(flags["deepspeed"])) if flags["deepspeed"] else None
+    file = read_deepspeed(flags)
     if file is not None:
         flags = file.keys | flags
-    flags = other_systems.keys_from(flags) | flags
+    flags = other_systems.translate(flags)
     config = presets.resolve(source, flags, other_systems.RENAMED)
+    config = other_systems.with_global_batch_size(flags, config, parsed.world_size)
     other_systems.refuse_contradictions(flags, config)
     if file is not None:
         file.check(config, parsed.world_size)
     return config, parsed
+
+
+def read_deepspeed(flags: Mapping[str, Any]) -> deepspeed.DeepSpeedFile | None:
+    """The DeepSpeed file of --deepspeed FILE, or of AscendSpeed's --deepspeed --deepspeed_config.
+
+    A bare --deepspeed names none: it chose the launcher.
+    """
+    named = [flags["deepspeed"], *(flags["deepspeed_config"] or ())]
+    paths = [Path(name) for name in named if name]
+    if len(paths) > 1:
+        raise errors.UserError("--deepspeed and --deepspeed_config: give one of them")
+    return deepspeed.read(paths[0]) if paths else None
 
 
 def main(arguments: list[str]) -> int:
@@ -84,10 +100,14 @@ def main(arguments: list[str]) -> int:
 
     if config.adapter:
         model_building.refuse_other_adapter(config, vars(flags))
+    if not flags.dry_run:
+        run.check_inputs(config, f"{launch.launcher()} train.py {shlex.join(arguments)}")
+    if other_systems.describes_model(vars(flags)):
+        llama = model_building.model_config(config, model_building.find_base(config))
+        other_systems.refuse_other_model(vars(flags), llama)
     if flags.dry_run:
         print(dry_run.describe(config, flags.world_size))
         return 0
-    run.check_inputs(config, f"{launch.launcher()} train.py {shlex.join(arguments)}")
     with comm.start(config.device) as mesh:
         if flags.show_batch:
             mesh.print(dry_run.show_first_batch(config, mesh))

@@ -26,6 +26,22 @@ def parse_bool(text: str) -> bool:
     return BOOLEANS[text.lower()]
 
 
+class JoinLists(argparse.Action):
+    """A list, whose parts may be separated by commas, by spaces, or by both."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,  # a tuple for each word, by `parse_list`
+        option_string: str | None = None,
+    ) -> None:
+        parts: list[str] = []
+        for value in values:
+            parts += value
+        setattr(namespace, self.dest, tuple(parts))
+
+
 # Keywords of add_argument, by the type of a flag. A boolean flag stands alone or with a value.
 BOOLEAN: dict[str, Any] = {
     "nargs": "?",
@@ -35,7 +51,7 @@ BOOLEAN: dict[str, Any] = {
 }
 KEYWORDS: dict[type, dict[str, Any]] = {
     bool: BOOLEAN,
-    tuple: {"type": parse_list, "metavar": "A,B"},
+    tuple: {"nargs": "+", "action": JoinLists, "type": parse_list, "metavar": "A,B"},
     int: {"type": int, "metavar": "int"},
     float: {"type": float, "metavar": "float"},
     str: {"type": str, "metavar": "str"},

@@ -68,8 +68,8 @@ ROPE_KINDS: dict[str, tuple[str, ...]] = {
 
 def published(name: str) -> LlamaConfig:
     """The config of a published size ("7b"), or of a `config.json` (the file or its directory)."""
-    if name in PUBLISHED:
-        return PUBLISHED[name]
+    if name.lower() in PUBLISHED:
+        return PUBLISHED[name.lower()]
     if Path(name).exists():
         return read_config(Path(name))
     raise UserError(

@@ -102,6 +102,7 @@ class TrainConfig:
         "longest sequence in tokens; longer ones are cut (0: the model's context, at most 1024)")
     append_eod: bool = data_key(True, "end each training document with the EOS token")
     skip_bad_records: bool = data_key(False, "leave malformed records out, and count and list them")
+    max_samples: int = data_key(0, "records read of each raw file, from its beginning (0: all)")
     max_dropped: float = data_key(0.1, "largest share of documents left out: no target", below=1)
     grow_vocabulary: bool = data_key(False, "grow the embeddings to a larger tokenizer's size")
     workers: int = data_key(1, "processes that tokenize", minimum=1)
@@ -153,7 +154,7 @@ class TrainConfig:
     eval_steps: int = train_key(100, "updates between evaluations", minimum=1)
     save_strategy: str = train_key("steps", "when to save a checkpoint", ("no", "steps", "epoch"))
     save_steps: int = train_key(500, "updates between checkpoints", minimum=1)
-    save_total_limit: int = train_key(2, "checkpoints kept (0: all)")
+    save_total_limit: int = train_key(0, "newest checkpoints that are kept (0: all)")
     resume: str = train_key("auto",
         "auto: continue from the newest checkpoint in out_dir; none; or a checkpoint directory")
     plot_loss: bool = train_key(False,

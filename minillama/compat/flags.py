@@ -1,11 +1,12 @@
 """Flags of other systems: FastChat, LLaMA-Factory, Chinese-LLaMA-Alpaca, AscendSpeed, transformers.
 
-Their command lines can be pasted after ours. Each of their flags is in one of three tables:
+Their command lines can be pasted after ours. What a training flag of theirs means, the tables of
+training_flags.py say; here is what needs more than a table:
 
-    KEY_NAMES    another name for a key of ours              --lora_r 8       is --lora_rank 8
-    ALLOWED      a flag that may only have values that       --stage sft      is accepted
-                 mean what this program does                 --stage dpo      is an error
-    HARMLESS     a flag that changes no result, and why      --overwrite_cache
+    their flags -> values of our keys         keys_from
+                -> names of data sets         instruction_data
+                -> checks of the settings     refuse_contradictions, with_global_batch_size
+                -> checks of the model        refuse_other_model
 
 Any other flag is unknown, and an error. Nothing that would change a result is accepted and ignored;
 ignored_keys.py says the same of our own keys.
@@ -14,109 +15,33 @@ ignored_keys.py says the same of our own keys.
 import math
 from argparse import SUPPRESS
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from minillama.cli import Parser
+from minillama.compat.lora_load import continued_adapter
+from minillama.compat.training_flags import ALLOWED, HARMLESS, KEY_NAMES, OTHERS
 from minillama.errors import UserError
+from minillama.hf_config import published
 from minillama.ignored_keys import NO_EVAL_DATA
 from minillama.launch import read_launch
+from minillama.llama_config import LlamaConfig
 from minillama.train_config import PRECISIONS, TrainConfig
 
-
-@dataclass(frozen=True)
-class Allowed:
-    """The values that a flag may have, and why others are an error."""
-
-    values: tuple[str, ...]
-    reason: str
-
-
-# our key -> what they call it, separated by spaces
-KEY_NAMES = {
-    "ckpt": "model_name_or_path load",
-    "data": "data_path dataset",
-    "out_dir": "output_dir save",
-    "tokenizer": "tokenizer_name_or_path",
-    "max_length": "model_max_length cutoff_len max_seq_length block_size seq_length",
-    "workers": "preprocessing_num_workers",
-    "validation_split": "val_size validation_split_percentage",
-    "eval_data": "validation_file",
-    "precision": "dtype",
-    "lora_rank": "lora_r",
-    "lora_targets": "lora_target trainable lora_target_modules",
-    "modules_to_save": "lora_modules_to_save",
-    "cache_dir": "data_cache_dir",
-    "adapter": "adapter_name_or_path peft_path",
-    "eval_strategy": "evaluation_strategy",
-    "per_device_train_batch_size": "micro_batch_size",
-    "learning_rate": "lr",
-    "min_learning_rate": "min_lr",
-    "max_grad_norm": "clip_grad",
-    "lr_scheduler_type": "lr_decay_style",
-    "warmup_ratio": "lr_warmup_fraction",
-    "warmup_steps": "lr_warmup_iters",
-    "dim": "hidden_size",
-    "max_steps": "train_iters",
-    "adam_epsilon": "adam_eps",
-    "logging_steps": "log_interval",
-    "save_steps": "save_interval",
-    "n_layers": "num_layers",
-    "n_heads": "num_attention_heads",
-    "n_kv_heads": "num_query_groups",
-    "ffn_dim": "ffn_hidden_size",
-    "initializer_range": "init_method_std",
-    "tensor_parallel": "tensor_model_parallel_size",
-    "pipeline_parallel": "pipeline_model_parallel_size",
-}
 RENAMED = {name: key for key, names in KEY_NAMES.items() for name in names.split()}
-
-NOT_SHARDED = "weights are not sharded here; use --zero_stage 2"
-NOT_QUANTIZED = "quantized weights are not trained here"
-ADAMW = ("adamw_torch", "adamw_torch_fused", "adamw_hf")
-LLAMA_TOKENIZERS = ("pretrainedfromhf", "llama2tokenizer", "sentencepiecetokenizer")
-
-ALLOWED = {
-    "stage": Allowed(("sft", "pt"), "only supervised fine-tuning and pre-training exist here"),
-    "do_train": Allowed(("true",), "train.py trains; eval.py evaluates"),
-    "finetuning_type": Allowed(("lora", "full"), "tune with lora or in full"),
-    "quantization_bit": Allowed(("none",), NOT_QUANTIZED),
-    "load_in_kbits": Allowed(("16",), NOT_QUANTIZED),
-    "train_on_prompt": Allowed(("false",), "prompts are not targets here"),
-    "zero3_enabled": Allowed(("false",), NOT_SHARDED),
-    "fsdp": Allowed(("",), NOT_SHARDED),
-    "lora_adapter_name": Allowed(("default",), "an adapter is named by its directory"),
-    "lora_load": Allowed(
-        (),
-        "to continue a run, repeat its command with the same --out_dir, or add --resume "
-        "OUT_DIR/checkpoints/step-N; --adapter DIR starts a new run, at step 1, from an adapter",
-    ),
-    "optim": Allowed(ADAMW, "the optimizer is AdamW"),
-    "disable_gradient_checkpointing": Allowed(("true", "false"), "it is true or false"),
-    "do_eval": Allowed(("true", "false"), "it is true or false"),
-    "report_to": Allowed(("none",), "OUT_DIR/metrics.jsonl and loss.png have the losses"),
-    "logging_strategy": Allowed(("steps",), "records are written every --logging_steps updates"),
-    "torch_dtype": Allowed(("auto", *PRECISIONS), f"choose auto, {', '.join(PRECISIONS)}"),
-    "tokenizer_type": Allowed(LLAMA_TOKENIZERS, "--tokenizer FILE names LLaMA's tokenizer"),
-}
-
-# flag -> why it changes no result
-HARMLESS = {
-    "lazy_preprocess": "when a text is tokenized, not how",
-    "logging_first_step": "it only adds a record",
-    "ddp_timeout": "ranks that wait too long for each other stop with an error",
-    "ddp_find_unused_parameters": "every trained parameter is used",
-    "distributed_backend": "the device decides which library sends",
-    "flash_attn": "another order of the same sums; --ops chooses",
-    "use_flash_attn": "another order of the same sums; --ops chooses",
-    "lora_register_forward_hook": "recomputation needs no hook here",
-    "tokenizer_not_use_fast": "both tokenizers of transformers have the same ids",
-    "use_fast_tokenizer": "both tokenizers of transformers have the same ids",
-    "overwrite_cache": "the cache of a tokenized file depends on all it was made from",
-}
-# These need more than a table: see `keys_from` and `refuse_contradictions`.
-OTHERS = ("split", "eval_interval", "local_rank")
 DEFAULT_SPLIT = "969,30,1"  # AscendSpeed's shares for training, validation and test
+PACKED_IDS = "_packed_input_ids_document"  # what AscendSpeed appends to the prefix of its sets
+PLAIN_TEXT = "_text_document"
+RECOMPUTATION = ("checkpoint_activations", "recompute_activations", "recompute_granularity")
+RESUME = {"true": "auto", "false": "none"}  # of --resume_from_checkpoint; else a directory
+MODEL_FLAGS = (
+    "untie_embeddings_and_output_weights",
+    "disable_bias_linear",
+    "group_query_attention",
+    "make_vocab_size_divisible_by",
+    "type",
+)
 
 # generate.py: flags of FastChat's cli and Chinese-LLaMA-Alpaca's inference scripts -> ours, and its
 # value where it is fixed
@@ -133,29 +58,6 @@ GENERATION = {
     "predictions_file": "output",
     "system_prompt": "system",
 }
-# convert.py, by subcommand: flags of FastChat's apply_delta and make_delta, Chinese-LLaMA-Alpaca's
-# merge and transformers' converter -> ours
-CONVERSION = {
-    "apply_delta": {
-        "base_model_path": "base",
-        "delta_path": "delta",
-        "target": "output",
-        "target_model_path": "output",
-    },
-    "make_delta": {
-        "base_model_path": "base",
-        "target_model_path": "target",
-        "delta": "output",
-        "delta_path": "output",
-    },
-    "merge_lora": {
-        "base_model": "base",
-        "lora_model": "lora",
-        "output_type": "format",
-        "output_dir": "output",
-    },
-    "meta": {"input_dir": "input", "output_dir": "output"},
-}
 
 
 def add_flags(parser: Parser) -> None:
@@ -165,11 +67,18 @@ def add_flags(parser: Parser) -> None:
         parser.add_argument(f"--{name}", nargs="*", help=SUPPRESS)
 
 
-def keys_from(flags: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what flags mean that are no names of ours, as values of our keys.
+def translate(flags: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the flags, and what those of other systems mean as values of our keys.
 
-    Raises UserError for a value that is not allowed.
+    A key that was typed itself wins. Raises UserError for a value that is not allowed.
     """
+    keys = _keys_from(flags) | _evaluation_keys(flags) | dict(flags)
+    if _is_on(flags, "is_instruction_dataset"):
+        keys["data"] = tuple(_instruction_set(name) for name in flags.get("data", ()))
+    return keys
+
+
+def _keys_from(flags: Mapping[str, Any]) -> dict[str, Any]:
     given = {name: _text(flags[name]) for name in ALLOWED if flags.get(name) is not None}
     for name, value in given.items():
         if value not in ALLOWED[name].values:
@@ -177,31 +86,89 @@ def keys_from(flags: Mapping[str, Any]) -> dict[str, Any]:
     keys: dict[str, Any] = {}
     if "finetuning_type" in given:
         keys["lora"] = given["finetuning_type"] == "lora"
-    if given.get("disable_gradient_checkpointing") == "true":
-        keys["gradient_checkpointing"] = False
+    if "full_finetuning" in given:
+        keys["lora"] = given["full_finetuning"] == "false"
     if given.get("stage") == "pt":
         keys["data_format"] = "text"
+    if "neat_packing" in given:
+        keys["packing"] = True
     if flags.get("dataset_dir") and not flags.get("data"):
         keys["data"] = (flags["dataset_dir"],)  # Chinese-LLaMA-Alpaca: the folder is the data
-    return keys | _evaluation_keys(flags)
+    if flags.get("type") and not _starts_from_checkpoint(flags):
+        keys["model"] = _size_of(_text(flags["type"]))
+    return keys | _training_keys(flags)
+
+
+def _training_keys(flags: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what flags for memory, precision and continuing a run mean."""
+    keys: dict[str, Any] = {}
+    if _is_on(flags, "disable_gradient_checkpointing"):
+        keys["gradient_checkpointing"] = False
+    if any(_is_on(flags, name) for name in RECOMPUTATION):
+        keys["gradient_checkpointing"] = True
+    if _is_on(flags, "use_distributed_optimizer"):
+        keys["zero_stage"] = 1
+    if flags.get("initial_loss_scale"):
+        keys["initial_scale_power"] = _power_of_two(_text(flags["initial_loss_scale"]))
+    if flags.get("resume_from_checkpoint") is not None:
+        directory = " ".join(flags["resume_from_checkpoint"])
+        keys["resume"] = RESUME.get(directory.lower(), directory)
+    if flags.get("lora_load"):
+        keys |= continued_adapter(Path(" ".join(flags["lora_load"])), flags)
+    return keys
+
+
+def _starts_from_checkpoint(flags: Mapping[str, Any]) -> bool:
+    return bool(flags.get("ckpt")) and flags.get("init") != "scratch"
+
+
+def _size_of(type_name: str) -> str:
+    """Return our name of a size that AscendSpeed calls 7B, 30B or llama2-70B."""
+    size = type_name.removeprefix("llama2-").removeprefix("llama-")
+    return "33b" if size == "30b" else size
+
+
+def _power_of_two(text: str) -> int:
+    scale = _share(text)
+    power = math.log2(scale) if scale > 0 else -1.0
+    if power < 0 or power != int(power):
+        raise UserError(f"--initial_loss_scale {text}: expected a power of 2, such as 65536")
+    return int(power)
+
+
+def _instruction_set(name: str) -> str:
+    """Return the data set that AscendSpeed opens by a prefix, for instruction data."""
+    if name.endswith(PLAIN_TEXT):
+        raise UserError(
+            f"--is_instruction_dataset: {name} is text for pre-training; leave the flag out, or "
+            "name the prefix of instruction data"
+        )
+    is_packed = Path(f"{name}{PACKED_IDS}.idx").is_file()
+    return f"{name}{PACKED_IDS}" if is_packed else name
 
 
 def _evaluation_keys(flags: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what AscendSpeed's --split and --eval_interval mean.
+    """Return what AscendSpeed's --split, --eval_interval and --eval_iters mean.
 
-    Its validation and test parts are one part here, which is not trained on.
+    Its validation and test parts are one part here, which is not trained on. Nothing is evaluated
+    if there is no such part, or with --eval_iters 0.
     """
     keys: dict[str, Any] = {}
     split = flags.get("split")
     interval = flags.get("eval_interval")
-    if interval is not None:
-        keys["eval_strategy"] = "steps"
-        keys["eval_steps"] = _whole_number("eval_interval", _text(interval))
-        has_eval_data = bool(flags.get("eval_data") or flags.get("validation_split"))
-        if split is None and not has_eval_data:
-            split = [DEFAULT_SPLIT]
+    has_eval_data = bool(flags.get("eval_data") or flags.get("validation_split"))
+    if interval is not None and split is None and not has_eval_data:
+        split = [DEFAULT_SPLIT]
     if split is not None:
         keys["validation_split"] = _held_out(_text(split))
+    if interval is None:
+        return keys
+    eval_steps = _whole_number("eval_interval", _text(interval))
+    num_batches = _whole_number("eval_iters", _text(flags.get("eval_iters") or ["1"]))
+    has_part = has_eval_data or keys["validation_split"] > 0
+    if has_part and num_batches > 0:
+        keys["eval_strategy"] = "steps"
+        keys["eval_steps"] = eval_steps
     return keys
 
 
@@ -217,10 +184,36 @@ def _held_out(split: str) -> float:
     return sum(shares[1:]) / sum(shares)
 
 
+def with_global_batch_size(
+    flags: Mapping[str, Any], config: TrainConfig, world_size: int
+) -> TrainConfig:
+    """Return the settings with the accumulation that --global_batch_size asks for, if it is given.
+
+    Raises UserError if no accumulation makes that batch, or the command names another one.
+    """
+    if flags.get("global_batch_size") is None:
+        return config
+    rows = _whole_number("global_batch_size", _text(flags["global_batch_size"]))
+    data_ranks = max(1, world_size // (config.tensor_parallel * config.pipeline_parallel))
+    rows_at_once = config.per_device_train_batch_size * data_ranks
+    accumulation, rest = divmod(rows, rows_at_once)
+    if rest or accumulation == 0:
+        raise UserError(
+            f"--global_batch_size {rows} is no multiple of per_device_train_batch_size "
+            f"{config.per_device_train_batch_size} × {data_ranks} data ranks = {rows_at_once}"
+        )
+    typed = flags.get("gradient_accumulation_steps", accumulation)
+    if typed != accumulation:
+        raise UserError(
+            f"--global_batch_size {rows} means gradient_accumulation_steps = {accumulation}, the "
+            f"command says {typed}; leave one of them out"
+        )
+    return replace(config, gradient_accumulation_steps=accumulation)
+
+
 def refuse_contradictions(flags: Mapping[str, Any], config: TrainConfig) -> None:
     """Raise UserError for a flag that says something else than the settings of the run."""
-    wants_evaluation = flags.get("do_eval") is not None and _text(flags["do_eval"]) == "true"
-    if wants_evaluation and not (config.eval_data or config.validation_split):
+    if _is_on(flags, "do_eval") and not (config.eval_data or config.validation_split):
         raise UserError(f"--do_eval would be ignored: {NO_EVAL_DATA}")
     dtype = _text(flags.get("torch_dtype") or ["auto"])
     if dtype != "auto" and PRECISIONS[dtype] != config.precision:
@@ -234,6 +227,49 @@ def refuse_contradictions(flags: Mapping[str, Any], config: TrainConfig) -> None
             f"--local_rank {local_rank}: not what the launcher says in the environment; "
             "use torchrun --nproc_per_node N train.py"
         )
+    decay_steps = _text(flags.get("lr_decay_iters") or [str(config.max_steps)])
+    if decay_steps != str(config.max_steps):
+        raise UserError(
+            f"--lr_decay_iters {decay_steps}: the schedule ends with the run; leave it out, or "
+            f"give the same to --train_iters"
+        )
+
+
+def describes_model(flags: Mapping[str, Any]) -> bool:
+    """Tell whether flags say something about the model that only its config.json can answer."""
+    return any(flags.get(name) is not None for name in MODEL_FLAGS)
+
+
+def refuse_other_model(flags: Mapping[str, Any], llama: LlamaConfig) -> None:
+    """Raise UserError for a flag that describes another model than `llama`, the one to train."""
+    if _is_on(flags, "untie_embeddings_and_output_weights") and llama.tie_embeddings:
+        raise _other_model("untie_embeddings_and_output_weights", "its head is its embedding")
+    has_bias = llama.attention_bias or llama.mlp_bias
+    if _is_on(flags, "disable_bias_linear") and has_bias:
+        raise _other_model("disable_bias_linear", "its linear layers have biases")
+    if _is_on(flags, "group_query_attention") and llama.n_kv_heads == llama.n_heads:
+        reason = f"{llama.n_heads} query heads have {llama.n_kv_heads} key/value heads"
+        raise _other_model("group_query_attention", f"{reason}; --n_kv_heads N groups them")
+    if flags.get("make_vocab_size_divisible_by") is not None:
+        text = _text(flags["make_vocab_size_divisible_by"])
+        multiple = _whole_number("make_vocab_size_divisible_by", text)
+        if multiple == 0 or llama.vocab_size % multiple:
+            reason = f"its {llama.vocab_size} rows are not padded here"
+            raise _other_model(f"make_vocab_size_divisible_by {text}", reason)
+    if flags.get("type"):
+        size = published(_size_of(_text(flags["type"])))
+        if (size.n_layers, size.dim) != (llama.n_layers, llama.dim):
+            shape = f"it has {llama.n_layers} layers of width {llama.dim}"
+            raise _other_model(f"type {flags['type'][0]}", shape)
+
+
+def _other_model(flag: str, reason: str) -> UserError:
+    return UserError(f"--{flag} describes another model: {reason}; leave the flag out")
+
+
+def _is_on(flags: Mapping[str, Any], name: str) -> bool:
+    """Tell whether a switch was given, and not as false."""
+    return flags.get(name) is not None and _text(flags[name]) != "false"
 
 
 def _text(words: Sequence[str]) -> str:

@@ -9,7 +9,6 @@ with it. Only where a directory of theirs has no config.json, `reshard` takes th
 
 from argparse import SUPPRESS
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from minillama.cli import Parser
@@ -53,11 +52,6 @@ TYPES = {
     "30b": (60, 6656, 52, 52),
     "65b": (80, 8192, 64, 64),
 }
-
-
-def subcommand_of(word: str) -> str:
-    """Return our subcommand for the path or name of one of their scripts, and other words as is."""
-    return SUBCOMMANDS.get(Path(word).name.removesuffix(".py"), word)
 
 
 def add_number_flags(parser: Parser) -> None:

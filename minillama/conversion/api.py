@@ -19,6 +19,7 @@ from minillama.conversion.checksums import Equality, WrittenManifest
 from minillama.conversion.dataset import TokenizedDataset, tokenize_files
 from minillama.conversion.merge import MergeReport
 from minillama.conversion.meta import hf_to_meta, meta_to_hf
+from minillama.conversion.published_hashes import PublishedMatch
 from minillama.conversion.vocabulary import MergedTokenizer
 from minillama.conversion.writer import Conversion, Output
 from minillama.data.tokenize import DataOptions
@@ -182,8 +183,10 @@ def merge_lora(
     )
 
 
-def sha256(directory: DirectoryOrFile, check: DirectoryOrFile = "") -> WrittenManifest | Equality:
-    """Write DIR/manifest.json, or compare with the manifest or directory `check`."""
+def sha256(
+    directory: DirectoryOrFile, check: DirectoryOrFile = ""
+) -> WrittenManifest | Equality | PublishedMatch:
+    """Write DIR/manifest.json, or compare with a manifest, a directory or a published list."""
     if check:
         return checksums.check(Path(directory), Path(check))
     return checksums.write_manifest(Path(directory))

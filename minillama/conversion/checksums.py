@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from minillama.checkpoint.hf_reader import open_weights
 from minillama.conversion.meta_reader import read_meta
+from minillama.conversion.published_hashes import PublishedMatch, check_published, is_hash_list
 from minillama.conversion.writer import LazyTensors
 from minillama.errors import UserError
 from minillama.files import is_temporary, read_json, sha256_of, write_json
@@ -62,14 +63,16 @@ def write_manifest(directory: Path) -> WrittenManifest:
     return WrittenManifest(directory, content["content"])
 
 
-def check(directory: Path, against: Path) -> Equality:
-    """Compare a checkpoint with a manifest file, or with another checkpoint directory.
+def check(directory: Path, against: Path) -> Equality | PublishedMatch:
+    """Compare a checkpoint with a manifest, another checkpoint, or a published list of sha256.
 
-    Returns the hash of their content, and how many tensors are equal.
+    Returns the hash of their content and how many tensors are equal, or which model it is.
 
     Raises UserError naming the first tensor that differs. It says by how much, element by element
     if `against` is a directory, and else by the norms.
     """
+    if against.is_file() and is_hash_list(against):
+        return check_published(directory, against)
     expected = manifest(against) if against.is_dir() else _read_manifest(against)
     actual = manifest(directory)
     if "tensors" not in expected:  # of a run's final/

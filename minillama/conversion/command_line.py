@@ -6,12 +6,13 @@ This module imports no torch, so that --help is shown at once.
 from collections.abc import Callable
 from pathlib import Path
 
-from minillama.cli import Parser, parse_bool
+from minillama.cli import BOOLEAN, Parser
 from minillama.conversion.shared_flags import (
     add_count,
     add_megatron_input,
     add_megatron_output,
     add_output,
+    add_overwrite,
     add_path,
     add_weights_output,
     new_parser,
@@ -27,7 +28,8 @@ def meta() -> Parser:
     """Meta's layout (consolidated.*.pth, params.json) to Hugging Face's, or back.
 
     Reads any number of shards, all heads alike or grouped, either way of cutting the embedding.
-    Executes nothing that a file holds.
+    Executes nothing that a file holds. The command of transformers' convert_llama_weights_to_hf.py
+    works too, after convert.py, with Meta's root and --model_size.
 
     Examples
         python convert.py meta --input llama-2-13b/ --output llama-2-13b-hf
@@ -140,7 +142,9 @@ def merge_lora() -> Parser:
     Takes PEFT adapters of any age (adapter_model.safetensors or .bin, or a raw training state
     beside adapter_config.json), several in order, with grown vocabularies. Every key of an adapter
     is used exactly once, or it is an error. Prints, per layer, how much the weights changed, and by
-    how much merged and unmerged layers differ on random hidden states.
+    how much merged and unmerged layers differ on random hidden states. Chinese-LLaMA-Alpaca's
+    merge_llama_with_chinese_lora(_low_mem).py work too, after convert.py; they write pth unless
+    --output_type says huggingface.
 
     Example
         python convert.py merge-lora --base llama-7b-hf --lora chinese-llama-plus \\
@@ -182,15 +186,17 @@ def data() -> Parser:
     An input is a file, a folder, or a name in the dataset_info.json of --dataset_dir. Formats:
     alpaca, sharegpt and moss (conversations, rendered by --template), ascend, text (a document a
     file or record), lines (a document a line). After an interruption, the same command continues
-    where it stopped.
+    where it stopped. AscendSpeed's preprocess_data.py works too, after convert.py.
 
     Example
         python convert.py data --input alpaca.json --tokenizer llama/tokenizer.model \\
             --output my_data --template vicuna_v1.1
     """
     parser = new_parser(data)
-    add_output(parser, "what the data set's files are called before the dot")
+    add_overwrite(parser)
     add = parser.add_argument
+    prefix = "what the data set's files are called before the dot"
+    add("--output", type=Path, default=None, metavar="PATH", help=prefix)
     files = "raw files or folders: .json, .jsonl, .txt, .parquet"
     add("--input", nargs="+", required=True, metavar="FILE", help=files)
     tokenizer = "tokenizer.model or tokenizer.json, or a directory that holds one"
@@ -200,7 +206,7 @@ def data() -> Parser:
     add("--template", default="", metavar="NAME", help=template)
     add_count(parser, "--workers", "processes that tokenize [1]", default=1)
     append_eod = "end documents with the end-of-text token [true]"
-    add("--append_eod", type=parse_bool, default=True, metavar="true|false", help=append_eod)
+    add("--append_eod", **BOOLEAN, default=None, help=append_eod)
     skip = "leave malformed records out, count and list them, instead of stopping"
     add("--skip_bad_records", action="store_true", help=skip)
     dropped = "largest share of conversations without an answer; more stop the command [0.1]"
@@ -220,13 +226,16 @@ def sha256() -> Parser:
         python convert.py sha256 vicuna-7b                                 # vicuna-7b/manifest.json
         python convert.py sha256 vicuna-7b --check downloaded/manifest.json
         python convert.py sha256 vicuna-7b --check vicuna-7b-elsewhere
+        python convert.py sha256 llama-7b --check SHA256.md
 
-    The last one names the first tensor that differs, and by how much.
+    With a directory, the first tensor that differs is named, and by how much. With a list that a
+    publisher made (Markdown tables, or what sha256sum writes), the files are compared, and the
+    model is named that they are.
     """
     parser = new_parser(sha256)
     directory = "a checkpoint: Hugging Face's layout, Meta's, or an adapter"
     parser.add_argument("directory", type=Path, metavar="DIR", help=directory)
-    against = "compare with a manifest or checkpoint; writes nothing"
+    against = "compare with a manifest, a checkpoint or a published list; writes nothing"
     parser.add_argument("--check", type=Path, metavar="FILE|DIR", help=against)
     return parser
 

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from minillama.cli import Parser
+from minillama.compat import conversion as other_systems
 from minillama.compat import megatron as compat_megatron
-from minillama.compat.flags import CONVERSION
 
 WEIGHTS_DIRECTORY = "directory to write; complete or absent"
 DTYPES = ("float32", "bfloat16", "float16")
@@ -42,11 +42,10 @@ def parse_count(text: str) -> int:
 
 def new_parser(subcommand: Callable[[], Parser]) -> Parser:
     name = subcommand.__name__
-    return Parser(
-        CONVERSION.get(name) or compat_megatron.RENAMED.get(name),
-        prog=f"convert.py {name.replace('_', '-')}",
-        description=inspect.getdoc(subcommand),
-    )
+    program = f"convert.py {name.replace('_', '-')}"
+    parser = Parser(prog=program, description=inspect.getdoc(subcommand))
+    other_systems.add_flags(parser, name)
+    return parser
 
 
 def add_path(parser: Parser, flag: str, help: str) -> None:
@@ -58,9 +57,13 @@ def add_count(parser: Parser, flag: str, help: str, default: int = 0) -> None:
 
 
 def add_output(parser: Parser, help: str) -> None:
+    add_overwrite(parser)
+    add_path(parser, "--output", help)
+
+
+def add_overwrite(parser: Parser) -> None:
     overwrite = "replace an existing output, once the new one is complete"
     parser.add_argument("--overwrite", action="store_true", help=overwrite)
-    add_path(parser, "--output", help)
 
 
 def add_weights_output(parser: Parser) -> None:

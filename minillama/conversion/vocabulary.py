@@ -37,8 +37,9 @@ def merge_tokenizers(
     other kinds of files.
     """
     opened_base = open_tokenizer(base)
-    refuse_overlap(output, [opened_base.path, open_tokenizer(added).path])
-    merged = merge_vocabularies(base, added)
+    opened_added = open_tokenizer(added)
+    refuse_overlap(output, [opened_base.path, opened_added.path])
+    merged = merge_vocabularies(opened_base.path, opened_added.path)
     may_write = not output.exists() or (overwrite and output.is_file())
     if not may_write:
         raise UserError(f"{output}: already exists; --overwrite replaces a file")

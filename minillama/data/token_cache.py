@@ -49,6 +49,12 @@ def open_data(
     """
     if len(paths) == 1:
         complete_dataset(paths[0])
+        is_tokenized = find_part(paths[0]) is not None or is_dataset(paths[0])
+        if is_tokenized and options.max_samples:
+            raise UserError(
+                f"max_samples = {options.max_samples} counts records of raw files; {paths[0]} is "
+                "tokenized: leave it out, or name the raw file"
+            )
         if find_part(paths[0]):
             return MegatronDataset(paths[0], tokenizer.size)
         if is_dataset(paths[0]):
@@ -121,6 +127,8 @@ def _cache_prefix(sources: list[Source], tokenizer: Tokenizer, options: DataOpti
         "append_eod": options.append_eod,
         "skip_bad_records": options.skip_bad_records,
     }
+    if options.max_samples:
+        choices["max_samples"] = options.max_samples
     if any(source.data_format in READ_ANEW for source in sources):
         choices["reader"] = 2
     key = json.dumps([files, tokenizer.sha256, choices], sort_keys=True)

@@ -42,6 +42,7 @@ class DataOptions:
     base_template: str = ""  # the one that the base model was tuned with
     append_eod: bool = True  # end each document with EOS
     skip_bad_records: bool = False
+    max_samples: int = 0  # records read of each file, from its beginning; 0: all
     max_dropped: float = MAX_DROPPED  # the largest share of documents without a target
     dataset_dir: str = ""  # the folder of the dataset_info.json that names data sets
     cache_dir: str = ""  # empty: $XDG_CACHE_HOME/minillama
@@ -62,7 +63,7 @@ def build_dataset(
     """
     sources = detect_sources(files, options)
     template = choose_template(sources, options)
-    origin = _describe_origin(sources, tokenizer, template, options.append_eod)
+    origin = _describe_origin(sources, tokenizer, template, options)
     origin["unread_files"] = find_unread(files)
     if not options.quiet:
         for source in sources:
@@ -74,7 +75,7 @@ def build_dataset(
         tqdm(desc=f"tokenizing {prefix.name}", unit=" documents", disable=options.quiet) as bar,
     ):
         bar.update(writer.meta["documents"])
-        records = _read_sources(sources, split_text=tokenizer.splits_at_lines)
+        records = _read_sources(sources, tokenizer.splits_at_lines, options.max_samples)
         new_records = islice(records, writer.meta["records"], None)  # the others are written
         for chunk in map_in_order(encode, _chunks(new_records), options.workers):
             if chunk.bad and not options.skip_bad_records:
@@ -156,7 +157,7 @@ def choose_template(sources: Sequence[Source], options: DataOptions) -> str:
 
 
 def _describe_origin(
-    sources: list[Source], tokenizer: Tokenizer, template: str, append_eod: bool
+    sources: list[Source], tokenizer: Tokenizer, template: str, options: DataOptions
 ) -> dict[str, Any]:
     """What PREFIX.json says of how a data set was made."""
     described = {}
@@ -167,19 +168,31 @@ def _describe_origin(
             **file_stamp(source.path),
             "sha256": sha256_of(source.path),
         }
-    return {
+    origin = {
         "tokenizer_sha256": tokenizer.sha256,
         "template": template,
-        "append_eod": append_eod,
+        "append_eod": options.append_eod,
         "sources": described,
     }
+    if options.max_samples:
+        origin["max_samples"] = options.max_samples
+    return origin
 
 
-def _read_sources(sources: list[Source], split_text: bool) -> Iterator[tuple[Source, InputRecord]]:
+def _read_sources(
+    sources: list[Source], split_text: bool, max_samples: int
+) -> Iterator[tuple[Source, InputRecord]]:
+    """The records of all sources, of each the first max_samples (0: all)."""
     for source in sources:
         takes_text = source.data_format in PLAIN_TEXT
+        num_read = 0
         for record in read_records(source, split_text and takes_text):
+            if max_samples and num_read == max_samples:
+                break
             yield source, record
+            is_block = isinstance(record.value, TextBlock)  # of a text that is cut into several
+            if not is_block or record.value.is_last:
+                num_read += 1
 
 
 def _chunks(records: Iterable[tuple[Source, InputRecord]]) -> Iterator[Records]:

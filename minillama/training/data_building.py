@@ -90,6 +90,7 @@ def build_data(
         base_template=base_template,
         append_eod=config.append_eod,
         skip_bad_records=config.skip_bad_records,
+        max_samples=config.max_samples,
         max_dropped=config.max_dropped,
         dataset_dir=config.dataset_dir,
         cache_dir=config.cache_dir,

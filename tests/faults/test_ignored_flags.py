@@ -49,7 +49,7 @@ CKPT = "--ckpt BASE --data a.json"
         (f"{CKPT} --split 90,10 --eval_data b.json", "validation_split = 0.1 would be ignored"),
         (f"{CKPT} --eval_interval x", "--eval_interval x: expected a whole number"),
         (f"{CKPT} --world_size 8", "--world_size has no meaning without --dry_run"),
-        ("--load BASE --data a --lora_load CKPT", "--lora_load ckpt is not supported: to continue"),
+        ("--load BASE --data a --lora_load CKPT", "--lora_load CKPT: no such directory"),
         (f"{CKPT} --workers 0", "workers = 0: must be at least 1"),
     ],
 )
