@@ -138,19 +138,23 @@ class ShardedOptimizer:
         for vector in self.vectors:
             vector.gradients.clear()
 
-    def backward(self, loss: Tensor | None, active_ranks: int) -> None:
+    def backward(
+        self, output: Tensor | None, active_ranks: int, gradient: Tensor | None = None
+    ) -> None:
         """Add the gradients of this rank's next micro-batch.
 
         Args:
-            loss: None if this rank has no micro-batch this time, while others do.
+            output: the loss, or with `gradient` what another rank computes the loss from; None if
+                this rank has no micro-batch this time, while others do.
             active_ranks: how many ranks, from rank 0 on, have one.
+            gradient: that of the loss, which the other rank has scaled, by `output`.
         """
         for vector in self.vectors:
             vector.gradients.active_ranks = active_ranks
-        if loss is not None:
-            if self.loss_scale:
-                loss = loss * self.loss_scale.scale
-            loss.backward()
+        if output is not None:
+            if self.loss_scale and gradient is None:
+                output = output * self.loss_scale.scale
+            output.backward(gradient)
         for vector in self.vectors:
             vector.gradients.end_micro_batch()
 

@@ -1,9 +1,9 @@
 """The loss of the evaluation data: a mean over targets, with the data divided over the ranks."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from minillama import comm
 from minillama.data.batches import BatchPlan
@@ -12,12 +12,15 @@ from minillama.data.windows import Batch
 
 @torch.no_grad()
 def evaluation_loss(
-    model: nn.Module, plan: BatchPlan, data: comm.Mesh, loss_sum: Callable[[Batch], Tensor]
+    model: nn.Module,
+    plan: BatchPlan,
+    data: comm.Mesh,
+    losses_of: Callable[[Sequence[Batch]], list[float]],
 ) -> float:
     """The mean loss per target of all batches of a plan. Every rank gets the same number.
 
     data: the ranks that divide the micro-batches among them.
-    loss_sum: the sum of -log p over the targets of a micro-batch, ().
+    losses_of: the sums of -log p over the targets of micro-batches, one each.
     """
     model.eval()
     loss = 0.0
@@ -25,7 +28,7 @@ def evaluation_loss(
     for step in range(plan.total_steps):
         batches = plan.micro_batches(step)
         num_targets += sum(batch.targets for batch in batches)
-        for batch in batches[data.rank :: data.size]:
-            loss += float(loss_sum(batch))
+        for loss_of_batch in losses_of(batches[data.rank :: data.size]):
+            loss += loss_of_batch
     model.train()
     return sum(comm.gather_objects(data, loss)) / num_targets

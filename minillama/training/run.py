@@ -14,6 +14,7 @@ data and the token cache. `run_directory.start_run` changes the directory after 
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -38,6 +39,9 @@ from minillama.training.inputs import RunInputs, describe_inputs, read_inputs, r
 from minillama.training.run_directory import ResumePoint
 from minillama.training.summary import Summary
 
+if TYPE_CHECKING:
+    from minillama.parallel.pipeline import Stage
+
 
 @dataclass(frozen=True)
 class Run:
@@ -55,6 +59,7 @@ class Run:
     eval_batches: BatchPlan | None
     model: Llama
     lora: LoraConfig | None  # None: every parameter is trained
+    stage: "Stage | None"  # this rank's part of a pipeline; None: it has all layers
     optimizer: ShardedOptimizer
     resume_point: ResumePoint | None  # None: it starts at step 0
     typed_config: TrainConfig  # as it was given: what train_config.json holds
@@ -110,6 +115,7 @@ def prepare(config: TrainConfig, mesh: comm.Mesh, overwrite: bool = False) -> Ru
     model, lora = model_building.build_model(config, base, llama, tokenizer, mesh)
     pretrained = base if config.init == "pretrained" else None
     model.config = with_stop_ids(model.config, pretrained, tokenizer, data.template)
+    stage = _keep_stage(model, config, grid)
     optimizer = ShardedOptimizer(model.named_parameters(), grid.data, config)
     return Run(
         config=config,
@@ -122,12 +128,22 @@ def prepare(config: TrainConfig, mesh: comm.Mesh, overwrite: bool = False) -> Ru
         eval_batches=data.eval_batches,
         model=model,
         lora=lora,
+        stage=stage,
         optimizer=optimizer,
         resume_point=resume_point,
         typed_config=typed_config,
         inputs=inputs,
         in_use=(*sources.data, sources.tokenizer, sources.cache_dir),
     )
+
+
+def _keep_stage(model: Llama, config: TrainConfig, grid: Grid) -> "Stage | None":
+    """Cut a model into pipeline stages, if the run has any."""
+    if grid.stage.size == 1:
+        return None
+    from minillama.parallel import pipeline
+
+    return pipeline.keep_stage(model, grid.stage, has_dropout=config.lora_dropout > 0)
 
 
 def _compare_inputs(

@@ -29,7 +29,7 @@ from minillama.device import seeded
 from minillama.files import write_json
 from minillama.ops import Documents
 from minillama.train_config import TrainConfig
-from minillama.training import run_directory
+from minillama.training import run_directory, stages
 from minillama.training.evaluation import evaluation_loss
 from minillama.training.finite import SkipWatch, non_finite_on_any_rank, refuse_useless_model
 from minillama.training.messages import describe_start, describe_stop
@@ -109,6 +109,13 @@ class Trainer:
         Returns each micro-batch's share of the mean loss, (len(batches),); Stopped if a signal
         came.
         """
+        if self.run.stage is not None:
+            signal = self.signal_on_any_rank()  # within a step, stages wait for each other
+            if signal:
+                return Stopped(signal, self.step)
+            return stages.forward_backward(
+                self.run, batches, lambda index: self.seeded_loss_sum(batches[index], index)
+            )
         data = self.grid.data
         num_targets = max(1, sum(batch.targets for batch in batches))
         losses = torch.zeros(len(batches), device=data.device)  # fp32; each from one data rank
@@ -119,8 +126,7 @@ class Trainer:
             index = first + data.rank  # micro-batch first + r is data rank r's
             loss = None
             if index < len(batches):
-                with seeded(self.dropout_seed(index), data.device):
-                    loss = self.loss_sum(batches[index]) / num_targets
+                loss = self.seeded_loss_sum(batches[index], index) / num_targets
                 losses[index] = loss.detach()
             active_ranks = min(data.size, len(batches) - first)
             self.optimizer.backward(loss, active_ranks)
@@ -139,8 +145,16 @@ class Trainer:
         sequence = np.random.SeedSequence((self.config.seed, self.step, micro_batch))
         return int(sequence.generate_state(1)[0])
 
+    def seeded_loss_sum(self, batch: Batch, index: int) -> torch.Tensor:
+        """`loss_sum` of micro-batch number `index` of this step, with its dropout."""
+        with seeded(self.dropout_seed(index), self.mesh.device):
+            return self.loss_sum(batch)
+
     def loss_sum(self, batch: Batch) -> torch.Tensor:
-        """The sum of -log p over the targets of a micro-batch, ()."""
+        """The sum of -log p over the targets of a micro-batch, ().
+
+        With pipeline stages, only the last one returns it; the others return activations.
+        """
         device = self.mesh.device
         tokens = torch.from_numpy(batch.tokens).unsqueeze(0).to(device)  # (1, T)
         labels = torch.from_numpy(batch.labels).unsqueeze(0).to(device)  # (1, T)
@@ -150,7 +164,13 @@ class Trainer:
         """The mean loss per target of the evaluation data."""
         plan = self.run.eval_batches
         assert plan is not None, "evaluate is called only if there is evaluation data"
-        return evaluation_loss(self.model, plan, self.grid.data, self.loss_sum)
+        return evaluation_loss(self.model, plan, self.grid.data, self.losses_of)
+
+    def losses_of(self, batches: Sequence[Batch]) -> list[float]:
+        """The loss sums of micro-batches, one each."""
+        if self.run.stage is not None:
+            return stages.losses_of(self.run, batches, self.loss_sum)
+        return [float(self.loss_sum(batch)) for batch in batches]
 
     def is_evaluation_due(self) -> bool:
         if self.run.eval_batches is None:
