@@ -14,6 +14,7 @@ at a time writes a path; locks, and directories that are complete or absent, are
 output_directory.py.
 """
 
+import csv
 import hashlib
 import io
 import json
@@ -200,6 +201,15 @@ def json_line(record: dict[str, Any]) -> str:
 def write_json_lines(path: Path, records: Iterable[dict[str, Any]]) -> None:
     """Write one record a line. At any moment the path holds the old records or the new ones."""
     write_text(path, "".join(map(json_line, records)))
+
+
+def write_csv(path: Path, columns: Iterable[str], rows: Iterable[Iterable[Any]]) -> None:
+    """Write a CSV file with a header. At any moment the path holds the old rows or the new ones."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(columns)
+    writer.writerows(rows)
+    write_text(path, text.getvalue())
 
 
 def flush_to_disk(path: Path) -> None:

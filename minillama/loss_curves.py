@@ -1,14 +1,17 @@
-"""Loss curves: read metrics.jsonl, smooth the loss, and draw loss.png."""
+"""Loss curves: read metrics.jsonl, smooth the loss, and draw it over the steps."""
 
 import math
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from minillama.errors import UserError
 from minillama.files import new_file, read_json_lines
 
-Curve = list[tuple[int, float]]  # (step, loss)
+Curve = list[tuple[int, float]]  # (step, value)
+
+LOSS_LABEL = "loss per target token"
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -17,24 +20,30 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def smoothed(values: list[float]) -> list[float]:
-    """Exponential moving average, as LLaMA-Factory draws it.
+    """Exponential moving average with the bias of its start removed, as Adam removes it.
 
-        average = w * average + (1 - w) * value      w = 1.8 (sigmoid(0.05 n) - 0.5)
+        sum_k = w * sum_(k-1) + (1 - w) * value_k      sum_0 = 0
+        average_k = sum_k / (1 - w^k)
 
-    The more values (n), the more of them are averaged.
+    The first average is the first value, which then fades as all values do. With the sum started
+    at the first value instead, a high first loss stays in the averages for a long time. w is
+    LLaMA-Factory's, 1.8 (sigmoid(0.05 n) - 0.5): the more values (n), the more of them are
+    averaged.
     """
     sigmoid = 1 / (1 + math.exp(-0.05 * len(values)))
     w = 1.8 * (sigmoid - 0.5)
-    averages = values[:1]
-    for value in values[1:]:
-        averages.append(w * averages[-1] + (1 - w) * value)
+    weighted_sum = 0.0
+    averages = []
+    for k, value in enumerate(values, start=1):
+        weighted_sum = w * weighted_sum + (1 - w) * value
+        averages.append(weighted_sum / (1 - w**k))
     return averages
 
 
-def plot_loss(out_dir: Path, insist: bool) -> None:
+def plot_loss(out_dir: Path) -> None:
     """Draw out_dir/loss.png: the loss, the smoothed loss, and the validation loss if there is one.
 
-    insist: raise UserError if matplotlib is missing. Otherwise nothing is drawn then.
+    Raises UserError if matplotlib is missing.
     """
     metrics = read_metrics(out_dir / "metrics.jsonl")
     losses = curve_of(metrics, "loss")
@@ -46,9 +55,7 @@ def plot_loss(out_dir: Path, insist: bool) -> None:
     validation = curve_of(metrics, "eval_loss")
     if validation:
         curves["validation"] = validation
-    drawn = draw_losses(out_dir / "loss.png", curves, f"training loss of {out_dir.name}")
-    if drawn is None and insist:
-        raise UserError("plot_loss needs matplotlib; pip install 'minillama[plot]'")
+    draw_curves(out_dir / "loss.png", curves, LOSS_LABEL, f"training loss of {out_dir.name}")
 
 
 def curve_of(metrics: list[dict[str, Any]], name: str) -> Curve:
@@ -56,23 +63,34 @@ def curve_of(metrics: list[dict[str, Any]], name: str) -> Curve:
     return [(m["step"], m[name]) for m in metrics if m.get(name) is not None]
 
 
-def draw_losses(path: Path, curves: dict[str, Curve], title: str = "") -> Path | None:
-    """Draw curves by name, the first one faint. Returns `path`; None if matplotlib is missing."""
+def needs_log_scale(curves: Mapping[str, Curve]) -> bool:
+    """Whether the values are positive, and the largest is ten times the smallest or more."""
+    values = [value for curve in curves.values() for _, value in curve]
+    return min(values) > 0 and max(values) >= 10 * min(values)
+
+
+def draw_curves(path: Path, curves: Mapping[str, Curve], label: str, title: str = "") -> None:
+    """Draw curves by name, the first of several faint. label: of the values' axis.
+
+    Raises UserError if matplotlib is missing.
+    """
     os.environ.setdefault("MPLBACKEND", "Agg")
     try:
         from matplotlib import pyplot
     except ImportError:
-        return None
+        raise UserError("matplotlib is not installed; pip install matplotlib") from None
     figure, axes = pyplot.subplots(figsize=(7, 4), layout="tight")
     for number, (name, curve) in enumerate(curves.items()):
-        steps, losses = zip(*curve, strict=True)
+        steps, values = zip(*curve, strict=True)
         style = "o-" if name == "validation" else "-"
-        alpha = 0.35 if number == 0 else 1.0
-        axes.plot(steps, losses, style, markersize=3, alpha=alpha, label=name)
-    axes.set(xlabel="step", ylabel="loss per target token", title=title)
+        is_faint = number == 0 and len(curves) > 1
+        alpha = 0.35 if is_faint else 1.0
+        axes.plot(steps, values, style, markersize=3, alpha=alpha, label=name)
+    axes.set(xlabel="step", ylabel=label, title=title)
+    if needs_log_scale(curves):
+        axes.set_yscale("log")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
     with new_file(path) as file:
         figure.savefig(file, format="png", dpi=100)
     pyplot.close(figure)
-    return path

@@ -1,14 +1,17 @@
 """Figures of a run: FLOPs, the smoothed loss, and the last lines that are printed."""
 
 import math
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from minillama.errors import UserError
 from minillama.hf_config import published
-from minillama.loss_curves import smoothed
+from minillama.loss_curves import needs_log_scale, smoothed
 from minillama.training.messages import closing_message
+from minillama.training.metrics import draw_loss
 from minillama.training.summary import throughput, training_flops
 
 
@@ -51,11 +54,35 @@ def test_the_flops_formula_gives_the_published_tables(
     assert tflops == pytest.approx(published_tflops, rel=0.01)
 
 
-def test_smoothing_starts_at_the_first_loss_and_follows_the_rest() -> None:
-    assert smoothed([3.0]) == [3.0]
+def test_smoothing_has_no_bias_towards_the_first_loss() -> None:
+    assert smoothed([3.0]) == pytest.approx([3.0])
     assert smoothed([2.0] * 10) == pytest.approx([2.0] * 10)
     w = 1.8 * (1 / (1 + math.exp(-0.1)) - 0.5)
-    assert smoothed([1.0, 0.0]) == pytest.approx([1.0, w])
+    assert smoothed([1.0, 0.0]) == pytest.approx([1.0, w / (1 + w)])  # weights w and 1
+    high_first_loss = [1.0] + [0.0] * 99  # of 100 values w is 0.89
+    assert smoothed(high_first_loss)[20] < 0.02  # started at the first loss: 0.89^20, 0.09
+
+
+def test_the_axis_is_logarithmic_if_the_range_is_a_factor_of_ten() -> None:
+    assert needs_log_scale({"loss": [(1, 10.0), (2, 1.0)]})
+    assert not needs_log_scale({"loss": [(1, 10.0), (2, 1.1)]})
+    assert not needs_log_scale({"error": [(1, 1.0), (2, 0.0)]})
+    assert needs_log_scale({"a": [(1, 10.0)], "b": [(1, 0.5)]})
+
+
+def test_a_plot_that_is_not_drawn_is_said_in_one_line_with_the_install_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    draw_loss(tmp_path, insist=False)
+    printed = capsys.readouterr().out.splitlines()
+    assert printed == [
+        f"note: {tmp_path}/loss.png was not drawn: "
+        "matplotlib is not installed; pip install matplotlib"
+    ]
+    with pytest.raises(UserError, match="pip install matplotlib"):
+        draw_loss(tmp_path, insist=True)
 
 
 def test_the_speed_counts_the_document_that_a_token_is_in_on_average() -> None:

@@ -12,12 +12,13 @@ update skipped by the fp16 loss scale) must be so in both runs.
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from minillama.errors import UserError
 from minillama.evaluation.options import EvalOptions
 from minillama.evaluation.report import EvalResult
-from minillama.files import parsing, write_json
-from minillama.loss_curves import Curve, draw_losses, read_metrics
+from minillama.files import parsing, write_csv, write_json
+from minillama.loss_curves import LOSS_LABEL, Curve, draw_curves, read_metrics
 
 LIMITS = {"mean_relative": 0.02, "mean_absolute": 0.005}
 
@@ -41,14 +42,26 @@ class LossErrors:
         return {name: abs(errors[name]) <= limit for name, limit in LIMITS.items()}
 
 
+class StepErrors(NamedTuple):
+    """How far the loss a of a step is from the reference's loss b."""
+
+    step: int
+    loss: float  # a
+    reference: float  # b
+    relative: float  # (a - b) / b
+    absolute: float  # |a - b|
+
+
 def evaluate(options: EvalOptions) -> EvalResult:
     """Compare the run --data with the reference --compare.
 
-    With --out, summary.json is written there, and loss.png if matplotlib is installed.
+    With --out, summary.json and errors.csv are written there, and three plots if matplotlib is
+    installed.
     """
     run = read_losses(Path(options.data))
     reference = read_losses(Path(options.compare))
-    errors = compare(run, reference)
+    steps = errors_by_step(run, reference)
+    errors = summarise(steps, only_in_one=len(run.keys() ^ reference.keys()))
     summary = {
         "task": "loss",
         "run": options.data,
@@ -60,19 +73,31 @@ def evaluate(options: EvalOptions) -> EvalResult:
     if options.out:
         out = Path(options.out)
         write_json(out / "summary.json", summary)
+        write_csv(out / "errors.csv", StepErrors._fields, steps)
         curves = {options.data: curve_of(run), options.compare: curve_of(reference)}
-        plot = draw_losses(out / "loss.png", curves)
-        table += f"\nplot: {plot or 'not drawn; pip install minillama[plot]'}"
+        table += f"\n{draw(out, curves, steps)}"
     return EvalResult(summary, table)
 
 
-def compare(run: Losses, reference: Losses) -> LossErrors:
-    """The errors over the steps that both runs have.
+def draw(out: Path, losses: dict[str, Curve], steps: list[StepErrors]) -> str:
+    """Draw the losses of both runs, and the size of their errors. Returns a line about it."""
+    relative = [(step.step, abs(step.relative)) for step in steps]
+    absolute = [(step.step, step.absolute) for step in steps]
+    try:
+        draw_curves(out / "loss.png", losses, LOSS_LABEL)
+        draw_curves(out / "relative_error.png", {"relative error": relative}, "|a - b| / b")
+        draw_curves(out / "absolute_error.png", {"absolute error": absolute}, "|a - b|")
+    except UserError as error:
+        return f"plots: not drawn: {error}"
+    return f"plots: {out / 'loss.png'}, relative_error.png, absolute_error.png"
+
+
+def errors_by_step(run: Losses, reference: Losses) -> list[StepErrors]:
+    """The errors of each step for which both runs have a finite loss.
 
     Raises UserError if there is none, or a step has no meaningful error.
     """
-    differences = []
-    relative = []
+    errors = []
     for step in sorted(run.keys() & reference.keys()):
         a = run[step]
         b = reference[step]
@@ -87,16 +112,21 @@ def compare(run: Losses, reference: Losses) -> LossErrors:
             raise UserError(
                 f"step {step}: the reference's loss is 0, so an error relative to it has no meaning"
             )
-        differences.append(abs(a - b))
-        relative.append((a - b) / b)
-    if not relative:
+        errors.append(StepErrors(step, a, b, relative=(a - b) / b, absolute=abs(a - b)))
+    if not errors:
         raise UserError("the runs have no step with a loss in common")
+    return errors
+
+
+def summarise(steps: list[StepErrors], only_in_one: int) -> LossErrors:
+    """The means and the largest of the errors of steps."""
+    n = len(steps)
     return LossErrors(
-        n=len(relative),
-        only_in_one=len(run.keys() ^ reference.keys()),
-        mean_relative=sum(relative) / len(relative),
-        max_relative=max(map(abs, relative)),
-        mean_absolute=sum(differences) / len(differences),
+        n=n,
+        only_in_one=only_in_one,
+        mean_relative=sum(step.relative for step in steps) / n,
+        max_relative=max(abs(step.relative) for step in steps),
+        mean_absolute=sum(step.absolute for step in steps) / n,
     )
 
 

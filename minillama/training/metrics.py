@@ -101,11 +101,11 @@ class TrainingLog:
 def draw_loss(out_dir: Path, insist: bool) -> None:
     """Draw loss.png. If that fails, the run is finished all the same, unless the user insists."""
     try:
-        loss_curves.plot_loss(out_dir, insist)
+        loss_curves.plot_loss(out_dir)
     except (UserError, OSError) as error:
         if insist:
             raise
-        print(f"WARNING: no loss.png was drawn: {error}")
+        print(f"note: {out_dir / 'loss.png'} was not drawn: {error}")
 
 
 def draw_missing_loss(out_dir: Path, insist: bool, enabled: bool) -> None:

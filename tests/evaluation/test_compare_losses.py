@@ -1,13 +1,26 @@
 """The losses of two runs: errors worked by hand, and runs that cannot be compared."""
 
+import csv
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from minillama.errors import UserError
-from minillama.evaluation.compare_losses import compare, read_losses
+from minillama.evaluation import compare_losses
+from minillama.evaluation.compare_losses import (
+    LossErrors,
+    Losses,
+    errors_by_step,
+    read_losses,
+    summarise,
+)
+
+
+def compare(run: Losses, reference: Losses) -> LossErrors:
+    return summarise(errors_by_step(run, reference), len(run.keys() ^ reference.keys()))
 
 
 @pytest.fixture
@@ -100,7 +113,52 @@ def test_the_losses_of_two_runs_are_compared_and_drawn(
     printed = capsys.readouterr().out
     assert printed.count("pass") == 2
     assert "FAIL" not in printed
-    assert (out / "loss.png").stat().st_size > 1000
-    assert sorted(path.name for path in out.iterdir()) == ["loss.png", "summary.json"]
+    plots = ["absolute_error.png", "loss.png", "relative_error.png"]
+    for name in plots:
+        assert (out / name).stat().st_size > 1000
+    assert sorted(path.name for path in out.iterdir()) == sorted(
+        ["errors.csv", "summary.json", *plots]
+    )
+    assert (out / "errors.csv").read_text().splitlines()[0] == (
+        "step,loss,reference,relative,absolute"
+    )
     summary = json.loads((out / "summary.json").read_text())
     assert summary["mean_absolute"] == pytest.approx(0.0005)
+
+
+def test_without_matplotlib_the_install_command_is_printed_once(
+    main: Callable,
+    write_metrics: Callable,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    file = str(write_metrics("a.jsonl", {1: 2.0, 2: 1.0}))
+    out = tmp_path / "out"
+    main(["--task", "loss", "--data", file, "--compare", file, "--out", str(out)])
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[-1] == "plots: not drawn: matplotlib is not installed; pip install matplotlib"
+    assert sorted(path.name for path in out.iterdir()) == ["errors.csv", "summary.json"]
+
+
+def test_the_errors_of_each_step_are_written_and_drawn_as_their_size(
+    main: Callable, write_metrics: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn = {}
+
+    def draw_curves(path: Path, curves: dict, label: str) -> None:
+        drawn[path.name] = list(curves.values())
+
+    monkeypatch.setattr(compare_losses, "draw_curves", draw_curves)
+    run = str(write_metrics("a.jsonl", {1: 2.2, 2: 0.9}))
+    reference = str(write_metrics("b.jsonl", {1: 2.0, 2: 1.0}))
+    out = tmp_path / "out"
+    main(["--task", "loss", "--data", run, "--compare", reference, "--out", str(out)])
+    rows = list(csv.DictReader((out / "errors.csv").read_text().splitlines()))
+    assert [float(row["relative"]) for row in rows] == pytest.approx([0.1, -0.1])
+    assert [float(row["absolute"]) for row in rows] == pytest.approx([0.2, 0.1])
+    sizes = {name: [value for _, value in curves[0]] for name, curves in drawn.items()}
+    assert sizes["relative_error.png"] == pytest.approx([0.1, 0.1])
+    assert sizes["absolute_error.png"] == pytest.approx([0.2, 0.1])
+    assert len(drawn["loss.png"]) == 2
