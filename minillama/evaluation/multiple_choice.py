@@ -14,7 +14,7 @@ from minillama.evaluation.batching import Query
 from minillama.evaluation.likelihood import QueryResult
 from minillama.evaluation.options import EvalOptions
 from minillama.evaluation.protocols import TASKS, Protocol, Question, Setup, find_protocol
-from minillama.evaluation.questions import find_files, read_questions, read_shots
+from minillama.evaluation.questions import find_files, find_root, read_questions, read_shots
 from minillama.evaluation.report import Record
 from minillama.files import sha256_of
 from minillama.tokenizer import Tokenizer
@@ -42,7 +42,7 @@ class MultipleChoice:
         self.questions: dict[str, Question] = {}
         self.queries: dict[str, Query] = {}
 
-        data = Path(options.data)
+        data = find_root(self.task, Path(options.data))
         files = find_files(self.task, data, options.subjects)
         self.hashes = {subject: sha256_of(file) for subject, file in files.items()}
         for subject, file in files.items():

@@ -20,8 +20,9 @@ class EvalOptions:
     limit: int = 0  # the first N questions of each subject; 0: all, and 300 in all for the demo
     batch_size: int = 8  # rows computed together; changes no score
     max_length: int = 0  # longest prompt in tokens; 0: the model's context
-    compare: str = ""  # another summary.json; loss: the metrics.jsonl of the reference run
+    compare: str = ""  # see `references`; loss: the metrics.jsonl of the reference run
     out: str = ""  # directory for summary.json and predictions.jsonl; "": they are not written
+    csv: bool = False  # write the table and the predictions as CSV too
     seed: int = 0  # of the untrained model that the demo is compared with
 
 
@@ -41,6 +42,8 @@ def check(options: EvalOptions, has_model: bool) -> None:
         command = f"python eval.py --task {task.name} {task.command}"
         source = f"; {task.name} is published at {task.published}" if task.published else ""
         raise UserError(f"{' and '.join(missing)} missing; type: {command}{source}")
+    if options.csv and not options.out:
+        raise UserError("--csv needs --out DIR, where summary.csv and predictions.csv are written")
     for name, minimum in MINIMUMS.items():
         value = getattr(options, name)
         if value is not None and value < minimum:

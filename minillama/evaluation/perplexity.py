@@ -80,7 +80,7 @@ class Perplexity:
         lines = []
         for name in METRICS:
             line = f"{name:15}{summary[name]:>12.4f}"
-            if reference:
+            if reference and name in reference:
                 difference = summary[name] - reference[name]
                 line += f"   reference {reference[name]:.4f}, difference {difference:+.4f}"
             lines.append(line)

@@ -16,7 +16,10 @@ from minillama.evaluation.protocols import LETTERS, Question, Task
 
 
 def find_files(task: Task, path: Path, subjects: tuple[str, ...] = ()) -> dict[str, Path]:
-    """The file of each subject, sorted by name. `subjects` chooses some of them; (): all."""
+    """The file of each subject, sorted by name. `subjects` chooses some of them; (): all.
+
+    path: as `find_root` returns it.
+    """
     files = _all_files(task, path)
     if not files:
         raise UserError(
@@ -32,13 +35,35 @@ def find_files(task: Task, path: Path, subjects: tuple[str, ...] = ()) -> dict[s
     return {subject: file for subject, file in files.items() if subject in subjects}
 
 
+def find_root(task: Task, path: Path) -> Path:
+    """The file or folder that `path` means: itself, the folder around it, or one inside it.
+
+    The published archives hold a folder `data`, and other programs are given the folder of a split,
+    such as mmlu/data/test, beside which the solved examples are.
+    """
+    split_folder = Path(task.files).parts[0]
+    folders = [path, path / "data", path / "test", path / "data/test"]
+    if path.name == split_folder:
+        folders.append(path.parent)
+    for folder in folders:
+        if _all_files(task, folder):
+            return folder
+    return path
+
+
 def _all_files(task: Task, path: Path) -> dict[str, Path]:
+    """The file of each subject; of a task without subjects, the one file in a folder."""
     if "{}" in task.files:
         suffix = task.files.partition("{}")[2]
         files = sorted(path.glob(task.files.replace("{}", "*")))
         return {file.name.removesuffix(suffix): file for file in files}
-    file = path / task.files if path.is_dir() else path
-    return {task.name: file} if file.is_file() else {}
+    files = [path]
+    if path.is_dir():
+        files = [path / task.files]
+        if not files[0].is_file():
+            files = list(path.glob("*.jsonl"))
+    is_clear = len(files) == 1 and files[0].is_file()
+    return {task.name: files[0]} if is_clear else {}
 
 
 def read_shots(task: Task, subject: str, path: Path, count: int) -> list[Question]:

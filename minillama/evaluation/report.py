@@ -99,18 +99,22 @@ class Row:
 def format_table(summary: Record, reference: Record | None = None) -> str:
     """A line for each subject, group and total, then warnings.
 
-    reference: another summary, whose accuracy and difference become two columns. Then the largest
-    differences come first.
+    reference: see `references.read_reference`. Its accuracy and the difference become two columns,
+    and the largest differences come first.
     """
-    rows = rows_of(summary)
     header = f"{'subject':44}{'questions':>9}{'accuracy':>10}{'stderr':>9}{'majority':>10}"
     if reference:
-        rows = add_references(rows, reference)
         header += f"{'reference':>11}{'difference':>12}"
     lines = [f"{header}  sha256"]
-    for row in rows:
+    for row in table_rows(summary, reference):
         lines.append(format_row(row, has_reference=bool(reference)))
     return "\n".join([*lines, *notes(summary)])
+
+
+def table_rows(summary: Record, reference: Record | None = None) -> list[Row]:
+    """The lines of a table, with the accuracies of a reference if there is one."""
+    rows = rows_of(summary)
+    return add_references(rows, reference) if reference else rows
 
 
 def rows_of(summary: Record) -> list[Row]:

@@ -23,10 +23,13 @@ from minillama.evaluation.likelihood import QueryResult, score_queries
 from minillama.evaluation.multiple_choice import MultipleChoice
 from minillama.evaluation.options import EvalOptions
 from minillama.evaluation.perplexity import Perplexity
+from minillama.evaluation.references import read_reference
 from minillama.evaluation.report import EvalResult, Record
-from minillama.files import parsing, read_json, write_json
+from minillama.evaluation.result_files import write_results
+from minillama.files import write_json
 from minillama.generation.engine import Engine
 from minillama.generation.loading import LoadOptions, load_engine, weights_checksum
+from minillama.llama_config import LlamaConfig
 from minillama.model import Llama
 from minillama.threads import use_threads_for
 
@@ -38,10 +41,12 @@ def evaluate(
     model: Engine | LoadOptions,
     mesh: Mesh,
     announce: Callable[[str], None] = lambda headline: None,
+    check_config: Callable[[LlamaConfig], None] = lambda config: None,
 ) -> EvalResult:
     """Score a model on a task that reads data. Every rank calls it; rank 0 writes --out.
 
     announce: called once, before the first question, with a line on the model and the protocol.
+    check_config: called once, when the model is loaded; may raise UserError.
     """
     start = time.perf_counter()
     reference = read_reference(options)
@@ -52,6 +57,7 @@ def evaluate(
     else:
         dtype = str(model.model.lm_head.weight.dtype).removeprefix("torch.")
         engine = model
+    check_config(engine.model.config)
     max_length = options.max_length or engine.model.config.max_seq_len
     check_length(max_length, engine.model)
     benchmark = make_benchmark(options, engine, max_length)
@@ -74,22 +80,8 @@ def evaluate(
     }
     if out and mesh.is_first:
         write_json(out / "summary.json", summary)
-    with parsing(options.compare):
-        table = benchmark.format_table(summary, reference)
-    return EvalResult(summary, table, records)
-
-
-def read_reference(options: EvalOptions) -> Record | None:
-    """The summary of --compare. Raises UserError if it is of another task."""
-    if not options.compare:
-        return None
-    reference = read_json(Path(options.compare))
-    task = reference.get("task")
-    if task != options.task:
-        raise UserError(
-            f"{options.compare}: not a summary of --task {options.task}, but of {task!r}"
-        )
-    return reference
+        write_results(options, summary, reference, records)
+    return EvalResult(summary, benchmark.format_table(summary, reference), records)
 
 
 def check_length(max_length: int, model: Llama) -> None:
