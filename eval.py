@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from minillama import cli, threads
+from minillama.compat import evaluation_flags
 from minillama.evaluation.options import EvalOptions, check
 from minillama.evaluation.protocols import TASKS
 from minillama.options import from_flags
@@ -37,15 +38,19 @@ FLAGS = (
     Flag("batch_size", int, "N", "rows computed at once; changes no score [8]"),
     Flag("max_length", int, "N", "longest prompt in tokens [the model's context]"),
     Flag("compare", str, "FILE",
-         "another summary.json to compare with; loss: the reference's metrics.jsonl"),
+         "a reference: another summary.json, or accuracies by subject as JSON or CSV; "
+         "loss: the reference's metrics.jsonl"),
     Flag("out", str, "DIR",
          "write summary.json and predictions.jsonl; an interrupted run goes on from them"),
-    Flag("seed", int, "N", "demo: seed of the untrained model that is printed beside [0]"),
+    Flag("csv", bool, "", "write summary.csv and predictions.csv below --out too"),
+    Flag("seed", int, "N",
+         "demo: seed of the untrained model that is printed beside; no other score needs one [0]"),
 )
 # fmt: on
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
+    """The flags, with those of other systems as ours; `translation` has what is to be checked."""
     parser = cli.Parser(
         prog="eval.py",
         description=f"{__doc__}\n{EXAMPLES}",
@@ -53,20 +58,25 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     )
     parser.add_model_flags()
     for flag in FLAGS:
-        parser.add_argument(
-            f"--{flag.name}",
-            type=flag.type,
-            default=getattr(EvalOptions, flag.name),
-            metavar=flag.metavar,
-            help=flag.help,
-        )
+        add_flag(parser, flag)
     about = "print the tasks, their protocols and the files each one reads"
     parser.add_argument("--list_tasks", action="store_true", help=about)
+    evaluation_flags.TABLE.add_to(parser)
     flags = parser.parse_args(arguments)
+    flags.translation = evaluation_flags.translate(vars(flags))
+    vars(flags).update(flags.translation.flags)
     if flags.task == "loss":
         names = ("base", "lora", "tokenizer", "device", "dtype", "ops")
         parser.refuse(flags, "for --task loss, which loads no model", names)
     return flags
+
+
+def add_flag(parser: cli.Parser, flag: Flag) -> None:
+    keywords: dict[str, Any] = {"type": flag.type, "metavar": flag.metavar}
+    if flag.type is bool:
+        keywords = cli.BOOLEAN
+    default = getattr(EvalOptions, flag.name)
+    parser.add_argument(f"--{flag.name}", default=default, help=flag.help, **keywords)
 
 
 def main(arguments: list[str]) -> int:
@@ -116,8 +126,9 @@ def score(options: EvalOptions, flags: argparse.Namespace) -> None:
     from minillama.generation.loading import LoadOptions
 
     load_options = from_flags(LoadOptions, vars(flags))
+    check_config = flags.translation.check_numbers
     with comm.start(load_options.device) as mesh:
-        result = runner.evaluate(options, load_options, mesh, announce=mesh.print)
+        result = runner.evaluate(options, load_options, mesh, mesh.print, check_config)
         mesh.print(result)
 
 

@@ -1,17 +1,17 @@
 """Talk to a LLaMA: complete prompts, or hold a conversation."""
 
 import argparse
-import hashlib
-import json
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from minillama import cli, threads
-from minillama.compat.flags import GENERATION
+from minillama.compat import generation_flags
 from minillama.errors import UserError
 from minillama.files import parsing
+from minillama.generation.modes import parse_modes
 from minillama.json_values import check_encodable
 from minillama.options import from_flags
 
@@ -26,6 +26,7 @@ EXAMPLES = """
   python generate.py --ckpt BASE_DIR --lora ADAPTER_DIR --template alpaca --prompt "Name a colour."
   python generate.py --ckpt LLAMA_DIR --prompt_file prompts.txt --output answers.jsonl
   python generate.py --ckpt LLAMA_DIR --prompt "Once upon a time" --num_beams 4
+  python generate.py --ckpt LLAMA_DIR --prompt "Once upon a time" --mode all
   python generate.py --ckpt LLAMA_DIR --web
 
 --ckpt is a Hugging Face LLaMA directory, a run directory (its final/, else its newest checkpoint)
@@ -78,6 +79,8 @@ FLAGS = (
          "sample from the most likely tokens of total probability P [0.95]"),
     Flag("repetition_penalty", float, 1.0, "R", "above 1: less of what is already there [1.0]"),
     Flag("greedy", "switch", False, None, "always the most likely token"),
+    Flag("mode", parse_modes, (), "all|A,B",
+         "decode in several modes, one after the other: greedy, sample, beam, beam_sample"),
     Flag("num_samples", int, 1, "N", "completions of each prompt [1]"),
     Flag("num_beams", int, 1, "W",
          "beam search; a temperature, top_k or top_p makes it sample [1]"),
@@ -97,25 +100,10 @@ FLAGS = (
 
 FOR_PROMPTS = ("prompt", "prompt_ids", "prompt_file", "output", "num_samples")  # not for a chat
 
-# What a completion does not depend on: an interrupted --output goes on under other values of these.
-FREE = {
-    "ckpt",
-    "device",
-    "debug",
-    "host",
-    "port",
-    "prompt",
-    "prompt_ids",
-    "prompt_file",
-    "stream",
-    "output",
-    "batch_size",
-}
-
 
 def parse(arguments: list[str]) -> argparse.Namespace:
+    """The flags, with those of other systems as ours; `translation` has the rest of these."""
     parser = cli.Parser(
-        GENERATION,
         prog="generate.py",
         description=f"{__doc__}\n{EXAMPLES}",
         usage="python generate.py --ckpt DIR [options]",
@@ -123,18 +111,27 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_model_flags()
     for flag in FLAGS:
         add_flag(parser, flag)
+    generation_flags.TABLE.add_to(parser)
     options = parser.parse_args(arguments)
+    translation = generation_flags.translate(vars(options))
+    for name in generation_flags.TABLE.names:
+        delattr(options, name)
+    vars(options).update(translation.flags)
+    options.translation = translation
     has_beams = options.num_beams > 1
     is_greedy = options.greedy or options.temperature == 0
     if is_greedy and not has_beams:
         parser.refuse(options, "where nothing is sampled", ("num_samples",))
-    if options.num_beams == 1:
+    if options.num_beams == 1 and not options.mode:
         parser.refuse(options, "without --num_beams", ("length_penalty", "early_stopping"))
     if not options.web:
         parser.refuse(options, "without --web", ("host", "port"))
     if options.prompt_ids and not (options.prompt or options.prompt_file):
         parser.refuse(options, "with token ids, which are read as they are", ("system", "template"))
-    if options.chat:
+    if options.mode:
+        names = ("web", "greedy", "output", "num_samples", "stream")
+        parser.refuse(options, "with --mode", names)
+    elif options.chat:
         parser.refuse(options, "with --chat", ("web", *FOR_PROMPTS))
     if options.web:
         parser.refuse(options, "with --web", ("num_beams", *FOR_PROMPTS))
@@ -169,12 +166,18 @@ def main(arguments: list[str]) -> None:
         from minillama.generation import web
 
         web.serve(engine, options.system, options.seed, options.host, options.port)
-    elif options.chat:
+        return
+    if options.mode:
+        complete_in_modes(engine, prompts, options)
+    elif prompts:
+        complete(engine, prompts, options)
+    if options.chat:
         from minillama.generation import terminal
 
-        terminal.chat_in_terminal(engine, options.system, options.seed)
-    else:
-        complete(engine, prompts, options)
+        quit_words: tuple[str, ...] = terminal.QUIT_WORDS
+        if options.translation.ends_at_empty_line:
+            quit_words += ("",)
+        terminal.chat_in_terminal(engine, options.system, options.seed, quit_words)
 
 
 def complete(engine: "Engine", prompts: "list[Prompt]", options: argparse.Namespace) -> None:
@@ -194,6 +197,17 @@ def complete(engine: "Engine", prompts: "list[Prompt]", options: argparse.Namesp
     complete_prompts(engine, prompts, prompt_ids, prompt_options, file)
 
 
+def complete_in_modes(
+    engine: "Engine", prompts: "list[Prompt]", options: argparse.Namespace
+) -> None:
+    """Complete the prompts of the flags in each decoding mode."""
+    from minillama.generation.modes import print_modes
+    from minillama.generation.prompts import encode_prompts
+
+    prompt_ids = encode_prompts(engine, prompts, options.system)
+    print_modes(engine, prompts, prompt_ids, options.mode, options.seed)
+
+
 def check(options: argparse.Namespace) -> None:
     """Raises UserError for a flag that is missing or out of range."""
     if not options.ckpt:
@@ -207,6 +221,10 @@ def check(options: argparse.Namespace) -> None:
             "nothing to answer; give --prompt TEXT, --prompt_ids, --prompt_file FILE, "
             "--chat or --web"
         )
+    if options.mode and not has_prompt:
+        raise UserError("--mode completes prompts; give --prompt TEXT or --prompt_file FILE")
+    if options.mode and options.temperature == 0:
+        raise UserError("--temperature 0 leaves nothing to sample in --mode; leave it out")
     with parsing("--system"):
         check_encodable(options.system)
     if not 0 <= options.port <= 65535:
@@ -226,6 +244,11 @@ def open_engine(options: argparse.Namespace) -> "Engine":
     texts = (options.prompt, options.prompt_file, options.chat, options.web, options.stop)
     load_options = from_flags(LoadOptions, vars(options))
     engine = load_engine(load_options, config, needs_text=any(texts))
+    options.translation.check_numbers(engine.model.config)
+    fallback = options.translation.fallback_template
+    if engine.template == "none" and fallback and not options.template:
+        print(f"note: the checkpoint names no template, so {fallback} is used", file=sys.stderr)
+        engine = replace(engine, config=replace(engine.config, template=fallback))
     threads.use_threads_for(engine.model.config.parameter_count())
     return engine
 
@@ -254,26 +277,12 @@ def open_output(
 ) -> "CompletionFile | None":
     """The file of --output, with the records of an interrupted run; None without --output."""
     from minillama.generation.output_file import CompletionFile
+    from minillama.generation.prompts import settings_of
 
     if not options.output:
         return None
-    return CompletionFile(Path(options.output), settings_of(engine, prompt_ids, options))
-
-
-def settings_of(
-    engine: "Engine", prompt_ids: list[list[int]], options: argparse.Namespace
-) -> dict[str, Any]:
-    """What a completion depends on: an interrupted file goes on only if all of it is equal."""
-    from minillama.generation.loading import weights_checksum
-
-    flags = {name: value for name, value in vars(options).items() if name not in FREE}
-    return {
-        "checkpoint": str(engine.path),
-        "weights_sample_sha256": weights_checksum(engine.model),
-        "prompts_sha256": hashlib.sha256(json.dumps(prompt_ids).encode()).hexdigest(),
-        **flags,
-        "template": engine.template,
-    }
+    settings = settings_of(engine, prompt_ids, vars(options))
+    return CompletionFile(Path(options.output), settings)
 
 
 if __name__ == "__main__":

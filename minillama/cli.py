@@ -42,6 +42,12 @@ class JoinLists(argparse.Action):
         setattr(namespace, self.dest, tuple(parts))
 
 
+def parse_dtype(text: str) -> str:
+    """Return torch's name of a dtype, for argparse: float16 for fp16 as well."""
+    names = {short: name for name, short in PRECISIONS.items()}
+    return names.get(text, text)
+
+
 # Keywords of add_argument, by the type of a flag. A boolean flag stands alone or with a value.
 BOOLEAN: dict[str, Any] = {
     "nargs": "?",
@@ -121,7 +127,8 @@ class Parser(argparse.ArgumentParser):
         tokenizer = "tokenizer.model or tokenizer.json, if the checkpoint has none"
         add("--tokenizer", default="", metavar="FILE", help=tokenizer)
         add("--device", default="auto", choices=DEVICES, help="[auto]")
-        add("--dtype", default="float32", choices=tuple(PRECISIONS), help="[float32]")
+        names = tuple(PRECISIONS)
+        add("--dtype", default="float32", type=parse_dtype, choices=names, help="[float32]")
         ops = "implementations of the ops: reference, fused, auto, …, or by op: attention=reference"
         add("--ops", default="", metavar="NAME", help=ops)
 

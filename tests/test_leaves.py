@@ -14,7 +14,10 @@ from tests.test_architecture import ROOT, SOURCES, TREES, imports, name_of
 # module or folder of the package -> the only files outside it that may import it
 LEAVES = {
     # the parsers of convert.py are a module of their own
-    "compat": {"train.py", "generate.py", "convert.py", "minillama/conversion/shared_flags.py"},
+    "compat": {
+        *(f"{name}.py" for name in ("train", "generate", "convert", "eval")),
+        "minillama/conversion/shared_flags.py",
+    },
     "conversion.megatron": {"convert.py", "minillama/conversion/api.py"},
     "conversion.megatron_adapter": {"minillama/conversion/megatron.py"},
     "conversion.megatron_layout": {
@@ -67,11 +70,10 @@ def names_in(tree: ast.AST) -> set[str]:
 
 @pytest.fixture
 def pruned(tmp_path: Path) -> Path:
-    """A copy of package and scripts without the leaves."""
+    """A copy of the package without the leaves."""
     copy = tmp_path / "pruned"
     ignored = shutil.ignore_patterns("__pycache__")
     shutil.copytree(ROOT / "minillama", copy / "minillama", ignore=ignored)
-    shutil.copy(ROOT / "eval.py", copy)
     for leaf in LEAVES:
         path = copy / "minillama" / leaf.replace(".", "/")
         if path.is_dir():
@@ -108,7 +110,7 @@ def test_other_conversions_need_no_megatron(tmp_path: Path) -> None:
 
 
 def test_training_generation_and_evaluation_need_no_leaf(pruned: Path) -> None:
-    train_and_generate = """
+    commands = """
 import minillama
 from minillama import comm, presets, train_config
 from minillama.training import trainer
@@ -117,8 +119,8 @@ flags = {"dim": 32, "ffn_dim": 64, "max_steps": 3, "out_dir": "run"}
 with comm.start("cpu") as mesh:
     summary = trainer.train(presets.resolve("demo", flags), mesh)
 print(summary["steps"])
-minillama.load("run").generate("Which number is larger, 31 or 62?", max_new_tokens=4)
+model = minillama.load("run")
+model.generate("Which number is larger, 31 or 62?", max_new_tokens=4)
+print(minillama.evaluate("demo", model, limit=8).summary["n"])
 """
-    assert run_in(pruned, "-c", train_and_generate).endswith("3\n")
-    table = run_in(pruned, "eval.py", "--task", "demo", "--ckpt", "run", "--limit", "8")
-    assert "8" in table
+    assert run_in(pruned, "-c", commands).endswith("3\n8\n")

@@ -43,22 +43,6 @@ MODEL_FLAGS = (
     "type",
 )
 
-# generate.py: flags of FastChat's cli and Chinese-LLaMA-Alpaca's inference scripts -> ours, and its
-# value where it is fixed
-GENERATION = {
-    "model_path": "ckpt",
-    "model_name_or_path": "ckpt",
-    "base_model": "ckpt",
-    "lora_model": "lora",
-    "tokenizer_path": "tokenizer",
-    "conv_template": "template",
-    "with_prompt": "template=chinese_alpaca_2",
-    "interactive": "chat",
-    "data_file": "prompt_file",
-    "predictions_file": "output",
-    "system_prompt": "system",
-}
-
 
 def add_flags(parser: Parser) -> None:
     """Let a parser accept the other systems' flags for training, which `--help` leaves out."""

@@ -1,7 +1,10 @@
 """Complete many prompts: print the completions in order, or write a record of each prompt."""
 
+import hashlib
+import json
 import sys
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,10 +15,28 @@ from minillama.errors import UserError
 from minillama.files import numbered_lines, open_text
 from minillama.generation.decode import Completion
 from minillama.generation.engine import Engine
+from minillama.generation.loading import weights_checksum
 from minillama.generation.output_file import CompletionFile
 from minillama.json_values import parse_json
 
 Prompt = str | list[int]  # text, or token ids
+
+# Flags that a completion does not depend on: an interrupted --output goes on under other values.
+FREE = {
+    "ckpt",
+    "device",
+    "debug",
+    "host",
+    "port",
+    "prompt",
+    "prompt_ids",
+    "prompt_file",
+    "stream",
+    "output",
+    "batch_size",
+    "mode",
+    "translation",
+}
 
 
 @dataclass(frozen=True)
@@ -105,6 +126,20 @@ def complete_prompts(
         bar.close()
     if file:
         file.finish()
+
+
+def settings_of(
+    engine: Engine, prompt_ids: list[list[int]], flags: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What a completion depends on: an interrupted file goes on only if all of it is equal."""
+    kept = {name: value for name, value in flags.items() if name not in FREE}
+    return {
+        "checkpoint": str(engine.path),
+        "weights_sample_sha256": weights_checksum(engine.model),
+        "prompts_sha256": hashlib.sha256(json.dumps(prompt_ids).encode()).hexdigest(),
+        **kept,
+        "template": engine.template,
+    }
 
 
 def record_of(engine: Engine, prompt: Prompt, completions: list[Completion]) -> dict[str, Any]:

@@ -10,22 +10,28 @@ QUIT_WORDS = ("q", "quit", "exit")
 CLEAR_WORDS = ("clear", "new")
 
 
-def chat_in_terminal(engine: Engine, system: str = "", seed: int | None = None) -> None:
-    """Read messages and print completions, until q, quit, exit or the end of input."""
+def chat_in_terminal(
+    engine: Engine,
+    system: str = "",
+    seed: int | None = None,
+    quit_words: tuple[str, ...] = QUIT_WORDS,
+) -> None:
+    """Read messages and print completions, until one of `quit_words` or the end of input."""
     chat = ChatSession(engine, system)
     if isinstance(sys.stdin, io.TextIOWrapper):
         # A message that is not UTF-8 is then refused by itself, and the conversation goes on.
         sys.stdin.reconfigure(errors="surrogateescape")
     if engine.template == "none":
         print(missing_template_note(engine.tokenizer.path.parent))
-    print(f"{', '.join(QUIT_WORDS)}: end    {', '.join(CLEAR_WORDS)}: start over")
+    words = [word or "an empty line" for word in quit_words]
+    print(f"{', '.join(words)}: end    {', '.join(CLEAR_WORDS)}: start over")
     while True:
         try:
             text = input("\nYou: ").strip()
         except EOFError:
             print()
             return
-        if text.lower() in QUIT_WORDS:
+        if text.lower() in quit_words:
             return
         if text.lower() in CLEAR_WORDS:
             chat.turns = []
