@@ -94,7 +94,7 @@ def _metrics(content: Record) -> Record:
 
 def _our_summary(content: Record) -> Record:
     """A summary.json of ours, of which only the accuracies are kept."""
-    reference = {"accuracy": _fraction("accuracy", content["accuracy"])}
+    reference: Record = {"accuracy": _fraction("accuracy", content["accuracy"])}
     for section in ("subjects", "groups"):
         scores = content.get(section, {})
         reference[section] = _scores({name: scores[name]["accuracy"] for name in scores})

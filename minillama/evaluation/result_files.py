@@ -36,7 +36,7 @@ def write_results(
 
 def write_table(path: Path, summary: Record, reference: Record | None) -> None:
     """Write the lines of the printed table; without a reference its two columns are absent."""
-    columns = TABLE_COLUMNS
+    columns: tuple[str, ...] = TABLE_COLUMNS
     if reference:
         columns += REFERENCE_COLUMNS
     lines = []
