@@ -23,7 +23,7 @@ from minillama.errors import UserError
 from minillama.files import read_text, sha256_of
 
 HASH = re.compile(r"\b[0-9a-fA-F]{64}\b")
-KIND = re.compile(r"[\w*.-]*\w\.(?:pth|bin|safetensors|model|json)\b", re.IGNORECASE)
+KIND = re.compile(r"[\w*.-]*[\w*]\.(?:pth|bin|safetensors|model|json)\b", re.IGNORECASE)
 HASH_LINE = re.compile(r"([0-9a-fA-F]{64})[ \t]+\*?(\S.*)")
 
 
