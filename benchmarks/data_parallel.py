@@ -101,13 +101,14 @@ def ours(model, side: str):
     import torch.distributed as dist
 
     from minillama.comm import Mesh
+    from minillama.grid import make_grid
     from minillama.parallel.sharded_optimizer import ShardedOptimizer
     from minillama.train_config import TrainConfig
 
     mesh = Mesh(dist.get_rank(), dist.get_world_size())
     optimizer = ShardedOptimizer(
         model.named_parameters(),
-        mesh,
+        make_grid(mesh),
         TrainConfig(zero_stage=int(side[-1]), bucket_elements=BUCKET),
     )
 

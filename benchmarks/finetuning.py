@@ -31,6 +31,7 @@ from minillama.data.batches import BatchPlan
 from minillama.data.token_cache import open_data
 from minillama.data.tokenize import DataOptions
 from minillama.data.windows import TrainingWindows
+from minillama.grid import make_grid
 from minillama.hf_config import published, to_hf
 from minillama.model import Llama
 from minillama.ops import IGNORE, Documents
@@ -91,7 +92,9 @@ class Packed:
 
     def __init__(self, windows: TrainingWindows) -> None:
         self.model = Llama(published("15m")).initialise(torch.Generator().manual_seed(0))
-        self.optimizer = ShardedOptimizer(self.model.named_parameters(), Mesh(), TrainConfig())
+        self.optimizer = ShardedOptimizer(
+            self.model.named_parameters(), make_grid(Mesh()), TrainConfig()
+        )
         self.plan = BatchPlan(
             windows, rows_per_step=ROWS, rows_per_micro_batch=ROWS, seed=0, epochs=1.0
         )

@@ -58,11 +58,12 @@ def our_model(shape: str, recipe: str) -> nn.Module:
 
 def minillama(shape: str, recipe: str) -> Callable[[Tensor], float]:
     from minillama.comm import Mesh
+    from minillama.grid import make_grid
     from minillama.parallel.sharded_optimizer import ShardedOptimizer
     from minillama.train_config import TrainConfig
 
     model = our_model(shape, recipe)
-    optimizer = ShardedOptimizer(model.named_parameters(), Mesh(), TrainConfig())
+    optimizer = ShardedOptimizer(model.named_parameters(), make_grid(Mesh()), TrainConfig())
 
     def step(tokens: Tensor) -> float:
         optimizer.zero_grad()

@@ -12,7 +12,8 @@ are neighbours. With 8 ranks, 2 stages and 2 tensor ranks:
     data 1        4  5       6  7
 
 Each line through a rank is a `Mesh` of its own. A line of one rank needs no group, and all its
-collectives are the identity.
+collectives are the identity. The ends of a stage line are a line too: a tied model has its
+embedding on the first stage and the same weights as its head on the last.
 """
 
 from dataclasses import dataclass
@@ -28,17 +29,20 @@ from minillama.errors import UserError
 
 @dataclass(frozen=True)
 class Grid:
-    """All ranks, and the three lines through this one."""
+    """All ranks, and the lines through this one."""
 
     all: Mesh
     data: Mesh
     stage: Mesh
     tensor: Mesh
+    ends: Mesh  # the first and the last rank of the stage line; in between, this rank alone
 
     @property
     def elements_sent(self) -> float:
         """Tensor elements that this rank sent along all lines."""
-        lines = {id(mesh): mesh for mesh in (self.all, self.data, self.stage, self.tensor)}
+        lines = {
+            id(mesh): mesh for mesh in (self.all, self.data, self.stage, self.tensor, self.ends)
+        }
         return sum(mesh.elements_sent for mesh in lines.values())
 
 
@@ -55,24 +59,32 @@ def make_grid(mesh: Mesh, tensor_parallel: int = 1, pipeline_parallel: int = 1) 
         )
     if ranks_of_model == 1:
         single = Mesh(device=mesh.device)
-        return Grid(all=mesh, data=mesh, stage=single, tensor=single)
+        return Grid(all=mesh, data=mesh, stage=single, tensor=single, ends=single)
     numbers = torch.arange(mesh.size).view(-1, pipeline_parallel, tensor_parallel)
+    stage = _line_through(mesh, numbers, axis=1)
+    ends = stage
+    if pipeline_parallel > 2:
+        ends = _line_through(mesh, numbers[:, [0, -1]], axis=1)
     return Grid(
         all=mesh,
         data=_line_through(mesh, numbers, axis=0),
-        stage=_line_through(mesh, numbers, axis=1),
+        stage=stage,
         tensor=_line_through(mesh, numbers, axis=2),
+        ends=ends,
     )
 
 
 def _line_through(mesh: Mesh, numbers: torch.Tensor, axis: int) -> Mesh:
-    """The line along an axis that holds this rank. Every rank makes every group, in one order."""
+    """The line along an axis that holds this rank; a line of its own if `numbers` lacks it.
+
+    Every rank makes every group, in one order.
+    """
     length = numbers.shape[axis]
     if length == 1:
         return Mesh(device=mesh.device)
     if length == mesh.size:
         return mesh
-    own_line = None
+    own_line = Mesh(device=mesh.device)
     for line in numbers.movedim(axis, -1).reshape(-1, length).tolist():
         group = dist.new_group(
             line,
@@ -81,5 +93,4 @@ def _line_through(mesh: Mesh, numbers: torch.Tensor, axis: int) -> Mesh:
         )
         if mesh.rank in line:
             own_line = Mesh(line.index(mesh.rank), length, mesh.device, group=group)
-    assert own_line is not None, "every rank is on one line along each axis"
     return own_line

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from minillama.comm import Mesh
+from minillama.grid import make_grid
 from minillama.ops import reference
 from minillama.parallel.sharded_optimizer import ShardedOptimizer
 from minillama.train_config import TrainConfig
@@ -16,7 +17,7 @@ MESH = Mesh()
 def flat_adamw(model: torch.nn.Module, weight_decay: float = 0.1) -> ShardedOptimizer:
     return ShardedOptimizer(
         model.named_parameters(),
-        MESH,
+        make_grid(MESH),
         TrainConfig(adam_beta2=0.95, weight_decay=weight_decay, gradient_accumulation_steps=2),
     )
 
@@ -115,13 +116,16 @@ def test_the_exact_reduction_updates_by_the_formula_to_the_bit() -> None:
     """A fused kernel rounds the ends of a range differently, so its bits follow from the cut."""
     model = random_model()
     config = TrainConfig(reduction="exact", weight_decay=0.1)
-    flat = ShardedOptimizer(model.named_parameters(), MESH, config)
+    flat = ShardedOptimizer(model.named_parameters(), make_grid(MESH), config)
     flat.backward(loss_of(model, 0), 1)
     vector = flat.vectors[0]
     weight = vector.master.clone()
     grad = vector.gradients.reduced().clone()
     zeros = torch.zeros_like(weight)
-    ranges = [(0, vector.decayed, 0.1), (vector.decayed, vector.total, 0.0)]
+    ranges = [
+        (0, vector.layout.decayed, 0.1),
+        (vector.layout.decayed, vector.layout.total, 0.0),
+    ]
     for start, stop, weight_decay in ranges:
         reference.adamw(
             weight[start:stop],

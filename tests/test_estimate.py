@@ -7,6 +7,7 @@ import torch
 
 from minillama import comm, ops
 from minillama.comm import Mesh
+from minillama.grid import make_grid
 from minillama.llama_config import PUBLISHED, LlamaConfig
 from minillama.lora import add_lora
 from minillama.model import Llama
@@ -61,7 +62,9 @@ def test_predicted_state_is_measured_state_within_two_percent(
     model = Llama(SMALL).initialise().to({"fp32": torch.float32, "bf16": torch.bfloat16}[precision])
     if settings.lora:
         add_lora(model, lora_config(settings))
-    optimizer = ShardedOptimizer(model.named_parameters(), Mesh(rank=0, size=size), settings)
+    optimizer = ShardedOptimizer(
+        model.named_parameters(), make_grid(Mesh(rank=0, size=size)), settings
+    )
     tokens = torch.arange(8).view(1, 8)
     optimizer.backward(model.loss_sum(tokens, tokens), size)
     held = [t for part in optimizer.vectors for t in (part.master, part.m, part.v)]

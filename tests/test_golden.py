@@ -17,6 +17,7 @@ from minillama.checkpoint.hf_reader import load_model
 from minillama.comm import Mesh
 from minillama.data.encode import encode_pieces
 from minillama.generation.sampling import Sampling
+from minillama.grid import make_grid
 from minillama.hf_config import stop_ids
 from minillama.lora import load_adapter, merge_lora
 from minillama.model import Llama
@@ -102,7 +103,7 @@ def packed(rows: Tensor) -> tuple[Tensor, Tensor, list[int]]:
 def losses(model: Llama) -> list[float]:
     """The training that `make_golden.losses` did with torch's AdamW on padded rows."""
     optimizer = ShardedOptimizer(
-        model.named_parameters(), Mesh(), TrainConfig(adam_beta2=0.95, weight_decay=0.1)
+        model.named_parameters(), make_grid(Mesh()), TrainConfig(adam_beta2=0.95, weight_decay=0.1)
     )
     found = []
     for rows in TENSORS["batches"]:

@@ -8,6 +8,8 @@ from torch import nn
 
 from minillama import comm
 from minillama.comm import Mesh
+from minillama.grid import make_grid
+from minillama.parallel.flat_layout import lay_out
 from minillama.parallel.reducer import GradientReducer, PairwiseSum
 from minillama.parallel.sharded_optimizer import ShardedOptimizer
 from minillama.train_config import TrainConfig
@@ -21,7 +23,9 @@ def test_stage_2_sends_and_frees_its_buckets_while_backward_goes_on():
     """
     net = random_model(n_layers=6)
     gradients = (
-        ShardedOptimizer(net.named_parameters(), Mesh(), settings_of(2, bucket_elements=3000))
+        ShardedOptimizer(
+            net.named_parameters(), make_grid(Mesh()), settings_of(2, bucket_elements=3000)
+        )
         .vectors[0]
         .gradients
     )
@@ -69,7 +73,11 @@ def test_every_gradient_reaches_its_place_in_its_owners_slice_once(
         patch.setattr(comm, "reduce_to", lambda mesh, tensor, **_: lambda: tensor)
         for rank in range(size if stage else 1):
             gradients = GradientReducer(
-                parameters, Mesh(rank, size), slice_size, settings_of(stage, bucket_elements=bucket)
+                parameters,
+                lay_out(parameters),
+                Mesh(rank, size),
+                slice_size,
+                settings_of(stage, bucket_elements=bucket),
             )
             for _ in range(rounds):
                 sum((p * x).sum() for p, x in zip(parameters, positions, strict=True)).backward()
@@ -125,7 +133,8 @@ def test_gradients_of_a_16_bit_model_are_reduced_as_the_table_says(
         zero_stage=stage, reduction=reduction, gradient_accumulation_steps=accumulation
     )
     parameters = [nn.Parameter(torch.zeros(8, 2, dtype=torch.bfloat16))]
-    reducer = GradientReducer(parameters, Mesh(), slice_size=16, config=config)
+    layout = lay_out(parameters)
+    reducer = GradientReducer(parameters, layout, Mesh(), slice_size=16, config=config)
     assert reducer.reduce_dtype == reduced_in
     parameters[0].sum().backward()
     reducer.end_micro_batch()

@@ -9,7 +9,9 @@ from torch import nn
 from minillama import comm
 from minillama.comm import Mesh
 from minillama.errors import UserError
-from minillama.parallel.sharded_optimizer import LossScale, ShardedOptimizer
+from minillama.grid import make_grid
+from minillama.parallel.loss_scale import LossScale
+from minillama.parallel.sharded_optimizer import ShardedOptimizer
 from tests.conftest import random_model, random_tokens
 from tests.ranks import run_on_ranks
 from tests.test_zero import SETTINGS, settings_of
@@ -20,7 +22,7 @@ def test_an_overflow_on_one_rank_is_skipped_by_all():
         with comm.start("cpu", timeout_minutes=1) as mesh:
             net = nn.Linear(3, 2, bias=False)
             nn.init.ones_(net.weight)
-            optimizer = ShardedOptimizer(net.named_parameters(), mesh, settings_of(1))
+            optimizer = ShardedOptimizer(net.named_parameters(), make_grid(mesh), settings_of(1))
             optimizer.loss_scale = LossScale(scale=8.0, hysteresis_left=1)
             x = torch.full((1, 3), math.inf if mesh.rank == 1 else 1.0)
             optimizer.zero_grad()
@@ -61,7 +63,7 @@ def test_an_overflow_starts_the_window_anew_and_the_scale_stays_above_its_minimu
 def test_a_scaled_loss_makes_the_same_update():
     def update(loss_scale):
         net = random_model()
-        optimizer = ShardedOptimizer(net.named_parameters(), Mesh(), SETTINGS)
+        optimizer = ShardedOptimizer(net.named_parameters(), make_grid(Mesh()), SETTINGS)
         optimizer.loss_scale = loss_scale
         batch = random_tokens(1, 9)
         optimizer.backward(net.loss_sum(batch, batch.roll(-1, 1)), 1)
@@ -75,4 +77,5 @@ def test_a_scaled_loss_makes_the_same_update():
 
 def test_nothing_to_train_is_said():
     with pytest.raises(UserError, match="every parameter is frozen"):
-        ShardedOptimizer(random_model().requires_grad_(False).named_parameters(), Mesh(), SETTINGS)
+        frozen = random_model().requires_grad_(False)
+        ShardedOptimizer(frozen.named_parameters(), make_grid(Mesh()), SETTINGS)

@@ -14,6 +14,7 @@ from minillama.parallel.shards import (
     axis_of,
     check_tensor_parallel,
     cut,
+    held,
     join,
     layers_of_stage,
     part_of,
@@ -100,3 +101,22 @@ def test_sizes_that_the_ranks_do_not_divide_are_refused_with_the_largest_that_do
     check_tensor_parallel(sizes, 4)
     with pytest.raises(UserError, match=r"n_kv_heads = 4 cannot be cut over 8 .* use at most 4"):
         check_tensor_parallel(sizes, 8)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("model.layers.3.self_attn.q_proj.weight", "cut"),
+        ("model.layers.3.self_attn.q_proj.lora_A", "partial"),
+        ("model.layers.3.self_attn.q_proj.lora_B", "cut"),
+        ("model.layers.3.mlp.down_proj.lora_A", "cut"),
+        ("model.layers.3.mlp.down_proj.lora_B", "partial"),
+        ("model.layers.3.mlp.down_proj.bias", "whole"),
+        ("model.embed_tokens.lora_embedding_A", "cut"),
+        ("model.embed_tokens.lora_embedding_B", "partial"),
+        ("model.norm.weight", "whole"),
+        ("lm_head.weight", "cut"),
+    ],
+)
+def test_the_factor_that_is_not_cut_has_a_partial_gradient(name: str, expected: str) -> None:
+    assert held(name) == expected

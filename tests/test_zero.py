@@ -9,6 +9,7 @@ from torch import nn
 from minillama import comm
 from minillama.comm import Mesh
 from minillama.errors import UserError
+from minillama.grid import make_grid
 from minillama.parallel.sharded_optimizer import ShardedOptimizer
 from minillama.parallel.zero import CHUNK
 from minillama.train_config import TrainConfig
@@ -45,7 +46,9 @@ def train(
     with comm.start("cpu", timeout_minutes=1) as mesh:
         net = random_model(**LARGE, **model).to(dtype)
         optimizer = ShardedOptimizer(
-            net.named_parameters(), mesh, settings_of(stage, exact, bucket_elements=bucket_elements)
+            net.named_parameters(),
+            make_grid(mesh),
+            settings_of(stage, exact, bucket_elements=bucket_elements),
         )
         norms = []
         for step in range(steps):
@@ -136,7 +139,7 @@ def test_frozen_tied_and_unused_parameters_need_nothing_special(stage):
             before = net.model.layers[0].mlp.up_proj.weight.clone()
             optimizer = ShardedOptimizer(
                 net.named_parameters(),
-                mesh,
+                make_grid(mesh),
                 settings_of(stage, bucket_elements=500, weight_decay=0.0),
             )
             for step in range(2):
@@ -173,7 +176,7 @@ def test_parameters_of_two_dtypes_meet_their_peers_where_a_rank_has_no_micro_bat
             )
             optimizer = ShardedOptimizer(
                 [("embed", embed), ("factor", factor), ("head", head)],
-                mesh,
+                make_grid(mesh),
                 settings_of(stage, exact, bucket_elements=1000),
             )
             for batches in (3, 2, 1):
@@ -204,8 +207,8 @@ def test_what_is_sent_is_what_the_theory_says(size, stage, expected):
     total = sum(p.numel() for p in random_model(**LARGE).parameters())
     padded = (
         -(-total // (CHUNK * size)) * CHUNK * size
-    )  # weights are gathered, and norms taken, over whole slices
-    extra = 0 if stage == 0 else (padded - total + padded / CHUNK) * (size - 1) / size
+    )  # weights are gathered over whole slices, and of each the squared norm
+    extra = 0 if stage == 0 else (padded - total + size) * (size - 1) / size
     assert sum(sent) / size == pytest.approx(expected * total + extra, rel=1e-6)
 
 
@@ -222,7 +225,7 @@ def test_state_is_as_large_as_the_table_says(size, stage, dtype, width, accumula
     net = nn.Linear(4 * CHUNK, 8, bias=False, dtype=dtype)
     optimizer = ShardedOptimizer(
         net.named_parameters(),
-        Mesh(rank=0, size=size),
+        make_grid(Mesh(rank=0, size=size)),
         settings_of(stage, gradient_accumulation_steps=1 + accumulates),
     )
     optimizer.backward(net(torch.ones(1, 4 * CHUNK, dtype=dtype)).sum(), size)
@@ -241,5 +244,7 @@ def test_state_is_as_large_as_the_table_says(size, stage, dtype, width, accumula
 def test_three_ranks_cannot_be_exact():
     with pytest.raises(UserError, match="1, 2, 4, 8"):
         ShardedOptimizer(
-            random_model().named_parameters(), Mesh(rank=0, size=3), settings_of(0, exact=True)
+            random_model().named_parameters(),
+            make_grid(Mesh(rank=0, size=3)),
+            settings_of(0, exact=True),
         )

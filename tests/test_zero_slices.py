@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from minillama import comm
+from minillama.grid import make_grid
 from minillama.parallel.sharded_optimizer import ShardedOptimizer
 from minillama.parallel.zero import CHUNK
 from minillama.train_config import TrainConfig
@@ -31,7 +32,7 @@ def loss_of(named: list[tuple[str, nn.Parameter]]) -> torch.Tensor:
 def two_updates(stage: int, matrix_chunks: float, vector_chunks: float) -> list[np.ndarray]:
     with comm.start("cpu", timeout_minutes=1) as mesh:
         named = parameters(matrix_chunks, vector_chunks)
-        optimizer = ShardedOptimizer(named, mesh, replace(CONFIG, zero_stage=stage))
+        optimizer = ShardedOptimizer(named, make_grid(mesh), replace(CONFIG, zero_stage=stage))
         for _ in range(2):
             optimizer.zero_grad()
             optimizer.backward(loss_of(named) / mesh.size, mesh.size)
@@ -67,7 +68,7 @@ def test_a_gradient_that_is_not_finite_is_named_by_the_rank_that_owns_it():
             named = [
                 (name, nn.Parameter(torch.ones(CHUNK // 16, 8))) for name in ("a", "b", "c", "d")
             ]
-            optimizer = ShardedOptimizer(named, mesh, replace(CONFIG, zero_stage=1))
+            optimizer = ShardedOptimizer(named, make_grid(mesh), replace(CONFIG, zero_stage=1))
             optimizer.zero_grad()
             factor = torch.ones(CHUNK // 16, 8)
             factor[-1, -1] = torch.nan
@@ -84,7 +85,7 @@ def save_and_load(saved: list[tuple[int, dict]] | None) -> tuple[list, np.ndarra
     """Load `saved` slices if given, take one step, and return (this rank's slices, weights)."""
     with comm.start("cpu", timeout_minutes=1) as mesh:
         named = parameters(4.5, 0.3)
-        optimizer = ShardedOptimizer(named, mesh, replace(CONFIG, zero_stage=1))
+        optimizer = ShardedOptimizer(named, make_grid(mesh), replace(CONFIG, zero_stage=1))
         updates = 0
         if saved is not None:
             optimizer.load_state(lambda number, total: reader_of(saved), len(saved), None)

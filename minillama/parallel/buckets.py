@@ -1,9 +1,8 @@
 """Which gradients are reduced together: buckets of parameters that lie side by side."""
 
 from dataclasses import dataclass
-from itertools import accumulate
 
-from torch import nn
+from minillama.parallel.flat_layout import FlatLayout
 
 
 @dataclass
@@ -15,24 +14,21 @@ class Bucket:
     members: list[int]  # the indices of its parameters
 
 
-def plan_buckets(parameters: list[nn.Parameter], bucket_elements: int) -> list[Bucket]:
+def plan_buckets(layout: FlatLayout, bucket_elements: int) -> list[Bucket]:
     """Group parameters into buckets of at most `bucket_elements` elements (a larger parameter gets
     its own).
 
-    `parameters` are in the order of the flat vector: matrices first, then 1-D parameters. The
-    buckets are in the order in which backward completes them: matrices from last to first, then the
-    1-D parameters likewise."""
-    starts = [0, *accumulate(parameter.numel() for parameter in parameters)]
-    num_matrices = sum(parameter.ndim > 1 for parameter in parameters)
+    The buckets are in the order in which backward completes them: matrices from last to first, then
+    the 1-D parameters likewise."""
+    num_parameters = len(layout.ranges)
     buckets = []
-    for group in (range(num_matrices), range(num_matrices, len(parameters))):
-        room = 0
+    for group in (range(layout.num_matrices), range(layout.num_matrices, num_parameters)):
+        bucket = None
         for i in reversed(group):
-            size = parameters[i].numel()
-            if size > room:
-                buckets.append(Bucket(start=starts[i], stop=starts[i + 1], members=[]))
-                room = bucket_elements
-            room -= size
-            buckets[-1].start = starts[i]
-            buckets[-1].members.append(i)
+            place = layout.ranges[i]
+            if bucket is None or bucket.stop - place.start > bucket_elements:
+                bucket = Bucket(start=place.start, stop=place.stop, members=[])
+                buckets.append(bucket)
+            bucket.start = place.start
+            bucket.members.append(i)
     return buckets

@@ -35,7 +35,6 @@ Between two steps no gradient takes memory.
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +42,7 @@ from torch import Tensor, nn
 from minillama import comm
 from minillama.memory import release_freed
 from minillama.parallel.buckets import plan_buckets
+from minillama.parallel.flat_layout import FlatLayout
 from minillama.train_config import TrainConfig
 
 RELEASE_EVERY = 1 << 23  # freed gradient elements after which memory is returned to the system
@@ -99,8 +99,9 @@ class GradientReducer:
     Use: `clear()` before a step, `end_micro_batch()` after each backward, `reduced()` for the sum.
 
     Args:
-        parameters: in the order of the flat vector, matrices first.
-        mesh: this rank among the others.
+        parameters: in the order of the flat vector.
+        layout: where they lie in it.
+        mesh: the ranks with the same parameters and other micro-batches.
         slice_size: elements of the flat vector that each rank owns.
         config: `zero_stage`, `reduction`, `bucket_elements`, `gradient_accumulation_steps`.
         defer: reduce only after backward. A rank without a micro-batch runs no backward, and all
@@ -110,12 +111,13 @@ class GradientReducer:
     def __init__(
         self,
         parameters: list[nn.Parameter],
+        layout: FlatLayout,
         mesh: comm.Mesh,
         slice_size: int,
         config: TrainConfig,
         defer: bool = False,
     ) -> None:
-        self.parameters = parameters
+        self.layout = layout
         self.device = parameters[0].device
         self.mesh = mesh
         self.bucket_elements = config.bucket_elements
@@ -133,8 +135,7 @@ class GradientReducer:
         self.active_ranks = mesh.size  # ranks, from 0 on, that have a micro-batch in this round
         self.freed_elements = 0
 
-        self.starts = [0, *accumulate(parameter.numel() for parameter in parameters)]
-        self.buckets = plan_buckets(parameters, self.bucket_elements)
+        self.buckets = plan_buckets(layout, self.bucket_elements)
         self.bucket_of: dict[int, int] = {}  # index of a parameter -> index of its bucket
         for number, bucket in enumerate(self.buckets):
             for i in bucket.members:
@@ -171,8 +172,8 @@ class GradientReducer:
         if len(bucket.members) == 1 and number not in self.filled:
             self.filled[number] = gradient.to(self.reduce_dtype)
         else:
-            place = slice(self.starts[i] - bucket.start, self.starts[i + 1] - bucket.start)
-            self._bucket_values(number)[place] += gradient
+            start = self.layout.ranges[i].start - bucket.start
+            self._bucket_values(number)[start : start + len(gradient)] += gradient
         self.missing[number] -= 1
         while self.reduce_in_backward and self._next_is_complete():
             self._start_reduce()
@@ -229,7 +230,7 @@ class GradientReducer:
         Its memory is taken only as it is written, while gradients are freed.
         """
         total = torch.empty(self.slice_size, dtype=self.sum_dtype, device=self.device)
-        end_of_parameters = max(0, self.starts[-1] - self.slice_start)
+        end_of_parameters = max(0, self.layout.total - self.slice_start)
         total[end_of_parameters:] = 0
         return total
 

@@ -1,71 +1,36 @@
-"""What the trainer calls: backward, clip and step, over all trainable parameters of any dtype.
+"""What the trainer calls: backward, clip and step, over all trainable parameters of any kind.
 
-The parameters of one dtype form one flat vector (`parallel.zero`). LoRA's fp32 factors beside
-16-bit embeddings make two. The norm of the gradient is taken over all of them.
+The parameters of one kind form one flat vector (`parallel.zero`): of one dtype, on one device, and
+held in the same way by the tensor ranks and stages of the grid. On one rank, LoRA's fp32 factors
+beside 16-bit embeddings make two.
 
-fp16 gradients below 2^-24 would become zero, so the loss is multiplied by a scale, and the step
-divides by it again. If the scale is too large, some gradient is not finite. Every rank sees that,
-because every rank has the same norm."""
+    held       by a tensor rank       its gradient                     in the norm
+    cut        a part                 that of its part                 of every tensor rank
+    whole      all, as its peers      that of its peers                of one tensor rank
+    partial    all, as its peers      a part of a sum over its peers   of one tensor rank
+    tied       by two stages          a part of a sum over the two     of the first stage
+
+The norm of the gradient is the same number on every rank, so all of them clip alike, and all skip a
+step whose gradient is not finite. Vectors that several ranks hold stay equal on them.
+"""
 
 import math
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from minillama.comm import Mesh
+from minillama import comm
 from minillama.errors import UserError
+from minillama.grid import Grid
+from minillama.parallel.loss_scale import LossScale
+from minillama.parallel.parts import parts_of_all_stages, parts_on_rank
+from minillama.parallel.shards import Held, held
 from minillama.parallel.zero import ZeroAdamW
 from minillama.train_config import TrainConfig
-
-
-@dataclass
-class LossScale:
-    """DeepSpeed's dynamic loss scale: halve it after `hysteresis` overflows, double it after
-    `window` good steps.
-    """
-
-    scale: float = 2.0**16
-    window: int = 1000
-    hysteresis: int = 2
-    minimum: float = 1.0
-    hysteresis_left: int = 2  # overflows left until the scale is halved
-    good_steps: int = 0  # since the last overflow
-
-    def on_overflow(self) -> None:
-        """Count an overflow. Raises UserError if the scale cannot be lowered any further."""
-        self.good_steps = 0
-        if self.hysteresis_left > 1:
-            self.hysteresis_left -= 1
-        elif self.scale <= self.minimum:
-            raise UserError(
-                f"fp16: gradients overflow at the smallest loss scale {self.minimum:g}; "
-                "use --precision bf16 or fp32"
-            )
-        else:
-            self.scale = max(self.scale / 2, self.minimum)
-
-    def on_success(self) -> None:
-        """Count a step without overflow."""
-        self.good_steps += 1
-        if self.good_steps % self.window == 0:
-            self.scale *= 2
-            self.hysteresis_left = self.hysteresis
-
-    def state(self) -> dict[str, Any]:
-        """What a checkpoint holds. `patience` is the name of hysteresis_left in state.json."""
-        state = asdict(self)
-        state["patience"] = state.pop("hysteresis_left")
-        return state
-
-    @classmethod
-    def from_state(cls, state: dict[str, Any]) -> "LossScale":
-        """The loss scale that `state()` described."""
-        fields = dict(state)
-        fields["hysteresis_left"] = fields.pop("patience")
-        return cls(**fields)
 
 
 class OptimizerStep(NamedTuple):
@@ -95,34 +60,56 @@ class OptimizerState:
 ReadRange = Callable[[str, int, int], Tensor]  # (name, start, stop) -> that range of a saved vector
 
 
+@dataclass(frozen=True)
+class VectorKind:
+    """What the parameters of one flat vector have in common."""
+
+    dtype: torch.dtype
+    device: torch.device
+    held: Held  # "whole" if there is one tensor rank
+    is_tied: bool  # the first and the last stage both hold them
+
+
 class ShardedOptimizer:
     """AdamW, sharded, over the trainable parameters; with a loss scale if any parameter is fp16.
+
+    Args:
+        named: the parameters that this rank holds, by their names in the whole model.
+        grid: the ranks. Every rank makes its optimizer at the same time.
+        config: stage, reduction, AdamW's constants, loss scale.
+        tied: names of the parameters that the first and the last stage both hold, under one name.
 
     Raises UserError if nothing is trainable.
     """
 
     def __init__(
-        self, named: Iterable[tuple[str, nn.Parameter]], mesh: Mesh, config: TrainConfig
+        self,
+        named: Iterable[tuple[str, nn.Parameter]],
+        grid: Grid,
+        config: TrainConfig,
+        tied: Collection[str] = (),
     ) -> None:
-        by_dtype: dict[torch.dtype, list[tuple[str, nn.Parameter]]] = {}
+        self.grid = grid
+        trained = []
         has_fp16 = False
         for name, parameter in named:
             has_fp16 |= parameter.dtype == torch.float16
             if parameter.requires_grad:
-                by_dtype.setdefault(parameter.dtype, []).append((name, parameter))
-        if not by_dtype:
+                trained.append((name, parameter))
+        self.parts = parts_on_rank(trained, grid)
+        self.all_parts = parts_of_all_stages(self.parts, grid)
+        if not self.all_parts:
             raise UserError("nothing to train: every parameter is frozen")
+        self.num_trained = sum(part.whole_size for part in self.all_parts.values())
 
-        def size(group: list[tuple[str, nn.Parameter]]) -> int:
-            return sum(parameter.numel() for _, parameter in group)
-
-        in_order = sorted(by_dtype, key=str)
-        groups = sorted((by_dtype[dtype] for dtype in in_order), key=size, reverse=True)
+        groups = _group_by_kind(trained, grid, tied)
+        self.kinds = list(groups)
         # Only the largest vector is reduced during backward; see `GradientReducer`, defer.
         self.vectors = [
-            ZeroAdamW(group, mesh, config, defer=number > 0) for number, group in enumerate(groups)
+            ZeroAdamW(group, grid.data, config, defer=number > 0)
+            for number, group in enumerate(groups.values())
         ]
-        self.num_trained = sum(vector.total for vector in self.vectors)
+        self.num_updates = 0
         self.loss_scale: LossScale | None = None
         if has_fp16:
             self.loss_scale = LossScale(
@@ -144,10 +131,11 @@ class ShardedOptimizer:
         """Add the gradients of this rank's next micro-batch.
 
         Args:
-            output: the loss, or with `gradient` what another rank computes the loss from; None if
+            output: the loss, or on other stages than the last what this stage computed; None if
                 this rank has no micro-batch this time, while others do.
-            active_ranks: how many ranks, from rank 0 on, have one.
-            gradient: that of the loss, which the other rank has scaled, by `output`.
+            active_ranks: how many data ranks, from rank 0 on, have one.
+            gradient: of the scaled loss by `output`, as the next stage sent it; None: `output` is
+                the loss.
         """
         for vector in self.vectors:
             vector.gradients.active_ranks = active_ranks
@@ -165,9 +153,9 @@ class ShardedOptimizer:
 
         If the gradient or the loss is not finite, the weights stay as they are, on every rank.
         """
+        self._sum_partial_gradients()
         unscale = 1.0 / self.loss_scale.scale if self.loss_scale else 1.0
-        squared_norms = [vector.squared_norm() for vector in self.vectors]
-        norm = math.sqrt(float(sum(squared_norms))) * unscale
+        norm = math.sqrt(self._squared_norm()) * unscale
         if not (math.isfinite(norm) and loss_is_finite):
             if self.loss_scale:
                 self.loss_scale.on_overflow()
@@ -176,15 +164,44 @@ class ShardedOptimizer:
         clip = max_norm / (norm + 1e-6) if is_clipped else 1.0
         for vector in self.vectors:
             vector.step(learning_rate, clip * unscale)
+        self.num_updates += 1
         if self.loss_scale:
             self.loss_scale.on_success()
         return OptimizerStep(norm, updated=True)
+
+    def _sum_partial_gradients(self) -> None:
+        """Complete the gradients of which several ranks have a part, the same on all of them."""
+        for kind, vector in zip(self.kinds, self.vectors, strict=True):
+            if kind.held == "partial":
+                comm.all_reduce_sum(self.grid.tensor, vector.gradients.reduced())
+            if kind.is_tied:
+                comm.all_reduce_sum(self.grid.ends, vector.gradients.reduced())
+
+    def _squared_norm(self) -> float:
+        """The squared norm of the whole gradient, the same number on every rank.
+
+        What several ranks hold is counted on one of them. math.fsum rounds once, so the order of
+        the ranks does not matter.
+        """
+        squares = []
+        for kind, vector in zip(self.kinds, self.vectors, strict=True):
+            if self._is_counted_here(kind):
+                squares += vector.squared_norms()
+        for line in (self.grid.tensor, self.grid.stage):
+            squares_by_rank = comm.gather_objects(line, squares)
+            squares = list(chain.from_iterable(squares_by_rank))
+        return math.fsum(squares)
+
+    def _is_counted_here(self, kind: VectorKind) -> bool:
+        if kind.held != "cut" and not self.grid.tensor.is_first:
+            return False
+        return self.grid.stage.is_first or not kind.is_tied
 
     def state(self) -> OptimizerState:
         """What this rank saves."""
         return OptimizerState(
             slices=[SavedSlice(vector.owned.start, vector.state()) for vector in self.vectors],
-            num_updates=self.vectors[0].steps,
+            num_updates=self.num_updates,
             loss_scale=self.loss_scale.state() if self.loss_scale else None,
         )
 
@@ -203,7 +220,8 @@ class ShardedOptimizer:
             loss_scale: `OptimizerState.loss_scale`.
         """
         for number, vector in enumerate(self.vectors):
-            vector.load_state(open_vector(number, vector.total), num_updates)
+            vector.load_state(open_vector(number, vector.layout.total), num_updates)
+        self.num_updates = num_updates
         if self.loss_scale and loss_scale:
             self.loss_scale = LossScale.from_state(loss_scale)
 
@@ -214,3 +232,24 @@ class ShardedOptimizer:
             if name:
                 return name
         return ""
+
+
+def _group_by_kind(
+    trained: list[tuple[str, nn.Parameter]], grid: Grid, tied: Collection[str]
+) -> dict[VectorKind, list[tuple[str, nn.Parameter]]]:
+    """The parameters of each flat vector, the largest vector first."""
+    groups: dict[VectorKind, list[tuple[str, nn.Parameter]]] = {}
+    for name, parameter in trained:
+        kind = VectorKind(
+            dtype=parameter.dtype,
+            device=parameter.device,
+            held=held(name) if grid.tensor.size > 1 else "whole",
+            is_tied=grid.ends.size > 1 and name in tied,
+        )
+        groups.setdefault(kind, []).append((name, parameter))
+
+    def size(kind: VectorKind) -> int:
+        return sum(parameter.numel() for _, parameter in groups[kind])
+
+    in_order = sorted(sorted(groups, key=str), key=size, reverse=True)
+    return {kind: groups[kind] for kind in in_order}

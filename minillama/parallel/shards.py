@@ -18,6 +18,7 @@ Megatron's files all use the functions of this module.
 import math
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -64,6 +65,23 @@ def axis_of(name: str) -> int | None:
             axis = MODULE_AXES[module]
             return None if axis is None else PARAMETER_AXES[parameter].get(axis)
     raise KeyError(f"{name}: no module of the table has this parameter")
+
+
+Held = Literal["cut", "whole", "partial"]
+
+
+def held(name: str) -> Held:
+    """Return what a tensor rank holds of a trained parameter.
+
+    cut      a part of it
+    whole    all of it, and the rank computes the whole gradient: norms, biases of o and down
+    partial  all of it, but the rank computes a part of the gradient, and the sum over the ranks is
+             the gradient: the LoRA factor that is not cut, beside one that is
+    """
+    if axis_of(name) is not None:
+        return "cut"
+    is_factor = any(word.startswith("lora_") for word in name.split("."))
+    return "partial" if is_factor else "whole"
 
 
 def part_of(length: int, rank: int, size: int) -> range:

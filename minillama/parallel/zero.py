@@ -25,7 +25,6 @@ ranks are the lowest levels of the tree. All stages and all numbers of ranks (po
 give the same bytes. The price is a reduction of every micro-batch, and one partial sum per level of
 the tree. `"fast"` adds gradients in the order in which they arrive."""
 
-from bisect import bisect
 from collections.abc import Callable, Iterable
 
 import torch
@@ -33,6 +32,7 @@ from torch import Tensor, nn
 
 from minillama import comm, ops
 from minillama.errors import UserError
+from minillama.parallel.flat_layout import lay_out, round_up
 from minillama.parallel.reducer import GradientReducer
 from minillama.train_config import TrainConfig
 
@@ -42,17 +42,12 @@ UPDATE_CHUNK = 1 << 22  # elements updated at a time, which bounds the temporary
 STATE = ("master", "m", "v")  # the vectors that a checkpoint holds
 
 
-def round_up(number: int, multiple: int) -> int:
-    """The smallest multiple of `multiple` that is not below `number`."""
-    return -(-number // multiple) * multiple
-
-
 class ZeroAdamW:
-    """AdamW over trainable parameters of one dtype, sharded as `config.zero_stage` says.
+    """AdamW over trainable parameters of one kind, sharded as `config.zero_stage` says.
 
     Args:
         named: (name, parameter) pairs; the parameters become views of the flat vector.
-        mesh: this rank among the others.
+        mesh: the ranks that share the parameters: the data line of the grid.
         config: stage, reduction, AdamW's constants.
         defer: see `GradientReducer`.
 
@@ -66,10 +61,10 @@ class ZeroAdamW:
         config: TrainConfig,
         defer: bool = False,
     ) -> None:
-        exact = config.reduction == "exact"
-        if exact and mesh.size & (mesh.size - 1):
+        self.is_exact = config.reduction == "exact"
+        if self.is_exact and mesh.size & (mesh.size - 1):
             raise UserError(
-                f"reduction = 'exact' needs 1, 2, 4, 8, … ranks, not {mesh.size}; "
+                f"reduction = 'exact' needs 1, 2, 4, 8, … data ranks, not {mesh.size}; "
                 "use --reduction fast"
             )
         self.named = sorted(named, key=lambda item: item[1].ndim <= 1)  # stable: matrices first
@@ -82,11 +77,11 @@ class ZeroAdamW:
         self.epsilon = config.adam_epsilon
         # Fused kernels round the ends of a range differently: their result depends on where the
         # vector is cut.
-        self.adamw = ops.reference.adamw if exact else ops.adamw
+        self.adamw = ops.reference.adamw if self.is_exact else ops.adamw
 
-        self.total = sum(parameter.numel() for _, parameter in self.named)
-        self.decayed = sum(parameter.numel() for _, parameter in self.named if parameter.ndim > 1)
-        padded = round_up(self.total, CHUNK * mesh.size)
+        parameters = [parameter for _, parameter in self.named]
+        self.layout = lay_out(parameters)
+        padded = round_up(self.layout.total, CHUNK * mesh.size)
         slice_size = padded // mesh.size
         self.owned = slice(mesh.rank * slice_size, (mesh.rank + 1) * slice_size)
         self.update_range = self.owned if self.stage else slice(0, padded)  # what this rank updates
@@ -96,8 +91,7 @@ class ZeroAdamW:
         self.master = updated_weights if is_fp32 else updated_weights.float()
         self.m = torch.zeros_like(self.master)
         self.v = torch.zeros_like(self.master)
-        parameters = [parameter for _, parameter in self.named]
-        self.gradients = GradientReducer(parameters, mesh, slice_size, config, defer)
+        self.gradients = GradientReducer(parameters, self.layout, mesh, slice_size, config, defer)
 
     def _lay_out_weights(self, padded: int) -> None:
         """Copy the parameters end to end into `self.weights`, and make each one a view of it."""
@@ -109,30 +103,28 @@ class ZeroAdamW:
 
     def views(self, vector: Tensor) -> list[Tensor]:
         """A flat vector (padded,) cut into tensors of the parameters' shapes."""
-        sizes = [parameter.numel() for _, parameter in self.named]
-        ranges = vector[: self.total].split(sizes)
-        return [
-            values.view(parameter.shape)
-            for values, (_, parameter) in zip(ranges, self.named, strict=True)
-        ]
+        views = []
+        for place, (_, parameter) in zip(self.layout.ranges, self.named, strict=True):
+            views.append(vector[place.start : place.stop].view(parameter.shape))
+        return views
 
-    def squared_norm(self) -> Tensor:
-        """The squared norm of the step's whole gradient, (), the same number on every rank.
+    def squared_norms(self) -> list[float]:
+        """Numbers whose sum is the squared norm of the step's gradient, equal on all data ranks.
 
-        It is fp64 on the host: not every device has fp64.
+        They are fp64 on the host: not every device has fp64.
         """
-        rows = self.gradients.reduced().view(-1, CHUNK)
-        norms = torch.stack([row.float().square().sum() for row in rows])  # (chunks,)
+        block_size = CHUNK if self.is_exact else UPDATE_CHUNK
+        blocks = self.gradients.reduced().split(block_size)
+        squares = torch.stack([block.float().square().sum() for block in blocks])
         if self.stage:
-            norms = comm.all_gather(self.mesh, norms)
-        num_chunks = round_up(self.total, CHUNK) // CHUNK
-        return norms[:num_chunks].cpu().double().sum()
+            squares = comm.all_gather(self.mesh, squares)
+        return squares.cpu().double().tolist()
 
     def step(self, learning_rate: float, scale: float = 1.0) -> None:
         """Update the weights of every rank once, with the gradient times `scale`."""
         self.steps += 1
-        matrices_end = self._clamp_to_update_range(self.decayed)
-        end = self._clamp_to_update_range(self.total)
+        matrices_end = self._clamp_to_update_range(self.layout.decayed)
+        end = self._clamp_to_update_range(self.layout.total)
         self._update_range(0, matrices_end, learning_rate, scale, self.weight_decay)
         self._update_range(matrices_end, end, learning_rate, scale, 0.0)
         self.all_gather_weights()
@@ -182,15 +174,14 @@ class ZeroAdamW:
         if len(bad) == 0:
             return ""
         position = int(bad[0]) + self.update_range.start
-        index = bisect(self.gradients.starts, position) - 1
-        return self.named[index][0]
+        return self.named[self.layout.index_at(position)][0]
 
     def state(self) -> dict[str, Tensor]:
         """master, m and v of the slice that this rank owns, from position `owned.start` on,
         without padding.
         """
-        first = self._clamp_to_update_range(min(self.owned.start, self.total))
-        last = self._clamp_to_update_range(min(self.owned.stop, self.total))
+        first = self._clamp_to_update_range(min(self.owned.start, self.layout.total))
+        last = self._clamp_to_update_range(min(self.owned.stop, self.layout.total))
         return {name: getattr(self, name)[first:last] for name in STATE}
 
     def load_state(self, read: Callable[[str, int, int], Tensor], steps: int) -> None:
@@ -201,8 +192,8 @@ class ZeroAdamW:
                 it.
             steps: updates made so far.
         """
-        start = min(self.update_range.start, self.total)
-        stop = min(self.update_range.stop, self.total)
+        start = min(self.update_range.start, self.layout.total)
+        stop = min(self.update_range.stop, self.layout.total)
         for name in STATE:
             getattr(self, name)[: stop - start] = read(name, start, stop)
         self.steps = steps

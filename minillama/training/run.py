@@ -27,7 +27,7 @@ from minillama.files import sha256_of
 from minillama.grid import Grid, make_grid
 from minillama.launch import ranks_on_machine
 from minillama.llama_config import LlamaConfig
-from minillama.lora import LoraConfig
+from minillama.lora import EMBEDDING, LoraConfig
 from minillama.model import Llama
 from minillama.parallel.sharded_optimizer import ShardedOptimizer
 from minillama.threads import choose_num_threads
@@ -116,7 +116,8 @@ def prepare(config: TrainConfig, mesh: comm.Mesh, overwrite: bool = False) -> Ru
     pretrained = base if config.init == "pretrained" else None
     model.config = with_stop_ids(model.config, pretrained, tokenizer, data.template)
     stage = _keep_stage(model, config, grid)
-    optimizer = ShardedOptimizer(model.named_parameters(), grid.data, config)
+    tied = {EMBEDDING} if llama.tie_embeddings else set()
+    optimizer = ShardedOptimizer(model.named_parameters(), grid, config, tied)
     return Run(
         config=config,
         grid=grid,

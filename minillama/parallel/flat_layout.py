@@ -1,0 +1,46 @@
+"""Where each parameter lies in a flat vector: matrices first, then norms and biases, end to end."""
+
+from bisect import bisect
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+
+def round_up(number: int, multiple: int) -> int:
+    """The smallest multiple of `multiple` that is not below `number`."""
+    return -(-number // multiple) * multiple
+
+
+@dataclass(frozen=True)
+class FlatLayout:
+    """The ranges of a flat vector's parameters."""
+
+    ranges: tuple[range, ...]  # of each parameter, in order
+    num_matrices: int  # parameters of more than one axis; they come first
+
+    @property
+    def total(self) -> int:
+        """The end of the last parameter."""
+        return self.ranges[-1].stop
+
+    @property
+    def decayed(self) -> int:
+        """The end of the last matrix: weight decay ends there."""
+        return self.ranges[self.num_matrices - 1].stop if self.num_matrices else 0
+
+    def index_at(self, position: int) -> int:
+        """The index of the parameter that has an element of the vector."""
+        return bisect(self.ranges, position, key=lambda place: place.start) - 1
+
+
+def lay_out(parameters: Sequence[nn.Parameter]) -> FlatLayout:
+    """Lay parameters end to end. `parameters`: matrices first."""
+    ranges = []
+    start = 0
+    for parameter in parameters:
+        place = range(start, start + parameter.numel())
+        ranges.append(place)
+        start = place.stop
+    num_matrices = sum(parameter.ndim > 1 for parameter in parameters)
+    return FlatLayout(tuple(ranges), num_matrices)

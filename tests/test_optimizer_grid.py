@@ -1,0 +1,127 @@
+"""The optimizer on a grid: each parameter is counted once, and what several ranks hold stays equal.
+
+The parameters are made by hand, and so are their gradients. The reference is the optimizer of one
+rank that holds everything.
+"""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from minillama import comm
+from minillama.comm import Mesh
+from minillama.grid import Grid, make_grid
+from minillama.parallel.sharded_optimizer import ShardedOptimizer
+from minillama.parallel.shards import axis_of, cut, held
+from minillama.train_config import TrainConfig
+from tests.ranks import run_on_ranks
+
+EMBEDDING = "model.embed_tokens.weight"
+ATTENTION = "model.layers.0.self_attn"
+SHAPES = {
+    EMBEDDING: (9, 4),  # two tensor ranks: 4 rows and 5
+    f"{ATTENTION}.q_proj.weight": (6, 4),
+    f"{ATTENTION}.q_proj.lora_A": (2, 4),
+    f"{ATTENTION}.q_proj.lora_B": (6, 2),
+    f"{ATTENTION}.o_proj.weight": (4, 6),
+    f"{ATTENTION}.o_proj.bias": (4,),
+    "model.layers.0.input_layernorm.weight": (4,),
+    "model.layers.1.mlp.down_proj.weight": (4, 10),
+    "model.norm.weight": (4,),
+}
+STAGES = {
+    2: (list(SHAPES)[:7], [*list(SHAPES)[7:], EMBEDDING]),
+    3: (list(SHAPES)[:2], list(SHAPES)[2:7], [*list(SHAPES)[7:], EMBEDDING]),
+}
+CONFIG = TrainConfig(weight_decay=0.1, gradient_accumulation_steps=2)
+STEPS = 3
+
+
+def values(name: str, step: int) -> Tensor:
+    """Random numbers for the whole of a parameter, the same in every process."""
+    generator = torch.Generator().manual_seed(1000 * step + list(SHAPES).index(name))
+    return torch.randn(SHAPES[name], generator=generator)
+
+
+def share_of_gradient(name: str, grid: Grid, tied: bool) -> float:
+    """Which share of its gradient a rank computes: data ranks each a half, and so on."""
+    share = (grid.data.rank + 1) / sum(range(1, grid.data.size + 1))
+    if held(name) == "partial" and grid.tensor.size > 1:
+        share *= (0.25, 0.75)[grid.tensor.rank]
+    if tied and name == EMBEDDING and grid.ends.size > 1:
+        share *= (0.25, 0.75)[grid.ends.rank]
+    return share
+
+
+def train(
+    grid: Grid, names: list[str], stage: int, tied: bool = False
+) -> tuple[list[float], dict[str, np.ndarray]]:
+    """Three clipped updates of what this rank holds; returns the norms and its weights."""
+    named = []
+    for name in names:
+        part = cut(values(name, 0), axis_of(name), grid.tensor.rank, grid.tensor.size)
+        named.append((name, nn.Parameter(part.clone())))
+    config = replace(CONFIG, zero_stage=stage)
+    optimizer = ShardedOptimizer(named, grid, config, tied={EMBEDDING} if tied else ())
+    assert optimizer.num_trained == sum(values(name, 0).numel() for name in SHAPES)
+    norms = []
+    for step in range(1, STEPS + 1):
+        optimizer.zero_grad()
+        loss = torch.zeros(())
+        for name, parameter in named:
+            gradient = share_of_gradient(name, grid, tied) * values(name, step)
+            part = cut(gradient, axis_of(name), grid.tensor.rank, grid.tensor.size)
+            loss = loss + (parameter * part).sum()
+        optimizer.backward(loss, grid.data.size)
+        norms.append(optimizer.step(1e-2, max_norm=1.0).norm)
+    return norms, {name: parameter.detach().numpy().copy() for name, parameter in named}
+
+
+def train_on_grid(tensor: int, stages: int, stage: int) -> tuple:
+    """Returns (norms, weights, tensor rank) of this rank."""
+    torch.set_num_threads(1)
+    with comm.start("cpu", timeout_minutes=1) as mesh:
+        grid = make_grid(mesh, tensor, stages)
+        names = STAGES[stages][grid.stage.rank] if stages > 1 else list(SHAPES)
+        norms, weights = train(grid, names, stage, tied=stages > 1)
+        return norms, weights, grid.tensor.rank
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+@pytest.mark.parametrize(
+    ("ranks", "tensor", "stages"),
+    [(2, 2, 1), (4, 2, 1), (2, 1, 2), (4, 1, 2), (3, 1, 3), (4, 2, 2)],
+    ids=["TP2", "DP2 TP2", "PP2", "DP2 PP2", "PP3", "TP2 PP2"],
+)
+def test_every_grid_makes_the_updates_of_one_rank(
+    ranks: int, tensor: int, stages: int, stage: int
+) -> None:
+    """A norm weight that is counted twice, or a tied copy, would show in the norm alone."""
+    norms, weights = train(make_grid(Mesh()), list(SHAPES), 0)
+    copies: dict[tuple[str, int], np.ndarray] = {}
+    seen = set()
+    for found_norms, found, rank in run_on_ranks(ranks, train_on_grid, tensor, stages, stage):
+        assert found_norms == pytest.approx(norms, rel=1e-6)
+        for name, weight in found.items():
+            seen.add(name)
+            axis = axis_of(name)
+            expected = cut(torch.from_numpy(weights[name]), axis, rank, tensor)
+            np.testing.assert_allclose(weight, expected, rtol=1e-5, atol=1e-6)
+            place = (name, rank if axis is not None else 0)
+            copy = copies.setdefault(place, weight)
+            assert np.array_equal(copy, weight), f"{name} differs between ranks that hold it"
+    assert seen == set(SHAPES)
+
+
+def test_a_middle_stage_sends_nothing_of_a_tied_embedding() -> None:
+    """Its ends are this rank alone."""
+
+    def ends_of_this_rank() -> tuple[int, list[int]]:
+        with comm.start("cpu", timeout_minutes=1) as mesh:
+            ends = make_grid(mesh, 1, 4).ends
+            return ends.size, comm.gather_objects(ends, mesh.rank)
+
+    assert run_on_ranks(4, ends_of_this_rank) == [(2, [0, 3]), (1, [1]), (1, [2]), (2, [0, 3])]
