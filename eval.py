@@ -66,7 +66,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     flags.translation = evaluation_flags.translate(vars(flags))
     vars(flags).update(flags.translation.flags)
     if flags.task == "loss":
-        names = ("base", "lora", "tokenizer", "device", "dtype", "ops")
+        names = ("base", "lora", "tokenizer", "device", "devices", "dtype", "ops")
         parser.refuse(flags, "for --task loss, which loads no model", names)
     return flags
 
@@ -127,7 +127,7 @@ def score(options: EvalOptions, flags: argparse.Namespace) -> None:
 
     load_options = from_flags(LoadOptions, vars(flags))
     check_config = flags.translation.check_numbers
-    with comm.start(load_options.device) as mesh:
+    with comm.start(load_options.device, device_list=load_options.devices) as mesh:
         result = runner.evaluate(options, load_options, mesh, mesh.print, check_config)
         mesh.print(result)
 

@@ -108,7 +108,7 @@ def main(arguments: list[str]) -> int:
     if flags.dry_run:
         print(dry_run.describe(config, flags.world_size))
         return 0
-    with comm.start(config.device) as mesh:
+    with comm.start(config.device, device_list=config.devices) as mesh:
         if flags.show_batch:
             mesh.print(dry_run.show_first_batch(config, mesh))
             return 0

@@ -127,6 +127,8 @@ class Parser(argparse.ArgumentParser):
         tokenizer = "tokenizer.model or tokenizer.json, if the checkpoint has none"
         add("--tokenizer", default="", metavar="FILE", help=tokenizer)
         add("--device", default="auto", choices=DEVICES, help="[auto]")
+        devices = "devices that share out the layers: 2, or npu:0,npu:1"
+        add("--devices", default="", metavar="N|A,B", help=devices)
         names = tuple(PRECISIONS)
         add("--dtype", default="float32", type=parse_dtype, choices=names, help="[float32]")
         ops = "implementations of the ops: reference, fused, auto, …, or by op: attention=reference"

@@ -1,5 +1,4 @@
-"""Ranks: which one this process is, how ranks start and stop, and the few collectives training
-needs.
+"""Ranks: which one this process is, how ranks start and stop, and the collectives of training.
 
 A `Mesh` is made once and passed down; `launch` reads what torchrun says. With one rank every
 function here is the identity and torch.distributed is never used, so one process runs the same code
@@ -26,6 +25,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from minillama import device as devices
+from minillama.device_list import pick_devices
 from minillama.errors import UserError, listed
 from minillama.launch import read_launch, rendezvous_address, stop_with_launcher
 
@@ -40,8 +40,8 @@ class Mesh:
     """This process among its peers.
 
     group: torch's process group of these ranks; None: all ranks. Ranks are numbered within it.
-    `elements_sent` counts tensor elements sent to other ranks: each one once for each rank it must
-    reach."""
+    elements_sent: to other ranks; a tensor's element counts once for each rank it must reach.
+    """
 
     rank: int = 0
     size: int = 1
@@ -49,6 +49,7 @@ class Mesh:
     elements_sent: float = 0.0
     group: dist.ProcessGroup | None = None
     timeout_minutes: float = 30.0  # of a collective
+    devices: tuple[torch.device, ...] = ()  # if a model is spread over several; else ()
 
     @property
     def is_first(self) -> bool:
@@ -61,16 +62,20 @@ class Mesh:
 
 
 @contextmanager
-def start(device_name: str = "auto", timeout_minutes: float = 30.0) -> Iterator[Mesh]:
+def start(
+    device_name: str = "auto", timeout_minutes: float = 30.0, device_list: str = ""
+) -> Iterator[Mesh]:
     """The mesh of this process, as torchrun's environment describes it.
 
+    device_list: several devices for this process, as --devices names them.
     The process group is destroyed when the block ends.
     """
     stop_with_launcher()
     rank, size, local_rank = read_launch()
-    device = devices.pick(device_name, local_rank)
+    own_devices = tuple(pick_devices(device_name, device_list, local_rank))
+    device = own_devices[0]
     if size == 1:
-        yield Mesh(device=device)
+        yield Mesh(device=device, devices=own_devices)
         return
     store = _rendezvous(rank, size)
     # torchrun restarts ranks with the same store, which still holds the addresses of the ranks that
@@ -86,7 +91,7 @@ def start(device_name: str = "auto", timeout_minutes: float = 30.0) -> Iterator[
         pg_options=devices.group_options(device, size),
     )
     try:
-        yield Mesh(rank, size, device, timeout_minutes=timeout_minutes)
+        yield Mesh(rank, size, device, timeout_minutes=timeout_minutes, devices=own_devices)
     finally:
         dist.destroy_process_group()
 
@@ -272,11 +277,10 @@ def refuse_differences(mesh: Mesh, values: Mapping[str, Any], remedy: str) -> No
     problems = []
     for rank, other in enumerate(all_values):
         for name in expected | other:
-            if other.get(name) != expected.get(name):
-                first = expected.get(name)
-                problems.append(
-                    f"{name} is {first!r} on rank 0, {other.get(name)!r} on rank {rank}"
-                )
+            first = expected.get(name)
+            value = other.get(name)
+            if value != first:
+                problems.append(f"{name} is {first!r} on rank 0, {value!r} on rank {rank}")
     if problems:
         raise UserError(f"ranks differ: {listed(problems)}; {remedy}")
 

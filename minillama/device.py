@@ -83,11 +83,6 @@ def pick(name: str = "auto", local_rank: int = 0) -> torch.device:
 
     Raises UserError if the device cannot be used.
     """
-    split = os.environ.get("SOPHGO_SPLIT", "")
-    if split not in ("", "0", "1"):
-        raise UserError(
-            f"SOPHGO_SPLIT={split}: layers are not placed on several chips here yet; unset it"
-        )
     forced = os.environ.get("MINILLAMA_DEVICE", "")
     name = forced or name
     if name not in ("auto", "cpu", *VENDORS):
@@ -139,11 +134,23 @@ def _make_current(name: str, local_rank: int) -> torch.device:
         chips = list(range(backend.device_count()))
     if local_rank >= len(chips):
         raise UserError(
-            f"local rank {local_rank} has no chip: {len(chips)} to be seen ({_visible(name)}); "
-            f"start {len(chips)} processes with --nproc_per_node"
+            f"local rank {local_rank} has no chip: {len(chips)} to be seen "
+            f"({visible_devices(name)}); start {len(chips)} processes with --nproc_per_node"
         )
-    backend.set_device(chips[local_rank])
-    return torch.device(name, chips[local_rank])
+    device = torch.device(name, chips[local_rank])
+    make_current(device)
+    return device
+
+
+def make_current(device: torch.device) -> None:
+    """Make kernels that name no device run on this one."""
+    if device.type != "cpu":
+        getattr(torch, device.type).set_device(device.index)
+
+
+def device_count(kind: str) -> int:
+    """How many devices of a type this process sees."""
+    return 1 if kind == "cpu" else getattr(torch, kind).device_count()
 
 
 def _is_installed(name: str) -> bool:
@@ -169,7 +176,7 @@ def _find_problem(name: str) -> str:
             return f"{package} does not load ({first_line})"
     backend = getattr(torch, name, None)
     if backend is None or not backend.is_available():
-        return f"{package or 'torch'} finds no chip ({_visible(name)})"
+        return f"{package or 'torch'} finds no chip ({visible_devices(name)})"
     return ""
 
 
@@ -188,9 +195,18 @@ def is_googles(package: str) -> bool:
     return needs_libtpu or any("google" in page for page in home_pages)
 
 
-def _visible(name: str) -> str:
+def visible_devices(name: str) -> str:
+    """What limits the devices of a type, for messages."""
     variable = VENDORS[name].visible
     return f"{variable} is {os.environ.get(variable, 'unset')}"
+
+
+def sophgo_split() -> int:
+    """Over how many chips a model is spread, as SOPHGO_SPLIT says; 1 if it is not set."""
+    text = os.environ.get("SOPHGO_SPLIT") or "1"
+    if not text.isdecimal():
+        raise UserError(f"SOPHGO_SPLIT={text}: expected a number of chips, such as 2")
+    return max(1, int(text))
 
 
 def sophgo_chips() -> list[int]:

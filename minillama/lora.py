@@ -73,7 +73,9 @@ def add_lora(
             continue
         rank = config.rank_of(name)
         adapted = LoraLinear(linear, rank, config.scale_of(name), config.dropout)
-        nn.init.kaiming_uniform_(adapted.lora_A, a=math.sqrt(5), generator=generator)
+        sampled = torch.empty(adapted.lora_A.shape)  # on the CPU, as the generator
+        nn.init.kaiming_uniform_(sampled, a=math.sqrt(5), generator=generator)
+        adapted.lora_A.data.copy_(sampled)
         model.set_submodule(name, adapted)
     for name in config.modules_to_save:
         if name not in WHOLE:

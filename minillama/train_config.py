@@ -170,6 +170,8 @@ class TrainConfig:
         "ranks that cut each layer and its weights among them", minimum=1)
     pipeline_parallel: int = parallel_key(1,
         "stages: ranks that hold consecutive layers of one model", minimum=1)
+    devices: str = parallel_key("",
+        "devices of this process, which share out the layers: 2, or npu:0,npu:1 (empty: one)")
     zero_stage: int = parallel_key(0,
         "what is sharded over ranks: 1 the optimizer's state, 2 the gradients too", (0, 1, 2))
     reduction: str = parallel_key("fast", "order in which gradients are summed", ("exact", "fast"))

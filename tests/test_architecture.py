@@ -22,7 +22,7 @@ TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in SOURCES}
 LAYERS: list[list[set[str]]] = [
     [{"errors", "json_values"}],
     [{"files", "output_directory"}, {"options"}, {"launch", "threads"}, {"hub"}],
-    [{"llama_config", "hf_config"}, {"device"}, {"memory"}, {"loss_curves"}],
+    [{"llama_config", "hf_config"}, {"device", "device_list"}, {"memory"}, {"loss_curves"}],
     [{"train_config", "cli", "ignored_keys", "presets"}],
     [{"compat"}],
     [

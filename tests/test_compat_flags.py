@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 import train
-from minillama import device
 from minillama.compat import flags as other_systems
 from minillama.errors import UserError
 from minillama.lora import LoraConfig, add_lora, save_adapter
@@ -199,12 +198,6 @@ def test_their_conversion_commands_convert(tmp_path, tiny_checkpoint):
     merged = ["--output_type", "huggingface", "--output_dir", str(tmp_path / "merged")]
     convert(["merge-lora", "--base_model", base, "--lora_model", adapters, *merged])
     assert (tmp_path / "merged" / "config.json").is_file()
-
-
-def test_chips_are_not_split_yet(monkeypatch):
-    monkeypatch.setenv("SOPHGO_SPLIT", "4")
-    with pytest.raises(UserError, match="SOPHGO_SPLIT=4: layers are not placed"):
-        device.pick("cpu")
 
 
 @pytest.mark.parametrize(

@@ -108,13 +108,6 @@ def test_a_variable_overrides_the_name(monkeypatch: pytest.MonkeyPatch) -> None:
         device.pick("cpu")
 
 
-@pytest.mark.parametrize("split", ["2", "21", "x"])
-def test_chips_are_not_split(split: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SOPHGO_SPLIT", split)
-    with pytest.raises(UserError, match=f"SOPHGO_SPLIT={split}: layers are not placed"):
-        device.pick("auto")
-
-
 def test_a_machine_of_sophgos_says_so_by_a_variable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("USE_SOPHGO", "1")
     assert device.pick("cpu") == CPU

@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 import convert
 import train
@@ -119,7 +120,7 @@ def test_an_adapter_whose_base_is_elsewhere_asks_for_it(tmp_path: Path, monkeypa
     with pytest.raises(
         UserError, match="its base model model is not here; name it with --base DIR"
     ):
-        load_with_adapters(GOLDEN / "adapter", "", [], "float32", "cpu")
+        load_with_adapters(GOLDEN / "adapter", "", [], "float32", [torch.device("cpu")])
 
 
 def test_the_number_of_ranks_to_plan_for_is_a_number_from_one(monkeypatch) -> None:

@@ -76,7 +76,7 @@ def test_greedy_tokens_of_a_random_llama_equal_transformers(changes: dict, tmp_p
 @torch.no_grad()
 def test_reading_through_the_cache_in_any_steps_equals_reading_at_once(steps: list[int]) -> None:
     model, tokens = random_model(), random_tokens(2, 20)
-    cache = Cache(model.config, 2, 20, torch.float32, torch.device("cpu"))
+    cache = Cache.for_model(model, model.config, 2, 20)
     parts = [model(part, cache=cache.extend(part.shape[1])) for part in tokens.split(steps, dim=1)]
     assert torch.allclose(torch.cat(parts, 1), model(tokens), atol=1e-5)
 
@@ -114,7 +114,7 @@ def test_a_prompt_that_leaves_no_room_is_refused_with_the_number_that_fits() -> 
 def test_cached_decoding_in_16_bits_stays_near_fp32() -> None:
     exact, rounded = random_model(), random_model().bfloat16()
     tokens = random_tokens(1, 12)
-    cache = Cache(rounded.config, 1, 12, torch.bfloat16, torch.device("cpu"))
+    cache = Cache.for_model(rounded, rounded.config, 1, 12)
     last = [rounded(tokens[:, i : i + 1], cache=cache.extend(1)) for i in range(12)][-1]
     reference = Llama.forward(exact, tokens)[0, -1]
     assert (last[0, 0].float() - reference).abs().max() < 0.1 * reference.abs().max()

@@ -83,15 +83,16 @@ def test_prompts_read_end_to_end_or_in_chunks_leave_what_each_leaves_alone(
     model = random_model()
     monkeypatch.setattr(decoding, "CHUNK", 8)
     prompts = [*PROMPTS, PROMPTS[0], random_tokens(30).tolist()]
-    cache = Cache(model.config, len(prompts), 32, torch.float32, torch.device("cpu"))
+    cache = Cache.for_model(model, model.config, len(prompts), 32)
     logits = prefill(model, cache, prompts)
     for row, prompt in enumerate(prompts):
-        alone = Cache(model.config, 1, 32, torch.float32, torch.device("cpu"))
+        alone = Cache.for_model(model, model.config, 1, 32)
         hidden = model(torch.tensor([prompt]), cache=alone.extend(len(prompt)))
         assert torch.allclose(logits[row], model.logits(hidden)[0, -1], atol=1e-5)
-        for kept, theirs in ((cache.keys, alone.keys), (cache.values, alone.values)):
+        theirs = [*alone.keys, *alone.values]
+        for kept, expected in zip([*cache.keys, *cache.values], theirs, strict=True):
             assert torch.allclose(
-                kept[:, row, :, : len(prompt)], theirs[:, 0, :, : len(prompt)], atol=1e-5
+                kept[row, :, : len(prompt)], expected[0, :, : len(prompt)], atol=1e-5
             )
     assert cache.filled == [len(prompt) for prompt in prompts]
 
@@ -155,7 +156,7 @@ def test_rows_of_different_length_take_several_tokens_at_once() -> None:
     """Ragged rows of the cache extended by four tokens each equal each row's whole text."""
     model, lengths = random_model(), [9, 2, 6]
     texts = [random_tokens(length + 4, seed=length).tolist() for length in lengths]
-    cache = Cache(model.config, 3, 16, torch.float32, torch.device("cpu"))
+    cache = Cache.for_model(model, model.config, 3, 16)
     run = torch.tensor([[token for text in texts for token in text[:-4]]])
     documents = Documents(lengths)
     model(run, documents, cache.pack(documents, [0, 1, 2]))
@@ -165,11 +166,19 @@ def test_rows_of_different_length_take_several_tokens_at_once() -> None:
 
 
 def test_the_cache_holds_shared_heads_once_and_every_position_once() -> None:
-    cache = Cache(TINY, 3, 10, torch.bfloat16, torch.device("cpu"))
-    assert (
-        cache.keys.nbytes + cache.values.nbytes
-        == 2 * TINY.n_layers * 3 * 10 * TINY.n_kv_heads * TINY.head_dim * 2
-    )
+    cache = Cache.for_model(random_model().bfloat16(), TINY, 3, 10)
+    num_bytes = sum(stored.nbytes for stored in (*cache.keys, *cache.values))
+    assert num_bytes == 2 * TINY.n_layers * 3 * 10 * TINY.n_kv_heads * TINY.head_dim * 2
+
+
+def test_the_cache_of_a_rank_that_holds_some_of_the_heads_holds_those() -> None:
+    """One of the three key/value heads: rows 4 to 8 of k_proj."""
+    model = random_model()
+    for layer in model.model.layers:
+        weight = layer.self_attn.k_proj.weight
+        layer.self_attn.k_proj.weight = torch.nn.Parameter(weight[4:8])
+    cache = Cache.for_model(model, TINY, 3, 10)
+    assert {stored.shape for stored in (*cache.keys, *cache.values)} == {(3, 1, 10, TINY.head_dim)}
 
 
 def test_the_same_seed_gives_the_same_text_in_any_batch_and_order() -> None:

@@ -3,6 +3,7 @@
 import itertools
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -179,12 +180,12 @@ def test_a_child_keeps_its_parents_row_and_only_further_children_are_copied() ->
 
     Positions before 4 are the prompt, which all rows share.
     """
-    cache = Cache(TINY, 3, 8, torch.float32, torch.device("cpu"))
-    for kept in (cache.keys, cache.values):
-        kept[:] = torch.arange(3.0).view(1, 3, 1, 1, 1)
+    cache = Cache.for_model(random_model(), TINY, 3, 8)
+    for kept in (*cache.keys, *cache.values):
+        kept[:] = torch.arange(3.0).view(3, 1, 1, 1)
     cache.filled = [6, 6, 6]
     assert move_rows(cache, [2, 2, 0], start=4) == [2, 1, 0]
-    assert cache.keys[0, :, 0, :6, 0].tolist() == [[0] * 6, [1] * 4 + [2] * 2, [2] * 6]
+    assert cache.keys[0][:, 0, :6, 0].tolist() == [[0] * 6, [1] * 4 + [2] * 2, [2] * 6]
 
 
 def test_more_texts_than_beams_are_refused() -> None:
@@ -202,6 +203,7 @@ class Toy:
         [[0.35, 0.25, 0.40, 0], [0.05, 0.05, 0.90, 0], [0, 0, 1, 0], [0.5, 0.4, 0.1, 0]]
     )  # after A, B, E, start
     config, lm_head = replace(TINY, dim=4), torch.nn.Linear(4, 4)
+    model = SimpleNamespace(layers=[])  # nothing is stored in the cache
 
     def __call__(
         self, tokens: torch.Tensor, documents: object = None, cache: object = None

@@ -31,6 +31,7 @@ LEAVES = {
     "conversion": {"convert.py", "minillama/__init__.py"},
     "generation.web": {"generate.py"},
     "parallel.pipeline": {"minillama/training/run.py"},
+    "parallel.placement": {"minillama/checkpoint/placing.py"},
     "ops.triton": {"minillama/ops/cuda.py"},
     "ops.cuda": {"minillama/ops/__init__.py"},
     "ops.npu": {"minillama/ops/__init__.py"},

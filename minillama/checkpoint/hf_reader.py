@@ -6,7 +6,7 @@ A tensor that the model needs and the files lack is an error, and so is one that
 place for; nothing is filled in silently.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -26,6 +26,13 @@ from minillama.tensor_files import POSITIONS, TensorRef, read_tensors
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
 
+DeviceOf = Callable[[str], torch.device]  # the name of a parameter -> where it is loaded to
+
+
+def on_host(name: str) -> torch.device:
+    """The `DeviceOf` of a model that is loaded on the CPU."""
+    return torch.device("cpu")
+
 
 class HasShape(Protocol):
     """A tensor of a file, or one that is still to be made."""
@@ -35,12 +42,17 @@ class HasShape(Protocol):
 
 
 def load_model(
-    directory: Path, dtype: torch.dtype = torch.float32, n_layers: int = 0, vocab_size: int = 0
+    directory: Path,
+    dtype: torch.dtype = torch.float32,
+    n_layers: int = 0,
+    vocab_size: int = 0,
+    device_of: DeviceOf = on_host,
 ) -> Llama:
-    """Read a model directory as a `Llama` of `dtype` on the CPU, one tensor at a time.
+    """Read a model directory as a `Llama` of `dtype`, one tensor at a time.
 
     n_layers: only the first N (0: all).
     vocab_size: grow the embeddings to this many rows; new rows are the mean of the old.
+    device_of: where each parameter is loaded to.
     Raises UserError for any difference between the files and what config.json describes.
     """
     config = read_config(directory)
@@ -49,7 +61,7 @@ def load_model(
     if n_layers:
         config = with_layers(config, n_layers)
     config = replace(config, vocab_size=max(vocab_size, config.vocab_size))
-    model = empty_model(config, dtype)
+    model = empty_model(config, dtype, device_of)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             tensor = tensors[name].read()
@@ -60,7 +72,7 @@ def load_model(
     return model
 
 
-def empty_model(config: LlamaConfig, dtype: torch.dtype) -> Llama:
+def empty_model(config: LlamaConfig, dtype: torch.dtype, device_of: DeviceOf = on_host) -> Llama:
     """Return a `Llama` whose parameters have memory but no values.
 
     The model is made on the meta device first, so that torch neither initialises the parameters
@@ -69,9 +81,10 @@ def empty_model(config: LlamaConfig, dtype: torch.dtype) -> Llama:
     """
     with torch.device("meta"):
         model = Llama(config)
-    for module in model.modules():
+    for module_name, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
-            values = torch.empty(parameter.shape, dtype=dtype, device="cpu")
+            device = device_of(f"{module_name}.{name}")
+            values = torch.empty(parameter.shape, dtype=dtype, device=device)
             setattr(module, name, nn.Parameter(values))
     if config.tie_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight

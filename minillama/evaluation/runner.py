@@ -52,7 +52,7 @@ def evaluate(
     reference = read_reference(options)
     if isinstance(model, LoadOptions):
         dtype = model.dtype
-        engine = load_engine(model, device=mesh.device)
+        engine = load_engine(model, devices=mesh.devices or [mesh.device])
         use_threads_for(engine.model.config.parameter_count())
     else:
         dtype = str(model.model.lm_head.weight.dtype).removeprefix("torch.")

@@ -7,7 +7,7 @@ Keywords have the names and defaults of generate.py's flags: those of `load` are
 `LoadOptions`, those of `generate`, `stream` and `chat` the fields of `GenerationConfig`.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, overload
@@ -21,14 +21,23 @@ from minillama.options import from_keywords
 from minillama.tokenizer import Tokenizer
 
 
-def load(ckpt: str | Path, *, template: str = "", **options: Any) -> "LoadedModel":
+def load(
+    ckpt: str | Path,
+    *,
+    template: str = "",
+    devices: str | int | Sequence[str] = "",
+    **options: Any,
+) -> "LoadedModel":
     """Load what --ckpt names: a Hugging Face directory, a run directory or an adapter.
 
     template: prompt template; "": the checkpoint's own; "none": the text as it is.
+    devices: several devices, over which the layers are spread: 2, or "npu:0,npu:1", or a list.
     options: base, lora (a list of adapters), tokenizer, device, dtype, ops; see `LoadOptions`.
     Raises UserError for what cannot be loaded, and for an unknown option.
     """
-    load_options = from_keywords(LoadOptions, {"ckpt": str(ckpt), **options})
+    names = devices if isinstance(devices, str | int) else ",".join(devices)
+    keywords = {"ckpt": str(ckpt), "devices": str(names), **options}
+    load_options = from_keywords(LoadOptions, keywords)
     return LoadedModel(load_engine(load_options, GenerationConfig(template=template)))
 
 

@@ -1,8 +1,9 @@
 """The key/value cache: keys and values of the tokens already read, so that they are computed once.
 
 Storage for all sequences is made once: (B, K, capacity, D) for the keys of each layer, and as much
-for the values. A step writes T positions of every row and reads all positions so far. Key/value
-heads that groups of query heads share are stored once and never expanded.
+for the values, on the device of the layer. A step writes T positions of every row and reads all
+positions so far. Key/value heads that groups of query heads share are stored once and never
+expanded. A rank that holds a part of the heads stores those.
 
     extend(T)         the next T tokens of every row, (B, T); rows may be of different lengths
     extend(T, rows)   the next T tokens of some rows: a long prompt is read chunk by chunk
@@ -14,13 +15,16 @@ heads that groups of query heads share are stored once and never expanded.
 Shapes: B rows, T new tokens, S positions so far, K key/value heads, D head size.
 """
 
+from collections import Counter
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from minillama.errors import UserError
 from minillama.llama_config import LlamaConfig
 from minillama.memory import most_usable_bytes
-from minillama.model import Llama
+from minillama.model import Attention, Llama
 from minillama.ops import Documents
 
 ALL_ROWS = slice(None)
@@ -36,10 +40,24 @@ def refuse_too_large(num_bytes: int, what: str, device: torch.device) -> None:
         )
 
 
+class LayerStorage(NamedTuple):
+    """What a layer needs in the cache."""
+
+    n_kv_heads: int  # that this rank holds
+    device: torch.device
+
+    @classmethod
+    def of(cls, attention: Attention) -> "LayerStorage":
+        weight = attention.k_proj.weight  # (K·D, C)
+        return cls(len(weight) // attention.head_dim, weight.device)
+
+
 class Cache:
     """Keys and values of every layer for up to `capacity` positions of B sequences.
 
     config: the model's, or the same with other rotary settings.
+    layers: what each layer stores.
+    device: of the tokens.
     """
 
     def __init__(
@@ -48,12 +66,16 @@ class Cache:
         batch: int,
         capacity: int,
         dtype: torch.dtype,
+        layers: list[LayerStorage],
         device: torch.device,
     ) -> None:
-        shape = (config.n_layers, batch, config.n_kv_heads, capacity, config.head_dim)
-        # zeros, not empty: what a mask hides must still be a finite number
-        self.keys = torch.zeros(shape, dtype=dtype, device=device)
-        self.values = torch.zeros(shape, dtype=dtype, device=device)
+        self.keys: list[Tensor] = []  # by layer, (B, K, capacity, D) each
+        self.values: list[Tensor] = []
+        for layer in layers:
+            shape = (batch, layer.n_kv_heads, capacity, config.head_dim)
+            # zeros, not empty: what a mask hides must still be a finite number
+            self.keys.append(torch.zeros(shape, dtype=dtype, device=layer.device))
+            self.values.append(torch.zeros(shape, dtype=dtype, device=layer.device))
         self.config = config
         self.capacity = capacity
         self.filled = [0] * batch  # tokens in each row
@@ -68,15 +90,20 @@ class Cache:
 
     @classmethod
     def for_model(cls, model: Llama, config: LlamaConfig, batch: int, capacity: int) -> "Cache":
-        """A cache with the dtype and on the device of the model's weights.
+        """A cache with the dtype of the model's weights, each layer on the device of its own.
 
-        Raises UserError if it is larger than the memory.
+        Raises UserError if it is larger than the memory of a device.
         """
         weight = model.lm_head.weight
-        elements = config.n_layers * batch * config.n_kv_heads * capacity * config.head_dim
+        layers = [LayerStorage.of(layer.self_attn) for layer in model.model.layers]
+        bytes_on: Counter[torch.device] = Counter()
+        for layer in layers:
+            elements = batch * layer.n_kv_heads * capacity * config.head_dim
+            bytes_on[layer.device] += 2 * elements * weight.element_size()
         what = f"the cache of {batch:,} sequences of {capacity:,} tokens"
-        refuse_too_large(2 * elements * weight.element_size(), what, weight.device)
-        return cls(config, batch, capacity, weight.dtype, weight.device)
+        for device, num_bytes in bytes_on.items():
+            refuse_too_large(num_bytes, what, device)
+        return cls(config, batch, capacity, weight.dtype, layers, weight.device)
 
     def extend(self, count: int, rows: slice = ALL_ROWS) -> "Cache":
         """Prepare for the next `count` tokens of `rows`, which one forward pass then stores.
@@ -124,11 +151,13 @@ class Cache:
         Rows shorter than S end in positions that were never written. Packed prompts see only
         themselves, so for them k and v are returned as they are.
         """
-        keys = self.keys[layer, self._rows].transpose(1, 2)  # (B, capacity, K, D)
-        values = self.values[layer, self._rows].transpose(1, 2)  # (B, capacity, K, D)
+        keys = self.keys[layer][self._rows].transpose(1, 2)  # (B, capacity, K, D)
+        values = self.values[layer][self._rows].transpose(1, 2)  # (B, capacity, K, D)
         if self._row_index is not None:
-            keys[self._row_index, self.positions] = k
-            values[self._row_index, self.positions] = v
+            row_index = self._row_index.to(k.device)
+            positions = self.positions.to(k.device)
+            keys[row_index, positions] = k
+            values[row_index, positions] = v
         else:
             count = k.shape[1]
             keys.narrow(1, self._start, count).copy_(k)
@@ -139,9 +168,11 @@ class Cache:
 
     def copy(self, sources: list[int], targets: list[int], start: int = 0) -> None:
         """Copy row sources[i] to row targets[i]; positions before `start` are equal already."""
-        end = max((self.filled[row] for row in sources), default=0)
-        for stored in (self.keys, self.values):
-            stored[:, targets, :, start:end] = stored[:, sources, :, start:end]
+        if not sources:
+            return
+        end = max(self.filled[row] for row in sources)
+        for stored in (*self.keys, *self.values):
+            stored[targets, :, start:end] = stored[sources, :, start:end]
         for source, target in zip(sources, targets, strict=True):
             self.filled[target] = self.filled[source]
 
@@ -150,5 +181,5 @@ class Cache:
         last = len(self.filled) - 1
         self.copy([last], [row])
         self.filled.pop()
-        self.keys = self.keys[:, :-1]
-        self.values = self.values[:, :-1]
+        self.keys = [keys[:-1] for keys in self.keys]
+        self.values = [values[:-1] for values in self.values]

@@ -16,10 +16,12 @@ import torch
 
 from minillama import chat, ops
 from minillama.checkpoint.hf_reader import first_non_finite, load_model, read_template
+from minillama.checkpoint.placing import loading_plan, put_on
 from minillama.checkpoint.run_directory import find_checkpoint
 from minillama.checkpoint.stop_tokens import with_stop_ids
 from minillama.checkpoint.tokenizer_files import has_tokenizer
-from minillama.device import compute_dtype, pick
+from minillama.device import compute_dtype
+from minillama.device_list import pick_devices
 from minillama.errors import UserError, closest
 from minillama.generation.chat_templates import own_chat_template
 from minillama.generation.config import GenerationConfig
@@ -43,6 +45,7 @@ class LoadOptions:
     lora: tuple[str, ...] = ()  # adapters to add unmerged
     tokenizer: str = ""  # "": the checkpoint's own
     device: str = "auto"
+    devices: str = ""  # several, over which the layers are spread: `device_list` has the forms
     dtype: str = "float32"
     ops: str = ""  # forms of the ops: see `ops.choose`
 
@@ -55,19 +58,18 @@ class ModelAndBase(NamedTuple):
 def load_engine(
     options: LoadOptions,
     config: GenerationConfig | None = None,
-    device: torch.device | None = None,
+    devices: Sequence[torch.device] = (),
     needs_text: bool = True,
 ) -> Engine:
     """A model ready to complete prompts; without a `config` it is greedy.
 
-    device: in place of options.device, for a rank that has a device of its own.
+    devices: in place of options.device and options.devices, for a rank that has its own.
     needs_text: whether a model without a tokenizer is refused; else its completions are ids.
     """
     ops.choose(options.ops)
     path = find_checkpoint(Path(options.ckpt))
-    model, base = load_with_adapters(
-        path, options.base, options.lora, options.dtype, device or pick(options.device)
-    )
+    devices = devices or pick_devices(options.device, options.devices)
+    model, base = load_with_adapters(path, options.base, options.lora, options.dtype, devices)
     tokenizer = find_tokenizer(options.tokenizer, path, base, needs_text)
     config = config or GenerationConfig(greedy=True)
     config = replace(config, template=choose_template(config.template, path, base))
@@ -130,14 +132,14 @@ def warn_of_unknown_rows(tokenizer: Tokenizer, model: Llama, base: Path) -> None
 
 
 def load_with_adapters(
-    path: Path, base: str, adapters: Sequence[str], dtype: str, device: torch.device
+    path: Path, base: str, adapters: Sequence[str], dtype: str, devices: Sequence[torch.device]
 ) -> ModelAndBase:
     """Load the model at `path`, which may itself be an adapter, and add `adapters` to it.
 
     base: the base model of an adapter, in place of the one its config names. The model comes in
-    evaluation mode, frozen, on `device`.
+    evaluation mode, frozen, on `devices`.
     """
-    torch_dtype, warning = compute_dtype(dtype, device)
+    torch_dtype, warning = compute_dtype(dtype, devices[0])
     if warning:
         print(f"warning: {warning}", file=sys.stderr)
     adapter_paths = [Path(adapter) for adapter in adapters]
@@ -150,7 +152,8 @@ def load_with_adapters(
             f"--base {base} would be ignored: {path} is a whole model, not an adapter; "
             "leave one of them out, or add an adapter with --lora DIR"
         )
-    model = load_model(base_path, torch_dtype)
+    device_of = loading_plan(read_config(base_path), devices)
+    model = load_model(base_path, torch_dtype, device_of=device_of)
     replaced_by: dict[str, Path] = {}  # a module that an adapter replaces whole -> the adapter
     for adapter in adapter_paths:
         config = load_adapter(model, adapter, dropout=0.0)
@@ -161,7 +164,7 @@ def load_with_adapters(
                     "merge them one after the other with convert.py merge-lora"
                 )
             replaced_by[name] = adapter
-    model = model.to(device).eval().requires_grad_(False)
+    model = put_on(model, devices).eval().requires_grad_(False)
     name = first_non_finite(model)
     if name:  # attention can hide NaN: fluent text would come out
         raise UserError(

@@ -25,6 +25,7 @@ Prompt = str | list[int]  # text, or token ids
 FREE = {
     "ckpt",
     "device",
+    "devices",
     "debug",
     "host",
     "port",

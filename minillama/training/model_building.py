@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from minillama import comm, hf_config
 from minillama.checkpoint.hf_reader import empty_model, first_non_finite, load_model
+from minillama.checkpoint.placing import loading_plan, put_on
 from minillama.checkpoint.run_directory import find_checkpoint
 from minillama.device import compute_dtype
 from minillama.errors import UserError
@@ -150,11 +151,12 @@ def build_model(
     tokenizer: Tokenizer,
     mesh: comm.Mesh,
 ) -> tuple[Llama, LoraConfig | None]:
-    """The model on its device, and the configuration of its adapters (None: all of it is trained).
+    """The model on its devices, and the configuration of its adapters (None: all of it is trained).
 
     llama: what `model_config` says. Everything random follows from config.seed.
     Raises UserError if a weight of the checkpoint or adapter is not finite.
     """
+    devices = mesh.devices or (mesh.device,)
     dtype, warning = compute_dtype(config.precision, mesh.device)
     if warning:
         mesh.print(f"warning: {warning}")
@@ -162,7 +164,8 @@ def build_model(
     pretrained = _pretrained(config, base)
     if pretrained is not None:
         _check_growth(config, llama, tokenizer, mesh)
-        model = load_model(pretrained, dtype, config.n_layers, tokenizer.size)
+        device_of = loading_plan(llama, devices)
+        model = load_model(pretrained, dtype, config.n_layers, tokenizer.size, device_of)
     else:
         model = _initial_model(llama, tokenizer, generator).to(dtype)
     lora = _add_adapters(model, config, generator)
@@ -174,7 +177,7 @@ def build_model(
         )
     if config.gradient_checkpointing:
         recompute_activations(model.model.layers)
-    return model.to(mesh.device).train(), lora
+    return put_on(model, devices).train(), lora
 
 
 def _check_growth(

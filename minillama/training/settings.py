@@ -25,6 +25,7 @@ MAY_CHANGE = {
     "out_dir",
     "resume",
     "device",
+    "devices",
     "ops",
     "threads",
     "logging_steps",
@@ -49,7 +50,7 @@ MAY_CHANGE = {
 # Keys that name files. Their content is compared, by fingerprint.
 PATHS = {"ckpt", "tokenizer", "adapter", "data", "eval_data", "dataset_dir"}
 # Keys that may differ between the ranks of a run, because machines differ.
-MAY_DIFFER = PATHS | {"resume", "device", "threads", "workers", "cache_dir"}
+MAY_DIFFER = PATHS | {"resume", "device", "devices", "threads", "workers", "cache_dir"}
 
 # Keys that may only be 1 until the part that they need exists.
 UNFINISHED = {

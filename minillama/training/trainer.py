@@ -259,7 +259,7 @@ def train(
     Returns what is in out_dir/summary.json, or `Stopped` if a signal ended training before.
     """
     if mesh is None:
-        with comm.start(config.device) as own_mesh:
+        with comm.start(config.device, device_list=config.devices) as own_mesh:
             return train(config, own_mesh, overwrite)
     with run_directory.locked(config, mesh):
         run = prepare(config, mesh, overwrite)

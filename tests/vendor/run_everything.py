@@ -109,7 +109,7 @@ def kernels() -> list[str]:
 def write(name: str, checkpoint: Path, dtype: str) -> dict:
     if name != "cpu":
         fake_device.install(name)
-    model, _ = load_with_adapters(checkpoint, "", [], dtype, device.pick("auto"))
+    model, _ = load_with_adapters(checkpoint, "", [], dtype, [device.pick("auto")])
     assert model.lm_head.weight.device.type == name
     return {
         "ids": list(generate(model, [1, 5, 9, 30], 8, Sampling(temperature=0.0))),

@@ -1,0 +1,28 @@
+"""Puts a model on the devices of its process: all of it on one, or its layers on several."""
+
+from collections.abc import Sequence
+
+import torch
+
+from minillama.checkpoint.hf_reader import DeviceOf, on_host
+from minillama.llama_config import LlamaConfig
+from minillama.model import Llama
+
+
+def loading_plan(config: LlamaConfig, devices: Sequence[torch.device]) -> DeviceOf:
+    """Where each parameter is loaded to: the host, or the one of several devices that keeps it."""
+    if len(devices) == 1:
+        return on_host
+    from minillama.parallel.placement import plan
+
+    return plan(devices, config.n_layers, config.tie_embeddings).device_of
+
+
+def put_on(model: Llama, devices: Sequence[torch.device]) -> Llama:
+    """Move a finished model to its devices."""
+    if len(devices) == 1:
+        return model.to(devices[0])
+    from minillama.parallel.placement import place
+
+    place(model, devices)
+    return model

@@ -1,0 +1,123 @@
+"""`python -m tests.vendor.run_placement FOLDER`: one model over a fake NPU and the CPU.
+
+A tensor of the NPU and one of the CPU in the same operation are an error, so whatever is not moved
+is found. Autograd knows only one device of a fake kind, hence the CPU as the other one. The results
+are FOLDER/result.json. This is a process of its own, because autograd must see the fake NPU before
+its first backward pass.
+"""
+
+import itertools
+import json
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from minillama.checkpoint.hf_reader import load_model
+from minillama.generation.beam import BeamOptions, beam_search
+from minillama.generation.cache import Cache
+from minillama.generation.decode import Completion, decode
+from minillama.generation.loading import load_with_adapters
+from minillama.generation.sampling import Sampling
+from minillama.lora import LoraConfig, add_lora
+from minillama.model import Llama
+from minillama.ops import Documents
+from minillama.parallel.placement import place, plan
+from minillama.training.model_building import recompute_activations
+from tests.conftest import random_model, random_tokens
+from tests.vendor import fake_device
+
+ORDERS = ("cpu,npu:0", "npu:0,cpu", "cpu,npu:0,cpu")
+PROMPTS = ([1, 5, 9, 30], [7], [2, 2, 8], [7])
+
+
+class Case(NamedTuple):
+    """A model to train; `order` names its devices, "" is the CPU alone."""
+
+    order: str
+    is_tied: bool
+    recomputes: bool
+    has_lora: bool
+
+
+CASES = [Case(*values) for values in itertools.product(ORDERS, *[(False, True)] * 3)]
+
+
+def devices_in(order: str) -> list[torch.device]:
+    return [torch.device(name) for name in order.split(",")]
+
+
+def loss_and_gradients(case: Case) -> dict[str, list]:
+    """By name. Every parameter lies where the plan says, and its gradient too."""
+    model = random_model(n_layers=3, tie_embeddings=case.is_tied)
+    if case.has_lora:
+        config = LoraConfig(rank=2, targets=("q_proj", "down_proj", "lm_head"))
+        add_lora(model, config, torch.Generator().manual_seed(1))
+    if case.recomputes:
+        recompute_activations(model.model.layers)
+    if case.order:
+        devices = devices_in(case.order)
+        place(model, devices)
+        places = plan(devices, 3, case.is_tied)
+        for name, parameter in model.named_parameters():
+            assert parameter.device == places.device_of(name), name
+    tokens = random_tokens(1, 24)
+    loss = model.loss_sum(tokens, tokens.roll(-1, 1), Documents([10, 3, 11]))
+    loss.backward()
+    values = {"loss": loss.detach().cpu().tolist()}
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            assert parameter.grad.device == parameter.device, name
+            values[name] = parameter.grad.cpu().tolist()
+    return values
+
+
+def complete(model: Llama) -> list[list[int]]:
+    """Greedily, in a batch that shrinks; then with beams."""
+    completions = [Completion(prompt, 4 + i) for i, prompt in enumerate(PROMPTS)]
+    for _ in decode(model, completions, Sampling(temperature=0, repetition_penalty=1.1)):
+        pass
+    beams = [Completion([1, 5, 9], 6)]
+    list(beam_search(model, beams, BeamOptions(3), Sampling()))
+    return [completion.ids for completion in completions + beams]
+
+
+def place_and_complete(order: str, is_tied: bool) -> list[list[int]]:
+    """Tokens; the cache of each layer lies where the layer does."""
+    model = random_model(n_layers=3, tie_embeddings=is_tied)
+    place(model, devices_in(order))
+    cache = Cache.for_model(model, model.config, 1, 4)
+    layers = [layer.mlp.up_proj.weight.device for layer in model.model.layers]
+    assert [stored.device for stored in cache.keys] == layers
+    assert [stored.device for stored in cache.values] == layers
+    assert {device.type for device in layers} == {"cpu", "npu"}
+    return complete(model)
+
+
+def devices_after_loading(directory: Path) -> dict[str, str]:
+    """Where `load_model` puts each parameter, before the model is placed."""
+    places = plan(devices_in("npu:0,cpu"), 2, is_tied=False)
+    model = load_model(directory, device_of=places.device_of)
+    return {name: str(parameter.device) for name, parameter in model.named_parameters()}
+
+
+def main(folder: Path) -> None:
+    """folder: has a model in base/, and an adapter of it in adapter/."""
+    torch.set_num_threads(1)
+    fake_device.install("npu")
+    opened = load_with_adapters(folder / "adapter", "", [], "float32", devices_in("npu:0,cpu"))
+    result = {
+        "trained": [loss_and_gradients(case) for case in CASES],
+        "completed": {
+            f"{order} {is_tied}": place_and_complete(order, is_tied)
+            for order, is_tied in itertools.product(ORDERS, (False, True))
+        },
+        "loaded": devices_after_loading(folder / "base"),
+        "opened": complete(opened.model),
+    }
+    (folder / "result.json").write_text(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
