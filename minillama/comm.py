@@ -40,8 +40,7 @@ class Mesh:
     """This process among its peers.
 
     group: torch's process group of these ranks; None: all ranks. Ranks are numbered within it.
-    elements_sent: to other ranks; a tensor's element counts once for each rank it must reach.
-    """
+    elements_sent: to other ranks; a tensor's element counts once for each rank it must reach."""
 
     rank: int = 0
     size: int = 1
@@ -65,10 +64,9 @@ class Mesh:
 def start(
     device_name: str = "auto", timeout_minutes: float = 30.0, device_list: str = ""
 ) -> Iterator[Mesh]:
-    """The mesh of this process, as torchrun's environment describes it.
+    """The mesh of this process, as torchrun's environment describes it, until the block ends.
 
     device_list: several devices for this process, as --devices names them.
-    The process group is destroyed when the block ends.
     """
     stop_with_launcher()
     rank, size, local_rank = read_launch()
@@ -115,8 +113,7 @@ def _rendezvous(rank: int, size: int) -> dist.Store:
 def _call(mesh: Mesh, name: str, argument: Any, collective: Callable[[], Any]) -> Any:
     """Run a collective. If it fails, the error names this rank."""
     if os.environ.get("MINILLAMA_DEBUG_COLLECTIVES") == "1":
-        is_tensor = isinstance(argument, Tensor)
-        kind = tuple(argument.shape) if is_tensor else type(argument).__name__
+        kind = tuple(argument.shape) if isinstance(argument, Tensor) else type(argument).__name__
         _compare_calls(mesh, f"{name} of {kind}")
     try:
         return collective()

@@ -19,12 +19,12 @@ from collections import Counter
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from minillama.errors import UserError
 from minillama.llama_config import LlamaConfig
 from minillama.memory import most_usable_bytes
-from minillama.model import Attention, Llama
+from minillama.model import Llama
 from minillama.ops import Documents
 
 ALL_ROWS = slice(None)
@@ -47,9 +47,9 @@ class LayerStorage(NamedTuple):
     device: torch.device
 
     @classmethod
-    def of(cls, attention: Attention) -> "LayerStorage":
-        weight = attention.k_proj.weight  # (K·D, C)
-        return cls(len(weight) // attention.head_dim, weight.device)
+    def of(cls, layer: nn.Module, head_dim: int) -> "LayerStorage":
+        weight = layer.get_parameter("self_attn.k_proj.weight")  # (K·D, C)
+        return cls(len(weight) // head_dim, weight.device)
 
 
 class Cache:
@@ -95,7 +95,7 @@ class Cache:
         Raises UserError if it is larger than the memory of a device.
         """
         weight = model.lm_head.weight
-        layers = [LayerStorage.of(layer.self_attn) for layer in model.model.layers]
+        layers = [LayerStorage.of(layer, config.head_dim) for layer in model.model.layers]
         bytes_on: Counter[torch.device] = Counter()
         for layer in layers:
             elements = batch * layer.n_kv_heads * capacity * config.head_dim
