@@ -1,5 +1,6 @@
 """Loss curves: read metrics.jsonl, smooth the loss, and draw it over the steps."""
 
+import importlib.util
 import math
 import os
 from collections.abc import Mapping
@@ -63,6 +64,12 @@ def curve_of(metrics: list[dict[str, Any]], name: str) -> Curve:
     return [(m["step"], m[name]) for m in metrics if m.get(name) is not None]
 
 
+def require_matplotlib() -> None:
+    """Raise UserError if matplotlib is missing."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise UserError("matplotlib is not installed; pip install matplotlib")
+
+
 def needs_log_scale(curves: Mapping[str, Curve]) -> bool:
     """Whether the values are positive, and the largest is ten times the smallest or more."""
     values = [value for curve in curves.values() for _, value in curve]
@@ -74,11 +81,10 @@ def draw_curves(path: Path, curves: Mapping[str, Curve], label: str, title: str 
 
     Raises UserError if matplotlib is missing.
     """
+    require_matplotlib()
     os.environ.setdefault("MPLBACKEND", "Agg")
-    try:
-        from matplotlib import pyplot
-    except ImportError:
-        raise UserError("matplotlib is not installed; pip install matplotlib") from None
+    from matplotlib import pyplot
+
     figure, axes = pyplot.subplots(figsize=(7, 4), layout="tight")
     for number, (name, curve) in enumerate(curves.items()):
         steps, values = zip(*curve, strict=True)

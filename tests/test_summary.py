@@ -2,16 +2,20 @@
 
 import math
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from minillama.comm import Mesh
 from minillama.errors import UserError
 from minillama.hf_config import published
 from minillama.loss_curves import needs_log_scale, smoothed
+from minillama.train_config import TrainConfig
 from minillama.training.messages import closing_message
 from minillama.training.metrics import draw_loss
+from minillama.training.run import prepare
 from minillama.training.summary import throughput, training_flops
 
 
@@ -83,6 +87,16 @@ def test_a_plot_that_is_not_drawn_is_said_in_one_line_with_the_install_command(
     ]
     with pytest.raises(UserError, match="pip install matplotlib"):
         draw_loss(tmp_path, insist=True)
+
+
+def test_a_plot_that_cannot_be_drawn_is_refused_before_training(
+    settings_for: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    settings = settings_for(plot_loss=True)
+    with pytest.raises(UserError, match=r"^plot_loss: matplotlib is not installed; pip install"):
+        prepare(settings, Mesh())
+    assert not Path(settings.out_dir).exists()
 
 
 def test_the_speed_counts_the_document_that_a_token_is_in_on_average() -> None:

@@ -23,11 +23,12 @@ from minillama.checkpoint import train_state
 from minillama.checkpoint.stop_tokens import with_stop_ids
 from minillama.data.batches import BatchPlan
 from minillama.errors import UserError
-from minillama.files import sha256_of
+from minillama.files import parsing, sha256_of
 from minillama.grid import Grid, make_grid
 from minillama.launch import ranks_on_machine
 from minillama.llama_config import LlamaConfig
 from minillama.lora import EMBEDDING, LoraConfig
+from minillama.loss_curves import require_matplotlib
 from minillama.model import Llama
 from minillama.parallel.sharded_optimizer import ShardedOptimizer
 from minillama.threads import choose_num_threads
@@ -90,6 +91,9 @@ def prepare(config: TrainConfig, mesh: comm.Mesh, overwrite: bool = False) -> Ru
     settings.refuse_unlike_ranks(config, overwrite, mesh)
     grid = make_grid(mesh, config.tensor_parallel, config.pipeline_parallel)
     check_inputs(config)
+    if config.plot_loss:
+        with parsing("plot_loss"):
+            require_matplotlib()
     run_directory.check_directory(config, overwrite)
     base = model_building.find_base(config)
     refuse_what_cannot_fit(model_building.model_config(config, base), config)
