@@ -1,6 +1,7 @@
 """The documents' commands for inference, typed after generate.py on a tiny model."""
 
 import re
+import shlex
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from minillama.errors import UserError
 from minillama.tokenizer import Tokenizer
 from tests.published_inference import (
     CHINESE_ALPACA_13B,
+    FASTCHAT_CLI,
     GRADIO,
     LLAMA2_7B,
     LLAMA2_13B,
@@ -225,3 +227,30 @@ def test_each_mode_writes_what_its_own_command_writes(
     for block, command in zip(blocks, commands, strict=True):
         generate.main([*base, *command])
         assert capsys.readouterr().out == f"{block}\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "devices"),
+    [
+        (FASTCHAT_CLI, "1"),
+        ("--ckpt MODEL --num-gpus 2", "2"),
+        (GRADIO, "auto:0,auto:1"),
+        ("--ckpt MODEL --gpus 3", "auto:3"),
+        ("--ckpt MODEL --gpus 1,3 --num-gpus 1", "auto:1"),
+    ],
+)
+def test_gpus_are_devices(words: str, devices: str) -> None:
+    assert generate.parse(shlex.split(words)).devices == devices
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--gpus a", "--gpus a: expected numbers"),
+        ("--gpus 0,1 --devices npu:0", "--gpus 0,1 and --devices npu:0"),
+        ("--gpus 0 --num-gpus 2", "--num-gpus 2 is more than --gpus 0 names"),
+    ],
+)
+def test_gpus_that_contradict_are_refused(words: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        generate.parse(shlex.split(words))

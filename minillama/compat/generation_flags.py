@@ -32,6 +32,7 @@ TABLE = FlagTable(
         "predictions_file": "output",
         "system_prompt": "system",
         "alpha": "rope_alpha",
+        "num_gpus": "devices",
     },
     allowed=model_flags.ALLOWED
     | {
@@ -58,7 +59,7 @@ TABLE = FlagTable(
         "post_port": "the page and the model are one process; --port is the page's",
     },
     numbers=(*model_flags.SHAPE, *model_flags.CONTEXT),
-    others=("model_path", "load", "task", "do_sample"),
+    others=("model_path", "load", "task", "do_sample", "gpus"),
 )
 
 
@@ -92,6 +93,8 @@ def translate(flags: Mapping[str, Any]) -> GenerationTranslation:
     is_fastchat = "model_path" in given
     if is_fastchat and not has_request and "task" not in given:
         ours["chat"] = True
+    if "gpus" in given:
+        ours["devices"] = _devices(given["gpus"], flags["devices"])
     if "do_sample" in given:
         ours |= _sampling(truth("do_sample", given["do_sample"]), flags)
     return GenerationTranslation(
@@ -100,6 +103,19 @@ def translate(flags: Mapping[str, Any]) -> GenerationTranslation:
         fallback_template="vicuna_v1.1" if is_fastchat else "",
         ends_at_empty_line=is_fastchat,
     )
+
+
+def _devices(gpus: str, devices: str) -> str:
+    """What --gpus 0,1 means as --devices. FastChat's --num-gpus takes the first of them."""
+    numbers = [number.strip() for number in gpus.split(",")]
+    if not all(number.isdecimal() for number in numbers):
+        raise UserError(f"--gpus {gpus}: expected numbers of devices, such as 0,1")
+    if devices and not devices.isdecimal():
+        raise UserError(f"--gpus {gpus} and --devices {devices}: leave one of them out")
+    count = int(devices or len(numbers))
+    if count > len(numbers):
+        raise UserError(f"--num-gpus {count} is more than --gpus {gpus} names; name {count}")
+    return ",".join(f"auto:{number}" for number in numbers[:count])
 
 
 def _requests_of_tasks(text: str) -> dict[str, Any]:
