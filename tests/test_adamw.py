@@ -7,6 +7,7 @@ from minillama.comm import Mesh
 from minillama.grid import make_grid
 from minillama.ops import reference
 from minillama.parallel.sharded_optimizer import ShardedOptimizer
+from minillama.parallel.zero import CHUNK
 from minillama.train_config import TrainConfig
 from tests.conftest import random_model
 from tests.runs import flat_gradient, flat_weights, loss_of, torch_adamw
@@ -141,3 +142,20 @@ def test_the_exact_reduction_updates_by_the_formula_to_the_bit() -> None:
         )
     flat.step(1e-2, max_norm=0.0)
     assert torch.equal(vector.master, weight)
+
+
+def test_the_exact_norm_has_a_number_for_each_parameter_whatever_lies_beside_it() -> None:
+    """A matrix of one and a half chunks gives the same number alone and behind another."""
+    matrix = torch.randn(CHUNK // 8, 12, generator=torch.Generator().manual_seed(0))
+    numbers = []
+    for others in (0, 1):
+        named = [(f"other {i}", torch.nn.Parameter(torch.ones(5, 3))) for i in range(others)]
+        named.append(("matrix", torch.nn.Parameter(torch.zeros_like(matrix))))
+        config = TrainConfig(reduction="exact")
+        optimizer = ShardedOptimizer(named, make_grid(MESH), config)
+        loss = (named[-1][1] * matrix).sum() + sum(p.sum() for _, p in named[:-1])
+        optimizer.backward(loss, 1)
+        numbers.append(optimizer.vectors[0].squared_norms())
+    first, second = matrix.view(-1)[:CHUNK], matrix.view(-1)[CHUNK:]
+    alone = float(first.square().sum()) + float(second.square().sum())
+    assert numbers == [[alone], [15.0, alone]]

@@ -57,14 +57,14 @@ def share_of_gradient(name: str, grid: Grid, tied: bool) -> float:
 
 
 def train(
-    grid: Grid, names: list[str], stage: int, tied: bool = False
+    grid: Grid, names: list[str], stage: int, tied: bool = False, exact: bool = False
 ) -> tuple[list[float], dict[str, np.ndarray]]:
     """Three clipped updates of what this rank holds; returns the norms and its weights."""
     named = []
     for name in names:
         part = cut(values(name, 0), axis_of(name), grid.tensor.rank, grid.tensor.size)
         named.append((name, nn.Parameter(part.clone())))
-    config = replace(CONFIG, zero_stage=stage)
+    config = replace(CONFIG, zero_stage=stage, reduction="exact" if exact else "fast")
     optimizer = ShardedOptimizer(named, grid, config, tied={EMBEDDING} if tied else ())
     assert optimizer.num_trained == sum(values(name, 0).numel() for name in SHAPES)
     norms = []
@@ -80,14 +80,30 @@ def train(
     return norms, {name: parameter.detach().numpy().copy() for name, parameter in named}
 
 
-def train_on_grid(tensor: int, stages: int, stage: int) -> tuple:
-    """Returns (norms, weights, tensor rank) of this rank."""
+def train_on_grid(tensor: int, stages: int, stage: int, tied: bool = True) -> tuple:
+    """Returns (norms, weights, tensor rank) of this rank. With stages, it is exact if not tied."""
     torch.set_num_threads(1)
     with comm.start("cpu", timeout_minutes=1) as mesh:
         grid = make_grid(mesh, tensor, stages)
         names = STAGES[stages][grid.stage.rank] if stages > 1 else list(SHAPES)
-        norms, weights = train(grid, names, stage, tied=stages > 1)
+        if stages > 1 and not tied and grid.stage.rank == stages - 1:
+            names = names[:-1]
+        norms, weights = train(grid, names, stage, tied, exact=not tied)
         return norms, weights, grid.tensor.rank
+
+
+@pytest.mark.parametrize(("ranks", "stages"), [(2, 2), (3, 3), (4, 2)], ids=["PP2", "PP3", "DP2"])
+def test_with_the_exact_reduction_stages_do_not_change_a_bit(ranks: int, stages: int) -> None:
+    """Norms are summed by parameter, and the order of their sum does not matter."""
+    data_ranks = ranks // stages
+    norms, weights, _ = run_on_ranks(data_ranks, train_on_grid, 1, 1, 0, False)[0]
+    seen = set()
+    for found_norms, found, _ in run_on_ranks(ranks, train_on_grid, 1, stages, 1, False):
+        assert found_norms == norms
+        for name, weight in found.items():
+            assert np.array_equal(weight, weights[name]), name
+            seen.add(name)
+    assert seen == set(SHAPES)
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2])

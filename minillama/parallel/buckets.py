@@ -14,6 +14,17 @@ class Bucket:
     members: list[int]  # the indices of its parameters
 
 
+def gaps_between(buckets: list[Bucket], end: int) -> list[range]:
+    """The ranges of a flat vector, up to its `end`, that no bucket covers."""
+    gaps = []
+    position = 0
+    for bucket in sorted(buckets, key=lambda bucket: bucket.start):
+        gaps.append(range(position, bucket.start))
+        position = bucket.stop
+    gaps.append(range(position, end))
+    return [gap for gap in gaps if gap]
+
+
 def plan_buckets(layout: FlatLayout, bucket_elements: int) -> list[Bucket]:
     """Group parameters into buckets of at most `bucket_elements` elements (a larger parameter gets
     its own).

@@ -1,4 +1,10 @@
-"""Where each parameter lies in a flat vector: matrices first, then norms and biases, end to end."""
+"""Where each parameter lies in a flat vector: matrices first, then norms and biases.
+
+They lie end to end, or with a gap before each one, so that it begins at a multiple of `align`:
+
+    align = 1     | q_proj | k_proj | norm |
+    align = 8     | q_proj     | k_proj     | norm   |
+"""
 
 from bisect import bisect
 from collections.abc import Sequence
@@ -34,13 +40,13 @@ class FlatLayout:
         return bisect(self.ranges, position, key=lambda place: place.start) - 1
 
 
-def lay_out(parameters: Sequence[nn.Parameter]) -> FlatLayout:
-    """Lay parameters end to end. `parameters`: matrices first."""
+def lay_out(parameters: Sequence[nn.Parameter], align: int = 1) -> FlatLayout:
+    """Lay parameters one after the other. `parameters`: matrices first."""
     ranges = []
-    start = 0
+    stop = 0
     for parameter in parameters:
-        place = range(start, start + parameter.numel())
-        ranges.append(place)
-        start = place.stop
+        start = round_up(stop, align)
+        stop = start + parameter.numel()
+        ranges.append(range(start, stop))
     num_matrices = sum(parameter.ndim > 1 for parameter in parameters)
     return FlatLayout(tuple(ranges), num_matrices)

@@ -41,7 +41,7 @@ from torch import Tensor, nn
 
 from minillama import comm
 from minillama.memory import release_freed
-from minillama.parallel.buckets import plan_buckets
+from minillama.parallel.buckets import gaps_between, plan_buckets
 from minillama.parallel.flat_layout import FlatLayout
 from minillama.train_config import TrainConfig
 
@@ -136,6 +136,7 @@ class GradientReducer:
         self.freed_elements = 0
 
         self.buckets = plan_buckets(layout, self.bucket_elements)
+        self.gaps = gaps_between(self.buckets, slice_size * mesh.size)
         self.bucket_of: dict[int, int] = {}  # index of a parameter -> index of its bucket
         for number, bucket in enumerate(self.buckets):
             for i in bucket.members:
@@ -225,13 +226,15 @@ class GradientReducer:
                 self._finish_reduce()
 
     def _new_sum(self) -> Tensor:
-        """Room for this rank's slice.
+        """Room for this rank's slice, with zeros where no gradient comes.
 
         Its memory is taken only as it is written, while gradients are freed.
         """
         total = torch.empty(self.slice_size, dtype=self.sum_dtype, device=self.device)
-        end_of_parameters = max(0, self.layout.total - self.slice_start)
-        total[end_of_parameters:] = 0
+        for gap in self.gaps:
+            start = max(0, gap.start - self.slice_start)
+            stop = max(0, gap.stop - self.slice_start)
+            total[start:stop] = 0
         return total
 
     def _finish_reduce(self) -> None:

@@ -14,17 +14,21 @@ r-th of N equal slices:
                    gradients are complete
     2. reduce      buckets are summed over ranks: at stage 0 for every rank; at 1 for their owner,
                    at the end of the step; at 2 for their owner, during backward
-    3. clip        squared norms of fixed chunks are all-gathered and summed in order, so that
-                   every rank has the same number
+    3. clip        squared norms of slices are all-gathered and summed, so that every rank has the
+                   same number
     4. step        each owner updates its slice
     5. all-gather  the updated slices become the weights of every rank
 
 With `reduction="exact"` the gradients of the micro-batches 0, 1, 2, … are added in one pairwise
 tree, ((0+1)+(2+3))+…, whichever rank computed them. Micro-batch a·N + r belongs to rank r, so the
-ranks are the lowest levels of the tree. All stages and all numbers of ranks (powers of two) then
-give the same bytes. The price is a reduction of every micro-batch, and one partial sum per level of
-the tree. `"fast"` adds gradients in the order in which they arrive."""
+ranks are the lowest levels of the tree. The norm is a sum over parameters, and of each one over
+chunks that begin with it, so it does not depend on what else a rank holds; math.fsum adds without
+rounding in between, so the order does not matter. All ZeRO stages, numbers of ranks (powers of two)
+and pipeline stages then give the same bytes. The price is a reduction of every micro-batch, one
+partial sum per level of the tree, and parameters that are padded to whole chunks. `"fast"` adds
+gradients in the order in which they arrive."""
 
+import math
 from collections.abc import Callable, Iterable
 
 import torch
@@ -36,7 +40,9 @@ from minillama.parallel.flat_layout import lay_out, round_up
 from minillama.parallel.reducer import GradientReducer
 from minillama.train_config import TrainConfig
 
-# Elements. Slices are whole chunks, so the norm of a chunk does not depend on the number of ranks.
+# Elements whose squares the exact norm adds at a time. Chunks begin where a parameter does, and
+# slices are whole chunks, so a chunk never lies on two ranks. Smaller ones would cost time: each is
+# an operation of its own. Larger ones would cost memory: a parameter is padded to whole chunks.
 CHUNK = 16384
 UPDATE_CHUNK = 1 << 22  # elements updated at a time, which bounds the temporary copies of a step
 STATE = ("master", "m", "v")  # the vectors that a checkpoint holds
@@ -80,7 +86,7 @@ class ZeroAdamW:
         self.adamw = ops.reference.adamw if self.is_exact else ops.adamw
 
         parameters = [parameter for _, parameter in self.named]
-        self.layout = lay_out(parameters)
+        self.layout = lay_out(parameters, align=CHUNK if self.is_exact else 1)
         padded = round_up(self.layout.total, CHUNK * mesh.size)
         slice_size = padded // mesh.size
         self.owned = slice(mesh.rank * slice_size, (mesh.rank + 1) * slice_size)
@@ -111,14 +117,21 @@ class ZeroAdamW:
     def squared_norms(self) -> list[float]:
         """Numbers whose sum is the squared norm of the step's gradient, equal on all data ranks.
 
-        They are fp64 on the host: not every device has fp64.
+        With the exact reduction there is one for each parameter, which depends on nothing else.
         """
         block_size = CHUNK if self.is_exact else UPDATE_CHUNK
         blocks = self.gradients.reduced().split(block_size)
         squares = torch.stack([block.float().square().sum() for block in blocks])
         if self.stage:
             squares = comm.all_gather(self.mesh, squares)
-        return squares.cpu().double().tolist()
+        of_blocks = squares.tolist()
+        if not self.is_exact:
+            return [math.fsum(of_blocks)]
+        of_parameters = []
+        for place in self.layout.ranges:
+            own_chunks = slice(place.start // CHUNK, round_up(place.stop, CHUNK) // CHUNK)
+            of_parameters.append(math.fsum(of_blocks[own_chunks]))
+        return of_parameters
 
     def step(self, learning_rate: float, scale: float = 1.0) -> None:
         """Update the weights of every rank once, with the gradient times `scale`."""
