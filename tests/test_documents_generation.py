@@ -42,10 +42,10 @@ def paths(tiny_checkpoint: Callable, small_tokenizer: Tokenizer) -> dict[str, st
 
 @pytest.fixture
 def with_tokenizer(paths: dict[str, str]) -> list[str]:
-    """FastChat's command without --num-gpus, for a model beside its tokenizer."""
+    """FastChat's command as typed, for a model beside its tokenizer."""
     model = Path(paths["MODEL"])
     (model / "tokenizer.model").symlink_to(Path(paths["TOKENIZER"]) / "tokenizer.model")
-    return ["--model-path", str(model)]
+    return words_of(FASTCHAT_CLI, paths)
 
 
 def type_lines(monkeypatch: pytest.MonkeyPatch, *lines: str) -> Iterator[str]:
@@ -106,6 +106,7 @@ def test_fastchats_command_holds_a_conversation_that_an_empty_line_ends(
     assert printed.out.count("tokens/s)") == 1
     assert "an empty line: end" in printed.out
     assert "no template, so vicuna_v1.1 is used" in printed.err
+    assert "(template: vicuna_v1.1, " in printed.err
     assert list(left) == ["not read"]
 
 

@@ -2,6 +2,8 @@
 
 boolq/dev.jsonl               a JSON object a line
 mmlu/test/anatomy_test.csv    a row a question, here without a header; one file a subject
+mmlu/anatomy/test-00000-of-00001.parquet
+                              the same on the Hub, with a list of choices and the right one's number
 """
 
 import csv
@@ -13,6 +15,8 @@ from minillama.data.records import InputRecord, read_records
 from minillama.data.sources import Source
 from minillama.errors import UserError, closest
 from minillama.evaluation.protocols import LETTERS, Question, Task
+
+PARQUET = "{}-00000-of-00001.parquet"  # the file of a split on the Hub
 
 
 def find_files(task: Task, path: Path, subjects: tuple[str, ...] = ()) -> dict[str, Path]:
@@ -56,14 +60,25 @@ def _all_files(task: Task, path: Path) -> dict[str, Path]:
     if "{}" in task.files:
         suffix = task.files.partition("{}")[2]
         files = sorted(path.glob(task.files.replace("{}", "*")))
-        return {file.name.removesuffix(suffix): file for file in files}
+        by_subject = {file.name.removesuffix(suffix): file for file in files}
+        return by_subject or _parquet_files(task, path)
     files = [path]
     if path.is_dir():
         files = [path / task.files]
         if not files[0].is_file():
-            files = list(path.glob("*.jsonl"))
+            files = [*path.glob("*.jsonl"), *path.glob(PARQUET.format("validation"))]
     is_clear = len(files) == 1 and files[0].is_file()
     return {task.name: files[0]} if is_clear else {}
+
+
+def _parquet_files(task: Task, path: Path) -> dict[str, Path]:
+    """The file of each subject in the layout of the Hub, where each has a folder of its own.
+
+    Other folders, such as that of all subjects together, are left out.
+    """
+    known = {subject for subjects in task.groups.values() for subject in subjects}
+    files = sorted(path.glob(f"*/{PARQUET.format(task.split)}"))
+    return {file.parent.name: file for file in files if file.parent.name in known}
 
 
 def read_shots(task: Task, subject: str, path: Path, count: int) -> list[Question]:
@@ -71,6 +86,8 @@ def read_shots(task: Task, subject: str, path: Path, count: int) -> list[Questio
     if count == 0:
         return []
     file = path / task.shots.format(subject)
+    if not file.is_file():
+        file = path / subject / PARQUET.format("dev")
     shots = []
     if task.shots and file.is_file():
         shots = read_questions(task, subject, file)
@@ -107,6 +124,7 @@ def _parse_row(task: Task, subject: str, row: Any) -> Question | None:
     """The question of a row; None if a column or the answer is missing or wrong."""
     if not isinstance(row, dict):
         return None
+    row = _with_letters(row)
     if not all(isinstance(row.get(name), str) for name in task.columns):
         return None
     answer = str(row.get("answer")).strip()
@@ -120,6 +138,19 @@ def _parse_row(task: Task, subject: str, row: Any) -> Question | None:
         "key": subject,
         "subject": subject.replace("_", " "),
     }
+
+
+def _with_letters(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of the Hub's MMLU with a column for each choice, and a letter as the answer.
+
+    It has a list of `choices`, and the position of the right one. Other rows stay as they are.
+    """
+    choices = row.get("choices")
+    position = row.get("answer")
+    if not isinstance(choices, list) or position not in range(len(LETTERS)):
+        return row
+    columns = dict(zip(LETTERS, choices, strict=False))
+    return {**row, **columns, "answer": LETTERS[position]}
 
 
 def _read_csv(file: Path, column_names: list[str] | None) -> Iterator[InputRecord]:

@@ -76,3 +76,49 @@ def test_more_shots_than_there_are_solved_examples_are_refused(benchmark: Callab
         benchmark("mmlu", n_shots=6)
     with pytest.raises(UserError, match=r"0 solved examples there; use --n_shots 0, not 1"):
         benchmark("boolq", n_shots=1)
+
+
+def write_parquet(path: Path, rows: list[dict]) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    path.parent.mkdir(parents=True)
+    parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+
+
+def test_the_parquet_folders_of_the_hub_hold_the_same_questions(
+    benchmark: Callable, data: Path, tmp_path: Path
+) -> None:
+    """Its folder of all subjects together is left out."""
+    for subject in ("anatomy", "astronomy", "all"):
+        for split in ("dev", "test"):
+            source = data / "mmlu" / split / f"{subject}_{split}.csv"
+            rows = []
+            if subject != "all":
+                for question in read_questions(TASKS["mmlu"], subject, source):
+                    row = {
+                        "question": question["question"],
+                        "subject": subject,
+                        "choices": [question[letter] for letter in "ABCD"],
+                        "answer": "ABCD".index(question["answer"]),
+                    }
+                    rows.append(row)
+            folder = tmp_path / "mmlu" / subject
+            write_parquet(folder / split / "x", rows or [{"question": "q"}])
+            (folder / split / "x").rename(folder / f"{split}-00000-of-00001.parquet")
+    hub = benchmark("mmlu", data=str(tmp_path / "mmlu"))
+    csv_files = benchmark("mmlu", subjects=("anatomy", "astronomy"))
+    assert hub.queries == csv_files.queries
+    for id, question in hub.questions.items():
+        assert question["answer"] == csv_files.questions[id]["answer"]
+
+
+def test_the_parquet_file_of_boolq_is_found_and_read(
+    benchmark: Callable, data: Path, tmp_path: Path
+) -> None:
+    lines = (data / "dev.jsonl").read_text().splitlines()
+    write_parquet(
+        tmp_path / "boolq/data/validation-00000-of-00001.parquet",
+        [json.loads(line) for line in lines],
+    )
+    hub = benchmark("boolq", data=str(tmp_path / "boolq"))
+    assert hub.queries == benchmark("boolq").queries
