@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from minillama import device
+from minillama import device_list
 from minillama.checkpoint.hf_reader import load_model
 from minillama.comm import Mesh
 from minillama.errors import UserError
@@ -92,7 +92,7 @@ def test_a_rank_loads_the_model_onto_its_own_chip_and_no_other(
         picked.append(local_rank)
         return torch.device("cpu")
 
-    monkeypatch.setattr(device, "pick", pick)
+    monkeypatch.setattr(device_list, "pick", pick)
     monkeypatch.setenv("LOCAL_RANK", "3")
     main(boolq)
     assert picked == [3]
