@@ -35,6 +35,7 @@ LAYERS: list[list[set[str]]] = [
     [{"model"}, {"parallel"}, {"data"}],
     [
         {"checkpoint"},
+        {"int8_layers"},
         {
             "lora",
             "lora_layers",
