@@ -129,8 +129,9 @@ class Parser(argparse.ArgumentParser):
         add("--device", default="auto", choices=DEVICES, help="[auto]")
         devices = "devices that share out the layers: 2, or npu:0,npu:1"
         add("--devices", default="", metavar="N|A,B", help=devices)
-        names = tuple(PRECISIONS)
-        add("--dtype", default="float32", type=parse_dtype, choices=names, help="[float32]")
+        names = (*PRECISIONS, "int8")
+        dtype = "of the computation; int8: of the weights, computed in bfloat16 [float32]"
+        add("--dtype", default="float32", type=parse_dtype, choices=names, help=dtype)
         ops = "implementations of the ops: reference, fused, auto, …, or by op: attention=reference"
         add("--ops", default="", metavar="NAME", help=ops)
 

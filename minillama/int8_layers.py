@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minillama import ops
+from minillama.memory import release_freed
 from minillama.model import Linear, Llama
 
 LEVELS = 127  # int8 without -128, so that the range is symmetric
@@ -81,7 +82,9 @@ def quantize_linear(model: Llama, name: str) -> None:
     parent = model.get_submodule(parent_name)
     module = getattr(parent, attribute)
     if name.endswith(".weight") and isinstance(module, Linear):
+        device = module.weight.device
         setattr(parent, attribute, Int8Linear(module.weight, module.bias))
+        release_freed(device)  # else the process keeps what the 16-bit weights took
 
 
 def _kernel_takes(weight: Tensor) -> bool:

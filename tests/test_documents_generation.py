@@ -134,9 +134,7 @@ def test_the_web_pages_command_says_what_to_add(paths: dict[str, str]) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("--load-8bit", r"--load_8bit is not supported: .*--dtype int8.*--dtype float16"),
-        ("--load_in_8bit", "--load_in_8bit is not supported"),
-        ("--load_in_4bit", "--load_in_4bit is not supported: .*--dtype float16"),
+        ("--load_in_4bit", "--load_in_4bit is not supported: .*--dtype int8"),
         ("--max-gpu-memory 13Gib", "--max_gpu_memory is not supported"),
         ("--max_memory 1024", "--max_memory is not supported: the oldest turns"),
         ("--negative_prompt x", "--negative_prompt is not supported"),

@@ -47,12 +47,15 @@ def load_model(
     n_layers: int = 0,
     vocab_size: int = 0,
     device_of: DeviceOf = on_host,
+    after_reading: Callable[[Llama, str], None] | None = None,
 ) -> Llama:
     """Read a model directory as a `Llama` of `dtype`, one tensor at a time.
 
     n_layers: only the first N (0: all).
     vocab_size: grow the embeddings to this many rows; new rows are the mean of the old.
     device_of: where each parameter is loaded to.
+    after_reading: called with the model and the name of each parameter that has been read; it may
+        replace the parameter, so that the whole model never exists as it is in the files.
     Raises UserError for any difference between the files and what config.json describes.
     """
     config = read_config(directory)
@@ -63,12 +66,15 @@ def load_model(
     config = replace(config, vocab_size=max(vocab_size, config.vocab_size))
     model = empty_model(config, dtype, device_of)
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        for name in [name for name, _ in model.named_parameters()]:
+            parameter = model.get_parameter(name)
             tensor = tensors[name].read()
             rows = len(tensor)
             parameter[:rows].copy_(tensor)
             if rows < len(parameter):
                 parameter[rows:] = tensor.float().mean(0).to(dtype)
+            if after_reading is not None:
+                after_reading(model, name)
     return model
 
 

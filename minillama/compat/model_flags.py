@@ -106,12 +106,10 @@ RENAMED = {
     "fp16": "dtype=float16",
     "bf16": "dtype=bfloat16",
     "only_cpu": "device=cpu",
+    "load_8bit": "dtype=int8",
+    "load_in_8bit": "dtype=int8",
 }
 
-NO_INT8 = (
-    "weights of 8 bits will be --dtype int8, which is not here yet; --dtype float16 or bfloat16 "
-    "halves the memory of float32"
-)
 ADAPTER_KNOWS = "the adapter's own adapter_config.json says it; leave the flag out"
 ALLOWED = {
     "tensor_model_parallel_size": Allowed(("1",), "the model is not split over ranks here yet"),
@@ -152,9 +150,7 @@ HARMLESS = {
     "trust_remote_code": "nothing of a checkpoint is executed",
 }
 REFUSED = {
-    "load_8bit": NO_INT8,
-    "load_in_8bit": NO_INT8,
-    "load_in_4bit": "weights of 4 bits are not read; --dtype float16 or bfloat16 has 16 bits",
+    "load_in_4bit": "weights of 4 bits are not read; --dtype int8 has 8 bits",
     "lora_r": ADAPTER_KNOWS,
     "lora_alpha": ADAPTER_KNOWS,
     "lora_target_modules": ADAPTER_KNOWS,

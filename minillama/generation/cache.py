@@ -94,7 +94,7 @@ class Cache:
 
         Raises UserError if it is larger than the memory of a device.
         """
-        weight = model.lm_head.weight
+        weight = model.model.embed_tokens.weight
         layers = [LayerStorage.of(layer, config.head_dim) for layer in model.model.layers]
         bytes_on: Counter[torch.device] = Counter()
         for layer in layers:

@@ -28,6 +28,7 @@ from minillama.generation.config import GenerationConfig
 from minillama.generation.engine import Engine
 from minillama.hf_config import read_config
 from minillama.hub import hub_hint
+from minillama.int8_layers import quantize_linear
 from minillama.lora import load_adapter
 from minillama.model import Llama
 from minillama.peft_config import base_model_of
@@ -46,7 +47,7 @@ class LoadOptions:
     tokenizer: str = ""  # "": the checkpoint's own
     device: str = "auto"
     devices: str = ""  # several, over which the layers are spread: `device_list` has the forms
-    dtype: str = "float32"
+    dtype: str = "float32"  # of the computation; "int8": weights only
     ops: str = ""  # forms of the ops: see `ops.choose`
 
 
@@ -139,7 +140,8 @@ def load_with_adapters(
     base: the base model of an adapter, in place of the one its config names. The model comes in
     evaluation mode, frozen, on `devices`.
     """
-    torch_dtype, warning = compute_dtype(dtype, devices[0])
+    is_int8 = dtype == "int8"
+    torch_dtype, warning = compute_dtype("bfloat16" if is_int8 else dtype, devices[0])
     if warning:
         print(f"warning: {warning}", file=sys.stderr)
     adapter_paths = [Path(adapter) for adapter in adapters]
@@ -152,8 +154,15 @@ def load_with_adapters(
             f"--base {base} would be ignored: {path} is a whole model, not an adapter; "
             "leave one of them out, or add an adapter with --lora DIR"
         )
+    if is_int8 and adapter_paths:
+        raise UserError(
+            f"--dtype int8 does not take an adapter beside the weights ({adapter_paths[0]}); merge "
+            f"it first: python convert.py merge-lora --base {base_path} --lora {adapter_paths[0]} "
+            "--output MERGED_DIR"
+        )
     device_of = loading_plan(read_config(base_path), devices)
-    model = load_model(base_path, torch_dtype, device_of=device_of)
+    quantize = quantize_linear if is_int8 else None
+    model = load_model(base_path, torch_dtype, device_of=device_of, after_reading=quantize)
     replaced_by: dict[str, Path] = {}  # a module that an adapter replaces whole -> the adapter
     for adapter in adapter_paths:
         config = load_adapter(model, adapter, dropout=0.0)

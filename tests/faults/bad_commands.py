@@ -91,7 +91,7 @@ COMMANDS = (
     (f"{G} --prompt a --template nobody", "nobody"),
     (f"{G} --prompt a --chat", "--chat"),
     (f"{G} --prompt a --port 1", "--port"),
-    (f"{G} --prompt a --dtype int8", "dtype"),
+    (f"{G} --prompt a --dtype int4", "dtype"),
     (G, "nothing to answer"),
     (f"{E} --batch_size 0", "batch_size 0"),
     (f"{E} --max_length 1", "max_length 1"),
