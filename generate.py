@@ -69,7 +69,7 @@ FLAGS = (
     Flag("port", int, 7860, "N", "port of --web [7860]"),
     Flag("system", str, "", "TEXT",
          "system text of the conversation, if the template has a place for it"),
-    Flag("template", str, "", "NAME|none",
+    Flag("template", str, "", "NAME|FILE.jinja|none",
          "prompt template (empty: the checkpoint's own, else none)"),
     Flag("max_new_tokens", int, 0, "N",
          "most tokens to write [256, or what the context leaves]"),
@@ -158,10 +158,11 @@ def main(arguments: list[str]) -> None:
     check(options)
     prompts = read_prompts(options)
     engine = open_engine(options)
+    from minillama.chat import name_of
     from minillama.tokenizer import describe_bos
 
-    bos = describe_bos(engine.tokenizer)
-    print(f"{engine.path} (template: {engine.template}, {bos})", file=sys.stderr)
+    about = f"template: {name_of(engine.template)}, {describe_bos(engine.tokenizer)}"
+    print(f"{engine.path} ({about})", file=sys.stderr)
     if options.web:
         from minillama.generation import web
 

@@ -10,11 +10,16 @@ template is a function that yields pieces in order. Ids and labels are made from
 
 A piece is *fresh* or *glued*. A fresh one is encoded by itself, and so has its own leading ▁. A
 glued one is encoded together with the text before it, because the reference system does so, and
-begins where the ids of that text would have ended. The space between prompt and answer belongs to
+begins where the ids of that text would have ended. Behind a control token, a glued text is encoded
+as transformers encodes it there. The space between prompt and answer belongs to
 the side where the reference system counts it. Then an open prompt has the ids that a training
 example begins with. Control tokens are pieces of their own, added by id: no text can produce one.
+
+A template is known by a string: a name of TEMPLATES, or the text of a published model's own
+chat template, which is a program in the language Jinja (chat_template.py).
 """
 
+import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -58,6 +63,38 @@ class Conversation:
     system: str = ""
 
 
+class Message(NamedTuple):
+    """What one side says. An answer that the model is to write has no text."""
+
+    role: str  # system, user or assistant
+    text: str | None
+    is_target: bool = False
+
+
+def messages_of(conversation: Conversation) -> list[Message]:
+    """A conversation as a list of messages, as chat templates see it."""
+    messages = []
+    if conversation.system:
+        messages.append(Message("system", conversation.system))
+    for turn in conversation.turns:
+        messages.append(Message("user", _user_text(turn)))
+        messages.append(Message("assistant", turn.answer, turn.is_target))
+    return messages
+
+
+def is_jinja(template: str) -> bool:
+    """Tell whether a template is the text of a chat template, and not a name."""
+    return "{{" in template or "{%" in template
+
+
+def name_of(template: str) -> str:
+    """What a template is called when it is printed: its name, or what identifies its text."""
+    if not is_jinja(template):
+        return template or "none"
+    digest = hashlib.sha256(template.encode()).hexdigest()
+    return f"chat template in Jinja, sha256 {digest[:12]}"
+
+
 def render(template: str, conversation: Conversation) -> list[Piece]:
     """The pieces of a conversation in the named template. Raises UserError for an unknown name."""
     return list(find_template(template)(conversation))
@@ -67,15 +104,10 @@ def find_template(name: str) -> Callable[[Conversation], Iterator[Piece]]:
     """The function that renders a conversation. Raises UserError for an unknown name."""
     if name not in TEMPLATES:
         known = ", ".join(TEMPLATES)
-        raise UserError(f"no template {name!r}{closest(name, TEMPLATES)}; templates: {known}")
+        raise UserError(
+            f"no template {name!r}{closest(name, TEMPLATES)}; templates: {known}, or a FILE.jinja"
+        )
     return TEMPLATES[name]
-
-
-def end_of_answer(template: str) -> str:
-    """The name of the control token behind an answer; "" for none, or no template."""
-    if template in ("", "none"):
-        return ""
-    return render(template, Conversation((Turn("", ""),)))[-1].control
 
 
 def _round(prompt: str, turn: Turn, glued: bool, answer_format: str = "{}") -> list[Piece]:
@@ -205,22 +237,39 @@ def _llama_factory_default(conversation: Conversation) -> Iterator[Piece]:
 def _llama3(conversation: Conversation) -> Iterator[Piece]:
     """Meta's Llama-3 chat: a header before each message, <|eot_id|> after it; texts stripped."""
     yield BOS
-    if conversation.system:
-        yield from _llama3_message("system", conversation.system)
-    for turn in conversation.turns:
-        yield from _llama3_message("user", _user_text(turn))
-        yield from _llama3_message("assistant", turn.answer, turn.is_target)
+    for message in messages_of(conversation):
+        yield Piece("", control="<|start_header_id|>")
+        yield Piece(message.role)
+        yield Piece("", control="<|end_header_id|>")
+        yield Piece("\n\n")
+        if message.text is not None:
+            yield Piece(message.text.strip(), message.is_target)
+            yield Piece("", message.is_target, control="<|eot_id|>")
 
 
-def _llama3_message(role: str, text: str | None, is_target: bool = False) -> Iterator[Piece]:
-    """A message; its header alone if the model is to write the text."""
-    yield Piece("", control="<|start_header_id|>")
-    yield Piece(role)
-    yield Piece("", control="<|end_header_id|>")
-    yield Piece("\n\n")
-    if text is not None:
-        yield Piece(text.strip(), is_target)
-        yield Piece("", is_target, control="<|eot_id|>")
+def _chatml(conversation: Conversation) -> Iterator[Piece]:
+    """ChatML: <|im_start|>, role, text and <|im_end|>; a line break between two messages."""
+    yield BOS
+    separator = ""
+    for message in messages_of(conversation):
+        yield Piece(separator, glued=True)
+        yield Piece("", control="<|im_start|>")
+        yield Piece(f"{message.role}\n", glued=True)
+        if message.text is not None:
+            yield Piece(message.text, message.is_target, glued=True)
+            yield Piece("", message.is_target, control="<|im_end|>")
+        separator = "\n"
+
+
+def _zephyr(conversation: Conversation) -> Iterator[Piece]:
+    """Zephyr and TinyLlama-Chat: no BOS, the role in a line, EOS behind every message."""
+    separator = ""
+    for message in messages_of(conversation):
+        yield Piece(f"{separator}<|{message.role}|>\n", glued=True)
+        if message.text is not None:
+            yield Piece(message.text, message.is_target, glued=True)
+            yield EOS._replace(is_target=message.is_target)
+        separator = "\n"
 
 
 TEMPLATES: dict[str, Callable[[Conversation], Iterator[Piece]]] = {
@@ -229,6 +278,8 @@ TEMPLATES: dict[str, Callable[[Conversation], Iterator[Piece]]] = {
     "vicuna_v1.1": _vicuna,
     "llama2": _llama2,
     "llama3": _llama3,
+    "chatml": _chatml,
+    "zephyr": _zephyr,
     "chinese_alpaca": _chinese_alpaca,
     "chinese_alpaca_2": _chinese_alpaca_2,
     "ascend_instruction": _ascend_instruction,

@@ -71,6 +71,9 @@ class JsonTokenizer:
         self.eos_id = self._id_of(settings.name_of("eos_token"))
         if is_llama and self.eos_id is None:
             self.eos_id = self._id_of("</s>")
+        self.named = {role: token.content for role, token in settings.named.items()}
+        if is_llama:
+            self.named = {"bos_token": "<s>", "eos_token": "</s>", **self.named}
         with parsing(path.with_name(CONFIG)):
             self.starts_with = self._start_of_texts(settings)
         changes: dict[str, Any] = {token.content: asdict(token) for token in new_tokens}
@@ -81,9 +84,9 @@ class JsonTokenizer:
             changes["eos"] = self.eos_id
         self.sha256 = fingerprint(path.read_bytes(), changes)
 
-    def _new_tokens(self, settings: TokenizerSettings) -> list[AddedToken]:
-        """The tokens that files beside the tokenizer.json add to it, or change, by id."""
-        known = [
+    def added_tokens(self) -> list[AddedToken]:
+        """The added tokens: what a text is cut at before it is encoded."""
+        return [
             AddedToken(
                 content=token.content,
                 special=token.special,
@@ -94,6 +97,10 @@ class JsonTokenizer:
             )
             for token in self.model.get_added_tokens_decoder().values()
         ]
+
+    def _new_tokens(self, settings: TokenizerSettings) -> list[AddedToken]:
+        """The tokens that files beside the tokenizer.json add to it, or change, by id."""
+        known = self.added_tokens()
         tokens = [settings.added[number] for number in sorted(settings.added)]
         new_tokens = [token for token in tokens if token not in known]
         contents = {token.content for token in (*known, *new_tokens)}
@@ -133,6 +140,10 @@ class JsonTokenizer:
     def encode(self, text: str, follows_line_break: bool = False) -> list[int]:
         assert not follows_line_break, "this vocabulary does not split at lines"
         return self.model.encode(text, add_special_tokens=False).ids
+
+    def encode_behind_control(self, text: str) -> list[int]:
+        """The ids of a text behind a control token."""
+        return self.encode(text)
 
     def control_id(self, name: str) -> int | None:
         named_by_role = {"bos": self.bos_id, "eos": self.eos_id}

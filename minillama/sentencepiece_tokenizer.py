@@ -44,7 +44,8 @@ WRONG_FILES = {
 class SentencePieceTokenizer:
     """A LLaMA `tokenizer.model`. Equal to transformers' slow LlamaTokenizer on plain text.
 
-    bos_id, eos_id: the named tokens, else the model file's. starts_with: the ids that begin a text.
+    bos_id, eos_id: the named tokens, else the model file's. named: the letters of the token of each
+    role, such as "eos_token". starts_with: the ids that begin a text.
     size: above every id, except that of a padding token, which nothing here needs.
     splits_at_lines: whether the ids of a text are those of its lines, one after another. Then a
     long text may be encoded in blocks of lines, all but the first with follows_line_break=True.
@@ -83,6 +84,10 @@ class SentencePieceTokenizer:
         self.size = max([self.num_pieces, *(n + 1 for n in self.added if n != padding)])
         self.bos_id = self._id_of_role(settings, "bos_token", self.model.bos_id())
         self.eos_id = self._id_of_role(settings, "eos_token", self.model.eos_id())
+        self.named = {role: token.content for role, token in settings.named.items()}
+        for role, token in (("bos_token", self.bos_id), ("eos_token", self.eos_id)):
+            if token is not None:
+                self.named.setdefault(role, self.name_of(token))
         self.starts_with = [self.bos_id] if adds_bos and self.bos_id is not None else []
         self.bos_rule = bos_rule(settings, "the rule of a tokenizer.model")
         keeps_lines = self.added_words is None or self.added_words.splits_at_lines
@@ -139,6 +144,15 @@ class SentencePieceTokenizer:
             return self._encode_words(text, not follows_line_break)
         return self._encode_with_added(self.added_words, text, follows_line_break)
 
+    def encode_behind_control(self, text: str) -> list[int]:
+        """The ids of a text behind a control token: it has a ▁ of its own, or none (not legacy)."""
+        if self.words is None and not self.is_legacy:
+            raise UserError(
+                f"{self.path}: chat templates with legacy = false are not supported for this "
+                f"vocabulary; set legacy to true in {CONFIG}"
+            )
+        return self.encode(text, follows_line_break=not self.is_legacy)
+
     def _encode_with_added(
         self, added_words: AddedWords, text: str, follows_line_break: bool
     ) -> list[int]:
@@ -173,6 +187,12 @@ class SentencePieceTokenizer:
         if token is None and self.model.is_control(self.model.piece_to_id(name)):
             token = self.model.piece_to_id(name)
         return named_by_role.get(name, token)
+
+    def added_tokens(self) -> list[AddedToken]:
+        """The added tokens, and BOS and EOS: what a text is cut at before it is encoded."""
+        names = [self.named[role] for role in ("bos_token", "eos_token") if role in self.named]
+        own = [AddedToken(name, special=True) for name in names if name not in self._added_ids]
+        return [*self.added.values(), *own]
 
     def name_of(self, token: int) -> str:
         """What a token is called, such as "<s>"."""

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import sentencepiece
 
+from minillama.added_tokens import AddedToken
 from minillama.errors import UserError
 from minillama.hub import hub_hint
 from minillama.json_tokenizer import JsonTokenizer
@@ -49,9 +50,16 @@ class TokenIds:
         self.bos_id: int | None = None
         self.eos_id: int | None = None
         self.starts_with: list[int] = []
+        self.named: dict[str, str] = {}
 
     def encode(self, text: str, follows_line_break: bool = False) -> list[int]:
         raise UserError(f"{self.path}: has no tokenizer for {text!r}; name one with --tokenizer")
+
+    def encode_behind_control(self, text: str) -> list[int]:
+        return self.encode(text)
+
+    def added_tokens(self) -> list[AddedToken]:
+        return []
 
     def control_id(self, name: str) -> int | None:
         return None

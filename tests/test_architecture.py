@@ -28,7 +28,7 @@ LAYERS: list[list[set[str]]] = [
     [
         {"ops"},
         {"tokenizer", "sentencepiece_tokenizer", "json_tokenizer", "added_tokens"},
-        {"chat"},
+        {"chat", "chat_template", "chat_marks", "jinja_renderer", "jinja_program"},
         {"comm", "grid", "point_to_point"},
         {"tensor_files", "torch_files", "tensor_writers"},
     ],
@@ -51,6 +51,7 @@ LAYERS: list[list[set[str]]] = [
 ]
 RUN_TIME = {"torch", "sentencepiece", "numpy", "safetensors", "tqdm"}
 OPTIONAL = {
+    "jinja2",  # torch needs it
     "tokenizers",
     "matplotlib",
     "pyarrow",

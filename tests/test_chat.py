@@ -14,7 +14,8 @@ from minillama.data.encode import encode_pieces
 from minillama.errors import UserError
 from tests.conversations import conversations, encode, text_of
 
-SENTENCEPIECE = [name for name in TEMPLATES if name != "llama3"]
+SENTENCEPIECE = [name for name in TEMPLATES if name not in ("llama3", "chatml")]
+ENDS = {"llama3": "<|eot_id|>", "chatml": "<|im_end|>"}  # of an answer; others end it with EOS
 
 # --- golden vectors, made with the reference systems
 
@@ -92,6 +93,15 @@ def test_renderings_are_those_of_the_reference_systems():
     assert text_of("llama_factory_default", with_input) == "Human: Q\nI\nAssistant: A</s>"
     assert text_of("raw", with_input) == "<s>Q\nIA</s>"
     assert text_of("raw", two) == "<s>SQA</s>RB</s>"
+    assert text_of("zephyr", two) == (
+        "<|system|>\nS</s>\n<|user|>\nQ</s>\n<|assistant|>\nA</s>\n"
+        "<|user|>\nR</s>\n<|assistant|>\nB</s>"
+    )
+    assert text_of("chatml", Conversation((Turn("Q", "A"), Turn("R", None)), "S")) == (
+        "<s><|im_start|>system\nS<|im_end|>\n<|im_start|>user\nQ<|im_end|>\n"
+        "<|im_start|>assistant\nA<|im_end|>\n<|im_start|>user\nR<|im_end|>\n"
+        "<|im_start|>assistant\n"
+    )
     head = "<|start_header_id|>{}<|end_header_id|>\n\n"
     assert text_of("llama3", Conversation((Turn("Q", None),), "S")) == (
         f"<s>{head.format('system')}S<|eot_id|>{head.format('user')}Q<|eot_id|>{head.format('assistant')}"
@@ -138,18 +148,16 @@ def test_an_open_prompt_is_the_beginning_of_what_was_trained(
     assert mask[: len(opened)] == nothing and all(mask[len(opened) :])
 
 
-def test_an_open_llama3_prompt_is_the_beginning_of_what_was_trained():
+@pytest.mark.parametrize("template", ENDS)
+def test_an_open_prompt_with_tokens_of_its_own_is_the_beginning_of_what_was_trained(template):
     turn = Turn("Q", "A")
     opened, answered = (
-        render("llama3", Conversation((turn, last))) for last in (Turn("R", None), Turn("R", "B"))
+        render(template, Conversation((turn, last))) for last in (Turn("R", None), Turn("R", "B"))
     )
     assert answered[: len(opened)] == opened
-    assert [piece.text or piece.control for piece in answered if piece.is_target] == [
-        "A",
-        "<|eot_id|>",
-        "B",
-        "<|eot_id|>",
-    ]
+    end = ENDS[template]
+    targets = [piece.text or piece.control for piece in answered if piece.is_target]
+    assert targets == ["A", end, "B", end]
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
@@ -158,9 +166,8 @@ def test_every_trained_answer_ends_in_one_trained_eos(template):
     answers = [i for i, piece in enumerate(pieces) if piece.is_target and piece.text]
     assert len(answers) == (1 if template == "ascend_instruction" else 2)
     for i in answers:
-        assert pieces[i + 1].is_target and pieces[i + 1].control == (
-            "<|eot_id|>" if template == "llama3" else "eos"
-        )
+        assert pieces[i + 1].is_target
+        assert pieces[i + 1].control == ENDS.get(template, "eos")
     assert sum(piece.is_target for piece in pieces) == 2 * len(answers)
 
 

@@ -18,6 +18,10 @@ LEAVES = {
         *(f"{name}.py" for name in ("train", "generate", "convert", "eval")),
         "minillama/conversion/shared_flags.py",
     },
+    "chat_template": {"minillama/data/encode.py"},
+    "chat_marks": {"minillama/chat_template.py"},
+    "jinja_renderer": {"minillama/chat_template.py"},
+    "jinja_program": set(),  # it is run by its path
     "conversion.megatron": {"convert.py", "minillama/conversion/api.py"},
     "conversion.megatron_adapter": {"minillama/conversion/megatron.py"},
     "conversion.megatron_layout": {

@@ -9,7 +9,7 @@ place for; nothing is filled in silently.
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import nn
@@ -176,22 +176,6 @@ def check_names(config: LlamaConfig, tensors: Mapping[str, HasShape], directory:
             problems.append(f"{name} is {tensors[name].shape}, config.json says {shape}")
     if problems:
         raise UserError(f"{directory}: the weights do not fit config.json: {listed(problems)}")
-
-
-def read_about(directory: Path) -> dict[str, Any]:
-    """Return minillama.json: the template and what made the model; {} if there is none."""
-    path = directory / "minillama.json"
-    return read_json(path) if path.is_file() else {}
-
-
-def read_template(directory: Path) -> str:
-    """Return the prompt template that a model or adapter was tuned with; "" if it does not say."""
-    template = read_about(directory).get("template") or ""
-    if not isinstance(template, str):
-        raise UserError(
-            f"{directory / 'minillama.json'}: template is {template!r}, expected a name"
-        )
-    return template
 
 
 def _weight_files(directory: Path) -> dict[Path, list[str]]:

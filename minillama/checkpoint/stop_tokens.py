@@ -12,9 +12,9 @@ programs end there too.
 from dataclasses import replace
 from pathlib import Path
 
-from minillama.chat import end_of_answer
-from minillama.checkpoint.hf_reader import read_template
+from minillama.checkpoint.template_files import read_template
 from minillama.checkpoint.tokenizer_files import has_tokenizer
+from minillama.data.encode import end_of_answer
 from minillama.files import read_json, write_json
 from minillama.hf_config import read_config, stop_ids, to_hf
 from minillama.llama_config import LlamaConfig
@@ -23,7 +23,7 @@ from minillama.tokenizer import Tokenizer, open_tokenizer
 
 def end_ids(tokenizer: Tokenizer, template: str) -> tuple[int, ...]:
     """The tokenizer's EOS, and the token that ends an answer in a template ("" or "none": none)."""
-    names = ["eos", end_of_answer(template)]
+    names = ["eos", end_of_answer(tokenizer, template)]
     ids = [tokenizer.control_id(name) for name in names if name]
     return tuple(dict.fromkeys(token for token in ids if token is not None))
 

@@ -12,6 +12,7 @@ TOKENIZER_FILES = (
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
+    "chat_template.jinja",
 )
 # What a bare tokenizer.model means: LLaMA's own settings, by which transformers opens it.
 LLAMA_TOKENIZER_CONFIG = {

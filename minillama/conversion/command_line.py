@@ -202,8 +202,11 @@ def data() -> Parser:
     tokenizer = "tokenizer.model or tokenizer.json, or a directory that holds one"
     add("--tokenizer", required=True, metavar="FILE", help=tokenizer)
     add("--format", choices=DATA_FORMATS, default="auto", help="of the input [auto]")
-    template = "prompt template of conversations [sharegpt: vicuna_v1.1; others: alpaca]"
-    add("--template", default="", metavar="NAME", help=template)
+    template = (
+        "prompt template of conversations [the tokenizer's own, else sharegpt and messages: "
+        "vicuna_v1.1, completion: raw, others: alpaca]"
+    )
+    add("--template", default="", metavar="NAME|FILE.jinja", help=template)
     add_count(parser, "--workers", "processes that tokenize [1]", default=1)
     append_eod = "end documents with the end-of-text token [true]"
     add("--append_eod", **BOOLEAN, default=None, help=append_eod)

@@ -6,9 +6,10 @@ This path imports no torch.
 import shlex
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from minillama.checkpoint.template_files import read_template, resolve_template
 from minillama.data.renames import complete_dataset
 from minillama.data.sources import find_sources
 from minillama.data.tokenize import DataOptions, build_dataset
@@ -64,6 +65,11 @@ def tokenize_files(
     started = time.monotonic()
     complete_dataset(prefix)
     opened = open_tokenizer(tokenizer)
+    options = replace(
+        options,
+        template=resolve_template(options.template),
+        base_template=read_template(opened.path.parent),
+    )
     inputs = [source.path for source in find_sources(files, dataset_dir=options.dataset_dir)]
     for suffix in SUFFIXES:
         refuse_overlap(Path(f"{prefix}{suffix}"), [*inputs, opened.path])

@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from minillama.checkpoint.hf_writer import write_configs, write_weights
 from minillama.checkpoint.stop_tokens import write_stop_ids
+from minillama.checkpoint.template_files import JINJA_FILE
 from minillama.checkpoint.tokenizer_files import copy_tokenizer, has_tokenizer
 from minillama.files import read_json, write_bytes, write_json
 from minillama.llama_config import LlamaConfig
@@ -147,8 +148,8 @@ def write_companions(
     raw_config["vocab_size"] = config.vocab_size
     raw_config["tie_word_embeddings"] = config.tie_embeddings
     write_json(directory / "config.json", raw_config)
-    _copy_first("generation_config.json", [model], directory)
-    _copy_first("minillama.json", tokenizers, directory)
+    _copy_first(["generation_config.json"], [model], directory)
+    _copy_first(["minillama.json", JINJA_FILE], tokenizers, directory)
     for source in tokenizers:
         if has_tokenizer(source):
             copy_tokenizer(source, directory)
@@ -182,11 +183,13 @@ def _read_in_order(
             bar.update(_num_bytes(specs, name))
 
 
-def _copy_first(name: str, sources: Sequence[Path], directory: Path) -> None:
-    """Copy the file `name` from the first of `sources` that has it."""
+def _copy_first(names: Sequence[str], sources: Sequence[Path], directory: Path) -> None:
+    """Copy the files `names`, as far as they are there, from the first of `sources` with one."""
     for source in sources:
-        if (source / name).is_file():
+        found = [name for name in names if (source / name).is_file()]
+        for name in found:
             write_bytes(directory / name, (source / name).read_bytes())
+        if found:
             return
 
 

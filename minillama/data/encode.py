@@ -9,13 +9,18 @@ where an answer began.
 """
 
 from collections.abc import Iterable
+from functools import lru_cache
+from typing import TYPE_CHECKING
 
-from minillama.chat import Piece, render
+from minillama.chat import Conversation, Piece, Turn, is_jinja, render
 from minillama.data.formats import Document
 from minillama.data.records import TextBlock
 from minillama.errors import UserError
 from minillama.json_values import check_encodable
 from minillama.tokenizer import Tokenizer
+
+if TYPE_CHECKING:  # a leaf: it is imported where a chat template is used
+    from minillama.chat_template import ChatTemplate
 
 
 def encode_pieces(tokenizer: Tokenizer, pieces: Iterable[Piece]) -> tuple[list[int], list[int]]:
@@ -23,23 +28,28 @@ def encode_pieces(tokenizer: Tokenizer, pieces: Iterable[Piece]) -> tuple[list[i
 
     A glued piece is encoded together with the text before it. It begins where the ids of that text
     alone would have ended: the counting rule of Stanford Alpaca, FastChat and AscendSpeed. They
-    keep it even if a token of the joint text crosses this boundary, so it is kept here too.
+    keep it even if a token of the joint text crosses this boundary, so it is kept here too. Behind
+    a control token, a glued piece is encoded as transformers does it there.
     """
     ids: list[int] = []
     mask: list[int] = []
     text = ""  # the last fresh piece and what is glued to it
     start = 0  # where the ids of `text` begin
+    is_behind_control = False
     for piece in pieces:
         if piece.control or not piece.glued:
             text = ""
             start = len(ids)
+            is_behind_control = False
         if piece.control:
             ids += _control_ids(tokenizer, piece.control)
             start = len(ids)
+            is_behind_control = start > 0
         else:
             text += piece.text
             check_encodable(piece.text)
-            ids[start:] = tokenizer.encode(text)
+            encode = tokenizer.encode_behind_control if is_behind_control else tokenizer.encode
+            ids[start:] = encode(text)
         del mask[len(ids) :]  # the joint text can have fewer ids than its beginning alone
         num_new = len(ids) - len(mask)
         mask += [int(piece.is_target)] * num_new
@@ -58,10 +68,37 @@ def encode_document(
         return encode_block(tokenizer, TextBlock(document), append_eod), None
     if not document.turns:
         return [], []
-    pieces = render(template, document)
+    pieces = render_for(tokenizer, template, document)
     if pieces[-1].control == "eos" and not append_eod:
         del pieces[-1]
     return encode_pieces(tokenizer, pieces)
+
+
+def render_for(tokenizer: Tokenizer, template: str, conversation: Conversation) -> list[Piece]:
+    """The pieces of a conversation in a template: a name, or the text of a chat template."""
+    if is_jinja(template):
+        return open_chat_template(tokenizer, template).pieces(conversation)
+    return render(template, conversation)
+
+
+@lru_cache(maxsize=8)
+def open_chat_template(tokenizer: Tokenizer, template: str) -> "ChatTemplate":
+    """A chat template for a tokenizer."""
+    from minillama.chat_template import ChatTemplate
+
+    return ChatTemplate(template, tokenizer.named, tokenizer.added_tokens())
+
+
+def end_of_answer(tokenizer: Tokenizer, template: str) -> str:
+    """The name of the token behind an answer; "" for none, or for no template."""
+    if template in ("", "none"):
+        return ""
+    try:
+        pieces = render_for(tokenizer, template, Conversation((Turn("a", "b"),)))
+    except UserError:
+        return ""  # a chat template without such a token; training refuses it
+    end = [piece for piece in pieces if piece.is_target][-1]
+    return end.control or end.text
 
 
 def encode_block(tokenizer: Tokenizer, block: TextBlock, append_eod: bool) -> list[int]:

@@ -91,7 +91,8 @@ def _check_origin(dataset: Dataset, tokenizer: Tokenizer, template: str) -> None
     made_with = dataset.meta.get("template")  # empty for plain text, which has no template
     if template and made_with and not _are_same_template(template, made_with):
         raise UserError(
-            f"{dataset.prefix}: was made with the template {made_with}, not {template}; "
+            f"{dataset.prefix}: was made with the template {chat.name_of(made_with)}, not "
+            f"{chat.name_of(template)}; "
             f"leave --template out, or {remedy}"
         )
     for name, made_from in dataset.meta.get("sources", {}).items():
@@ -103,6 +104,8 @@ def _check_origin(dataset: Dataset, tokenizer: Tokenizer, template: str) -> None
 
 def _are_same_template(name: str, other_name: str) -> bool:
     """Whether two names, such as `default` and `llama_factory_default`, stand for one template."""
+    if chat.is_jinja(name) or chat.is_jinja(other_name):
+        return name == other_name
     return chat.find_template(name) is chat.find_template(other_name)
 
 

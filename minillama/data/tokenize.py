@@ -17,7 +17,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from minillama.data.encode import encode_block, encode_document
+from minillama.chat import is_jinja, name_of
+from minillama.data.encode import encode_block, encode_document, open_chat_template
 from minillama.data.formats import PLAIN_TEXT, BadRecord, default_template, detect, parse
 from minillama.data.memmap import MAX_DROPPED, Chunk, DatasetWriter
 from minillama.data.records import InputRecord, TextBlock, read_records
@@ -68,7 +69,9 @@ def build_dataset(
     if not options.quiet:
         for source in sources:
             print(f"{source.path}: read as {source.data_format}", file=sys.stderr)
-        print(f"{prefix}: template {origin['template'] or 'none'}", file=sys.stderr)
+        print(f"{prefix}: template {name_of(template)}", file=sys.stderr)
+        if is_jinja(template):
+            _print_warning(tokenizer, template)
     encode = partial(encode_records, tokenizer, template, options.append_eod)
     with (
         DatasetWriter(prefix, tokenizer.size, origin) as writer,
@@ -86,6 +89,12 @@ def build_dataset(
     if not options.quiet:
         print_omissions(prefix, meta)
     return meta
+
+
+def _print_warning(tokenizer: Tokenizer, template: str) -> None:
+    warning = open_chat_template(tokenizer, template).prompt_warning()
+    if warning:
+        print(f"warning: {warning}", file=sys.stderr)
 
 
 def print_omissions(prefix: Path, meta: dict[str, Any]) -> None:

@@ -12,7 +12,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, overload
 
-from minillama.chat import find_template
+from minillama.chat import name_of
+from minillama.checkpoint.template_files import resolve_template
 from minillama.generation.config import GenerationConfig
 from minillama.generation.engine import ChatSession, Engine
 from minillama.generation.loading import LoadOptions, load_engine
@@ -58,8 +59,8 @@ class LoadedModel:
 
     @property
     def template(self) -> str:
-        """The name of the prompt template, or "none"."""
-        return self.engine.template
+        """What the prompt template is called; "none" if there is none."""
+        return name_of(self.engine.template)
 
     @overload
     def generate(self, prompt: str, **settings: Any) -> str: ...
@@ -105,8 +106,7 @@ class LoadedModel:
 
     def _with(self, settings: Mapping[str, Any]) -> Engine:
         """The engine with some settings changed."""
-        template = settings.get("template", "none")
-        if template != "none":
-            find_template(template)  # raises UserError for an unknown name
-        config = from_keywords(GenerationConfig, {**asdict(self.engine.config), **settings})
+        template = resolve_template(settings.get("template", self.engine.template))
+        values = {**asdict(self.engine.config), **settings, "template": template}
+        config = from_keywords(GenerationConfig, values)
         return replace(self.engine, config=config)

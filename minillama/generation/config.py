@@ -16,7 +16,7 @@ class GenerationConfig:
     and beam search does not sample.
     """
 
-    template: str = ""  # prompt template; "": the checkpoint's own; "none": text as it is
+    template: str = ""  # a name, or a text in Jinja; "": the checkpoint's own; "none": no template
     max_new_tokens: int = 0  # 0: 256, or as many as the context leaves
     greedy: bool = False  # the same as temperature 0
     temperature: float | None = None

@@ -92,7 +92,7 @@ class TextPiece(NamedTuple):
 
 @dataclass
 class Engine:
-    """A model that completes prompts. Its template is resolved: a name, or "none"."""
+    """A model that completes prompts. Its template is resolved: a name, a text, or "none"."""
 
     model: Llama
     tokenizer: Tokenizer

@@ -15,15 +15,19 @@ from typing import NamedTuple
 import torch
 
 from minillama import chat, ops
-from minillama.checkpoint.hf_reader import first_non_finite, load_model, read_template
+from minillama.checkpoint.hf_reader import first_non_finite, load_model
 from minillama.checkpoint.placing import loading_plan, put_on
 from minillama.checkpoint.run_directory import find_checkpoint
 from minillama.checkpoint.stop_tokens import with_stop_ids
+from minillama.checkpoint.template_files import (
+    read_chat_template,
+    read_template,
+    resolve_template,
+)
 from minillama.checkpoint.tokenizer_files import has_tokenizer
 from minillama.device import compute_dtype
 from minillama.device_list import pick_devices
-from minillama.errors import UserError, closest
-from minillama.generation.chat_templates import own_chat_template
+from minillama.errors import UserError
 from minillama.generation.config import GenerationConfig
 from minillama.generation.engine import Engine
 from minillama.hf_config import read_config
@@ -94,19 +98,15 @@ def choose_template(name: str, path: Path, base: Path) -> str:
 
     Warns of a template that nothing says the model was tuned with.
     """
-    tuned_with = read_template(path)
-    template = name or tuned_with or "none"
-    if template not in (*chat.TEMPLATES, "none"):
-        raise UserError(
-            f"no template {template!r}{closest(template, chat.TEMPLATES)}; "
-            f"templates: none, {', '.join(chat.TEMPLATES)}"
-        )
-    if template not in ("none", "raw", tuned_with) and not own_chat_template(base):
+    tuned_with = read_template(path) or read_template(base)
+    template = resolve_template(name) or tuned_with or "none"
+    if template not in ("none", "raw", tuned_with) and not read_chat_template(base):
         if tuned_with:
-            known = f"was tuned with the template {tuned_with}"
+            known = f"was tuned with the template {chat.name_of(tuned_with)}"
         else:
             known = "does not say that it was tuned with one, as base models are not"
-        print(f"warning: {path} {known}; it may not understand {template}", file=sys.stderr)
+        asked_for = chat.name_of(template)
+        print(f"warning: {path} {known}; it may not understand {asked_for}", file=sys.stderr)
     return template
 
 

@@ -3,11 +3,14 @@
 import io
 import sys
 
-from minillama.generation.chat_templates import missing_template_note
 from minillama.generation.engine import ChatSession, Engine
 
 QUIT_WORDS = ("q", "quit", "exit")
 CLEAR_WORDS = ("clear", "new")
+NO_TEMPLATE = (
+    "note: no chat template is known for this checkpoint, so it only continues text; "
+    "choose one with --template NAME"
+)
 
 
 def chat_in_terminal(
@@ -22,7 +25,7 @@ def chat_in_terminal(
         # A message that is not UTF-8 is then refused by itself, and the conversation goes on.
         sys.stdin.reconfigure(errors="surrogateescape")
     if engine.template == "none":
-        print(missing_template_note(engine.tokenizer.path.parent))
+        print(NO_TEMPLATE)
     words = [word or "an empty line" for word in quit_words]
     print(f"{', '.join(words)}: end    {', '.join(CLEAR_WORDS)}: start over")
     while True:

@@ -12,10 +12,12 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-from minillama.chat import TEMPLATES, Turn
+from minillama.chat import TEMPLATES, Turn, is_jinja
 from minillama.errors import UserError
 from minillama.generation.engine import ChatSession, Engine
 from minillama.generation.web_guard import LOCAL_HOSTS, OwnPageOnly
+
+OWN_TEMPLATE = "the model's own"  # a chat template in Jinja, in the list of templates
 
 
 def serve(engine: Engine, system: str, seed: int | None, host: str, port: int) -> None:
@@ -101,9 +103,13 @@ def add_controls(gradio: Any, engine: Engine) -> list[Any]:
     context = engine.model.config.max_seq_len
     max_new_tokens = engine.config.max_new_tokens or min(256, context // 2)
     templates = ["none", *TEMPLATES]
+    chosen = engine.template
+    if is_jinja(chosen):
+        templates.append(OWN_TEMPLATE)
+        chosen = OWN_TEMPLATE
     penalty = sampling.repetition_penalty
     return [
-        gradio.Dropdown(templates, value=engine.template, label="template"),
+        gradio.Dropdown(templates, value=chosen, label="template"),
         gradio.Slider(0, 2, sampling.temperature, label="temperature"),
         gradio.Slider(0, 200, sampling.top_k, step=1, label="top k"),
         gradio.Slider(0.05, 1, sampling.top_p, label="top p"),
@@ -132,6 +138,8 @@ class Responder:
         max_new_tokens: float,
     ) -> Iterator[tuple[str, list[Turn], list[dict[str, str]], str]]:
         """Yield an empty question box, the turns, the messages shown and the note."""
+        if template == OWN_TEMPLATE:
+            template = self.engine.template
         config = replace(
             self.engine.config,
             template=template,

@@ -15,7 +15,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from minillama import comm
-from minillama.checkpoint.hf_reader import read_template
+from minillama.chat import name_of
+from minillama.checkpoint.template_files import read_template, resolve_template
 from minillama.data.batches import BatchPlan, split_documents
 from minillama.data.demo import write_demo
 from minillama.data.token_cache import open_data
@@ -83,10 +84,11 @@ def build_data(
             f"max_length = {max_length} exceeds the model's context of {llama.max_seq_len}"
         )
     adapter = Path(config.adapter) if config.adapter else None
-    base_template = _own_template((continued, adapter, base))
+    base_template = _own_template((continued, adapter, base, tokenizer.path.parent))
+    named_template = resolve_template(config.template)
     options = DataOptions(
         data_format=config.data_format,
-        template=config.template,
+        template=named_template,
         base_template=base_template,
         append_eod=config.append_eod,
         skip_bad_records=config.skip_bad_records,
@@ -100,8 +102,8 @@ def build_data(
     held_out = None
     with comm.first_rank_first(mesh):
         dataset = open_data(config.data, tokenizer, options)
-        template = dataset.template or config.template or base_template
-        mesh.print(f"template: {template or 'none'}")
+        template = dataset.template or named_template or base_template
+        mesh.print(f"template: {name_of(template)}")
         mesh.print(f"tokenizer: {describe_bos(tokenizer)}")
         if config.eval_data:
             eval_options = replace(options, template=template)

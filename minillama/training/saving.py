@@ -10,6 +10,7 @@ from pathlib import Path
 from minillama.checkpoint import train_state
 from minillama.checkpoint.hf_writer import save_model
 from minillama.checkpoint.manifest import write_manifest
+from minillama.checkpoint.template_files import write_template
 from minillama.checkpoint.tokenizer_files import copy_tokenizer
 from minillama.files import write_json
 from minillama.lora import save_adapter
@@ -64,7 +65,7 @@ def write_model(run: Run, directory: Path) -> None:
         save_adapter(run.model, run.lora, directory, base)
         copy_tokenizer(run.tokenizer.path, directory)
     about = {
-        "template": run.template,
+        "template": write_template(directory, run.template),
         "made_by": "minillama train.py",
         "base": base,
         "settings": asdict(run.config),

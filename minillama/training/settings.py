@@ -13,7 +13,7 @@ from typing import Any
 
 from minillama import comm
 from minillama.checkpoint import train_state
-from minillama.checkpoint.hf_reader import read_about
+from minillama.checkpoint.template_files import read_about
 from minillama.errors import UserError
 from minillama.files import read_json
 from minillama.train_config import TrainConfig
