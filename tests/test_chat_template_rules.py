@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from minillama import jinja_renderer
@@ -27,6 +27,7 @@ INST = (
     "[INST] {{ message['content'] | trim }} [/INST]{% else %} {{ message['content'] | trim }} "
     "{{ eos_token }}{% endif %}{% endfor %}"
 )
+SHARED = [HealthCheck.function_scoped_fixture]  # the vocabulary is read only
 ONE_TURN = Conversation((Turn("Q", "A"),))
 TWO_TURNS = Conversation((Turn("Q", "A"), Turn("R", "B")))
 
@@ -66,19 +67,20 @@ HOSTILE = st.lists(
         [*CONTROL, "<s>", "</s>", "<unk>", "<|IM_END|>", "<", "/s>", "|im_end|>", "<|im", " ", "\n"]
     )
     | sentences
-    | st.characters(categories=("Co",), max_codepoint=0xFFFFF),
+    | st.characters(min_codepoint=0xE000, max_codepoint=0xF8FF)
+    | st.characters(min_codepoint=0xF0000, max_codepoint=0xF0010),
     max_size=6,
 ).map("".join)
 
 
 @given(texts=st.lists(HOSTILE, min_size=4, max_size=4), system=HOSTILE)
-@settings(max_examples=150, deadline=None, suppress_health_check=["function_scoped_fixture"])
+@settings(max_examples=150, deadline=None, suppress_health_check=SHARED)
 def test_no_text_becomes_a_control_token(
     chatml_tokenizer: Tokenizer, texts: list[str], system: str
 ) -> None:
     """A word, which is a token without being special, counts where the template writes it."""
     is_special = all(token.special for token in chatml_tokenizer.added_tokens())
-    names = {CHATML: ["bos", "eos", "<unk>", *CONTROL], INST: ["bos", "eos", "<unk>"]}
+    names = {CHATML: ["bos", "eos", *CONTROL], INST: ["bos", "eos"]}
     if is_special:
         names[INST] = names[CHATML]
     turns = (Turn(texts[0], texts[1]), Turn(texts[2], texts[3]))
@@ -86,7 +88,9 @@ def test_no_text_becomes_a_control_token(
     for template in (CHATML, INST):
         hostile_ids, _ = encode(chatml_tokenizer, template, Conversation(turns, system))
         plain_ids, _ = encode(chatml_tokenizer, template, plain)
-        for token in map(chatml_tokenizer.control_id, names[template]):
+        for name in names[template]:
+            token = chatml_tokenizer.control_id(name)
+            assert token is not None
             assert hostile_ids.count(token) == plain_ids.count(token)
 
 
@@ -118,7 +122,7 @@ def test_an_answer_and_its_end_are_trained_on(chatml_tokenizer: Tokenizer) -> No
 
 @pytest.mark.parametrize("template", [CHATML, INST])
 @given(conversation=conversations)
-@settings(max_examples=40, deadline=None, suppress_health_check=["function_scoped_fixture"])
+@settings(max_examples=40, deadline=None, suppress_health_check=SHARED)
 def test_an_open_prompt_is_the_beginning_of_what_was_trained(
     chatml_tokenizer: Tokenizer, template: str, conversation: Conversation
 ) -> None:
