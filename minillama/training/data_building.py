@@ -85,24 +85,11 @@ def build_data(
         )
     adapter = Path(config.adapter) if config.adapter else None
     base_template = _own_template((continued, adapter, base, tokenizer.path.parent))
-    named_template = resolve_template(config.template)
-    options = DataOptions(
-        data_format=config.data_format,
-        template=named_template,
-        base_template=base_template,
-        append_eod=config.append_eod,
-        skip_bad_records=config.skip_bad_records,
-        max_samples=config.max_samples,
-        max_dropped=config.max_dropped,
-        dataset_dir=config.dataset_dir,
-        cache_dir=config.cache_dir,
-        workers=config.workers,
-        quiet=not mesh.is_first,
-    )
+    options = _data_options(config, base_template, quiet=not mesh.is_first)
     held_out = None
     with comm.first_rank_first(mesh):
         dataset = open_data(config.data, tokenizer, options)
-        template = dataset.template or named_template or base_template
+        template = dataset.template or options.template or base_template
         mesh.print(f"template: {name_of(template)}")
         mesh.print(f"tokenizer: {describe_bos(tokenizer)}")
         if config.eval_data:
@@ -131,6 +118,22 @@ def build_data(
 def row_length(config: TrainConfig, llama: LlamaConfig) -> int:
     """The longest row of a batch, in tokens."""
     return config.max_length or min(llama.max_seq_len, DEFAULT_LENGTH)
+
+
+def _data_options(config: TrainConfig, base_template: str, quiet: bool) -> DataOptions:
+    return DataOptions(
+        data_format=config.data_format,
+        template=resolve_template(config.template),
+        base_template=base_template,
+        append_eod=config.append_eod,
+        skip_bad_records=config.skip_bad_records,
+        max_samples=config.max_samples,
+        max_dropped=config.max_dropped,
+        dataset_dir=config.dataset_dir,
+        cache_dir=config.cache_dir,
+        workers=config.workers,
+        quiet=quiet,
+    )
 
 
 def _own_template(directories: Sequence[Path | None]) -> str:
