@@ -3,6 +3,7 @@
 import ctypes
 import os
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,6 +29,12 @@ def device_memory(device: torch.device) -> Memory:
     peak = max_allocated(device) if max_allocated else None
     info = mem_get_info(device) if mem_get_info else None
     return Memory(peak, info[0] if info else None)
+
+
+def peak_bytes(devices: Iterable[torch.device]) -> int | None:
+    """The most that any of the devices has used so far. None: unknown."""
+    peaks = [device_memory(device).peak for device in devices]
+    return max((peak for peak in peaks if peak is not None), default=None)
 
 
 def peak_resident_bytes() -> int | None:

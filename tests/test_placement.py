@@ -17,6 +17,7 @@ from torch import Tensor
 
 import generate
 import minillama
+from minillama import memory
 from minillama.comm import Mesh
 from minillama.errors import UserError
 from minillama.evaluation.options import EvalOptions
@@ -25,12 +26,14 @@ from minillama.generation.cache import Cache
 from minillama.generation.loading import LoadOptions
 from minillama.generation.sampling import Sampling
 from minillama.lora import LoraConfig, add_lora
+from minillama.memory import Memory
 from minillama.model import Llama
 from minillama.ops import Documents
 from minillama.parallel import placement
 from minillama.parallel.placement import place, plan
 from minillama.train_config import TrainConfig
 from minillama.training.model_building import recompute_activations
+from minillama.training.settings import refuse_two_divisions
 from minillama.training.trainer import train
 from tests.conftest import random_model, random_tokens
 from tests.runs import losses_of, weights_of
@@ -135,6 +138,21 @@ def test_a_cache_is_freed_when_nobody_uses_it(fails: bool, monkeypatch: pytest.M
 def checkpoint(inputs: Path) -> Path:
     """A model of two layers with a tokenizer."""
     return inputs / "base"
+
+
+def test_the_memory_of_a_run_is_that_of_the_fullest_device(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    peaks = {THREE[0]: 5, THREE[1]: 9, THREE[2]: None}
+    monkeypatch.setattr(memory, "device_memory", lambda device: Memory(peaks[device], None))
+    assert memory.peak_bytes(THREE) == 9
+    assert memory.peak_bytes(THREE[2:]) is None
+
+
+def test_a_model_is_divided_among_devices_or_among_ranks() -> None:
+    config = TrainConfig(devices="cpu,cpu", pipeline_parallel=2)
+    with pytest.raises(UserError, match="devices = cpu,cpu and pipeline_parallel = 2 both divide"):
+        refuse_two_divisions(config, Mesh(devices=(CPU, CPU)))
 
 
 def test_the_python_api_takes_a_list_or_a_string(checkpoint: Path) -> None:

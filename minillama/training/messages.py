@@ -11,7 +11,7 @@ def describe_start(run: Run) -> str:
     total = sum(parameter.numel() for parameter in run.model.parameters())
     text = (
         f"model: {total:,} parameters, {run.optimizer.num_trained:,} trained; "
-        f"{run.train_batches.total_steps:,} steps on {run.mesh.size} × {run.mesh.device.type}"
+        f"{run.train_batches.total_steps:,} steps on {run.num_devices} × {run.mesh.device.type}"
     )
     if run.resume_point is not None:
         directory = run.resume_point.directory

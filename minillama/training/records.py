@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from minillama.memory import device_memory
+from minillama.memory import peak_bytes
 from minillama.training.run import Run
 from minillama.training.summary import StepHistory, Summary, throughput
 
@@ -51,14 +51,14 @@ def figures(run: Run, tokens: int, tokens_per_second: float, lengths: Sequence[i
     return {
         "tokens": tokens,
         **speed,
-        "peak_memory_bytes": device_memory(run.mesh.device).peak,
+        "peak_memory_bytes": peak_bytes(run.devices),
     }
 
 
 def summarize(run: Run, progress: Progress, history: StepHistory, seconds: float) -> Summary:
     """What summary.json holds. seconds: since training began."""
     losses = history.finite_losses
-    tokens_per_second = history.tokens_per_second / run.mesh.size
+    tokens_per_second = history.tokens_per_second / run.num_devices
     lengths = run.train_batches.windows.length.tolist()
     return {
         "train_loss": sum(losses) / len(losses) if losses else None,

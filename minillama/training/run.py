@@ -72,6 +72,16 @@ class Run:
         """All ranks of the run."""
         return self.grid.all
 
+    @property
+    def devices(self) -> tuple[torch.device, ...]:
+        """Those of this process. They hold consecutive layers if there are several."""
+        return self.mesh.devices or (self.mesh.device,)
+
+    @property
+    def num_devices(self) -> int:
+        """Those of all ranks."""
+        return self.mesh.size * len(set(self.devices))
+
 
 @dataclass(frozen=True)
 class FinishedRun:
@@ -88,6 +98,7 @@ def prepare(config: TrainConfig, mesh: comm.Mesh, overwrite: bool = False) -> Ru
     Returns a FinishedRun if nothing is left to train. Raises UserError for what cannot be run.
     """
     settings.refuse_unfinished(config)
+    settings.refuse_two_divisions(config, mesh)
     settings.refuse_unlike_ranks(config, overwrite, mesh)
     grid = make_grid(mesh, config.tensor_parallel, config.pipeline_parallel)
     check_inputs(config)

@@ -67,6 +67,17 @@ def refuse_unfinished(config: TrainConfig) -> None:
             raise UserError(f"{name} = {value}: {reason}; leave it out")
 
 
+def refuse_two_divisions(config: TrainConfig, mesh: comm.Mesh) -> None:
+    """Raise UserError if layers are to be divided among devices of a process and among ranks."""
+    for name in ("tensor_parallel", "pipeline_parallel"):
+        value = getattr(config, name)
+        if value > 1 and len(mesh.devices) > 1:
+            raise UserError(
+                f"devices = {config.devices} and {name} = {value} both divide the model; "
+                "leave one of them out"
+            )
+
+
 def refuse_unlike_ranks(config: TrainConfig, overwrite: bool, mesh: comm.Mesh) -> None:
     """Raise UserError, on every rank, if ranks were started with different settings."""
     values: dict[str, Any] = {"overwrite_output_dir": overwrite}

@@ -202,7 +202,7 @@ class Trainer:
         tokens = sum(len(batch.tokens) for batch in batches)
         self.tokens += tokens
         self.history.add(result.loss, seconds, tokens)
-        tokens_per_second = tokens / seconds / self.mesh.size  # of a device
+        tokens_per_second = tokens / seconds / self.run.num_devices  # of a device
         log.step(result.loss, tokens_per_second)
         is_logged = self.step % self.config.logging_steps == 0
         if not is_logged and self.step not in (1, self.total_steps):

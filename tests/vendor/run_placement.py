@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 
 from minillama.checkpoint.hf_reader import load_model
+from minillama.comm import Mesh
 from minillama.generation.beam import BeamOptions, beam_search
 from minillama.generation.cache import Cache
 from minillama.generation.decode import Completion, decode
@@ -25,7 +26,9 @@ from minillama.model import Llama
 from minillama.ops import Documents
 from minillama.parallel.placement import place, plan
 from minillama.training.model_building import recompute_activations
+from minillama.training.trainer import train
 from tests.conftest import random_model, random_tokens
+from tests.runs import losses_of, small_run
 from tests.vendor import fake_device
 
 ORDERS = ("cpu,npu:0", "npu:0,cpu", "cpu,npu:0,cpu")
@@ -102,8 +105,17 @@ def devices_after_loading(directory: Path) -> dict[str, str]:
     return {name: str(parameter.device) for name, parameter in model.named_parameters()}
 
 
+def train_on(order: str, folder: Path) -> list[float]:
+    """The losses of a short run on these devices."""
+    devices = tuple(devices_in(order))
+    out_dir = folder / f"run-{order}"
+    config = small_run(folder / "inputs", out_dir)
+    train(config, Mesh(device=devices[0], devices=devices))
+    return losses_of(out_dir)
+
+
 def main(folder: Path) -> None:
-    """folder: has a model in base/, and an adapter of it in adapter/."""
+    """folder: has a model in base/, an adapter of it in adapter/, and the inputs of a run."""
     torch.set_num_threads(1)
     fake_device.install("npu")
     opened = load_with_adapters(folder / "adapter", "", [], "float32", devices_in("npu:0,cpu"))
@@ -113,6 +125,7 @@ def main(folder: Path) -> None:
             f"{order} {is_tied}": place_and_complete(order, is_tied)
             for order, is_tied in itertools.product(ORDERS, (False, True))
         },
+        "runs": {order: train_on(order, folder) for order in ORDERS[:2]},
         "loaded": devices_after_loading(folder / "base"),
         "opened": complete(opened.model),
     }

@@ -12,8 +12,9 @@ from minillama.checkpoint.hf_writer import save_model
 from minillama.lora import LoraConfig, add_lora, save_adapter
 from minillama.model import Llama
 from tests.conftest import random_model
+from tests.runs import write_inputs
 from tests.vendor import fake_device
-from tests.vendor.run_placement import CASES, ORDERS, Case, complete, loss_and_gradients
+from tests.vendor.run_placement import CASES, ORDERS, Case, complete, loss_and_gradients, train_on
 from tests.vendor.test_full_path import ROOT
 
 pytestmark = pytest.mark.skipif(
@@ -23,8 +24,10 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def adapted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Llama]:
-    """A folder with a model and an adapter, and the two as one model on the CPU."""
+    """A folder with a model, an adapter and the inputs of a run; model and adapter on the CPU."""
     folder = tmp_path_factory.mktemp("placement")
+    (folder / "inputs").mkdir()
+    write_inputs(folder / "inputs")
     model = random_model()
     save_model(model, folder / "base")
     config = LoraConfig(rank=2)
@@ -62,6 +65,14 @@ def test_loss_and_gradients_are_those_of_one_device(case: Case, found: dict) -> 
 def test_tokens_are_those_of_one_device(order: str, is_tied: bool, found: dict) -> None:
     expected = complete(random_model(n_layers=3, tie_embeddings=is_tied))
     assert found["completed"][f"{order} {is_tied}"] == expected
+
+
+@pytest.mark.parametrize("order", ORDERS[:2])
+def test_a_run_has_the_losses_of_one_device(
+    order: str, adapted: tuple[Path, Llama], found: dict
+) -> None:
+    folder, _ = adapted
+    assert found["runs"][order] == pytest.approx(train_on("cpu", folder), rel=1e-5)
 
 
 def test_each_tensor_is_loaded_straight_to_its_device(found: dict) -> None:
