@@ -24,7 +24,7 @@ defaults. Flags of FastChat, LLaMA-Factory, Chinese-LLaMA-Alpaca and AscendSpeed
 (--model_name_or_path, --lora_target, …) are understood too: docs/commands.md.
 
 A run writes OUT_DIR/final (opens in transformers or peft), checkpoints/, metrics.jsonl,
-summary.json, train_config.json, inputs.json and loss.png. The same command continues
+trainer_log.jsonl, summary.json, train_config.json, inputs.json and loss.png. The same command continues
 an interrupted run."""
 
 

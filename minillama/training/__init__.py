@@ -8,7 +8,7 @@
       model_building.py    the model, its adapters
     trainer.py           the loop
       schedule.py          the learning rate
-      metrics.py           the progress bar and metrics.jsonl
+      metrics.py           the progress bar, metrics.jsonl and trainer_log.jsonl
       saving.py            checkpoints and final/
       finite.py            NaN and infinity
       signals.py           requests to stop

@@ -38,9 +38,31 @@ def closing_message(out_dir: Path, summary: Summary) -> str:
     command = f"python generate.py --ckpt {out_dir} --chat"
     if out_dir.name.startswith("demo"):
         command = f"python eval.py --task demo --ckpt {out_dir}   or   {command}"
-    return (
+    lines = [
         f"{summary['steps']:,} steps, {summary['tokens']:,} tokens, {loss}, "
         f"{summary['seconds']:.0f} s, {summary['tokens_per_second']:,.0f} tokens/s per device, "
-        f"peak memory {gigabytes(summary['peak_memory_bytes'])}\n"
-        f"next: {command}"
-    )
+        f"peak memory {gigabytes(summary['peak_memory_bytes'])}",
+        *speed_table(summary),
+        f"next: {command}",
+    ]
+    return "\n".join(lines)
+
+
+def speed_table(summary: Summary) -> list[str]:
+    """The speed of a run in the columns of published tables: names, and values below them.
+
+    /s/p is a second and device ("processor"). A sample is a row of a batch. TFLOP/s are a device's.
+    """
+    if "samples_per_second" not in summary:  # of an earlier version
+        return []
+    per_device = summary["samples_per_second"] / summary["devices"]
+    columns = {
+        "samples/s": f"{summary['samples_per_second']:.3f}",
+        "samples/s/p": f"{per_device:.3f}",
+        "tokens/s/p": f"{summary['tokens_per_second']:.1f}",
+        "s/step": f"{summary['step_seconds']:.4f}",
+        "TFLOP/s": f"{summary['tflops']:.4f}",
+    }
+    names = [f"{name:>11}" for name in columns]
+    values = [f"{value:>11}" for value in columns.values()]
+    return ["  ".join(names), "  ".join(values)]

@@ -59,6 +59,7 @@ def summarize(run: Run, progress: Progress, history: StepHistory, seconds: float
     """What summary.json holds. seconds: since training began."""
     losses = history.finite_losses
     tokens_per_second = history.tokens_per_second / run.num_devices
+    samples_per_second = history.steps_per_second * run.train_batches.rows_per_step
     lengths = run.train_batches.windows.length.tolist()
     return {
         "train_loss": sum(losses) / len(losses) if losses else None,
@@ -66,6 +67,8 @@ def summarize(run: Run, progress: Progress, history: StepHistory, seconds: float
         "eval_loss": progress.eval_loss,
         "steps": progress.step,
         "step_seconds": round(history.seconds_per_step, 4),
+        "samples_per_second": round(samples_per_second, 4),
+        "devices": run.num_devices,
         "skipped_steps": progress.skipped,
         "seconds": round(seconds, 2),
         "trainable_parameters": run.optimizer.num_trained,

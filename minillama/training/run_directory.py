@@ -3,6 +3,7 @@
     OUT_DIR/train_config.json    the settings; written when a run starts. --config takes it back
             inputs.json          fingerprints of what the run reads (inputs.py)
             metrics.jsonl        a record per logged step: the run has taken a step
+            trainer_log.jsonl    how far the run is, a line for each of these records
             checkpoints/         to resume from
             final/  summary.json    the run is finished
             data/                the embedded data, if the run uses it

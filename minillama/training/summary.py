@@ -52,6 +52,10 @@ class StepHistory:
         return self.seconds / max(1, len(self.losses))
 
     @property
+    def steps_per_second(self) -> float:
+        return len(self.losses) / max(self.seconds, 1e-9)
+
+    @property
     def tokens_per_second(self) -> float:
         return self.tokens / max(self.seconds, 1e-9)
 

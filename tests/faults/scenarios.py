@@ -33,6 +33,7 @@ EVAL = (
     "eval.py --ckpt base --task perplexity --data text.txt --max_length 100 --batch_size 1 "
     "--limit 1 --out scores --device cpu"
 )
+LOGS = ("run/metrics.jsonl", "run/trainer_log.jsonl")
 # What depends on the clock and the machine, and a mean over the steps of the last command.
 UNLIKE = {
     "train_loss",
@@ -41,6 +42,9 @@ UNLIKE = {
     "tokens_per_second",
     "tflops",
     "mfu",
+    "samples_per_second",
+    "elapsed_time",
+    "remaining_time",
     "peak_memory_bytes",
     "mtime_ns",
 }
@@ -53,7 +57,7 @@ class Scenario:
     command: str
     prepare: Callable[[Path], object] | None = None  # beside the inputs that all have
     output: str = ""  # what existed before and stays until its successor is complete
-    given_up: str = ""  # what existed before, and the command replaces in its own time
+    given_up: tuple[str, ...] = ()  # what existed before, and the command replaces in its own time
 
 
 def write_world(folder: Path) -> None:
@@ -143,9 +147,9 @@ SCENARIOS = {
     "generate": Scenario(GENERATE),
     "eval": Scenario(EVAL),
     "train": Scenario(TRAIN),
-    "train, resumed": Scenario(TRAIN, interrupted_run, given_up="run/metrics.jsonl"),
+    "train, resumed": Scenario(TRAIN, interrupted_run, given_up=LOGS),
     "train --overwrite_output_dir": Scenario(
-        f"{TRAIN} --overwrite_output_dir", finished_run, given_up="run/"
+        f"{TRAIN} --overwrite_output_dir", finished_run, given_up=("run/",)
     ),
 }
 
