@@ -24,8 +24,8 @@ defaults. Flags of FastChat, LLaMA-Factory, Chinese-LLaMA-Alpaca and AscendSpeed
 (--model_name_or_path, --lora_target, …) are understood too: docs/commands.md.
 
 A run writes OUT_DIR/final (opens in transformers or peft), checkpoints/, metrics.jsonl,
-trainer_log.jsonl, summary.json, train_config.json, inputs.json and loss.png. The same command continues
-an interrupted run."""
+trainer_log.jsonl, summary.json, train_config.json, inputs.json and loss.png. The same command
+continues an interrupted run."""
 
 
 def make_parser() -> cli.Parser:
