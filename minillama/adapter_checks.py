@@ -17,9 +17,7 @@ Shape = tuple[int, ...]
 
 def misfits(model: Llama, adapter: Adapter) -> list[str]:
     """List the adapter's tensors that fit nowhere, and the places that get none."""
-    shapes: dict[str, Shape] = {}  # by name; a tied head too
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        shapes[name] = tuple(parameter.shape)
+    shapes = whole_shapes(model)
     modules = []  # those that can have factors
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear | nn.Embedding):
@@ -28,6 +26,13 @@ def misfits(model: Llama, adapter: Adapter) -> list[str]:
     for factors in adapter.factors:
         problems += _misfits_of_factors(adapter, factors, shapes)
     return problems + adapter.missing(modules)
+
+
+def whole_shapes(model: Llama) -> dict[str, Shape]:
+    """The shape of every parameter, by name, a tied head too; if ranks have parts, of the whole."""
+    shapes = model.config.parameter_shapes()
+    shapes.setdefault(HEAD, shapes[EMBEDDING])
+    return shapes
 
 
 def _misfits_of_whole(adapter: Adapter, shapes: dict[str, Shape]) -> list[str]:

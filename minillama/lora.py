@@ -21,10 +21,15 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from minillama.adapter_checks import EMBEDDING, HEAD, misfits
+from minillama import comm
+from minillama.adapter_checks import EMBEDDING, HEAD, misfits, whole_shapes
+from minillama.comm import Mesh
 from minillama.errors import UserError, closest, listed
 from minillama.lora_layers import ADAPTED, LoraEmbedding, LoraLinear
 from minillama.model import Llama
+from minillama.parallel.shards import COLUMNS, ROWS, axis_of, cut
+from minillama.parallel.tensor import set_sizes
+from minillama.parallel.whole import read_part
 from minillama.peft_adapters import Adapter, LoraFactors, read_adapter, write_adapter
 from minillama.peft_config import LINEARS, LoraConfig
 from minillama.peft_targets import is_named
@@ -54,13 +59,18 @@ def resolve_names(names: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def add_lora(
-    model: nn.Module, config: LoraConfig, generator: torch.Generator | None = None
+    model: nn.Module,
+    config: LoraConfig,
+    generator: torch.Generator | None = None,
+    mesh: Mesh | None = None,
 ) -> None:
     """Freeze `model` and give each linear that config.targets names an adapter.
 
     Modules in config.modules_to_save stay trainable, whole, and get no adapter, as in PEFT. A is
-    sampled from U(-1/sqrt(in), 1/sqrt(in)), as there. Raises UserError for a target that names no
-    linear.
+    sampled from U(-1/sqrt(in), 1/sqrt(in)), as there.
+
+    mesh: a line of tensor ranks that have the parts of the model. An adapter is cut as its linear.
+    Raises UserError for a target that names no linear.
     """
     model.requires_grad_(False)
     linears = {}
@@ -73,9 +83,7 @@ def add_lora(
             continue
         rank = config.rank_of(name)
         adapted = LoraLinear(linear, rank, config.scale_of(name), config.dropout)
-        sampled = torch.empty(adapted.lora_A.shape)  # on the CPU, as the generator
-        nn.init.kaiming_uniform_(sampled, a=math.sqrt(5), generator=generator)
-        adapted.lora_A.data.copy_(sampled)
+        _sample_factor(adapted.lora_A, f"{name}.lora_A", generator, mesh or Mesh())
         model.set_submodule(name, adapted)
     for name in config.modules_to_save:
         if name not in WHOLE:
@@ -89,6 +97,20 @@ def add_lora(
             f"modules_to_save: {config.modules_to_save[0]} alone cannot be trained whole: this "
             "model's embedding and head are tied; name both, embed_tokens,lm_head"
         )
+
+
+@torch.no_grad()
+def _sample_factor(
+    factor: nn.Parameter, name: str, generator: torch.Generator | None, mesh: Mesh
+) -> None:
+    """Sample A (R, in). Ranks sample the whole and keep their part, so it is the same on any."""
+    axis = axis_of(name) if mesh.size > 1 else None
+    shape = list(factor.shape)
+    if axis is not None:
+        shape[axis] *= mesh.size
+    whole = torch.empty(shape)  # on the CPU, as the generator
+    nn.init.kaiming_uniform_(whole, a=math.sqrt(5), generator=generator)
+    factor.copy_(cut(whole, axis, mesh.rank, mesh.size))
 
 
 def is_adapted(config: LoraConfig, linear: str) -> bool:
@@ -109,9 +131,15 @@ def merge_lora(model: Llama) -> None:
     model.config = replace(model.config, tie_embeddings=is_tied)
 
 
-def save_adapter(model: nn.Module, config: LoraConfig, directory: Path, base: str) -> None:
-    """Write a PEFT adapter directory. base: where its base model is."""
-    write_adapter(directory, config, adapter_weights(model, config), base)
+def save_adapter(
+    model: nn.Module, config: LoraConfig, directory: Path, base: str, mesh: Mesh | None = None
+) -> None:
+    """Write a PEFT adapter directory.
+
+    base: where its base model is.
+    mesh: a line of tensor ranks that have the parts of the model: see `write_adapter`.
+    """
+    write_adapter(directory, config, adapter_weights(model, config), base, mesh)
 
 
 def adapter_weights(model: nn.Module, config: LoraConfig) -> dict[str, nn.Parameter]:
@@ -130,7 +158,9 @@ def adapter_weights(model: nn.Module, config: LoraConfig) -> dict[str, nn.Parame
     return weights
 
 
-def load_adapter(model: Llama, directory: Path, dropout: float | None = None) -> LoraConfig:
+def load_adapter(
+    model: Llama, directory: Path, dropout: float | None = None, mesh: Mesh | None = None
+) -> LoraConfig:
     """Add the adapter in a PEFT directory to `model`, unmerged; returns its configuration.
 
     The model may have adapters already. A larger embedding and head replace the model's, and a
@@ -138,6 +168,8 @@ def load_adapter(model: Llama, directory: Path, dropout: float | None = None) ->
     that the adapter trains need a gradient afterwards, and no others.
 
     dropout: in place of the one that the adapter was trained with.
+    mesh: a line of tensor ranks that have the parts of the model. Each of them calls this, and
+    reads its parts of the adapter.
     Raises UserError unless every tensor fits one module, every target has its tensors, and all
     values are finite.
     """
@@ -145,27 +177,32 @@ def load_adapter(model: Llama, directory: Path, dropout: float | None = None) ->
     problems = misfits(model, adapter)
     if problems:
         raise UserError(f"{directory}: does not fit this model: {listed(problems)}")
-    whole = _changed(model, adapter)
+    mesh = mesh or Mesh()
+    whole = _changed(model, adapter, mesh)
     config = _with_modules(adapter, whole)
     if dropout is not None:
         config = replace(config, dropout=dropout)
 
     model.requires_grad_(False)
-    _load_whole(model, whole)
+    _load_whole(model, whole, mesh)
     for name in config.modules_to_copy:
         model.get_submodule(WHOLE.get(name, name)).requires_grad_(False)
     for factors in adapter.factors:
-        _load_factors(model, factors, config.dropout)
+        _load_factors(model, factors, config.dropout, mesh)
     return config
 
 
-def _changed(model: Llama, adapter: Adapter) -> dict[str, TensorRef]:
+def _changed(model: Llama, adapter: Adapter, mesh: Mesh) -> dict[str, TensorRef]:
     """The whole tensors of an adapter, without copies that are equal to the model's."""
+    shapes = whole_shapes(model)
     whole = {}
     for name, tensor in adapter.whole.items():
-        parameter = model.get_parameter(name)
-        is_copy = adapter.is_copy(name) and tensor.shape == parameter.shape
-        if not is_copy or not torch.equal(tensor.read().to(parameter), parameter):
+        is_changed = True
+        if adapter.is_copy(name) and tensor.shape == shapes[name]:
+            parameter = model.get_parameter(name)
+            part = read_part(tensor, axis_of(name), mesh)
+            is_changed = comm.any_rank(mesh, not torch.equal(part.to(parameter), parameter))
+        if is_changed:
             whole[name] = tensor
     return whole
 
@@ -184,34 +221,35 @@ def _with_modules(adapter: Adapter, whole: dict[str, TensorRef]) -> LoraConfig:
     return replace(adapter.config, modules_to_save=tuple(in_order), modules_to_copy=tuple(copied))
 
 
-def _load_whole(model: Llama, whole: dict[str, TensorRef]) -> None:
+def _load_whole(model: Llama, whole: dict[str, TensorRef], mesh: Mesh) -> None:
     """Replace parameters, and what earlier adapters added to them."""
     was_tied = _is_tied(model)
+    vocab_size = model.config.vocab_size
     for name, tensor in whole.items():
         module_name, _, attribute = name.rpartition(".")
         module = model.get_submodule(module_name)
         if isinstance(module, ADAPTED):
             module = module.plain(module.weight)
             model.set_submodule(module_name, module)
-        value = tensor.read_finite().to(module.get_parameter(attribute))
-        setattr(module, attribute, nn.Parameter(value))
-        if isinstance(module, nn.Linear):
-            module.out_features = tensor.shape[0]
-        elif isinstance(module, nn.Embedding):
-            module.num_embeddings = tensor.shape[0]
+        part = read_part(tensor, axis_of(name), mesh)
+        setattr(module, attribute, nn.Parameter(part.to(module.get_parameter(attribute))))
+        set_sizes(module)
+        if name == EMBEDDING:
+            vocab_size = tensor.shape[0]
     embedding = model.get_parameter(EMBEDDING)
-    if was_tied and torch.equal(embedding, model.lm_head.weight):
+    if was_tied and not comm.any_rank(mesh, not torch.equal(embedding, model.lm_head.weight)):
         model.lm_head.weight = embedding
-    vocab_size = len(embedding)
     is_tied = model.config.tie_embeddings and _is_tied(model)
     model.config = replace(model.config, vocab_size=vocab_size, tie_embeddings=is_tied)
 
 
-def _load_factors(model: Llama, factors: LoraFactors, dropout: float) -> None:
+def _load_factors(model: Llama, factors: LoraFactors, dropout: float, mesh: Mesh) -> None:
     """Add factors to a module, or to the factors that it has from an earlier adapter."""
     module = model.get_submodule(factors.module)
-    a = factors.a.read_finite()  # (R, columns)
-    b = factors.b.read_finite()  # (rows, R)
+    # A LoRA factor is cut as its weight is, (rows, columns) = (rows, R) (R, columns).
+    axis = axis_of(factors.weight_name)
+    a = read_part(factors.a, COLUMNS if axis == COLUMNS else None, mesh)  # (R, columns)
+    b = read_part(factors.b, ROWS if axis == ROWS else None, mesh)  # (rows, R)
     if isinstance(module, ADAPTED):
         module.append(a, b, factors.scale)
         return

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minillama import ops
+from minillama.model import CrossEntropy
 
 
 class LoraLinear(nn.Linear):
@@ -30,11 +31,20 @@ class LoraLinear(nn.Linear):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = ops.linear(x, self.weight, self.bias)  # (..., out)
+        return self._add_low_rank(x, ops.linear(x, self.weight, self.bias))
+
+    def product(self, x: Tensor) -> Tensor:
+        """As `model.Linear.product`: x (W + s B A)^T without the bias."""
+        return self._add_low_rank(x, ops.linear(x, self.weight))
+
+    def _add_low_rank(self, x: Tensor, y: Tensor) -> Tensor:
+        """y + s (x A^T) B^T. y (..., out)."""
         low = self.dropout(x).float() @ self.lora_A.T  # (..., R)
         return y + (low @ (self.scale * self.lora_B.T)).to(y.dtype)
 
-    def loss_sum(self, x: Tensor, labels: Tensor) -> Tensor:
+    def loss_sum(
+        self, x: Tensor, labels: Tensor, cross_entropy: CrossEntropy = ops.linear_cross_entropy
+    ) -> Tensor:
         """As `model.Linear.loss_sum`, with the logits of `forward`, by one wider linear:
 
         [x, x A^T] [W, s B]^T = x W^T + s x A^T B^T
@@ -43,7 +53,7 @@ class LoraLinear(nn.Linear):
         wide_x = torch.cat((x, low.to(x.dtype)), dim=-1)  # (..., in + R)
         scaled_b = (self.scale * self.lora_B).to(self.weight.dtype)  # (out, R)
         wide_weight = torch.cat((self.weight, scaled_b), dim=1)  # (out, in + R)
-        return ops.linear_cross_entropy(wide_x, wide_weight, labels)
+        return cross_entropy(wide_x, wide_weight, labels)
 
     def factors(self) -> dict[str, nn.Parameter]:
         """The factors, by their names in a PEFT file."""

@@ -19,6 +19,7 @@ Shapes: B batch, T query positions, S key positions, C model width, H query head
 heads, D head size, F MLP width, V vocabulary.
 """
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -26,6 +27,9 @@ from torch import Tensor, nn
 
 from minillama import ops
 from minillama.llama_config import LlamaConfig
+
+# (hidden, weight of the head, labels) -> the sum of -log p(label)
+CrossEntropy = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class KeyValueCache(Protocol):
@@ -45,10 +49,16 @@ class Linear(nn.Linear):
         # ops/reference.py: x W^T + b
         return ops.linear(x, self.weight, self.bias)
 
-    def loss_sum(self, x: Tensor, labels: Tensor) -> Tensor:
+    def product(self, x: Tensor) -> Tensor:
+        """x W^T. `forward` without the bias, for those who add it later."""
+        return ops.linear(x, self.weight)
+
+    def loss_sum(
+        self, x: Tensor, labels: Tensor, cross_entropy: CrossEntropy = ops.linear_cross_entropy
+    ) -> Tensor:
         """The sum of -log p(label), if this layer is the head. The logits never exist whole."""
         # ops/reference.py: sum of -log softmax(x W^T)[label]
-        return ops.linear_cross_entropy(x, self.weight, labels)
+        return cross_entropy(x, self.weight, labels)
 
 
 class Embedding(nn.Embedding):
@@ -222,10 +232,17 @@ class Llama(nn.Module):
         Matrices come from N(0, initializer_range^2), biases are 0, norms are 1.
         """
         for name, parameter in self.named_parameters():
-            if name.endswith("norm.weight"):
-                parameter.fill_(1.0)
-            elif name.endswith(".bias"):
-                parameter.zero_()
-            else:
-                parameter.normal_(0.0, self.config.initializer_range, generator=generator)
+            sample_parameter(name, parameter, self.config.initializer_range, generator)
         return self
+
+
+def sample_parameter(
+    name: str, values: Tensor, std: float, generator: torch.Generator | None
+) -> None:
+    """Fill a parameter as `Llama.initialise` does."""
+    if name.endswith("norm.weight"):
+        values.fill_(1.0)
+    elif name.endswith(".bias"):
+        values.zero_()
+    else:
+        values.normal_(0.0, std, generator=generator)

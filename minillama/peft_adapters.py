@@ -18,15 +18,18 @@ Left out: DoRA (its merge rescales columns), and adapters on parameters that are
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from minillama.comm import Mesh
 from minillama.errors import UserError
 from minillama.files import write_json
+from minillama.parallel.whole import write_joined
 from minillama.peft_config import (
     CONFIG_FILE,
     LoraConfig,
@@ -35,7 +38,7 @@ from minillama.peft_config import (
 )
 from minillama.peft_targets import TargetRule
 from minillama.tensor_files import POSITIONS, TensorRef, read_tensors
-from minillama.tensor_writers import write_safetensors
+from minillama.tensor_writers import TensorSpecs, safetensors_writer
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 WEIGHTS_FILES = (WEIGHTS_FILE, "adapter_model.bin", "pytorch_model.bin")
@@ -135,19 +138,36 @@ def adapter_tensors(directory: Path) -> dict[str, TensorRef]:
 
 
 def write_adapter(
-    directory: Path, config: LoraConfig, tensors: Mapping[str, Tensor], base_model: str
+    directory: Path,
+    config: LoraConfig,
+    tensors: Mapping[str, Tensor],
+    base_model: str,
+    mesh: Mesh | None = None,
 ) -> None:
     """Write an adapter directory. `tensors` have the model's names, without PEFT's prefix.
 
     base_model: where the base model is, for adapter_config.json.
+    mesh: a line of tensor ranks that have the parts of the tensors. Each of them calls this, and
+    the first one writes the whole.
     """
-    directory.mkdir(parents=True, exist_ok=True)
-    tensors = {PREFIX + name: tensor for name, tensor in tensors.items()}
     # The order of safetensors' own writer: wide dtypes first, then by name.
     order = sorted(tensors, key=lambda name: (-tensors[name].itemsize, name))
-    write_safetensors(directory / WEIGHTS_FILE, {name: tensors[name] for name in order})
+
+    def write(specs: TensorSpecs, whole_tensors: Iterator[tuple[str, Tensor]]) -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        specs_in_file = {PREFIX + name: spec for name, spec in specs.items()}
+        with safetensors_writer(directory / WEIGHTS_FILE, specs_in_file) as append:
+            for name, tensor in whole_tensors:
+                append(PREFIX + name, tensor)
+        write_json(directory / CONFIG_FILE, _config_content(config, base_model))
+
+    write_joined({name: tensors[name] for name in order}, mesh or Mesh(), write)
+
+
+def _config_content(config: LoraConfig, base_model: str) -> dict[str, Any]:
+    """What adapter_config.json holds."""
     patterns = [target[3:] for target in config.targets if target.startswith("re:")]
-    content = {
+    return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base_model,
@@ -164,7 +184,6 @@ def write_adapter(
         "inference_mode": True,
         "init_lora_weights": True,
     }
-    write_json(directory / CONFIG_FILE, content)
 
 
 Pairs = dict[tuple[str, bool], dict[str, TensorRef]]  # (module, is embedding) -> "A" and "B"

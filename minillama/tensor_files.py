@@ -77,13 +77,16 @@ class TensorRef:
 
     def read_finite(self) -> Tensor:
         """Return the tensor as `read` does. Raises UserError if it holds NaN or infinity."""
-        tensor = self.read()
-        if not all_finite(tensor):
+        return self.refuse_non_finite(self.read())
+
+    def refuse_non_finite(self, values: Tensor) -> Tensor:
+        """Return values that were read. Raises UserError if they hold NaN or infinity."""
+        if not all_finite(values):
             raise UserError(
                 f"{self.file}: {self.name} holds NaN or infinity; the file is damaged, or training "
                 "diverged"
             )
-        return tensor
+        return values
 
     def equals(self, other: "HasValues") -> bool:
         """Tell whether another tensor has the same shape and, in its dtype, the same values."""
@@ -91,13 +94,14 @@ class TensorRef:
             return False
         return torch.equal(self.read().to(other.dtype), other.read())
 
-    def read_part(self, start: int, stop: int) -> Tensor:
-        """Return elements `start` to `stop` along the first axis, as `read` does."""
-        assert not self.is_transposed
+    def read_part(self, start: int, stop: int, axis: int = 0) -> Tensor:
+        """Return elements `start` to `stop` along an axis, as `read` does. Reads no others."""
+        axis_in_file = 1 - axis if self.is_transposed else axis
+        index = (slice(None),) * axis_in_file + (slice(start, stop),)
         if self.is_safetensors:
             with _open_safetensors(self.file) as file:
-                return self._copy(file.get_slice(self.name)[start:stop])
-        return self._copy(map_torch(self.file)[self.name][start:stop])
+                return self._copy(file.get_slice(self.name)[index])
+        return self._copy(map_torch(self.file)[self.name][index])
 
     def transposed(self) -> "TensorRef":
         """The same elements with rows for columns."""

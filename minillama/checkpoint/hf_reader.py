@@ -4,6 +4,8 @@ That is Hugging Face's layout of a LLaMA. Older directories hold pytorch_model*.
 safetensors, and load alike. Loading is a loop over tensors: check name and shape, read, copy, free.
 A tensor that the model needs and the files lack is an error, and so is one that the model has no
 place for; nothing is filled in silently.
+
+A rank of tensor parallelism reads its part of each tensor, and never has the whole model.
 """
 
 from collections.abc import Callable, Collection, Mapping
@@ -12,15 +14,18 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from minillama.comm import Mesh
 from minillama.errors import UserError, listed
 from minillama.files import read_json
 from minillama.hf_config import read_config
 from minillama.hub import hub_hint
 from minillama.llama_config import LlamaConfig, with_layers
-from minillama.model import Llama
+from minillama.model import Llama, sample_parameter
 from minillama.output_directory import restore
+from minillama.parallel.shards import axis_of, cut, part_of
+from minillama.parallel.tensor import refuse_uncuttable, set_sizes
 from minillama.tensor_files import POSITIONS, TensorRef, read_tensors
 
 EMBEDDING = "model.embed_tokens.weight"
@@ -48,6 +53,7 @@ def load_model(
     vocab_size: int = 0,
     device_of: DeviceOf = on_host,
     after_reading: Callable[[Llama, str], None] | None = None,
+    mesh: Mesh | None = None,
 ) -> Llama:
     """Read a model directory as a `Llama` of `dtype`, one tensor at a time.
 
@@ -56,6 +62,7 @@ def load_model(
     device_of: where each parameter is loaded to.
     after_reading: called with the model and the name of each parameter that has been read; it may
         replace the parameter, so that the whole model never exists as it is in the files.
+    mesh: a line of tensor ranks; this rank reads its part of each tensor, and no more.
     Raises UserError for any difference between the files and what config.json describes.
     """
     config = read_config(directory)
@@ -64,37 +71,82 @@ def load_model(
     if n_layers:
         config = with_layers(config, n_layers)
     config = replace(config, vocab_size=max(vocab_size, config.vocab_size))
-    model = empty_model(config, dtype, device_of)
-    with torch.no_grad():
-        for name in [name for name, _ in model.named_parameters()]:
-            parameter = model.get_parameter(name)
-            tensor = tensors[name].read()
-            rows = len(tensor)
-            parameter[:rows].copy_(tensor)
-            if rows < len(parameter):
-                parameter[rows:] = tensor.float().mean(0).to(dtype)
-            if after_reading is not None:
-                after_reading(model, name)
+    model = empty_model(config, dtype, device_of, mesh)
+    shapes = config.parameter_shapes()
+    for name in [name for name, _ in model.named_parameters()]:
+        parameter = model.get_parameter(name)
+        _read_into(parameter, tensors[name], axis_of(name), shapes[name], mesh or Mesh())
+        if after_reading is not None:
+            after_reading(model, name)
     return model
 
 
-def empty_model(config: LlamaConfig, dtype: torch.dtype, device_of: DeviceOf = on_host) -> Llama:
+@torch.no_grad()
+def _read_into(
+    parameter: Tensor, tensor: TensorRef, axis: int | None, shape: tuple[int, ...], mesh: Mesh
+) -> None:
+    """Fill a parameter with this rank's part of a tensor.
+
+    shape: of the whole, which may have more rows than the file: those are the mean of its rows.
+    """
+    is_whole = axis is None or mesh.size == 1
+    if is_whole and tensor.shape == shape:
+        parameter.copy_(tensor.read())
+        return
+    axis = axis or 0
+    part = part_of(shape[axis], mesh.rank, mesh.size)
+    stop = min(part.stop, tensor.shape[axis])
+    num_read = max(0, stop - part.start)
+    if num_read:
+        parameter.narrow(axis, 0, num_read).copy_(tensor.read_part(part.start, stop, axis))
+    if num_read < len(part):
+        parameter[num_read:] = tensor.read().float().mean(0).to(parameter.dtype)
+
+
+def empty_model(
+    config: LlamaConfig,
+    dtype: torch.dtype,
+    device_of: DeviceOf = on_host,
+    mesh: Mesh | None = None,
+) -> Llama:
     """Return a `Llama` whose parameters have memory but no values.
+
+    device_of: where each parameter is made.
+    mesh: a line of tensor ranks; this rank's part of each parameter is made.
 
     The model is made on the meta device first, so that torch neither initialises the parameters
     nor allocates them twice. `nn.Module.to_empty` would do the rest too, but it loads torch's
     compiler, which takes half a second.
     """
+    mesh = mesh or Mesh()
+    refuse_uncuttable(config, mesh.size)
     with torch.device("meta"):
         model = Llama(config)
     for module_name, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
-            device = device_of(f"{module_name}.{name}")
-            values = torch.empty(parameter.shape, dtype=dtype, device=device)
+            full_name = f"{module_name}.{name}"
+            part = cut(parameter, axis_of(full_name), mesh.rank, mesh.size)
+            values = torch.empty(part.shape, dtype=dtype, device=device_of(full_name))
             setattr(module, name, nn.Parameter(values))
+        set_sizes(module)
     if config.tie_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
     return model
+
+
+@torch.no_grad()
+def initialise(model: Llama, generator: torch.Generator, mesh: Mesh | None = None) -> None:
+    """Sample the parameters in fp32, as `Llama.initialise` does, whatever their dtype.
+
+    mesh: a line of tensor ranks. Each samples whole tensors and keeps its parts, one tensor at a
+    time, so the model does not depend on the number of ranks.
+    """
+    mesh = mesh or Mesh()
+    shapes = model.config.parameter_shapes()
+    for name, parameter in model.named_parameters():
+        whole = torch.empty(shapes[name], dtype=torch.float32)
+        sample_parameter(name, whole, model.config.initializer_range, generator)
+        parameter.copy_(cut(whole, axis_of(name), mesh.rank, mesh.size))
 
 
 def first_non_finite(model: nn.Module) -> str:

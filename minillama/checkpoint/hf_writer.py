@@ -16,12 +16,14 @@ import torch
 from torch import Tensor
 
 from minillama.checkpoint.tokenizer_files import copy_tokenizer
+from minillama.comm import Mesh
 from minillama.files import write_json
 from minillama.hf_config import to_hf
 from minillama.llama_config import LlamaConfig
 from minillama.model import Llama
 from minillama.output_directory import GB
-from minillama.tensor_writers import TensorSpecs, safetensors_writer, specs_of, torch_writer
+from minillama.parallel.whole import write_joined
+from minillama.tensor_writers import TensorSpecs, safetensors_writer, torch_writer
 from minillama.tokenizer import Tokenizer
 
 
@@ -30,17 +32,23 @@ def save_model(
     directory: Path,
     tokenizer: Tokenizer | None = None,
     about: dict[str, Any] | None = None,
+    mesh: Mesh | None = None,
 ) -> None:
     """Write a model directory. A tied head is written once, under the embedding's name.
 
     about: the content of minillama.json.
+    mesh: a line of tensor ranks that have the parts of the model. Each of them calls this, and the
+    first one writes the whole.
     """
-    directory.mkdir(parents=True, exist_ok=True)
-    parameters = dict(model.named_parameters())
-    write_weights(directory, iter(parameters.items()), specs_of(parameters))
-    write_configs(directory, model.config, model.model.embed_tokens.weight.dtype, tokenizer)
-    if about is not None:
-        write_json(directory / "minillama.json", about)
+
+    def write(specs: TensorSpecs, tensors: Iterator[tuple[str, Tensor]]) -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        write_weights(directory, tensors, specs)
+        write_configs(directory, model.config, model.model.embed_tokens.weight.dtype, tokenizer)
+        if about is not None:
+            write_json(directory / "minillama.json", about)
+
+    write_joined(dict(model.named_parameters()), mesh or Mesh(), write)
 
 
 def write_weights(

@@ -30,7 +30,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         V = len(weight)
         weight32 = weight.float()
         targets = (labels != IGNORE).nonzero().squeeze(1)  # positions that have a label
-        chunk = _chunk_size(len(targets), weight)
+        chunk = chunk_size(len(targets), *weight.shape)
         buffer = torch.empty(chunk, V, dtype=torch.float32, device=weight.device)
         loss = torch.zeros((), dtype=torch.float32, device=weight.device)
         dh = torch.zeros_like(hidden) if needs_dh else None
@@ -64,13 +64,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return dh, dw, None
 
 
-def _chunk_size(num_targets: int, weight: Tensor) -> int:
+def chunk_size(num_targets: int, V: int, C: int) -> int:
     """Positions per chunk: LOGIT_CHUNK elements of logits, but at least C/8 positions.
 
     Each chunk reads and writes all of dW, (V, C). With C/8 positions or more the logits are at
     least an eighth of that, and the traffic is worth it.
     """
-    V, C = weight.shape
     return min(num_targets, max(1, LOGIT_CHUNK // V, C // 8))
 
 
