@@ -134,30 +134,32 @@ def test_one_rank_changes_nothing() -> None:
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 
-def f_and_g() -> tuple[list[list[float]], list[list[float]]]:
-    """f then x (rank + 1), and x (rank + 1) then g: outputs and gradients on this rank."""
+def f_and_g() -> dict[str, list[float]]:
+    """The outputs of f and g, and the gradients that they give back, on this rank."""
     with comm.start("cpu", timeout_minutes=1) as mesh:
-        outputs = []
-        gradients = []
+        number = mesh.rank + 1
         x = torch.tensor([1.0, 10.0], requires_grad=True)
-        for connected in (
-            CopyToRanks.apply(x, mesh) * (mesh.rank + 1),
-            SumOverRanks.apply(x * (mesh.rank + 1), mesh),
-        ):
-            outputs.append(connected.tolist())
-            gradient = torch.tensor([1.0, 2.0])
-            (dx,) = torch.autograd.grad(connected, x, gradient)
-            assert gradient.tolist() == [1.0, 2.0], "the caller's gradient was overwritten"
-            gradients.append(dx.tolist())
-        return outputs, gradients
+        gradient = torch.tensor([1.0, 2.0]) * number
+        copied = CopyToRanks.apply(x, mesh)
+        summed = SumOverRanks.apply(x * number, mesh)
+        results = {
+            "f": copied.tolist(),
+            "df": torch.autograd.grad(copied, x, gradient)[0].tolist(),
+            "g": summed.tolist(),
+            "dg": torch.autograd.grad(summed, x, torch.ones(2))[0].tolist(),
+        }
+        assert gradient.tolist() == [number, 2.0 * number], "the caller's gradient was overwritten"
+        return results
 
 
 def test_f_sums_gradients_and_g_sums_outputs() -> None:
-    """Two ranks multiply x by 1 and by 2; the gradient of what follows is (1, 2)."""
-    results = run_on_ranks(2, f_and_g)
-    assert results == [
-        ([[1.0, 10.0], [3.0, 30.0]], [[3.0, 6.0], [1.0, 2.0]]),
-        ([[2.0, 20.0], [3.0, 30.0]], [[3.0, 6.0], [2.0, 4.0]]),
+    """Rank 0 multiplies by 1, rank 1 by 2: f's gradients, and g's inputs."""
+    f = [1.0, 10.0]
+    df = [3.0, 6.0]
+    g = [3.0, 30.0]
+    assert run_on_ranks(2, f_and_g) == [
+        {"f": f, "df": df, "g": g, "dg": [1.0, 1.0]},
+        {"f": f, "df": df, "g": g, "dg": [2.0, 2.0]},
     ]
 
 
@@ -196,7 +198,7 @@ def loss_inputs() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return hidden, weight, labels
 
 
-@pytest.mark.parametrize("chunk", [1, 1 << 20], ids=["one position at a time", "all at once"])
+@pytest.mark.parametrize("chunk", [1, 16, 1 << 20], ids=["one position", "a few", "all at once"])
 @pytest.mark.parametrize("num_rows", [(5, 5), (3, 3, 4), (1, 8, 1)])
 def test_the_loss_of_a_cut_head_is_that_of_the_whole(num_rows: tuple[int, ...], chunk: int) -> None:
     hidden, weight, labels = loss_inputs()

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from minillama import comm
 from minillama.checkpoint.hf_reader import empty_model, initialise, load_model
@@ -132,15 +133,18 @@ def files_of(directory: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(directory.iterdir())}
 
 
-def copy_adapter(base: Path, adapter: Path, directory: Path, mesh: Mesh) -> list[str]:
-    """Load a model with an adapter, and write the adapter; returns what it would train."""
+def copy_adapter(base: Path, adapter: Path, directory: Path, mesh: Mesh) -> list[tuple]:
+    """Load a model with an adapter, and write the adapter.
+
+    Returns the model's parameters, and whether they are trained.
+    """
     model = load_model(base, mesh=mesh)
     config = load_adapter(model, adapter, mesh=mesh)
     save_adapter(model, config, directory, "BASE", mesh)
-    return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    return [(name, parameter.requires_grad) for name, parameter in model.named_parameters()]
 
 
-def copy_adapter_on_rank(base: Path, adapter: Path, directory: Path) -> list[str]:
+def copy_adapter_on_rank(base: Path, adapter: Path, directory: Path) -> list[tuple]:
     with comm.start("cpu", timeout_minutes=1) as mesh:
         return copy_adapter(base, adapter, directory, mesh)
 
@@ -163,9 +167,31 @@ def test_an_adapter_of_peft_read_and_written_in_parts_has_the_same_bytes(
     base = tmp_path / "base"
     save_model(random_model(**EIGHT_HEADS, tie_embeddings=tied), base)
     peft_adapter(base, tmp_path / "peft", **settings)
-    trained = copy_adapter(base, tmp_path / "peft", tmp_path / "one", Mesh())
+    parameters = copy_adapter(base, tmp_path / "peft", tmp_path / "one", Mesh())
     arguments = (base, tmp_path / "peft", tmp_path / "many")
-    assert run_on_ranks(4, copy_adapter_on_rank, *arguments) == [trained] * 4
+    assert run_on_ranks(4, copy_adapter_on_rank, *arguments) == [parameters] * 4
+    assert files_of(tmp_path / "many") == files_of(tmp_path / "one")
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_a_row_that_one_rank_has_decides_for_all_whether_a_copy_is_changed_and_a_pair_tied(
+    tied: bool, tmp_path: Path
+) -> None:
+    """PEFT may save copies of the embedding and the head; here the head's first row differs."""
+    base = tmp_path / "base"
+    model = random_model(**EIGHT_HEADS, tie_embeddings=tied)
+    save_model(model, base)
+    peft_adapter(base, tmp_path / "peft")
+    file = tmp_path / "peft" / "adapter_model.safetensors"
+    tensors = load_file(file)
+    head = model.lm_head.weight.detach().clone()
+    head[0] += 1.0
+    tensors["base_model.model.lm_head.weight"] = head
+    tensors["base_model.model.model.embed_tokens.weight"] = model.model.embed_tokens.weight
+    save_file(tensors, file, {"format": "pt"})
+    parameters = copy_adapter(base, tmp_path / "peft", tmp_path / "one", Mesh())
+    arguments = (base, tmp_path / "peft", tmp_path / "many")
+    assert run_on_ranks(4, copy_adapter_on_rank, *arguments) == [parameters] * 4
     assert files_of(tmp_path / "many") == files_of(tmp_path / "one")
 
 

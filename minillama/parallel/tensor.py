@@ -197,7 +197,7 @@ def _embed_own_tokens(
     return SumOverRanks.apply(x, vocabulary.mesh)
 
 
-def connect_head(head: nn.Module, vocabulary: Vocabulary) -> None:
+def connect_head(head: Any, vocabulary: Vocabulary) -> None:
     """Let a head, of which each rank has some rows, return the logits and the loss of all rows."""
     head.forward = partial(_join_logits, head.forward, vocabulary)
     head.loss_sum = partial(_loss_sum, head.loss_sum, vocabulary)
