@@ -39,7 +39,7 @@ def make_parser() -> cli.Parser:
     add("--dry_run", action="store_true", help=dry_run)
     show_batch = "print the first batch with the trained tokens marked, and stop"
     add("--show_batch", action="store_true", help=show_batch)
-    world_size = "with --dry_run: plan for N ranks"
+    world_size = "with --dry_run: plan for N ranks (as many as hold the model together)"
     add("--world_size", type=int, default=None, metavar="N", help=world_size)
     add("--overwrite_output_dir", **cli.BOOLEAN, default=False, help="empty out_dir first")
     deepspeed_file = "take settings from a DeepSpeed JSON file"
@@ -55,9 +55,7 @@ def parse(arguments: list[str]) -> tuple[train_config.TrainConfig, argparse.Name
     parsed = parser.parse_args(arguments)
     if not parsed.dry_run:
         parser.refuse(parsed, "without --dry_run (torchrun starts ranks)", ("world_size",))
-    if parsed.world_size is None:
-        parsed.world_size = launch.world_size()
-    if parsed.world_size < 1:
+    if parsed.world_size is not None and parsed.world_size < 1:
         raise errors.UserError(f"--world_size {parsed.world_size}: must be at least 1")
     flags = vars(parsed)
     own_start = ("ckpt", "data", "model", "init", "tokenizer", "dim")
@@ -68,11 +66,20 @@ def parse(arguments: list[str]) -> tuple[train_config.TrainConfig, argparse.Name
         flags = file.keys | flags
     flags = other_systems.translate(flags)
     config = presets.resolve(source, flags, other_systems.RENAMED)
+    parsed.world_size = parsed.world_size or ranks_of(config, parsed.dry_run)
     config = other_systems.with_global_batch_size(flags, config, parsed.world_size)
     other_systems.refuse_contradictions(flags, config)
     if file is not None:
         file.check(config, parsed.world_size)
     return config, parsed
+
+
+def ranks_of(config: train_config.TrainConfig, dry_run: bool) -> int:
+    """The number of ranks. A plan without torchrun is for as many as hold the model together."""
+    ranks = launch.world_size()
+    if dry_run and ranks == 1:
+        return config.tensor_parallel * config.pipeline_parallel
+    return ranks
 
 
 def read_deepspeed(flags: Mapping[str, Any]) -> deepspeed.DeepSpeedFile | None:

@@ -30,7 +30,7 @@ def pick_devices(kind: str = "auto", names: str = "", local_rank: int = 0) -> li
     local_rank: which of the machine's devices a process takes that names none.
     Raises UserError for devices that are not there, and for several in each of several processes.
     """
-    parts = [part.strip() for part in names.split(",") if part.strip()]
+    parts = _parts(names)
     count = _count(parts)
     if parts and count == 0:
         return _pick_named(kind, parts, names)
@@ -45,6 +45,21 @@ def pick_devices(kind: str = "auto", names: str = "", local_rank: int = 0) -> li
         _refuse_several_processes(names)
         _refuse_missing(devices, names)
     return devices
+
+
+def count_devices(names: str) -> int:
+    """How many devices `names` lists, whether they are on this machine or not; "": one.
+
+    Where nothing is listed, SOPHGO_SPLIT counts.
+    """
+    parts = _parts(names)
+    if not parts:
+        return sophgo_split()
+    return _count(parts) or len(parts)
+
+
+def _parts(names: str) -> list[str]:
+    return [part.strip() for part in names.split(",") if part.strip()]
 
 
 def _count(parts: list[str]) -> int:

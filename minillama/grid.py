@@ -46,18 +46,23 @@ class Grid:
         return sum(mesh.elements_sent for mesh in lines.values())
 
 
+def check_ranks(ranks: int, tensor_parallel: int, pipeline_parallel: int) -> None:
+    """Raise UserError unless `ranks` is a multiple of tensor_parallel · pipeline_parallel."""
+    ranks_of_model = tensor_parallel * pipeline_parallel
+    if ranks % ranks_of_model:
+        raise UserError(
+            f"{ranks} ranks cannot hold tensor_parallel = {tensor_parallel} times "
+            f"pipeline_parallel = {pipeline_parallel}; start a multiple of {ranks_of_model} ranks"
+        )
+
+
 def make_grid(mesh: Mesh, tensor_parallel: int = 1, pipeline_parallel: int = 1) -> Grid:
     """Divide all ranks into a grid. Every rank must call this.
 
     Raises UserError unless the ranks are a multiple of tensor_parallel · pipeline_parallel.
     """
-    ranks_of_model = tensor_parallel * pipeline_parallel
-    if mesh.size % ranks_of_model:
-        raise UserError(
-            f"{mesh.size} ranks cannot hold tensor_parallel = {tensor_parallel} times "
-            f"pipeline_parallel = {pipeline_parallel}; start a multiple of {ranks_of_model} ranks"
-        )
-    if ranks_of_model == 1:
+    check_ranks(mesh.size, tensor_parallel, pipeline_parallel)
+    if tensor_parallel == pipeline_parallel == 1:
         single = Mesh(device=mesh.device)
         return Grid(all=mesh, data=mesh, stage=single, tensor=single, ends=single)
     numbers = torch.arange(mesh.size).view(-1, pipeline_parallel, tensor_parallel)

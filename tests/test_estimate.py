@@ -13,7 +13,7 @@ from minillama.lora import add_lora
 from minillama.model import Llama
 from minillama.parallel.sharded_optimizer import ShardedOptimizer
 from minillama.train_config import TrainConfig
-from minillama.training import dry_run
+from minillama.training.estimate import activation_bytes, estimate
 from minillama.training.model_building import lora_config, recompute_activations
 
 SMALL = LlamaConfig(
@@ -73,7 +73,7 @@ def test_predicted_state_is_measured_state_within_two_percent(
         for part in optimizer.vectors
         for t in ([part.gradients.sum] if stage == 2 else part.gradients.filled.values())
     ]
-    expected = dry_run.estimate(SMALL, settings, size)
+    expected = estimate(SMALL, settings, size)
     assert storage_bytes([*model.parameters(), *held]) == pytest.approx(expected.total, rel=0.02)
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == expected.trainable
 
@@ -101,14 +101,10 @@ def test_predicted_activations_are_those_kept_for_backward_within_ten_percent(co
         return storage_bytes(seen.values())
 
     tokens = sum(lengths)
-    assert kept(recompute=False) == pytest.approx(
-        dry_run.activation_bytes(config, tokens, 4), rel=0.1
-    )
-    one_layer = (
-        dry_run.activation_bytes(config, tokens, 4) - tokens * config.dim * 4
-    ) / config.n_layers
+    assert kept(recompute=False) == pytest.approx(activation_bytes(config, tokens, 4), rel=0.1)
+    one_layer = (activation_bytes(config, tokens, 4) - tokens * config.dim * 4) / config.n_layers
     assert kept(recompute=True) == pytest.approx(
-        dry_run.activation_bytes(config, tokens, 4, recompute=True) - one_layer, rel=0.1
+        activation_bytes(config, tokens, 4, recompute=True) - one_layer, rel=0.1
     )
 
 
@@ -125,5 +121,5 @@ def test_parameters_are_counted_without_making_any(name):
 def test_the_exact_reduction_keeps_fp32_sums_shared_out_from_stage_1_on(stage, gradients):
     """Bytes per parameter of a bf16 model on four ranks, in a single micro-batch too."""
     settings = TrainConfig(precision="bf16", zero_stage=stage, reduction="exact")
-    expected = dry_run.estimate(SMALL, settings, world_size=4)
+    expected = estimate(SMALL, settings, world_size=4)
     assert expected.gradients == gradients * SMALL.parameter_count()

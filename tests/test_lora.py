@@ -19,7 +19,7 @@ from minillama.lora import (
     resolve_names,
     save_adapter,
 )
-from minillama.training.dry_run import trainable_count
+from minillama.training.estimate import trainable_count
 from tests.adapters import TOKENS, logits, with_random_adapter
 from tests.conftest import random_model
 from tests.peers import assert_same_logits, open_in_peft, open_in_transformers

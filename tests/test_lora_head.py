@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from minillama.checkpoint.hf_reader import load_model
 from minillama.checkpoint.hf_writer import save_model
 from minillama.lora import LINEARS, LoraConfig, add_lora, load_adapter, save_adapter
-from minillama.training.dry_run import trainable_count
+from minillama.training.estimate import trainable_count
 from tests.adapters import TOKENS, with_random_adapter
 from tests.conftest import random_model
 from tests.peers import assert_same_logits, open_in_peft, open_in_transformers

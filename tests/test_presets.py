@@ -10,7 +10,8 @@ import train
 from minillama import presets
 from minillama.errors import UserError
 from minillama.files import write_json
-from minillama.training.dry_run import describe, estimate, refuse_what_cannot_fit
+from minillama.training.dry_run import describe, refuse_what_cannot_fit
+from minillama.training.estimate import estimate
 from minillama.training.model_building import model_config
 
 ROOT = Path(__file__).parents[1]
@@ -81,7 +82,7 @@ def test_models_that_every_rank_would_hold_whole_are_refused_with_the_bytes(pres
     settings = dataclasses.replace(presets.resolve(preset, {}), ckpt="", init="scratch")
     llama = model_config(settings, None)
     weights = estimate(llama, settings).weights
-    with pytest.raises(UserError, match=f"{weights:,} bytes .* tensor parallelism"):
+    with pytest.raises(UserError, match=f"{weights:,} bytes .* use --tensor_parallel"):
         refuse_what_cannot_fit(llama, settings)
 
 

@@ -13,6 +13,7 @@
       finite.py            NaN and infinity
       signals.py           requests to stop
     summary.py           the figures of a run;  messages.py: the lines that are printed
+    estimate.py          the bytes that a rank of a grid needs
     dry_run.py           what a run will need, without starting it
 
 Read them in this order.

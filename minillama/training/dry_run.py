@@ -1,25 +1,19 @@
-"""What a run will need, computed before it starts: parameters, bytes per rank, tokens per step.
+"""What a run will need, printed before it starts: parameters, bytes per rank, tokens per step.
 
-Nothing is allocated. AdamW with fp32 masters keeps, in bytes per trainable parameter:
-
-                            weight    gradient              master    two moments
-    16-bit model            2         2 (4: accumulated)    4         8
-    fp32 model, LoRA        4         4                     -         8
-
-A 32-bit parameter is its own master. A frozen parameter costs its weight alone. ZeRO stage 1 shares
-the last two columns out over the ranks, stage 2 the gradients too.
+`estimate` computes the bytes; nothing is allocated. What cannot fit a device is refused, with a
+division of the model that fits.
 """
 
 import math
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from minillama import comm
 from minillama.data.show import show_batch
 from minillama.errors import UserError
-from minillama.grid import make_grid
+from minillama.grid import check_ranks, make_grid
 from minillama.llama_config import LlamaConfig
-from minillama.lora import EMBEDDING, HEAD, WHOLE, LoraConfig, is_adapted
+from minillama.parallel.shards import check_tensor_parallel, layers_of_stage
 from minillama.train_config import TrainConfig
 from minillama.training.data_building import (
     build_data,
@@ -27,157 +21,178 @@ from minillama.training.data_building import (
     row_length,
     with_embedded_data,
 )
-from minillama.training.model_building import find_base, lora_config, model_config
-from minillama.training.settings import refuse_unfinished
+from minillama.training.estimate import (
+    FP32,
+    Estimate,
+    Place,
+    activation_bytes,
+    bytes_per_weight,
+    contents,
+    estimate,
+    layers_at,
+    places_of,
+)
+from minillama.training.model_building import find_base, model_config
 from minillama.training.summary import gigabytes
 
-LARGEST_REPLICATED = 40 * 10**9  # bytes of weights that one device holds beside its activations
-FP32 = 4  # bytes
+LARGEST_ON_DEVICE = 40 * 10**9  # bytes of weights that one device holds beside its activations
+MOST_TENSOR_RANKS = 8  # on one machine, since they send most
 
 
 @dataclass(frozen=True)
-class Estimate:
-    """What one rank holds: trained parameters, and bytes."""
+class Need:
+    """What one place in the model needs: the state of a step, and activations."""
 
-    trainable: int
-    weights: int
-    gradients: int
-    optimizer: int
+    place: Place
+    state: Estimate
+    activations: int
+    micro_batches: int  # that the activations are of
 
     @property
     def total(self) -> int:
-        return self.weights + self.gradients + self.optimizer
+        return self.state.total + self.activations
 
 
-def trainable_count(llama: LlamaConfig, lora: LoraConfig | None) -> int:
-    """How many parameters are trained: all, or the adapters' and the modules trained whole."""
-    if lora is None:
-        return llama.parameter_count()
-    whole_modules = WHOLE.keys() & lora.modules_to_save
-    num_whole = min(len(whole_modules), 1 if llama.tie_embeddings else 2)
-    return _factor_count(llama, lora) + num_whole * llama.vocab_size * llama.dim
-
-
-def _factor_count(llama: LlamaConfig, lora: LoraConfig) -> int:
-    """Parameters of the factors A (R, in) and B (out, R) of all adapted linears."""
-    shapes = llama.parameter_shapes()
-    shapes[HEAD] = (llama.vocab_size, llama.dim)  # a tied head is not among them
-    count = 0
-    for name, shape in shapes.items():
-        module = name.removesuffix(".weight")
-        is_linear = len(shape) == 2 and name != EMBEDDING
-        if is_linear and is_adapted(lora, module):
-            count += lora.rank_of(module) * sum(shape)
-    return count
-
-
-def bytes_per_weight(config: TrainConfig) -> int:
-    return FP32 if config.precision == "fp32" else 2
-
-
-def estimate(llama: LlamaConfig, config: TrainConfig, world_size: int = 1) -> Estimate:
-    """Bytes that a rank keeps through a step, without activations and communication buckets."""
-    lora = lora_config(config) if config.lora else None
-    trainable = trainable_count(llama, lora)
-    factors = _factor_count(llama, lora) if lora else 0  # in fp32
-    others = trainable - factors  # in the model's dtype
+def needs_of(llama: LlamaConfig, config: TrainConfig, world_size: int) -> list[Need]:
+    """What each stage needs, or each device of a process."""
+    tokens = config.per_device_train_batch_size * row_length(config, llama)
     width = bytes_per_weight(config)
-    is_exact = config.reduction == "exact"
-    accumulates = config.gradient_accumulation_steps > 1 or is_exact
-
-    weights = llama.parameter_count() * width + factors * FP32
-    gradients = others * (FP32 if accumulates else width) + factors * FP32
-    masters = others * FP32 if width < FP32 else 0
-    optimizer = masters + trainable * 2 * FP32
-
-    shards_optimizer = config.zero_stage >= 1
-    shards_gradients = config.zero_stage == 2 or (is_exact and shards_optimizer)
-    return Estimate(
-        trainable=trainable,
-        weights=weights,
-        gradients=math.ceil(gradients / (world_size if shards_gradients else 1)),
-        optimizer=math.ceil(optimizer / (world_size if shards_optimizer else 1)),
-    )
+    recompute = config.gradient_checkpointing
+    needs = []
+    for place in places_of(config):
+        state = estimate(llama, config, world_size, place)
+        kept = place.micro_batches_kept(config.gradient_accumulation_steps)
+        activations = activation_bytes(llama, tokens, width, recompute, place, kept)
+        needs.append(Need(place, state, activations, kept))
+    return needs
 
 
-def activation_bytes(llama: LlamaConfig, tokens: int, width: int, recompute: bool = False) -> int:
-    """Bytes that a micro-batch keeps for backward with the fused ops, at `width` bytes an element.
-
-    A layer keeps nine tensors of width C (its input, both norms' outputs, the stream between its
-    halves, the rotated queries, keys and values of every query head, attention's output before and
-    after the heads are put side by side) and three of width F (gate, up, their product); and in
-    fp32 the log-sum-exp of each head and the statistics of two norms. Recomputation keeps the input
-    of every layer, and one layer whole at a time.
-    """
-    C = llama.dim
-    all_heads = llama.n_heads * llama.head_dim
-    statistics = llama.n_heads + 2
-    layer = (4 * C + 5 * all_heads + 3 * llama.ffn_dim) * width + statistics * FP32
-    layers = llama.n_layers * layer
-    if recompute:
-        layers = llama.n_layers * C * width + layer
-    input_of_last_norm = C * width
-    return tokens * (layers + input_of_last_norm)
+def check_division(llama: LlamaConfig, config: TrainConfig) -> None:
+    """Raise UserError if the model cannot be divided as the settings say."""
+    sizes = {"n_heads": llama.n_heads, "n_kv_heads": llama.n_kv_heads, "ffn_dim": llama.ffn_dim}
+    check_tensor_parallel(sizes, config.tensor_parallel)
+    layers_of_stage(llama.n_layers, config.pipeline_parallel, 0)
 
 
 def refuse_what_cannot_fit(llama: LlamaConfig, config: TrainConfig) -> None:
-    """Raise UserError if the weights, which every rank holds whole, are too many for a device."""
-    weights = estimate(llama, config).weights
-    if weights > LARGEST_REPLICATED:
-        raise UserError(
-            f"the model's weights alone are {weights:,} bytes ({gigabytes(weights)}) on every "
-            "rank: data parallelism replicates them, and tensor parallelism does not exist here "
-            f"yet; {gigabytes(LARGEST_REPLICATED)} is the most"
-        )
+    """Raise UserError if the weights that a device would hold are too many for it."""
+    check_division(llama, config)
+    weights = _most_weights(llama, config)
+    if weights <= LARGEST_ON_DEVICE:
+        return
+    remedy = _division_that_fits(llama, config)
+    raise UserError(
+        f"the model's weights alone are {weights:,} bytes ({gigabytes(weights)}) on a device, and "
+        f"{gigabytes(LARGEST_ON_DEVICE)} is the most; {remedy}"
+    )
+
+
+def _most_weights(llama: LlamaConfig, config: TrainConfig) -> int:
+    """Bytes of weights on the device that holds most of them."""
+    return max(estimate(llama, config, place=place).weights for place in places_of(config))
+
+
+def _division_that_fits(llama: LlamaConfig, config: TrainConfig) -> str:
+    """What to type: the fewest tensor ranks that suffice, else the most of them and stages."""
+    most_cuts = math.gcd(llama.n_heads, llama.n_kv_heads, llama.ffn_dim)
+    tensors = [2**i for i in range(10) if 2**i <= MOST_TENSOR_RANKS and most_cuts % 2**i == 0]
+    grids = [(count, 1) for count in tensors]
+    grids += [(tensors[-1], stages) for stages in range(2, llama.n_layers + 1)]
+    for count, stages in grids:
+        divided = replace(config, tensor_parallel=count, pipeline_parallel=stages, devices="")
+        if _most_weights(llama, divided) <= LARGEST_ON_DEVICE:
+            flags = f"--tensor_parallel {count}"
+            if stages > 1:
+                flags += f" --pipeline_parallel {stages}"
+            ranks = count * stages
+            return (
+                f"use {flags} on {ranks} ranks or a multiple, or --devices {ranks} in one process"
+            )
+    return "no grid of ranks makes them fit"
 
 
 def describe(config: TrainConfig, world_size: int) -> str:
     """The plan of a run: what --dry_run prints."""
-    refuse_unfinished(config)
     llama = model_config(config, find_base(config))
-    needed = estimate(llama, config, world_size)
+    check_ranks(world_size, config.tensor_parallel, config.pipeline_parallel)
+    check_division(llama, config)
+    needs = needs_of(llama, config, world_size)
     lines = [
-        *_describe_model(llama, needed),
-        *_describe_memory(llama, needed, config, world_size),
+        *_describe_model(llama, needs[0].state.trainable),
+        *_describe_division(llama, config, needs, world_size),
+        *_describe_memory(llama, config, needs, world_size),
         *_describe_steps(llama, config, world_size),
     ]
     return "\n".join(lines)
 
 
-def _describe_model(llama: LlamaConfig, needed: Estimate) -> list[str]:
+def _describe_model(llama: LlamaConfig, trained: int) -> list[str]:
     total = llama.parameter_count()
-    share = needed.trainable / total
+    heads = f"{llama.n_heads} heads ({llama.n_kv_heads} key/value)"
     return [
-        f"model       {llama.n_layers} layers, width {llama.dim}, {llama.n_heads} heads "
-        f"({llama.n_kv_heads} key/value), MLP {llama.ffn_dim}, vocabulary {llama.vocab_size:,}",
-        f"parameters  {total:,}; trained: {needed.trainable:,} ({share:.2%})",
+        f"model       {llama.n_layers} layers, width {llama.dim}, {heads}, "
+        f"MLP {llama.ffn_dim}, vocabulary {llama.vocab_size:,}",
+        f"parameters  {total:,}; trained: {trained:,} ({trained / total:.2%})",
+    ]
+
+
+def _data_ranks(config: TrainConfig, world_size: int) -> int:
+    return world_size // (config.tensor_parallel * config.pipeline_parallel)
+
+
+def _largest(needs: list[Need]) -> Need:
+    return max(needs, key=lambda need: need.total)
+
+
+def _describe_division(
+    llama: LlamaConfig, config: TrainConfig, needs: list[Need], world_size: int
+) -> list[str]:
+    """How the model is divided; nothing if it is not."""
+    place = _largest(needs).place
+    if place.stages == place.tensors == 1:
+        return []
+    part = "device" if place.is_device else "stage"
+    grid = f"{place.stages} devices in each process"
+    if not place.is_device:
+        data = _data_ranks(config, world_size)
+        grid = f"{data} data × {place.stages} stages × {place.tensors} tensor ranks"
+    if place.stages == 1:
+        return [f"grid        {grid}"]
+    layers = ", ".join(str(len(layers_at(llama, need.place))) for need in needs)
+    totals = ", ".join(f"{need.total / 1e9:.2f}" for need in needs)
+    return [
+        f"grid        {grid}; layers of each {part}: {layers}",
+        f"{part}s".ljust(12) + f"{totals} GB with activations; the largest is {part} "
+        f"{place.stage}: {contents(llama, place)}",
     ]
 
 
 def _describe_memory(
-    llama: LlamaConfig, needed: Estimate, config: TrainConfig, world_size: int
+    llama: LlamaConfig, config: TrainConfig, needs: list[Need], world_size: int
 ) -> list[str]:
+    largest = _largest(needs)
+    state = largest.state
+    holder = "per device" if largest.place.is_device else "per rank"
     plural = "s" if world_size > 1 else ""
-    width = bytes_per_weight(config)
-    tokens = config.per_device_train_batch_size * row_length(config, llama)
-    recompute = config.gradient_checkpointing
-    activations = activation_bytes(llama, tokens, width, recompute)
-    how = "recomputed" if recompute else "kept"
-    model_on_disk = 0 if config.lora else llama.parameter_count() * width
-    state_on_disk = needed.trainable * 3 * FP32  # master and two moments
+    setting = f"{config.precision}, ZeRO stage {config.zero_stage}, {world_size} rank{plural}"
+    kept = "a micro-batch"
+    if largest.micro_batches > 1:
+        kept = f"of {largest.micro_batches} micro-batches"
+    how = "recomputed" if config.gradient_checkpointing else "kept"
+    model_on_disk = 0 if config.lora else llama.parameter_count() * bytes_per_weight(config)
+    state_on_disk = state.trainable * 3 * FP32  # master and two moments
     return [
-        f"per rank    weights {gigabytes(needed.weights)} "
-        f"+ gradients {gigabytes(needed.gradients)} + optimizer {gigabytes(needed.optimizer)} "
-        f"= {gigabytes(needed.total)}, before activations "
-        f"({config.precision}, ZeRO stage {config.zero_stage}, {world_size} rank{plural})",
-        f"activations {gigabytes(activations)} a micro-batch ({how})",
+        f"{holder.ljust(12)}weights {gigabytes(state.weights)} "
+        f"+ gradients {gigabytes(state.gradients)} + optimizer {gigabytes(state.optimizer)} "
+        f"= {gigabytes(state.total)}, before activations ({setting})",
+        f"activations {gigabytes(largest.activations)} {kept} ({how})",
         f"disk        {gigabytes(model_on_disk + state_on_disk)} a checkpoint",
     ]
 
 
 def _describe_steps(llama: LlamaConfig, config: TrainConfig, world_size: int) -> list[str]:
     rows_per_rank = config.per_device_train_batch_size * config.gradient_accumulation_steps
-    rows = rows_per_rank * world_size
+    rows = rows_per_rank * _data_ranks(config, world_size)
     length = row_length(config, llama)
     duration = f"{config.num_train_epochs:g} epochs"
     if config.max_steps:

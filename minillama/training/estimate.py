@@ -1,0 +1,236 @@
+"""The bytes that a rank needs, computed from shapes before anything is allocated.
+
+AdamW with fp32 masters keeps, in bytes per trainable parameter:
+
+                            weight    gradient              master    two moments
+    16-bit model            2         2 (4: accumulated)    4         8
+    fp32 model, LoRA        4         4                     -         8
+
+A 32-bit parameter is its own master. A frozen parameter costs its weight alone. ZeRO stage 1 shares
+the last two columns out over the data ranks, stage 2 the gradients too.
+
+On a grid of ranks, all this is counted over the parameters that a rank holds: the layers of its
+stage, and of each of them the rows or columns of its tensor rank. The first stage holds the
+embedding, the last one the norm and the head; if these are tied, the last has a copy of the
+embedding. The devices of one process hold layers as stages do, without the copy.
+
+Left out: messages under way, buckets, what torch's allocator keeps for itself.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from minillama.device import DTYPES
+from minillama.device_list import count_devices
+from minillama.llama_config import LlamaConfig
+from minillama.lora import EMBEDDING, HEAD, WHOLE, LoraConfig, is_adapted
+from minillama.parallel.parts import Part
+from minillama.parallel.shards import axis_of, layers_of_stage, part_of
+from minillama.train_config import TrainConfig
+from minillama.training.model_building import lora_config
+
+FP32 = 4  # bytes
+
+
+@dataclass(frozen=True)
+class Place:
+    """Which part of the model a rank holds, or one device of a process."""
+
+    stage: int = 0
+    stages: int = 1
+    tensor: int = 0
+    tensors: int = 1
+    is_device: bool = False  # the stages are devices of one process
+
+    @property
+    def ranks_of_model(self) -> int:
+        """How many ranks hold the model together."""
+        return self.tensors if self.is_device else self.tensors * self.stages
+
+    def micro_batches_kept(self, per_step: int) -> int:
+        """Of how many micro-batches the activations are kept at a time (`parallel.pipeline`)."""
+        return 1 if self.is_device else min(self.stages - self.stage, per_step)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Trained parameters of the whole model, and the bytes that one rank holds."""
+
+    trainable: int
+    weights: int
+    gradients: int
+    optimizer: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.gradients + self.optimizer
+
+
+def places_of(config: TrainConfig) -> list[Place]:
+    """The place of one rank of each stage, or of each device of a process.
+
+    It is the last tensor rank, which holds most where the vocabulary is no multiple of the ranks.
+    """
+    devices = count_devices(config.devices)
+    stages = max(devices, config.pipeline_parallel)
+    tensors = config.tensor_parallel
+    return [
+        Place(stage, stages, tensors - 1, tensors, is_device=devices > 1) for stage in range(stages)
+    ]
+
+
+def bytes_per_weight(config: TrainConfig) -> int:
+    """Of the weights that are no LoRA factors."""
+    return DTYPES[config.precision].itemsize
+
+
+def parts_at(
+    llama: LlamaConfig, lora: LoraConfig | None, dtype: torch.dtype, place: Place
+) -> list[Part]:
+    """The parameters that a rank holds, LoRA's factors among them."""
+    shapes = llama.parameter_shapes()
+    if lora is not None:
+        shapes |= dict(_factor_shapes(llama, lora))
+    parts = []
+    for name, shape in shapes.items():
+        if place.stage not in _stages_of(name, llama, place):
+            continue
+        axis = axis_of(name) if place.tensors > 1 else None
+        held = range(0)
+        if axis is not None:
+            held = part_of(shape[axis], place.tensor, place.tensors)
+        own_dtype = torch.float32 if _is_factor(name) else dtype
+        parts.append(Part(name, shape, own_dtype, axis, held.start, held.stop))
+    return parts
+
+
+def _factor_shapes(llama: LlamaConfig, lora: LoraConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """The factors A (R, in) and B (out, R) of all adapted linears, by name."""
+    shapes = llama.parameter_shapes()
+    shapes[HEAD] = (llama.vocab_size, llama.dim)  # a tied head is not among them
+    for name, shape in shapes.items():
+        module = name.removesuffix(".weight")
+        is_linear = len(shape) == 2 and name != EMBEDDING
+        if is_linear and is_adapted(lora, module):
+            rank = lora.rank_of(module)
+            yield f"{module}.lora_A", (rank, shape[1])
+            yield f"{module}.lora_B", (shape[0], rank)
+
+
+def _is_factor(name: str) -> bool:
+    return name.endswith((".lora_A", ".lora_B"))
+
+
+def _stages_of(name: str, llama: LlamaConfig, place: Place) -> set[int]:
+    """The stages that hold a parameter."""
+    last = place.stages - 1
+    if name.startswith("model.layers."):
+        layer = int(name.split(".")[2])
+        stages = range(place.stages)
+        return {i for i in stages if layer in layers_of_stage(llama.n_layers, place.stages, i)}
+    if name == EMBEDDING:
+        has_copy = llama.tie_embeddings and not place.is_device
+        return {0, last} if has_copy else {0}
+    stays_with_embedding = llama.tie_embeddings and place.is_device
+    return {0} if stays_with_embedding else {last}
+
+
+def layers_at(llama: LlamaConfig, place: Place) -> range:
+    """The layers of a place."""
+    return layers_of_stage(llama.n_layers, place.stages, place.stage)
+
+
+def contents(llama: LlamaConfig, place: Place) -> str:
+    """What a place holds, in words."""
+    names = {part.name for part in parts_at(llama, None, torch.float32, place)}
+    layers = layers_at(llama, place)
+    words = ["embedding"] if EMBEDDING in names else []
+    words.append(f"layers {layers.start} to {layers.stop - 1}")
+    if "model.norm.weight" in names:
+        words.append("norm, head")
+    return ", ".join(words)
+
+
+def is_trained(name: str, lora: LoraConfig | None) -> bool:
+    """Whether a parameter is trained: all are, or the adapters and the modules trained whole."""
+    if lora is None or _is_factor(name):
+        return True
+    whole_modules = {WHOLE.get(module) for module in lora.modules_to_save}
+    return name.removesuffix(".weight") in whole_modules
+
+
+def trainable_count(llama: LlamaConfig, lora: LoraConfig | None) -> int:
+    """How many parameters are trained in the whole model."""
+    parts = parts_at(llama, lora, torch.float32, Place())
+    return sum(part.whole_size for part in parts if is_trained(part.name, lora))
+
+
+def estimate(
+    llama: LlamaConfig, config: TrainConfig, world_size: int = 1, place: Place | None = None
+) -> Estimate:
+    """Bytes that a rank keeps through a step, without activations and communication buckets.
+
+    place: None: a rank that holds the whole model.
+    """
+    place = place or Place()
+    lora = lora_config(config) if config.lora else None
+    is_exact = config.reduction == "exact"
+    accumulates = config.gradient_accumulation_steps > 1 or is_exact
+    weights = 0
+    gradients = 0
+    optimizer = 0
+    for part in parts_at(llama, lora, DTYPES[config.precision], place):
+        size = math.prod(part.shape)
+        width = part.dtype.itemsize
+        weights += size * width
+        if is_trained(part.name, lora):
+            gradients += size * (FP32 if accumulates else width)
+            masters = 0 if width == FP32 else FP32
+            optimizer += size * (masters + 2 * FP32)
+
+    data_ranks = world_size // place.ranks_of_model
+    shards_optimizer = config.zero_stage >= 1
+    shards_gradients = config.zero_stage == 2 or (is_exact and shards_optimizer)
+    return Estimate(
+        trainable=trainable_count(llama, lora),
+        weights=weights,
+        gradients=math.ceil(gradients / (data_ranks if shards_gradients else 1)),
+        optimizer=math.ceil(optimizer / (data_ranks if shards_optimizer else 1)),
+    )
+
+
+def activation_bytes(
+    llama: LlamaConfig,
+    tokens: int,
+    width: int,
+    recompute: bool = False,
+    place: Place | None = None,
+    micro_batches: int = 1,
+) -> int:
+    """Bytes that a rank keeps for backward with the fused ops, at `width` bytes an element.
+
+    tokens: of a micro-batch. micro_batches: in a step, of which a stage keeps several.
+
+    A layer keeps nine tensors of width C (its input, both norms' outputs, the stream between its
+    halves, the rotated queries, keys and values of every query head, attention's output before and
+    after the heads are put side by side) and three of width F (gate, up, their product); and in
+    fp32 the log-sum-exp of each head and the statistics of two norms. Tensor ranks share out those
+    of heads and of width F. Recomputation keeps the input of every layer, and one layer whole at a
+    time. Stage s of S keeps S - s micro-batches.
+    """
+    place = place or Place()
+    C = llama.dim
+    heads = llama.n_heads / place.tensors
+    wide = 5 * heads * llama.head_dim + 3 * llama.ffn_dim / place.tensors
+    layer = (4 * C + wide) * width + (heads + 2) * FP32
+    n_layers = len(layers_at(llama, place))
+    kept = n_layers * (C * width if recompute else layer)
+    kept *= place.micro_batches_kept(micro_batches)
+    if recompute:
+        kept += layer
+    if place.stage == place.stages - 1:
+        kept += C * width  # input of the last norm
+    return math.ceil(tokens * kept)
