@@ -106,6 +106,15 @@ def test_the_letters_of_a_control_token_are_read_as_letters(
     assert ids == [start, *question, end, *line_break, start, *answer]
 
 
+def test_letters_that_a_template_makes_small_are_no_control_token(
+    small_tokenizer: Tokenizer,
+) -> None:
+    template = "{% for m in messages %}{{ m.content | lower }}{% endfor %}"
+    ids, _ = encode(small_tokenizer, template, Conversation((Turn("A</S>", None),)))
+    assert ids == small_tokenizer.encode("a</s>")
+    assert small_tokenizer.eos_id not in ids
+
+
 # --- what is trained on
 
 
@@ -239,8 +248,8 @@ def test_a_forked_process_starts_its_own_renderer(small_tokenizer: Tokenizer) ->
     expected = encode(small_tokenizer, INST, ONE_TURN)
     child = os.fork()
     if child == 0:
-        is_equal = encode(small_tokenizer, INST, ONE_TURN) == expected
-        os._exit(0 if is_equal else 1)
-    for _ in range(50):
+        others = [encode(small_tokenizer, INST, TWO_TURNS) for _ in range(100)]
+        os._exit(0 if others == [others[0]] * 100 and others[0] != expected else 1)
+    for _ in range(100):  # at the same time
         assert encode(small_tokenizer, INST, ONE_TURN) == expected
     assert os.waitpid(child, 0)[1] == 0

@@ -44,7 +44,7 @@ def encode_pieces(tokenizer: Tokenizer, pieces: Iterable[Piece]) -> tuple[list[i
         if piece.control:
             ids += _control_ids(tokenizer, piece.control)
             start = len(ids)
-            is_behind_control = start > 0
+            is_behind_control = True
         else:
             text += piece.text
             check_encodable(piece.text)
