@@ -4,9 +4,10 @@ All score the same questions with the same model.
 
     python benchmarks/evaluation.py --task mmlu --data mmlu --tokenizer t.model --shape 15m
     python benchmarks/evaluation.py --task boolq --data dev.jsonl --tokenizer t.model --shape 15m
+    python benchmarks/evaluation.py --task mmlu --data mmlu --ckpt SMOLLM2_DIR --rounds 1
 
-Every side answers by the protocol `lm_eval` with the same random weights, on files, read anew in a
-process of its own:
+Every side answers by the protocol `lm_eval` with the same weights, random ones of a published shape
+or those of a checkpoint, on files, read anew in a process of its own:
 
     minillama     `evaluation.runner.predict`, prompts and tokens included
     lm_eval       lm-evaluation-harness's own task (mmlu, 5 shots; boolq), batches of 8
@@ -115,7 +116,7 @@ def lm_eval(options: argparse.Namespace, directory: Path) -> Callable[[], Answer
         names[subject] = f"local_{subject}"
         write_harness_task(options, subject, file, tasks, installed)
     model = transformers.LlamaForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
-    tokenizer = transformers.LlamaTokenizer.from_pretrained(directory)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
     wrapped = HFLM(
         pretrained=model, tokenizer=tokenizer, batch_size=options.batch_size, device="cpu"
     )
@@ -218,8 +219,9 @@ def parse() -> argparse.Namespace:
     add = parser.add_argument
     add("--task", choices=("mmlu", "boolq"), required=True)
     add("--data", type=Path, required=True)
-    add("--tokenizer", type=Path, required=True)
-    add("--shape", default="15m", help="a published shape: 15m, 110m")
+    add("--ckpt", type=Path, help="a real model, in place of random weights")
+    add("--tokenizer", type=Path, help="of random weights")
+    add("--shape", default="15m", help="of random weights: 15m, 110m")
     limit = "questions of each subject; among more questions the shots weigh less"
     add("--limit", type=int, default=100, help=limit)
     add("--batch_size", type=int, default=8)
@@ -228,7 +230,10 @@ def parse() -> argparse.Namespace:
     add("--threads", type=int, default=1, help=threads)
     add("--side", default="", help=argparse.SUPPRESS)
     add("--directory", type=Path, help=argparse.SUPPRESS)
-    return parser.parse_args()
+    options = parser.parse_args()
+    if not options.ckpt and not options.tokenizer:
+        parser.error("--ckpt DIR, or --tokenizer FILE for random weights")
+    return options
 
 
 def main() -> None:
@@ -238,8 +243,9 @@ def main() -> None:
         return
     results: dict[str, list[dict[str, Any]]] = {side: [] for side in SIDES}
     with tempfile.TemporaryDirectory() as name:
-        model = Path(name) / "model"
-        write_model(options, model)
+        model = options.ckpt or Path(name) / "model"
+        if not options.ckpt:
+            write_model(options, model)
         for number in range(options.rounds):
             for side in SIDES:
                 directory = Path(name) / f"{number}-{side}"
@@ -247,7 +253,13 @@ def main() -> None:
                 for file in model.iterdir():
                     (directory / file.name).symlink_to(file)
                 results[side].append(run_child(options, side, directory))
-    print_results(options, results)
+        gold = gold_answers(options, model)
+    print_results(options, results, gold)
+
+
+def gold_answers(options: argparse.Namespace, directory: Path) -> Answers:
+    questions = open_benchmark(options, directory).questions
+    return {id: question["answer"] for id, question in questions.items()}
 
 
 def write_model(options: argparse.Namespace, directory: Path) -> None:
@@ -277,23 +289,27 @@ def run_child(options: argparse.Namespace, side: str, directory: Path) -> dict[s
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def print_results(options: argparse.Namespace, results: dict[str, list[dict[str, Any]]]) -> None:
+def print_results(
+    options: argparse.Namespace, results: dict[str, list[dict[str, Any]]], gold: Answers
+) -> None:
     import torch
 
     ours = results["minillama"]
     predicted = ours[0]["predicted"]
     count = len(predicted)
     print(
-        f"{options.task}, {count} questions, shape {options.shape}, {options.threads} threads, "
+        f"{options.task}, {count} questions, {options.ckpt or options.shape}, "
+        f"{options.threads} threads, "
         f"torch {torch.__version__}"
     )
     print(
         f"{'':10}{'questions / CPU s':>24}{'minillama, by CPU time':>34}{'questions / s':>24}"
-        f"{'peak MB':>20}{'of it added':>20}  same answers"
+        f"{'peak MB':>20}{'of it added':>20}  same answers  correct"
     )
     for side, rounds in results.items():
         ratios = [peer["cpu"] / own["cpu"] for own, peer in zip(ours, rounds, strict=True)]
         num_same = sum(predicted[id] == name for id, name in rounds[0]["predicted"].items())
+        num_right = sum(gold[id] == name for id, name in rounds[0]["predicted"].items())
         columns = [
             f"{side:10}",
             f"{spread([count / round['cpu'] for round in rounds]):>24}",
@@ -302,6 +318,7 @@ def print_results(options: argparse.Namespace, results: dict[str, list[dict[str,
             f"{spread([round['peak'] for round in rounds], 0):>20}",
             f"{spread([round['added'] for round in rounds], 0):>20}",
             f"  {num_same} of {count}",
+            f"  {num_right / count:.1%}",
         ]
         print("".join(columns))
 

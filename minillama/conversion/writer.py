@@ -27,6 +27,7 @@ from minillama.checkpoint.hf_writer import write_configs, write_weights
 from minillama.checkpoint.stop_tokens import write_stop_ids
 from minillama.checkpoint.template_files import JINJA_FILE
 from minillama.checkpoint.tokenizer_files import copy_tokenizer, has_tokenizer
+from minillama.conversion.tokenizer_companions import complete_tokenizer
 from minillama.files import read_json, write_bytes, write_json
 from minillama.llama_config import LlamaConfig
 from minillama.memory import peak_resident_bytes
@@ -118,6 +119,8 @@ def write_checkpoint(
         read_in_order = _read_in_order(tensors, specs, output.verbose)
         write_tensors(directory, read_in_order, specs)
         write_other_files(directory)
+        if (directory / "config.json").is_file():  # Hugging Face's layout
+            notes = [*notes, *complete_tokenizer(directory)]
     return Conversion(
         path=output.path,
         num_tensors=len(specs),
