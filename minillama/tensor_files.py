@@ -156,6 +156,12 @@ def read_safetensors(path: Path) -> dict[str, TensorRef]:
     return refs
 
 
+def read_metadata(path: Path) -> dict[str, str]:
+    """Return the texts in the header of a safetensors file, by name."""
+    with _open_safetensors(path) as file:
+        return file.metadata() or {}
+
+
 @contextmanager
 def _open_safetensors(path: Path) -> Iterator[Any]:
     try:

@@ -53,9 +53,11 @@ def specs_of(tensors: Mapping[str, Tensor]) -> TensorSpecs:
 
 
 @contextmanager
-def safetensors_writer(path: Path, specs: TensorSpecs) -> Iterator[Append]:
-    """Write a safetensors file; see the module's docstring."""
-    header: dict[str, dict[str, Any]] = {"__metadata__": {"format": "pt"}}
+def safetensors_writer(
+    path: Path, specs: TensorSpecs, metadata: Mapping[str, str] | None = None
+) -> Iterator[Append]:
+    """Write a safetensors file; see the module's docstring. metadata: text for its header."""
+    header: dict[str, dict[str, Any]] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     start = 0
     for name, (dtype, shape) in specs.items():
         end = start + prod(shape) * dtype.itemsize
@@ -73,9 +75,11 @@ def safetensors_writer(path: Path, specs: TensorSpecs) -> Iterator[Append]:
     flush_to_disk(path)
 
 
-def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+def write_safetensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
     """Write tensors that are all in memory, and wait until they are on the disk."""
-    with safetensors_writer(path, specs_of(tensors)) as append:
+    with safetensors_writer(path, specs_of(tensors), metadata) as append:
         for name, tensor in tensors.items():
             append(name, tensor)
 

@@ -10,8 +10,10 @@ from pathlib import Path
 import torch
 
 from minillama import comm, train_config
-from minillama.checkpoint import train_state
+from minillama.checkpoint.optimizer_files import SavedOptimizer
+from minillama.checkpoint.run_directory import checkpoint_path
 from minillama.data import demo
+from minillama.parallel.parts import Part, WholeParameter
 from minillama.tensor_files import read_safetensors
 from minillama.tokenizer import train_tokenizer
 from minillama.training import trainer
@@ -80,13 +82,15 @@ def train_here(run: train_config.TrainConfig, stop_after: int = 0) -> int:
 def fingerprint(run: train_config.TrainConfig, step: int = 4) -> str:
     """A sha256 of the final weights, and of the optimizer's state at a step.
 
-    The state is read by position, so it does not matter which rank wrote which file.
+    The state is read by name, so it does not matter which rank wrote which file.
     """
-    digest = hashlib.sha256((Path(run.out_dir) / "final" / "model.safetensors").read_bytes())
-    directory = Path(run.out_dir) / "checkpoints" / f"step-{step:06d}"
-    total = sum(read_safetensors(path)["m"].shape[0] for path in directory.glob("state-0-*"))
-    for name in ("master", "m", "v"):
-        digest.update(
-            train_state.slice_reader(directory, 0, total)(name, 0, total).numpy().tobytes()
-        )
+    final = Path(run.out_dir) / "final" / "model.safetensors"
+    digest = hashlib.sha256(final.read_bytes())
+    shapes = {name: tensor.shape for name, tensor in read_safetensors(final).items()}
+    parameters = {name: WholeParameter(shape, torch.float32) for name, shape in shapes.items()}
+    saved = SavedOptimizer(checkpoint_path(Path(run.out_dir), step), parameters)
+    for name, parameter in parameters.items():
+        for vector in ("master", "m", "v"):
+            values = saved.read(Part(name, parameter.shape), vector, 0, parameter.size)
+            digest.update(values.numpy().tobytes())
     return digest.hexdigest()

@@ -33,7 +33,7 @@ def assert_flushed_around_rename(calls: list[str], partial: str, directory: Path
 def test_a_checkpoint_is_flushed_before_its_rename_and_its_parent_after_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    slices = [SavedSlice(0, {name: torch.ones(3) for name in ("master", "m", "v")})]
+    slices = [SavedSlice([], {name: torch.ones(3) for name in ("master", "m", "v")})]
 
     def write_model(directory: Path) -> None:
         save_model(random_model(), directory)

@@ -29,7 +29,7 @@ SHAPES = {
     f"{ATTENTION}.o_proj.weight": (4, 6),
     f"{ATTENTION}.o_proj.bias": (4,),
     "model.layers.0.input_layernorm.weight": (4,),
-    "model.layers.1.mlp.down_proj.weight": (4, 10),
+    "model.layers.1.mlp.down_proj.weight": (40, 450),  # more than a chunk: two data ranks own some
     "model.norm.weight": (4,),
 }
 STAGES = {
@@ -47,19 +47,25 @@ def values(name: str, step: int) -> Tensor:
 
 
 def share_of_gradient(name: str, grid: Grid, tied: bool) -> float:
-    """Which share of its gradient a rank computes: data ranks each a half, and so on."""
-    share = (grid.data.rank + 1) / sum(range(1, grid.data.size + 1))
-    if held(name) == "partial" and grid.tensor.size > 1:
-        share *= (0.25, 0.75)[grid.tensor.rank]
-    if tied and name == EMBEDDING and grid.ends.size > 1:
-        share *= (0.25, 0.75)[grid.ends.rank]
+    """Which share of its gradient a rank computes. The shares of a line's ranks are 1 : 2 : 3 …"""
+    lines = [grid.data]
+    if held(name) == "partial":
+        lines.append(grid.tensor)
+    if tied and name == EMBEDDING:
+        lines.append(grid.ends)
+    share = 1.0
+    for line in lines:
+        share *= (line.rank + 1) / sum(range(1, line.size + 1))
     return share
 
 
-def train(
+Named = list[tuple[str, nn.Parameter]]
+
+
+def make_optimizer(
     grid: Grid, names: list[str], stage: int, tied: bool = False, exact: bool = False
-) -> tuple[list[float], dict[str, np.ndarray]]:
-    """Three clipped updates of what this rank holds; returns the norms and its weights."""
+) -> tuple[Named, ShardedOptimizer]:
+    """The parts of these parameters that this rank holds, and their optimizer."""
     named = []
     for name in names:
         part = cut(values(name, 0), axis_of(name), grid.tensor.rank, grid.tensor.size)
@@ -67,16 +73,29 @@ def train(
     config = replace(CONFIG, zero_stage=stage, reduction="exact" if exact else "fast")
     optimizer = ShardedOptimizer(named, grid, config, tied={EMBEDDING} if tied else ())
     assert optimizer.num_trained == sum(values(name, 0).numel() for name in SHAPES)
-    norms = []
-    for step in range(1, STEPS + 1):
-        optimizer.zero_grad()
-        loss = torch.zeros(())
-        for name, parameter in named:
-            gradient = share_of_gradient(name, grid, tied) * values(name, step)
-            part = cut(gradient, axis_of(name), grid.tensor.rank, grid.tensor.size)
-            loss = loss + (parameter * part).sum()
-        optimizer.backward(loss, grid.data.size)
-        norms.append(optimizer.step(1e-2, max_norm=1.0).norm)
+    return named, optimizer
+
+
+def take_step(
+    grid: Grid, named: Named, optimizer: ShardedOptimizer, step: int, tied: bool = False
+) -> float:
+    """A clipped update with this rank's share of step's gradients; returns the norm."""
+    optimizer.zero_grad()
+    loss = torch.zeros(())
+    for name, parameter in named:
+        gradient = share_of_gradient(name, grid, tied) * values(name, step)
+        part = cut(gradient, axis_of(name), grid.tensor.rank, grid.tensor.size)
+        loss = loss + (parameter * part).sum()
+    optimizer.backward(loss, grid.data.size)
+    return optimizer.step(1e-2, max_norm=1.0).norm
+
+
+def train(
+    grid: Grid, names: list[str], stage: int, tied: bool = False, exact: bool = False
+) -> tuple[list[float], dict[str, np.ndarray]]:
+    """Three updates of what this rank holds; returns the norms and its weights."""
+    named, optimizer = make_optimizer(grid, names, stage, tied, exact)
+    norms = [take_step(grid, named, optimizer, step, tied) for step in range(1, STEPS + 1)]
     return norms, {name: parameter.detach().numpy().copy() for name, parameter in named}
 
 

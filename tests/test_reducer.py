@@ -63,7 +63,7 @@ def test_every_gradient_reaches_its_place_in_its_owners_slice_once(
     parameters = [nn.Parameter(torch.zeros(n, 1)) for n in matrices] + [
         nn.Parameter(torch.zeros(n)) for n in vectors
     ]
-    layout = lay_out(parameters, align)
+    layout = lay_out([p.shape for p in parameters], align)
     slice_size, rounds, slices = -(-layout.total // size) + 1, 1 + accumulates, []
     positions = []
     expected = torch.zeros(size * slice_size)
@@ -132,7 +132,7 @@ def test_gradients_of_a_16_bit_model_are_reduced_as_the_table_says(
         zero_stage=stage, reduction=reduction, gradient_accumulation_steps=accumulation
     )
     parameters = [nn.Parameter(torch.zeros(8, 2, dtype=torch.bfloat16))]
-    layout = lay_out(parameters)
+    layout = lay_out([parameters[0].shape])
     reducer = GradientReducer(parameters, layout, Mesh(), slice_size=16, config=config)
     assert reducer.reduce_dtype == reduced_in
     parameters[0].sum().backward()

@@ -31,14 +31,14 @@ def test_a_full_disk_leaves_the_old_checkpoint_and_training_goes_on(
     run = replace(run_settings, out_dir=str(tmp_path / "run"))
 
     def with_full_disk():
-        write = train_state.write_safetensors
+        write = train_state.write_slice
 
-        def full(path, tensors):
+        def full(path, part):
             if "step-000004" in str(path) and int(os.environ.get("RANK", "0")) == failing:
                 raise OSError(28, "No space left on device", str(path))
-            write(path, tensors)
+            write(path, part)
 
-        train_state.write_safetensors = full
+        train_state.write_slice = full
         return train_here(run)
 
     assert run_on_ranks(size, with_full_disk) == [STEPS] * size
@@ -51,14 +51,14 @@ def test_a_full_disk_leaves_the_old_checkpoint_and_training_goes_on(
 def test_too_little_space_is_seen_before_the_first_byte(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 10, 0))
     problem = train_state.save_state(
-        tmp_path, 1, Mesh(), [SavedSlice(0, {"m": torch.ones(3)})], {}, lambda _: None, keep=0
+        tmp_path, 1, Mesh(), [SavedSlice([], {"m": torch.ones(3)})], {}, lambda _: None, keep=0
     )
     assert "12 bytes are needed" in problem and not list_states(tmp_path)
 
 
 # The call at which the process dies during the second save: a function, and which call of it.
 POINTS = [
-    ("write_safetensors", 1),
+    ("write_slice", 1),
     ("fsync", 3),  # the first of this save: that of the optimizer's state
     ("flush_and_hash", 1),
     ("replace", 1),  # config.json gets its name
@@ -94,7 +94,7 @@ def test_a_save_killed_at_any_point_leaves_a_run_that_continues_to_the_same_byte
             return call
 
         for module, names in (
-            (train_state, ("write_safetensors", "write_json", "flush_and_hash", "publish")),
+            (train_state, ("write_slice", "write_json", "flush_and_hash", "publish")),
             (os, ("replace", "fsync")),
         ):
             for name in names:

@@ -4,17 +4,12 @@ import json
 from dataclasses import replace
 
 import pytest
-import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from minillama import comm
 from minillama.checkpoint import train_state
 from minillama.checkpoint.run_directory import list_states
 from minillama.comm import Mesh
 from minillama.errors import UserError
 from minillama.grid import make_grid
-from minillama.parallel.sharded_optimizer import SavedSlice
 from minillama.training.run_directory import with_global_batch
 from tests.ranks import run_on_ranks
 from tests.state_runs import STEPS, fingerprint, train_here
@@ -23,7 +18,7 @@ from tests.state_runs import STEPS, fingerprint, train_here
 def test_stopped_on_four_ranks_continued_on_one_finished_on_two_is_as_if_never_stopped(
     run_settings, uninterrupted, tmp_path
 ):
-    """State is found by its position in the flat vector, and batches by their step number."""
+    """State is found by the names of parameters, and batches by their step number."""
     run = replace(run_settings, out_dir=str(tmp_path / "run"), zero_stage=2)
     assert run_on_ranks(4, train_here, run, 1) == [1] * 4
     assert run_on_ranks(1, train_here, replace(run, zero_stage=0), 3) == [3]
@@ -34,21 +29,6 @@ def test_stopped_on_four_ranks_continued_on_one_finished_on_two_is_as_if_never_s
         for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     ]
     assert steps == list(range(1, STEPS + 1))
-
-
-def test_slices_of_four_ranks_are_found_by_their_positions(tmp_path):
-    """Each of four ranks saves ten elements; a reader takes 5 to 37."""
-    whole = torch.arange(40.0)
-
-    def save():
-        with comm.start("cpu", timeout_minutes=1) as mesh:
-            start = 10 * mesh.rank
-            part = SavedSlice(start, {"m": whole[start : start + 10].clone()})
-            return train_state.save_state(tmp_path, 1, mesh, [part], {}, lambda _: None, keep=0)
-
-    assert run_on_ranks(4, save) == [None] * 4
-    read = train_state.slice_reader(list_states(tmp_path)[0], number=0, total=40)
-    assert torch.equal(read("m", 5, 37), whole[5:37])
 
 
 def test_ranks_that_cannot_keep_the_global_batch_are_refused(run_settings, tmp_path):
@@ -66,7 +46,7 @@ FILES = [
     "minillama.json",
     "tokenizer.model",
     "tokenizer_config.json",
-    "state-0-000000000000.safetensors",
+    "state-00000-0.safetensors",
     "state.json",
     "manifest.json",
 ]
@@ -106,24 +86,3 @@ def test_only_the_newest_checkpoints_are_kept(run_settings, tmp_path):
         "step-000004",
         "step-000005",
     ]
-
-
-@settings(max_examples=30, deadline=None)
-@given(total=st.integers(1, 200), writers=st.integers(1, 5), readers=st.integers(1, 5))
-def test_any_number_of_ranks_reads_back_what_any_number_wrote(
-    tmp_path_factory, total, writers, readers
-):
-    folder, vector = tmp_path_factory.mktemp("state"), torch.arange(float(total))
-    size = -(-total // writers)
-    for start in range(0, total, size):
-        part = vector[start : start + size]
-        train_state.write_safetensors(folder / f"state-0-{start:012d}.safetensors", {"m": part})
-    read, share = train_state.slice_reader(folder, 0, total), -(-total // readers)
-    assert torch.equal(
-        torch.cat(
-            [read("m", start, min(start + share, total)) for start in range(0, total, share)]
-        ),
-        vector,
-    )
-    with pytest.raises(UserError, match="belongs to another run"):
-        train_state.slice_reader(folder, 0, total + 1)

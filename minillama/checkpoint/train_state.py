@@ -1,14 +1,14 @@
 """The state of a run: what a resume needs, complete or absent.
 
     checkpoints/step-000100/                   the model or adapter, as a directory of its own, and
-        state-0-000000000000.safetensors       master, m, v of flat vector 0 from position 0 on
-        state-0-000000016384.safetensors       … from position 16384 on; one file per rank
+        state-00000-0.safetensors              master, m, v of what rank 0 owns of a flat vector
+        state-00001-0.safetensors              … of rank 1
         state.json                             step, updates, tokens, skipped steps, loss scale,
                                                global batch, fingerprints of the inputs
         manifest.json                          sha256 of every file; written last
 
-State is stored by its position in the flat vector and never by rank, so any number of ranks reads
-it back. Every rank writes its own slice; nothing is gathered.
+Every rank writes its own slices; nothing is gathered. Each file says which parameters it holds, by
+name (optimizer_files.py), so any grid of ranks reads it back.
 
     1  rank 0 creates step-000100.partial
     2  every rank writes its slices there
@@ -33,18 +33,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from minillama import comm
+from minillama.checkpoint.optimizer_files import write_slice
 from minillama.checkpoint.run_directory import checkpoint_path, list_states, step_of
 from minillama.comm import Mesh
 from minillama.errors import UserError
 from minillama.files import flush_to_disk, read_json, sha256_of, write_json
 from minillama.output_directory import free_bytes
-from minillama.parallel.sharded_optimizer import ReadRange, SavedSlice
-from minillama.tensor_files import TensorRef, read_safetensors
-from minillama.tensor_writers import write_safetensors
+from minillama.parallel.sharded_optimizer import SavedSlice
 
 MANIFEST = "manifest.json"
 
@@ -68,7 +64,7 @@ def save_state(
 ) -> str | None:
     """Write checkpoints/step-N. Returns why nothing was written, or None.
 
-    slices: this rank's slice of each flat vector.
+    slices: what this rank saves of its flat vectors.
     state: the content of state.json.
     write_model: writes the model into a directory; called on every rank, so it may gather what
         the ranks hold.
@@ -85,7 +81,7 @@ def save_state(
 
     def write_slices() -> dict[str, str]:
         _refuse_full_disk(partial, needed)
-        return _write_slices(partial, slices)
+        return _write_slices(partial, mesh.rank, slices)
 
     def write_whole_model() -> dict[str, str]:
         write_model(partial)
@@ -208,37 +204,6 @@ def read_state(directory: Path) -> dict[str, Any]:
     return read_json(directory / "state.json")
 
 
-def slice_reader(directory: Path, number: int, total: int) -> ReadRange:
-    """Return read(name, start, stop), which reads a range of flat vector `number`.
-
-    name: "master", "m" or "v". The range may lie in the files of several ranks.
-    total: the vector's length in this run. Raises UserError if the checkpoint's is another.
-    """
-    files: dict[int, dict[str, TensorRef]] = {}  # the position of the first element -> tensors
-    for path in directory.glob(f"state-{number}-*.safetensors"):
-        position = int(path.stem.rsplit("-", 1)[1])
-        files[position] = read_safetensors(path)
-    length = sum(tensors["m"].shape[0] for tensors in files.values())
-    if length != total:
-        raise UserError(
-            f"{directory}: holds {length:,} trained parameters, this run has {total:,}; "
-            "it belongs to another run"
-        )
-
-    def read(name: str, start: int, stop: int) -> Tensor:
-        result = torch.empty(max(0, stop - start), dtype=torch.float32)
-        for position, tensors in files.items():
-            tensor = tensors[name]
-            first = max(start, position)
-            last = min(stop, position + tensor.shape[0])
-            if first < last:
-                part = tensor.read_part(first - position, last - position)
-                result[first - start : last - start] = part
-        return result
-
-    return read
-
-
 def _bytes_of(slices: list[SavedSlice]) -> int:
     num_bytes = 0
     for part in slices:
@@ -257,12 +222,12 @@ def _refuse_full_disk(partial: Path, needed: int) -> None:
         )
 
 
-def _write_slices(partial: Path, slices: list[SavedSlice]) -> dict[str, str]:
+def _write_slices(partial: Path, rank: int, slices: list[SavedSlice]) -> dict[str, str]:
     """Write a rank's slices; returns the files' sha256 by name."""
     hashes = {}
     for number, part in enumerate(slices):
-        path = partial / f"state-{number}-{part.start:012d}.safetensors"
-        write_safetensors(path, part.tensors)
+        path = partial / f"state-{rank:05d}-{number}.safetensors"
+        write_slice(path, part)
         hashes[path.name] = flush_and_hash(path)
     return hashes
 

@@ -9,13 +9,22 @@ They lie end to end, or with a gap before each one, so that it begins at a multi
 from bisect import bisect
 from collections.abc import Sequence
 from dataclasses import dataclass
-
-from torch import nn
+from math import prod
 
 
 def round_up(number: int, multiple: int) -> int:
     """The smallest multiple of `multiple` that is not below `number`."""
     return -(-number // multiple) * multiple
+
+
+@dataclass(frozen=True)
+class Piece:
+    """The elements of one parameter that lie in a range of the vector."""
+
+    index: int  # of the parameter
+    first: int  # its elements, flattened: from this one on
+    last: int  # up to this one
+    offset: int  # where they lie in the range
 
 
 @dataclass(frozen=True)
@@ -39,14 +48,25 @@ class FlatLayout:
         """The index of the parameter that has an element of the vector."""
         return bisect(self.ranges, position, key=lambda place: place.start) - 1
 
+    def pieces(self, start: int, stop: int) -> list[Piece]:
+        """What lies in the range start … stop of the vector."""
+        pieces = []
+        for index, place in enumerate(self.ranges):
+            first = max(start, place.start)
+            last = min(stop, place.stop)
+            if first < last:
+                piece = Piece(index, first - place.start, last - place.start, first - start)
+                pieces.append(piece)
+        return pieces
 
-def lay_out(parameters: Sequence[nn.Parameter], align: int = 1) -> FlatLayout:
-    """Lay parameters one after the other. `parameters`: matrices first."""
+
+def lay_out(shapes: Sequence[Sequence[int]], align: int = 1) -> FlatLayout:
+    """Lay parameters of these shapes one after the other. Matrices come first."""
     ranges = []
     stop = 0
-    for parameter in parameters:
+    for shape in shapes:
         start = round_up(stop, align)
-        stop = start + parameter.numel()
+        stop = start + prod(shape)
         ranges.append(range(start, stop))
-    num_matrices = sum(parameter.ndim > 1 for parameter in parameters)
+    num_matrices = sum(len(shape) > 1 for shape in shapes)
     return FlatLayout(tuple(ranges), num_matrices)

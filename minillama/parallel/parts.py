@@ -1,8 +1,8 @@
 """Which part of each whole parameter this rank holds, by name.
 
-A tensor rank holds some rows or columns of most parameters (`parallel.shards`), a stage holds some
-of the layers. What is saved, counted or printed speaks of the whole model: so a rank needs to know
-where its part lies in the whole, and what the other stages hold.
+A tensor rank holds some rows or columns of most parameters (`parallel.shards`), and a stage holds
+some of the layers. What is saved, counted or printed is about the whole model. So a rank needs to
+know where its part lies in the whole, and what the other stages hold.
 
     whole q_proj.weight (8, 6)        tensor rank 0: axis 0, rows 0 … 3
                                       tensor rank 1: axis 0, rows 4 … 7
@@ -13,11 +13,24 @@ from dataclasses import dataclass, replace
 from math import prod
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from minillama import comm
 from minillama.grid import Grid
 from minillama.parallel.shards import axis_of
+
+
+@dataclass(frozen=True)
+class WholeParameter:
+    """A parameter of the whole model, wherever it is."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def size(self) -> int:
+        """The number of its elements."""
+        return prod(self.shape)
 
 
 @dataclass(frozen=True)
@@ -26,37 +39,53 @@ class Part:
 
     name: str
     whole_shape: tuple[int, ...]
-    dtype: torch.dtype
     axis: int | None = None  # None: all of it
     start: int = 0
     stop: int = 0
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The shape of what this rank holds."""
+        """The shape of what the rank holds."""
         shape = list(self.whole_shape)
         if self.axis is not None:
             shape[self.axis] = self.stop - self.start
         return tuple(shape)
 
-    @property
-    def whole_size(self) -> int:
-        """The number of elements of the whole parameter."""
-        return prod(self.whole_shape)
+    def overlaps(self, other: "Part") -> bool:
+        """Whether two parts of one parameter have elements in common."""
+        if self.axis is None or other.axis is None:
+            return True
+        return max(self.start, other.start) < min(self.stop, other.stop)
+
+    def cut_from(self, whole: Tensor) -> Tensor:
+        """This part of a tensor of the whole shape, as a view."""
+        if self.axis is None:
+            return whole
+        return whole.narrow(self.axis, self.start, self.stop - self.start)
 
 
-def parts_on_rank(named: Sequence[tuple[str, nn.Parameter]], grid: Grid) -> list[Part]:
-    """Describe the parameters that this rank holds. Called on every rank."""
+@dataclass(frozen=True)
+class SavedPiece:
+    """Elements `first` … `last` of a flattened part, which lie at `offset` of a saved vector."""
+
+    part: Part
+    first: int
+    last: int
+    offset: int
+
+
+def parts_on_rank(named: Sequence[tuple[str, nn.Parameter]], grid: Grid) -> dict[str, Part]:
+    """The parts of the parameters that this rank holds, by name. Called on every rank."""
     shapes = [tuple(parameter.shape) for _, parameter in named]
     shapes_by_rank = comm.gather_objects(grid.tensor, shapes)
-    parts = []
-    for index, (name, parameter) in enumerate(named):
-        part = Part(name, shapes[index], parameter.dtype)
+    parts = {}
+    for index, (name, _) in enumerate(named):
+        part = Part(name, shapes[index])
         axis = axis_of(name) if grid.tensor.size > 1 else None
         if axis is not None:
             lengths = [shapes_of_rank[index][axis] for shapes_of_rank in shapes_by_rank]
             part = _place_on_axis(part, axis, lengths, grid.tensor.rank)
-        parts.append(part)
+        parts[name] = part
     return parts
 
 
@@ -74,13 +103,18 @@ def _place_on_axis(part: Part, axis: int, lengths: Sequence[int], rank: int) -> 
     )
 
 
-def parts_of_all_stages(parts: Sequence[Part], grid: Grid) -> dict[str, Part]:
+def parameters_of_all_stages(
+    named: Sequence[tuple[str, nn.Parameter]], parts: dict[str, Part], grid: Grid
+) -> dict[str, WholeParameter]:
     """The parameters of the whole model by name, in its order. Called on every rank.
 
     A parameter that two stages hold is there once.
     """
-    by_name: dict[str, Part] = {}
-    for parts_of_stage in comm.gather_objects(grid.stage, list(parts)):
-        for part in parts_of_stage:
-            by_name.setdefault(part.name, part)
-    return by_name
+    own = {}
+    for name, parameter in named:
+        own[name] = WholeParameter(parts[name].whole_shape, parameter.dtype)
+    everything: dict[str, WholeParameter] = {}
+    for parameters_of_stage in comm.gather_objects(grid.stage, own):
+        for name, whole in parameters_of_stage.items():
+            everything.setdefault(name, whole)
+    return everything

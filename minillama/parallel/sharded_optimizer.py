@@ -27,7 +27,7 @@ from minillama import comm
 from minillama.errors import UserError
 from minillama.grid import Grid
 from minillama.parallel.loss_scale import LossScale
-from minillama.parallel.parts import parts_of_all_stages, parts_on_rank
+from minillama.parallel.parts import Part, SavedPiece, parameters_of_all_stages, parts_on_rank
 from minillama.parallel.shards import Held, held
 from minillama.parallel.zero import ZeroAdamW
 from minillama.train_config import TrainConfig
@@ -44,7 +44,7 @@ class OptimizerStep(NamedTuple):
 class SavedSlice:
     """What one rank saves of one flat vector."""
 
-    start: int  # position of the slice in the flat vector
+    pieces: list[SavedPiece]
     tensors: dict[str, Tensor]  # master, m, v
 
 
@@ -52,12 +52,13 @@ class SavedSlice:
 class OptimizerState:
     """What a checkpoint holds of the optimizer, as seen by one rank."""
 
-    slices: list[SavedSlice]  # one for each flat vector
+    slices: list[SavedSlice]  # of the flat vectors that this rank saves
     num_updates: int
     loss_scale: dict[str, Any] | None
 
 
-ReadRange = Callable[[str, int, int], Tensor]  # (name, start, stop) -> that range of a saved vector
+# (part of a parameter, "master", "m" or "v", first, last) -> its elements first … last, flattened
+ReadPart = Callable[[Part, str, int, int], Tensor]
 
 
 @dataclass(frozen=True)
@@ -97,10 +98,10 @@ class ShardedOptimizer:
             if parameter.requires_grad:
                 trained.append((name, parameter))
         self.parts = parts_on_rank(trained, grid)
-        self.all_parts = parts_of_all_stages(self.parts, grid)
-        if not self.all_parts:
+        self.parameters = parameters_of_all_stages(trained, self.parts, grid)
+        if not self.parameters:
             raise UserError("nothing to train: every parameter is frozen")
-        self.num_trained = sum(part.whole_size for part in self.all_parts.values())
+        self.num_trained = sum(parameter.size for parameter in self.parameters.values())
 
         groups = _group_by_kind(trained, grid, tied)
         self.kinds = list(groups)
@@ -185,42 +186,51 @@ class ShardedOptimizer:
         """
         squares = []
         for kind, vector in zip(self.kinds, self.vectors, strict=True):
-            if self._is_counted_here(kind):
+            if self._answers_for(kind):
                 squares += vector.squared_norms()
         for line in (self.grid.tensor, self.grid.stage):
             squares_by_rank = comm.gather_objects(line, squares)
             squares = list(chain.from_iterable(squares_by_rank))
         return math.fsum(squares)
 
-    def _is_counted_here(self, kind: VectorKind) -> bool:
+    def _answers_for(self, kind: VectorKind) -> bool:
+        """Whether this rank counts and saves what it holds of a vector, and not a peer."""
         if kind.held != "cut" and not self.grid.tensor.is_first:
             return False
         return self.grid.stage.is_first or not kind.is_tied
 
     def state(self) -> OptimizerState:
-        """What this rank saves."""
+        """What this rank saves. What several ranks hold, one of them saves."""
+        slices = []
+        for kind, vector in zip(self.kinds, self.vectors, strict=True):
+            pieces = []
+            for piece in vector.owned_pieces():
+                part = self.parts[vector.named[piece.index][0]]
+                pieces.append(SavedPiece(part, piece.first, piece.last, piece.offset))
+            if pieces and self._answers_for(kind):
+                slices.append(SavedSlice(pieces, vector.state()))
         return OptimizerState(
-            slices=[SavedSlice(vector.owned.start, vector.state()) for vector in self.vectors],
+            slices=slices,
             num_updates=self.num_updates,
             loss_scale=self.loss_scale.state() if self.loss_scale else None,
         )
 
     def load_state(
-        self,
-        open_vector: Callable[[int, int], ReadRange],
-        num_updates: int,
-        loss_scale: dict[str, Any] | None,
+        self, read: ReadPart, num_updates: int, loss_scale: dict[str, Any] | None
     ) -> None:
-        """Continue from a saved state, written by any number of ranks.
+        """Continue from a saved state, written by any grid of ranks.
 
         Args:
-            open_vector: open_vector(number, total) returns the reader of flat vector `number`, of
-                `total` elements.
+            read: reads elements of a part of a parameter.
             num_updates: updates made so far.
             loss_scale: `OptimizerState.loss_scale`.
         """
-        for number, vector in enumerate(self.vectors):
-            vector.load_state(open_vector(number, vector.layout.total), num_updates)
+
+        def read_by_name(name: str, vector: str, first: int, last: int) -> Tensor:
+            return read(self.parts[name], vector, first, last)
+
+        for vector in self.vectors:
+            vector.load_state(read_by_name, num_updates)
         self.num_updates = num_updates
         if self.loss_scale and loss_scale:
             self.loss_scale = LossScale.from_state(loss_scale)

@@ -1,4 +1,4 @@
-"""ZeRO: AdamW over one flat vector, of which every rank owns a slice (Rajbhandari et al. 2020).
+"""ZeRO: AdamW over a flat vector, of which every rank owns a slice (Rajbhandari et al. 2020).
 
 The trainable parameters lie end to end in one flat vector: matrices first, then norms and biases,
 which are never decayed. Gradients and Adam's two moments lie the same way. Rank r of N owns the
@@ -36,7 +36,7 @@ from torch import Tensor, nn
 
 from minillama import comm, ops
 from minillama.errors import UserError
-from minillama.parallel.flat_layout import lay_out, round_up
+from minillama.parallel.flat_layout import Piece, lay_out, round_up
 from minillama.parallel.reducer import GradientReducer
 from minillama.train_config import TrainConfig
 
@@ -86,7 +86,8 @@ class ZeroAdamW:
         self.adamw = ops.reference.adamw if self.is_exact else ops.adamw
 
         parameters = [parameter for _, parameter in self.named]
-        self.layout = lay_out(parameters, align=CHUNK if self.is_exact else 1)
+        shapes = [parameter.shape for parameter in parameters]
+        self.layout = lay_out(shapes, align=CHUNK if self.is_exact else 1)
         padded = round_up(self.layout.total, CHUNK * mesh.size)
         slice_size = padded // mesh.size
         self.owned = slice(mesh.rank * slice_size, (mesh.rank + 1) * slice_size)
@@ -189,25 +190,29 @@ class ZeroAdamW:
         position = int(bad[0]) + self.update_range.start
         return self.named[self.layout.index_at(position)][0]
 
+    def owned_pieces(self) -> list[Piece]:
+        """Which elements of which parameters lie in the slice that this rank owns."""
+        return self.layout.pieces(self.owned.start, self.owned.stop)
+
     def state(self) -> dict[str, Tensor]:
-        """master, m and v of the slice that this rank owns, from position `owned.start` on,
-        without padding.
-        """
+        """master, m and v of the slice that this rank owns, without padding at its end."""
         first = self._clamp_to_update_range(min(self.owned.start, self.layout.total))
         last = self._clamp_to_update_range(min(self.owned.stop, self.layout.total))
         return {name: getattr(self, name)[first:last] for name in STATE}
 
-    def load_state(self, read: Callable[[str, int, int], Tensor], steps: int) -> None:
-        """Continue from a saved state.
+    def load_state(self, read: Callable[[str, str, int, int], Tensor], steps: int) -> None:
+        """Continue from a saved state, one parameter after the other.
 
         Args:
-            read: read(name, start, stop) returns a range of a saved vector, whichever rank saved
-                it.
+            read: read(name, vector, first, last) returns elements first … last of a parameter,
+                flattened, from a vector of `STATE`.
             steps: updates made so far.
         """
-        start = min(self.update_range.start, self.layout.total)
-        stop = min(self.update_range.stop, self.layout.total)
-        for name in STATE:
-            getattr(self, name)[: stop - start] = read(name, start, stop)
+        for piece in self.layout.pieces(self.update_range.start, self.update_range.stop):
+            name = self.named[piece.index][0]
+            end = piece.offset + piece.last - piece.first
+            for vector in STATE:
+                values = read(name, vector, piece.first, piece.last)
+                getattr(self, vector)[piece.offset : end] = values
         self.steps = steps
         self.all_gather_weights()

@@ -17,13 +17,12 @@ import time
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import replace
-from functools import partial
 
 import numpy as np
 import torch
 
 from minillama import comm
-from minillama.checkpoint import train_state
+from minillama.checkpoint.optimizer_files import SavedOptimizer
 from minillama.data.windows import Batch
 from minillama.device import seeded
 from minillama.files import write_json
@@ -241,8 +240,8 @@ class Trainer:
     def resume(self, point: ResumePoint) -> None:
         """Continue from a checkpoint: weights, moments, loss scale, and what has been counted."""
         state = point.state
-        open_vector = partial(train_state.slice_reader, point.directory)
-        self.optimizer.load_state(open_vector, state["updates"], state["loss_scale"])
+        saved = SavedOptimizer(point.directory, self.optimizer.parameters)
+        self.optimizer.load_state(saved.read, state["updates"], state["loss_scale"])
         self.step = state["step"]
         self.saved_step = state["step"]
         self.tokens = state["tokens"]
