@@ -111,11 +111,14 @@ RENAMED = {
 }
 
 ADAPTER_KNOWS = "the adapter's own adapter_config.json says it; leave the flag out"
+NO_STAGES = (
+    "stages are for training, and a checkpoint is whole; --tensor_parallel N divides a model over "
+    "ranks, --devices N over devices of one process"
+)
 ALLOWED = {
     "tensor_model_parallel_size": Allowed(("1",), "the model is not split over ranks here yet"),
-    "pipeline_model_parallel_size": Allowed(
-        ("1",), "layers are not spread over ranks when text is generated or scored"
-    ),
+    "pipeline_parallel": Allowed(("1",), NO_STAGES),
+    "pipeline_model_parallel_size": Allowed(("1",), NO_STAGES),
     "position_embedding_type": Allowed(("rope", "rotary"), "LLaMA has rotary positions"),
     "normalization": Allowed(("rmsnorm",), "LLaMA has RMSNorm"),
     "tokenizer_type": Allowed(LLAMA_TOKENIZERS, "--tokenizer FILE names LLaMA's tokenizer"),
