@@ -21,19 +21,17 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from minillama import comm
-from minillama.adapter_checks import EMBEDDING, HEAD, misfits, whole_shapes
+from minillama.adapter_checks import misfits
+from minillama.adapter_modules import WHOLE, changed_tensors, is_tied, load_whole, with_modules
 from minillama.comm import Mesh
 from minillama.errors import UserError, closest, listed
 from minillama.lora_layers import ADAPTED, LoraEmbedding, LoraLinear
 from minillama.model import Llama
 from minillama.parallel.shards import COLUMNS, ROWS, axis_of, cut
-from minillama.parallel.tensor import set_sizes
 from minillama.parallel.whole import read_part
-from minillama.peft_adapters import Adapter, LoraFactors, read_adapter, write_adapter
+from minillama.peft_adapters import LoraFactors, read_adapter, write_adapter
 from minillama.peft_config import LINEARS, LoraConfig
 from minillama.peft_targets import is_named
-from minillama.tensor_files import TensorRef
 
 # Megatron's and AscendSpeed's names; their fused modules are several of ours.
 MEGATRON = {
@@ -46,8 +44,6 @@ MEGATRON = {
     "lm_head.lm_head": ("lm_head",),
     "all": LINEARS,
 }
-# What modules_to_save may name, and where it is in the model.
-WHOLE = {"embed_tokens": "model.embed_tokens", "lm_head": "lm_head"}
 
 
 def resolve_names(names: tuple[str, ...]) -> tuple[str, ...]:
@@ -92,7 +88,7 @@ def add_lora(
                 f"modules_to_save: {name!r}{closest(name, WHOLE)}; choose from {choices}"
             )
         model.get_submodule(WHOLE[name]).requires_grad_(True)
-    if _is_tied(model) and len(set(config.modules_to_save)) == 1:
+    if is_tied(model) and len(set(config.modules_to_save)) == 1:
         raise UserError(
             f"modules_to_save: {config.modules_to_save[0]} alone cannot be trained whole: this "
             "model's embedding and head are tied; name both, embed_tokens,lm_head"
@@ -127,39 +123,53 @@ def merge_lora(model: Llama) -> None:
     for name, module in list(model.named_modules()):
         if isinstance(module, ADAPTED):
             model.set_submodule(name, module.plain(module.merged_weight()))
-    is_tied = model.config.tie_embeddings and _is_tied(model)
-    model.config = replace(model.config, tie_embeddings=is_tied)
+    stays_tied = model.config.tie_embeddings and is_tied(model)
+    model.config = replace(model.config, tie_embeddings=stays_tied)
 
 
 def save_adapter(
-    model: nn.Module, config: LoraConfig, directory: Path, base: str, mesh: Mesh | None = None
+    model: nn.Module,
+    config: LoraConfig,
+    directory: Path,
+    base: str,
+    mesh: Mesh | None = None,
+    stages: Mesh | None = None,
 ) -> None:
     """Write a PEFT adapter directory.
 
     base: where its base model is.
-    mesh: a line of tensor ranks that have the parts of the model: see `write_adapter`.
+    mesh, stages: lines of ranks that have the parts of the model: see `write_adapter`.
     """
-    write_adapter(directory, config, adapter_weights(model, config), base, mesh)
+    write_adapter(directory, config, adapter_weights(model, config), base, mesh, stages)
 
 
 def adapter_weights(model: nn.Module, config: LoraConfig) -> dict[str, nn.Parameter]:
-    """Return what an adapter's file holds: the factors, and the weights that are trained whole."""
+    """Return what an adapter's file holds: the factors, and the weights that are trained whole.
+
+    Of a pipeline stage, those that it has.
+    """
     weights = {}
-    for name, module in model.named_modules():
+    modules = dict(model.named_modules())
+    for name, module in modules.items():
         if isinstance(module, ADAPTED):
             for factor, parameter in module.factors().items():
                 weights[f"{name}.{factor}"] = parameter
     for name in (*config.modules_to_save, *config.modules_to_copy):
         module_name = WHOLE.get(name, name)
-        module = model.get_submodule(module_name)
-        weights[f"{module_name}.weight"] = module.get_parameter("weight")
-        if getattr(module, "bias", None) is not None:
-            weights[f"{module_name}.bias"] = module.get_parameter("bias")
+        module = modules.get(module_name)
+        for kind in ("weight", "bias"):
+            value = getattr(module, kind, None)
+            if value is not None:
+                weights[f"{module_name}.{kind}"] = value
     return weights
 
 
 def load_adapter(
-    model: Llama, directory: Path, dropout: float | None = None, mesh: Mesh | None = None
+    model: Llama,
+    directory: Path,
+    dropout: float | None = None,
+    mesh: Mesh | None = None,
+    stages: Mesh | None = None,
 ) -> LoraConfig:
     """Add the adapter in a PEFT directory to `model`, unmerged; returns its configuration.
 
@@ -170,6 +180,7 @@ def load_adapter(
     dropout: in place of the one that the adapter was trained with.
     mesh: a line of tensor ranks that have the parts of the model. Each of them calls this, and
     reads its parts of the adapter.
+    stages: a line of pipeline stages. What others of them have is on the meta device, and stays.
     Raises UserError unless every tensor fits one module, every target has its tensors, and all
     values are finite.
     """
@@ -178,69 +189,20 @@ def load_adapter(
     if problems:
         raise UserError(f"{directory}: does not fit this model: {listed(problems)}")
     mesh = mesh or Mesh()
-    whole = _changed(model, adapter, mesh)
-    config = _with_modules(adapter, whole)
+    lines = (mesh, stages or Mesh())
+    whole = changed_tensors(model, adapter, lines)
+    config = with_modules(adapter, whole)
     if dropout is not None:
         config = replace(config, dropout=dropout)
 
     model.requires_grad_(False)
-    _load_whole(model, whole, mesh)
+    load_whole(model, whole, lines)
     for name in config.modules_to_copy:
         model.get_submodule(WHOLE.get(name, name)).requires_grad_(False)
     for factors in adapter.factors:
-        _load_factors(model, factors, config.dropout, mesh)
+        if not model.get_parameter(factors.weight_name).is_meta:
+            _load_factors(model, factors, config.dropout, mesh)
     return config
-
-
-def _changed(model: Llama, adapter: Adapter, mesh: Mesh) -> dict[str, TensorRef]:
-    """The whole tensors of an adapter, without copies that are equal to the model's."""
-    shapes = whole_shapes(model)
-    whole = {}
-    for name, tensor in adapter.whole.items():
-        is_changed = True
-        if adapter.is_copy(name) and tensor.shape == shapes[name]:
-            parameter = model.get_parameter(name)
-            part = read_part(tensor, axis_of(name), mesh)
-            is_changed = comm.any_rank(mesh, not torch.equal(part.to(parameter), parameter))
-        if is_changed:
-            whole[name] = tensor
-    return whole
-
-
-def _with_modules(adapter: Adapter, whole: dict[str, TensorRef]) -> LoraConfig:
-    """An adapter's configuration, with its whole modules under the names they are saved by."""
-    short_names = {module: name for name, module in WHOLE.items()}
-    saved: dict[str, None] = {}
-    copied: dict[str, None] = {}
-    for name in whole:
-        module = name.rpartition(".")[0]
-        modules = copied if adapter.is_copy(name) else saved
-        modules[short_names.get(module, module)] = None
-    in_order = [name for name in adapter.config.modules_to_save if name in saved]
-    in_order += [name for name in saved if name not in in_order]
-    return replace(adapter.config, modules_to_save=tuple(in_order), modules_to_copy=tuple(copied))
-
-
-def _load_whole(model: Llama, whole: dict[str, TensorRef], mesh: Mesh) -> None:
-    """Replace parameters, and what earlier adapters added to them."""
-    was_tied = _is_tied(model)
-    vocab_size = model.config.vocab_size
-    for name, tensor in whole.items():
-        module_name, _, attribute = name.rpartition(".")
-        module = model.get_submodule(module_name)
-        if isinstance(module, ADAPTED):
-            module = module.plain(module.weight)
-            model.set_submodule(module_name, module)
-        part = read_part(tensor, axis_of(name), mesh)
-        setattr(module, attribute, nn.Parameter(part.to(module.get_parameter(attribute))))
-        set_sizes(module)
-        if name == EMBEDDING:
-            vocab_size = tensor.shape[0]
-    embedding = model.get_parameter(EMBEDDING)
-    if was_tied and not comm.any_rank(mesh, not torch.equal(embedding, model.lm_head.weight)):
-        model.lm_head.weight = embedding
-    is_tied = model.config.tie_embeddings and _is_tied(model)
-    model.config = replace(model.config, vocab_size=vocab_size, tie_embeddings=is_tied)
 
 
 def _load_factors(model: Llama, factors: LoraFactors, dropout: float, mesh: Mesh) -> None:
@@ -279,7 +241,3 @@ def _check_targets(config: LoraConfig, linears: dict[str, nn.Linear]) -> None:
 
 def _is_target(config: LoraConfig, module: str) -> bool:
     return any(is_named(module, target) for target in config.targets)
-
-
-def _is_tied(model: nn.Module) -> bool:
-    return model.get_parameter(HEAD) is model.get_parameter(EMBEDDING)

@@ -29,7 +29,7 @@ from torch import Tensor
 from minillama.comm import Mesh
 from minillama.errors import UserError
 from minillama.files import write_json
-from minillama.parallel.whole import write_joined
+from minillama.parallel.whole import WholeTensor, write_joined
 from minillama.peft_config import (
     CONFIG_FILE,
     LoraConfig,
@@ -143,15 +143,14 @@ def write_adapter(
     tensors: Mapping[str, Tensor],
     base_model: str,
     mesh: Mesh | None = None,
+    stages: Mesh | None = None,
 ) -> None:
     """Write an adapter directory. `tensors` have the model's names, without PEFT's prefix.
 
     base_model: where the base model is, for adapter_config.json.
-    mesh: a line of tensor ranks that have the parts of the tensors. Each of them calls this, and
-    the first one writes the whole.
+    mesh, stages: lines of tensor ranks and pipeline stages that have the parts of the tensors. Each
+    of them calls this, and the first one writes the whole.
     """
-    # The order of safetensors' own writer: wide dtypes first, then by name.
-    order = sorted(tensors, key=lambda name: (-tensors[name].itemsize, name))
 
     def write(specs: TensorSpecs, whole_tensors: Iterator[tuple[str, Tensor]]) -> None:
         directory.mkdir(parents=True, exist_ok=True)
@@ -161,7 +160,11 @@ def write_adapter(
                 append(PREFIX + name, tensor)
         write_json(directory / CONFIG_FILE, _config_content(config, base_model))
 
-    write_joined({name: tensors[name] for name in order}, mesh or Mesh(), write)
+    def sort_key(tensor: WholeTensor) -> tuple[int, str]:
+        """The order of safetensors' own writer: wide dtypes first, then by name."""
+        return -tensor.dtype.itemsize, tensor.name
+
+    write_joined(tensors, mesh or Mesh(), write, stages, sort_key)
 
 
 def _config_content(config: LoraConfig, base_model: str) -> dict[str, Any]:

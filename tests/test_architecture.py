@@ -40,6 +40,7 @@ LAYERS: list[list[set[str]]] = [
             "lora",
             "lora_layers",
             "adapter_checks",
+            "adapter_modules",
             "peft_adapters",
             "peft_config",
             "peft_targets",

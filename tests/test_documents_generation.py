@@ -146,6 +146,7 @@ def test_the_web_pages_command_says_what_to_add(paths: dict[str, str]) -> None:
         ("--lora-r 16", "--lora_r is not supported: .*adapter_config.json"),
         ("--tensor-model-parallel-size 8", "--tensor_model_parallel_size 8 is not supported"),
         ("--pipeline-model-parallel-size 2", "--pipeline_model_parallel_size 2 is not supported"),
+        ("--pipeline_parallel 2", "is not supported: .*--tensor_parallel N .*--devices N"),
         ("--num-layers many", "--num_layers many: expected a whole number"),
         ("--do_sample maybe", "--do_sample maybe: expected True or False"),
         ("--do_sample --greedy", "--do_sample and --greedy contradict each other"),

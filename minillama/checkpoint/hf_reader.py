@@ -31,7 +31,8 @@ from minillama.tensor_files import POSITIONS, TensorRef, read_tensors
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
 
-DeviceOf = Callable[[str], torch.device]  # the name of a parameter -> where it is loaded to
+# The name of a parameter -> where it is loaded to; the meta device: this process does not need it.
+DeviceOf = Callable[[str], torch.device]
 
 
 def on_host(name: str) -> torch.device:
@@ -59,7 +60,7 @@ def load_model(
 
     n_layers: only the first N (0: all).
     vocab_size: grow the embeddings to this many rows; new rows are the mean of the old.
-    device_of: where each parameter is loaded to.
+    device_of: where each parameter is loaded to; on the meta device it is not read.
     after_reading: called with the model and the name of each parameter that has been read; it may
         replace the parameter, so that the whole model never exists as it is in the files.
     mesh: a line of tensor ranks; this rank reads its part of each tensor, and no more.
@@ -75,6 +76,8 @@ def load_model(
     shapes = config.parameter_shapes()
     for name in [name for name, _ in model.named_parameters()]:
         parameter = model.get_parameter(name)
+        if parameter.is_meta:
+            continue
         _read_into(parameter, tensors[name], axis_of(name), shapes[name], mesh or Mesh())
         if after_reading is not None:
             after_reading(model, name)

@@ -33,12 +33,13 @@ def save_model(
     tokenizer: Tokenizer | None = None,
     about: dict[str, Any] | None = None,
     mesh: Mesh | None = None,
+    stages: Mesh | None = None,
 ) -> None:
     """Write a model directory. A tied head is written once, under the embedding's name.
 
     about: the content of minillama.json.
-    mesh: a line of tensor ranks that have the parts of the model. Each of them calls this, and the
-    first one writes the whole.
+    mesh, stages: lines of tensor ranks and pipeline stages that have the parts of the model. Each
+    of them calls this, and the first one writes the whole.
     """
 
     def write(specs: TensorSpecs, tensors: Iterator[tuple[str, Tensor]]) -> None:
@@ -48,7 +49,7 @@ def save_model(
         if about is not None:
             write_json(directory / "minillama.json", about)
 
-    write_joined(dict(model.named_parameters()), mesh or Mesh(), write)
+    write_joined(dict(model.named_parameters()), mesh or Mesh(), write, stages)
 
 
 def write_weights(

@@ -121,6 +121,22 @@ def layers_of_stage(n_layers: int, stages: int, stage: int) -> range:
     return range(start, start + least + (stage < rest))
 
 
+def is_on_stage(name: str, n_layers: int, stages: int, stage: int, is_tied: bool) -> bool:
+    """Return whether one of `stages` pipeline stages holds a parameter.
+
+    name: as Hugging Face calls it.
+    is_tied: the head is the embedding, so the last stage has a copy of that.
+    """
+    is_first = stage == 0
+    is_last = stage == stages - 1
+    if name.startswith("model.layers."):
+        layer = int(name.split(".")[2])
+        return layer in layers_of_stage(n_layers, stages, stage)
+    if name.startswith("model.embed_tokens."):
+        return is_first or (is_last and is_tied)
+    return is_last  # the last norm and the head
+
+
 def check_tensor_parallel(sizes: Mapping[str, int], ranks: int) -> None:
     """Raise UserError unless `ranks` ranks can cut all of these sizes into equal parts.
 

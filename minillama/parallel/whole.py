@@ -3,10 +3,14 @@
     file ── read_part ──▶ part of this rank            no rank reads what it does not hold
     parts of all ranks ── write_joined ──▶ file        one whole tensor exists at a time
 
+The tensor ranks of a stage join their parts, and the stage sends the whole to the first stage.
+
 A file is always whole. So it is the same whatever the number of ranks, and any number can read it.
 """
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +18,7 @@ from torch import Tensor
 from minillama import comm
 from minillama.comm import Mesh
 from minillama.parallel.shards import axis_of, join, part_of
+from minillama.point_to_point import exchange
 from minillama.tensor_files import TensorRef
 from minillama.tensor_writers import TensorSpecs
 
@@ -29,24 +34,44 @@ def read_part(tensor: TensorRef, axis: int | None, mesh: Mesh) -> Tensor:
     return tensor.refuse_non_finite(tensor.read_part(part.start, part.stop, axis))
 
 
-def write_joined(parameters: Mapping[str, Tensor], mesh: Mesh, write: Write) -> None:
+@dataclass(frozen=True)
+class WholeTensor:
+    """A tensor of a file, and where it comes from."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    axis: int | None  # that the tensor ranks cut; None: each has all of it
+    lengths: list[int]  # along the axis, of the part of each tensor rank
+    stage: int  # of the pipeline, that has it
+
+
+def write_joined(
+    parameters: Mapping[str, Tensor],
+    mesh: Mesh,
+    write: Write,
+    stages: Mesh | None = None,
+    sort_key: Callable[[WholeTensor], Any] | None = None,
+) -> None:
     """Join the parts of each tensor, one tensor at a time, and write them on the first rank.
 
-    parameters: this rank's parts by Hugging Face's names. Every rank of the line calls this with
-    the same names. write: called on the first rank alone.
+    Every rank of the two lines calls this.
+
+    Args:
+        parameters: this rank's parts by Hugging Face's names.
+        mesh: the line of tensor ranks, which have parts of the same tensors.
+        write: called on the first rank alone.
+        stages: the line of pipeline stages, which have other tensors.
+        sort_key: of the order in which the tensors are written; None: that of the model.
     """
-    axes = {name: axis_of(name) for name in parameters} if mesh.size > 1 else {}
-    lengths = _lengths(parameters, axes, mesh)
-    specs = {}
-    for name, parameter in parameters.items():
-        shape = list(parameter.shape)
-        axis = axes.get(name)
-        if axis is not None:
-            shape[axis] = sum(lengths[name])
-        specs[name] = (parameter.dtype, tuple(shape))
-    tensors = _joined(parameters, axes, lengths, mesh)
+    stages = stages or Mesh()
+    whole = _all_stages(_describe(parameters, mesh, stages), stages)
+    if sort_key is not None:
+        whole.sort(key=sort_key)
+    tensors = _gather(parameters, whole, mesh, stages)
     try:
-        if mesh.is_first:
+        if mesh.is_first and stages.is_first:
+            specs = {tensor.name: (tensor.dtype, tensor.shape) for tensor in whole}
             write(specs, tensors)
     finally:
         # If writing fails, the other ranks still send: take what they send, then fail.
@@ -54,32 +79,49 @@ def write_joined(parameters: Mapping[str, Tensor], mesh: Mesh, write: Write) -> 
             pass
 
 
-Axes = Mapping[str, int | None]
-
-
-def _lengths(parameters: Mapping[str, Tensor], axes: Axes, mesh: Mesh) -> dict[str, list[int]]:
-    """The length of each rank's part along its axis, in order of rank, for tensors that are cut."""
-    own = {}
-    for name, axis in axes.items():
-        if axis is not None:
-            own[name] = parameters[name].shape[axis]
-    lengths: dict[str, list[int]] = {name: [] for name in own}
-    for lengths_of_rank in comm.gather_objects(mesh, own):
-        for name, length in lengths_of_rank.items():
-            lengths[name].append(length)
-    return lengths
-
-
-def _joined(
-    parameters: Mapping[str, Tensor], axes: Axes, lengths: Mapping[str, list[int]], mesh: Mesh
-) -> Iterator[tuple[str, Tensor]]:
-    """Yield each whole tensor on every rank."""
+def _describe(parameters: Mapping[str, Tensor], mesh: Mesh, stages: Mesh) -> list[WholeTensor]:
+    """The whole tensors of this stage, in the order of `parameters`."""
+    own_shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
+    shapes_by_rank = comm.gather_objects(mesh, own_shapes)
+    whole = []
     for name, parameter in parameters.items():
-        axis = axes.get(name)
-        if axis is None:
-            yield name, parameter
-        else:
-            yield name, join_over_ranks(parameter.detach(), axis, lengths[name], mesh)
+        shape = list(parameter.shape)
+        axis = axis_of(name) if mesh.size > 1 else None
+        lengths = []
+        if axis is not None:
+            lengths = [shapes[name][axis] for shapes in shapes_by_rank]
+            shape[axis] = sum(lengths)
+        tensor = WholeTensor(name, parameter.dtype, tuple(shape), axis, lengths, stages.rank)
+        whole.append(tensor)
+    return whole
+
+
+def _all_stages(own: list[WholeTensor], stages: Mesh) -> list[WholeTensor]:
+    """The tensors of all stages in order. The first stage that has a tensor writes it."""
+    by_name: dict[str, WholeTensor] = {}
+    for tensors_of_stage in comm.gather_objects(stages, own):
+        for tensor in tensors_of_stage:
+            by_name.setdefault(tensor.name, tensor)
+    return list(by_name.values())
+
+
+def _gather(
+    parameters: Mapping[str, Tensor], whole: list[WholeTensor], mesh: Mesh, stages: Mesh
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield each whole tensor on the first rank of all; the others take their part in that."""
+    for tensor in whole:
+        if tensor.stage == stages.rank:
+            values = parameters[tensor.name].detach()
+            if tensor.axis is not None:
+                values = join_over_ranks(values, tensor.axis, tensor.lengths, mesh)
+            if stages.is_first:
+                yield tensor.name, values
+            elif mesh.is_first:
+                exchange(stages, 0, [values], [])
+        elif stages.is_first and mesh.is_first:
+            values = torch.empty(tensor.shape, dtype=tensor.dtype, device=stages.device)
+            exchange(stages, tensor.stage, [], [values])
+            yield tensor.name, values
 
 
 def join_over_ranks(part: Tensor, axis: int, lengths: list[int], mesh: Mesh) -> Tensor:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from minillama import comm, device, ops
+from minillama.adapter_checks import EMBEDDING
 from minillama.checkpoint import train_state
 from minillama.checkpoint.stop_tokens import with_stop_ids
 from minillama.data.batches import BatchPlan
@@ -27,7 +28,7 @@ from minillama.files import parsing, sha256_of
 from minillama.grid import Grid, make_grid
 from minillama.launch import ranks_on_machine
 from minillama.llama_config import LlamaConfig
-from minillama.lora import EMBEDDING, LoraConfig
+from minillama.lora import LoraConfig
 from minillama.loss_curves import require_matplotlib
 from minillama.model import Llama
 from minillama.parallel.sharded_optimizer import ShardedOptimizer
