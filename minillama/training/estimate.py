@@ -23,10 +23,11 @@ from dataclasses import dataclass
 
 import torch
 
+from minillama.adapter_checks import EMBEDDING, HEAD
 from minillama.device import DTYPES
 from minillama.device_list import count_devices
 from minillama.llama_config import LlamaConfig
-from minillama.lora import EMBEDDING, HEAD, WHOLE, LoraConfig, is_adapted
+from minillama.lora import WHOLE, LoraConfig, is_adapted
 from minillama.parallel.parts import Part
 from minillama.parallel.shards import axis_of, layers_of_stage, part_of
 from minillama.train_config import TrainConfig
