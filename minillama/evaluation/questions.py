@@ -147,7 +147,9 @@ def _with_letters(row: dict[str, Any]) -> dict[str, Any]:
     """
     choices = row.get("choices")
     position = row.get("answer")
-    if not isinstance(choices, list) or position not in range(len(LETTERS)):
+    if not isinstance(choices, list) or not isinstance(position, int):
+        return row
+    if not 0 <= position < len(LETTERS):
         return row
     columns = dict(zip(LETTERS, choices, strict=False))
     return {**row, **columns, "answer": LETTERS[position]}
