@@ -43,8 +43,7 @@ FLAGS = (
     Flag("out", str, "DIR",
          "write summary.json and predictions.jsonl; an interrupted run goes on from them"),
     Flag("csv", bool, "", "write summary.csv and predictions.csv below --out too"),
-    Flag("seed", int, "N",
-         "demo: seed of the untrained model that is printed beside; no other score needs one [0]"),
+    Flag("seed", int, "N", "demo: seed of the untrained model that is printed beside [0]"),
 )
 # fmt: on
 

@@ -85,6 +85,8 @@ def translate(flags: Mapping[str, Any]) -> Translation:
     if "task_data_path" in given and not protocol and task in ASCENDSPEED_TASKS:
         protocol = "ascend"
         ours["protocol"] = protocol
+    if "task_data_path" in given:
+        ours["seed"] = 0  # no score depends on it; our own --seed is refused as meaningless
     if "ntrain" in given and "n_shots" not in ours:
         ours["n_shots"] = whole_number("ntrain", given["ntrain"])
     if "max_new_tokens" in given:

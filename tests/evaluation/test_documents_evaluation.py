@@ -117,6 +117,7 @@ def test_a_command_for_another_model_is_refused_by_the_number_that_differs(
         ("--task mmlu --task-data-path d", {"data": "d", "protocol": "ascend"}),
         ("--task mmlu --task-data-path d --protocol lm_eval", {"protocol": "lm_eval"}),
         ("--task perplexity --task-data-path d", {"protocol": ""}),
+        ("--task mmlu --task-data-path d --seed 42", {"seed": 0}),  # no score depends on it
         ("--task mmlu --max-new-tokens 32", {"task": "mmlu"}),  # choices are scored
         ("--task mmlu", {"protocol": "", "data": "", "n_shots": None, "csv": False}),
     ],

@@ -73,7 +73,7 @@ def test_what_fits_in_memory_is_not_refused(monkeypatch: pytest.MonkeyPatch) -> 
     """The limit is the memory itself: the cache's bytes are counted, not guessed."""
     model = random_model()
     made = cache.Cache.for_model(model, model.config, batch=3, capacity=5)
-    num_bytes = made.keys.nbytes + made.values.nbytes
+    num_bytes = sum(part.nbytes for part in (*made.keys, *made.values))
     monkeypatch.setattr(cache, "most_usable_bytes", lambda device: num_bytes)
     cache.Cache.for_model(model, model.config, batch=3, capacity=5)
     monkeypatch.setattr(cache, "most_usable_bytes", lambda device: num_bytes - 1)
