@@ -104,7 +104,7 @@ def parts_at(
         if axis is not None:
             held = part_of(shape[axis], place.tensor, place.tensors)
         own_dtype = torch.float32 if _is_factor(name) else dtype
-        parts.append(Part(name, shape, own_dtype, axis, held.start, held.stop))
+        parts.append(Part(name, shape, axis, held.start, held.stop, own_dtype))
     return parts
 
 
