@@ -76,9 +76,16 @@ def needs_log_scale(curves: Mapping[str, Curve]) -> bool:
     return min(values) > 0 and max(values) >= 10 * min(values)
 
 
-def draw_curves(path: Path, curves: Mapping[str, Curve], label: str, title: str = "") -> None:
-    """Draw curves by name, the first of several faint. label: of the values' axis.
+def draw_curves(
+    path: Path,
+    curves: Mapping[str, Curve],
+    label: str,
+    title: str = "",
+    may_be_log: bool = True,
+) -> None:
+    """Draw curves by name, the first of several faint.
 
+    label: of the values' axis, which is logarithmic if `needs_log_scale` says so and it may be.
     Raises UserError if matplotlib is missing.
     """
     require_matplotlib()
@@ -93,7 +100,7 @@ def draw_curves(path: Path, curves: Mapping[str, Curve], label: str, title: str 
         alpha = 0.35 if is_faint else 1.0
         axes.plot(steps, values, style, markersize=3, alpha=alpha, label=name)
     axes.set(xlabel="step", ylabel=label, title=title)
-    if needs_log_scale(curves):
+    if may_be_log and needs_log_scale(curves):
         axes.set_yscale("log")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)

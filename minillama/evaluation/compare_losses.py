@@ -11,6 +11,7 @@ update skipped by the fp16 loss scale) must be so in both runs.
 """
 
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -81,12 +82,13 @@ def evaluate(options: EvalOptions) -> EvalResult:
 
 def draw(out: Path, losses: dict[str, Curve], steps: list[StepErrors]) -> str:
     """Draw the losses of both runs, and the size of their errors. Returns a line about it."""
+    draw_errors = partial(draw_curves, may_be_log=False)  # an error near 0 is no event
     relative = [(step.step, abs(step.relative)) for step in steps]
     absolute = [(step.step, step.absolute) for step in steps]
     try:
         draw_curves(out / "loss.png", losses, LOSS_LABEL)
-        draw_curves(out / "relative_error.png", {"relative error": relative}, "|a - b| / b")
-        draw_curves(out / "absolute_error.png", {"absolute error": absolute}, "|a - b|")
+        draw_errors(out / "relative_error.png", {"relative error": relative}, "|a - b| / b")
+        draw_errors(out / "absolute_error.png", {"absolute error": absolute}, "|a - b|")
     except UserError as error:
         return f"plots: not drawn: {error}"
     return f"plots: {out / 'loss.png'}, relative_error.png, absolute_error.png"

@@ -147,7 +147,7 @@ def test_the_errors_of_each_step_are_written_and_drawn_as_their_size(
 ) -> None:
     drawn = {}
 
-    def draw_curves(path: Path, curves: dict, label: str) -> None:
+    def draw_curves(path: Path, curves: dict, label: str, may_be_log: bool = True) -> None:
         drawn[path.name] = list(curves.values())
 
     monkeypatch.setattr(compare_losses, "draw_curves", draw_curves)
