@@ -20,17 +20,20 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from minillama import comm, hf_config
-from minillama.checkpoint.hf_reader import empty_model, first_non_finite, load_model
+from minillama.checkpoint.hf_reader import empty_model, initialise, load_model
 from minillama.checkpoint.placing import loading_plan, put_on
 from minillama.checkpoint.run_directory import find_checkpoint
 from minillama.device import compute_dtype
 from minillama.errors import UserError
+from minillama.grid import Grid
 from minillama.llama_config import LlamaConfig, ffn_width, with_layers
 from minillama.lora import WHOLE, LoraConfig, add_lora, load_adapter, resolve_names
 from minillama.model import Llama
+from minillama.parallel.tensor import connect_ranks, refuse_uncuttable
 from minillama.peft_config import read_adapter_config, refuse_tied_factors
 from minillama.tokenizer import Tokenizer
 from minillama.train_config import KEYS, TrainConfig
+from minillama.training.finite import non_finite_on_any_rank
 
 SHAPE_KEYS = ("n_layers", "dim", "n_heads", "n_kv_heads", "ffn_dim", "vocab_size")
 OTHER_SHAPES = "1.1b"  # its context and epsilon are those of a shape that was never published
@@ -51,8 +54,16 @@ def model_config(config: TrainConfig, base: Path | None, vocab_size: int = 0) ->
 
     base: the checkpoint's directory.
     vocab_size: of a model from scratch; 0: as published.
-    Raises UserError if the shape keys contradict the checkpoint, or do not make a shape.
+    Raises UserError if the shape keys contradict the checkpoint, or do not make a shape, or if
+    tensor ranks cannot divide it.
     """
+    llama = _find_shape(config, base, vocab_size)
+    refuse_uncuttable(llama, config.tensor_parallel)
+    return llama
+
+
+def _find_shape(config: TrainConfig, base: Path | None, vocab_size: int) -> LlamaConfig:
+    """The checkpoint's architecture, or that of the shape keys."""
     keys = {name: getattr(config, name) for name in SHAPE_KEYS}
     keys = {name: value for name, value in keys.items() if value}
     pretrained = _pretrained(config, base)
@@ -149,13 +160,15 @@ def build_model(
     base: Path | None,
     llama: LlamaConfig,
     tokenizer: Tokenizer,
-    mesh: comm.Mesh,
+    grid: Grid,
 ) -> tuple[Llama, LoraConfig | None]:
     """The model on its devices, and the configuration of its adapters (None: all of it is trained).
 
     llama: what `model_config` says. Everything random follows from config.seed.
-    Raises UserError if a weight of the checkpoint or adapter is not finite.
+    grid: a rank of its tensor line makes its part of each parameter only.
+    Raises UserError, on all ranks, if a weight of the checkpoint or adapter is not finite.
     """
+    mesh = grid.all
     devices = mesh.devices or (mesh.device,)
     dtype, warning = compute_dtype(config.precision, mesh.device)
     if warning:
@@ -165,11 +178,14 @@ def build_model(
     if pretrained is not None:
         _check_growth(config, llama, tokenizer, mesh)
         device_of = loading_plan(llama, devices)
-        model = load_model(pretrained, dtype, config.n_layers, tokenizer.size, device_of)
+        model = load_model(
+            pretrained, dtype, config.n_layers, tokenizer.size, device_of, mesh=grid.tensor
+        )
     else:
-        model = _initial_model(llama, tokenizer, generator).to(dtype)
-    lora = _add_adapters(model, config, generator)
-    name = first_non_finite(model)
+        model = _initial_model(llama, tokenizer, dtype, generator, grid.tensor)
+    lora = _add_adapters(model, config, generator, grid.tensor)
+    connect_ranks(model, grid.tensor)
+    name = non_finite_on_any_rank(model, mesh)
     if name:
         raise UserError(
             f"{config.adapter or config.ckpt}: {name} holds NaN or infinity (in {dtype}); "
@@ -214,28 +230,36 @@ def _trained_rows(config: TrainConfig) -> set[str]:
     return set(resolve_names(config.modules_to_save))
 
 
-def _initial_model(llama: LlamaConfig, tokenizer: Tokenizer, generator: torch.Generator) -> Llama:
-    """A model with random weights, in fp32."""
+def _initial_model(
+    llama: LlamaConfig,
+    tokenizer: Tokenizer,
+    dtype: torch.dtype,
+    generator: torch.Generator,
+    mesh: comm.Mesh,
+) -> Llama:
+    """A model with random weights; mesh: as `empty_model` takes it."""
     if llama.vocab_size < tokenizer.size:
         raise UserError(
             f"vocab_size = {llama.vocab_size} is below the tokenizer's {tokenizer.size} pieces"
         )
     eos_ids = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
     llama = replace(llama, bos_id=tokenizer.bos_id or 0, eos_ids=eos_ids)
-    return empty_model(llama, torch.float32).initialise(generator)
+    model = empty_model(llama, dtype, mesh=mesh)
+    initialise(model, generator, mesh)
+    return model
 
 
 def _add_adapters(
-    model: Llama, config: TrainConfig, generator: torch.Generator
+    model: Llama, config: TrainConfig, generator: torch.Generator, mesh: comm.Mesh
 ) -> LoraConfig | None:
     if not config.lora:
         return None
     if config.adapter:
         refuse_other_adapter(config, keys_not_at_default(config))
         refuse_tied_factors(Path(config.adapter))
-        return load_adapter(model, Path(config.adapter), config.lora_dropout)
+        return load_adapter(model, Path(config.adapter), config.lora_dropout, mesh)
     lora = lora_config(config)
-    add_lora(model, lora, generator)
+    add_lora(model, lora, generator, mesh)
     return lora
 
 

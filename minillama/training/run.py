@@ -128,7 +128,7 @@ def prepare(config: TrainConfig, mesh: comm.Mesh, overwrite: bool = False) -> Ru
     inputs = _compare_inputs(config, base, tokenizer, data, mesh, resume_point, overwrite)
     if summary is not None:
         return FinishedRun(Path(config.out_dir), summary)
-    model, lora = model_building.build_model(config, base, llama, tokenizer, mesh)
+    model, lora = model_building.build_model(config, base, llama, tokenizer, grid)
     pretrained = base if config.init == "pretrained" else None
     model.config = with_stop_ids(model.config, pretrained, tokenizer, data.template)
     stage = _keep_stage(model, config, grid)

@@ -47,22 +47,30 @@ def save_checkpoint(run: Run, step: int, tokens: int, skipped: int) -> str | Non
 
 def write_final(run: Run) -> None:
     """Write final/, complete or absent. Called on every rank."""
+    final = run.out_dir / "final"
     if not run.mesh.is_first:
+        write_model(run, final)
         return
-    with new_directory(run.out_dir / "final", replace=True) as directory:
+    with new_directory(final, replace=True) as directory:
         write_model(run, directory)
         write_manifest(directory)
 
 
 def write_model(run: Run, directory: Path) -> None:
-    """Write the model, or its adapter alone, and how it was made. Called on every rank."""
-    if not run.mesh.is_first:
-        return
+    """Write the model, or its adapter alone, and how it was made.
+
+    Called on every rank: tensor ranks join their parts, and the first rank writes.
+    """
+    if not run.grid.data.is_first:
+        return  # every data line has the same model
     base = str(run.base.resolve()) if run.base else ""
     if run.lora is None:
-        save_model(run.model, directory, run.tokenizer)
+        save_model(run.model, directory, run.tokenizer, mesh=run.grid.tensor)
     else:
-        save_adapter(run.model, run.lora, directory, base)
+        save_adapter(run.model, run.lora, directory, base, run.grid.tensor)
+    if not run.mesh.is_first:
+        return
+    if run.lora is not None:
         copy_tokenizer(run.tokenizer.path, directory)
     about = {
         "template": write_template(directory, run.template),

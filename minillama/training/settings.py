@@ -54,7 +54,6 @@ MAY_DIFFER = PATHS | {"resume", "device", "devices", "threads", "workers", "cach
 
 # Keys that may only be 1 until the part that they need exists.
 UNFINISHED = {
-    "tensor_parallel": "tensor parallelism does not exist here yet",
     "pipeline_parallel": "pipeline parallelism does not exist here yet",
 }
 
