@@ -2,6 +2,7 @@
 
 import json
 import shlex
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 
@@ -49,7 +50,7 @@ def each(commands: tuple[Command, ...]) -> pytest.MarkDecorator:
 
 @each(documents.DELTAS)
 def test_a_delta_is_applied_once_it_is_downloaded(
-    command: Command, workplace: Path, tiny_checkpoint
+    command: Command, workplace: Path, tiny_checkpoint: Callable[..., Path]
 ) -> None:
     words = typed(command.words, workplace)
     flags = dict(zip(words[1::2], words[2::2], strict=True))
@@ -87,7 +88,7 @@ def test_metas_root_of_another_size_is_refused(workplace: Path) -> None:
 
 
 @pytest.fixture
-def merge_inputs(workplace: Path, tiny_checkpoint) -> Path:
+def merge_inputs(workplace: Path, tiny_checkpoint: Callable[..., Path]) -> Path:
     base = tiny_checkpoint("path_to_original_llama_hf_dir")
     names = ("chinese_llama_or_alpaca", "chinese_llama_plus", "chinese_alpaca_plus")
     for seed, name in enumerate(names):
@@ -109,7 +110,7 @@ def test_a_script_of_theirs_writes_what_it_writes_without_output_type(
 ) -> None:
     """pth, and Hugging Face's layout for the second generation, with a line that says so."""
     adapter = "path_to_chinese_llama_or_alpaca_lora"
-    paths = ["--base_model", merge_inputs, "--lora_model", adapter]
+    paths = ["--base_model", str(merge_inputs), "--lora_model", adapter]
     run_convert("merge_llama_with_chinese_lora.py", *paths, "--output_dir", "first")
     assert "note: --output_type pth, as in merge_llama_with_chinese_lora.py" in _out(capsys)
     assert (workplace / "first/consolidated.00.pth").is_file()
@@ -274,6 +275,6 @@ def test_tokenizers_are_merged_by_their_script(
 ) -> None:
     Path("llama").mkdir()
     Path("llama/tokenizer.model").write_bytes(small_tokenizer.path.read_bytes())
-    added = ["--chinese_sp_model_file", small_tokenizer.path]
+    added = ["--chinese_sp_model_file", str(small_tokenizer.path)]
     run_convert("scripts/merge_tokenizers.py", "--llama_tokenizer_dir", "llama", *added)
     assert Path("merged_tokenizer_hf/tokenizer.model").is_file()

@@ -108,7 +108,9 @@ def test_other_files_are_refused_by_name(
         check_published(directory(tmp_path, **files), published)
 
 
-def test_the_command_names_the_model(published: Path, tmp_path: Path, capsys) -> None:
+def test_the_command_names_the_model(
+    published: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     folder = directory(tmp_path, zero="13b-0", one="13b-1")
     run_convert("sha256", folder, "--check", published)
     assert f"consolidated.*.pth: 2 files of 13B, as {published} says" in capsys.readouterr().out

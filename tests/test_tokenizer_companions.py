@@ -46,7 +46,7 @@ def test_llamas_own_vocabulary_has_the_same_ids_on_a_whole_text(
 def test_a_vocabulary_whose_tokens_share_scores_gets_a_note_instead(
     shared: Path, tmp_path: Path
 ) -> None:
-    chinese = open_tokenizer(shared / "tokenizers/chinese_llama2")
+    chinese = SentencePieceTokenizer(shared / "tokenizers/chinese_llama2/tokenizer.model")
     folder = directory_with(tmp_path / "folder", chinese)
     assert "tokens share scores" in complete_tokenizer(folder)[0]
     assert not (folder / "tokenizer.json").exists()
@@ -96,8 +96,9 @@ def test_a_converted_model_has_both_and_is_the_same_tokenizer(
     transformers = pytest.importorskip("transformers")
     model = random_model(vocab_size=small_tokenizer.size)
     save_model(model, tmp_path / "base", small_tokenizer)
-    words = ["--base", tmp_path / "base", "--target", tmp_path / "base"]
-    run_convert("make-delta", *words, "--output", tmp_path / "delta")
+    base = tmp_path / "base"
+    output = tmp_path / "delta"
+    run_convert("make-delta", "--base", base, "--target", base, "--output", output)
     names = json.loads((tmp_path / "delta/special_tokens_map.json").read_text())
     assert [names[role]["content"] for role in ("bos_token", "eos_token", "unk_token")] == [
         "<s>",

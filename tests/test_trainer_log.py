@@ -64,6 +64,7 @@ def test_a_run_writes_a_line_for_each_record_and_a_resumed_one_repeats_none(
 def test_the_speed_is_printed_in_the_columns_of_published_tables(settings_for: Callable) -> None:
     """samples/s × s/step is the global batch; LLaMA2-7B's published row is such a one."""
     summary = train(settings_for(per_device_train_batch_size=2), MESH)
+    assert isinstance(summary, dict)
     names, values = [line.split() for line in speed_table(summary)]
     assert names == ["samples/s", "samples/s/p", "tokens/s/p", "s/step", "TFLOP/s"]
     speed = dict(zip(names, map(float, values), strict=True))
