@@ -1,20 +1,41 @@
 """CUDA: the kernels of `ops.triton`, and which arguments they support.
 
 The other ops are torch's own kernels or `fused`. `ops.triton` is imported at the first call:
-importing Triton is slow, and it may not be installed.
+importing Triton is slow, and it may not be installed. Triton starts a kernel on the current device,
+which is made that of x: the layers of a model may be on several devices. In backward, autograd has
+made it so.
 """
 
+import logging
+import os
+import shutil
+import sysconfig
+from functools import lru_cache
 from importlib.util import find_spec
+from pathlib import Path
 
 import torch
 from torch import Tensor
+
+log = logging.getLogger(__name__)
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 MAX_WIDTH = 1 << 14  # elements of a row that one program holds in registers
 
 
+@lru_cache(maxsize=1)
 def has_triton() -> bool:
-    return find_spec("triton") is not None
+    """Whether Triton is installed, with what it needs to compile the launcher of a kernel."""
+    if find_spec("triton") is None:
+        return False
+    missing = []
+    if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+        missing.append("a C compiler (gcc)")
+    if not (Path(sysconfig.get_path("include")) / "Python.h").is_file():
+        missing.append("Python's header files (python3-dev)")
+    if missing:
+        log.warning("Triton's kernels are not used: it needs %s", " and ".join(missing))
+    return not missing
 
 
 def supports_rms_norm(x: Tensor, weight: Tensor, eps: float) -> bool:
@@ -26,7 +47,8 @@ def supports_rms_norm(x: Tensor, weight: Tensor, eps: float) -> bool:
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     from minillama.ops import triton
 
-    return triton.rms_norm(x, weight, eps)
+    with torch.cuda.device_of(x):
+        return triton.rms_norm(x, weight, eps)
 
 
 def supports_swiglu(gate: Tensor, up: Tensor) -> bool:
@@ -37,4 +59,5 @@ def supports_swiglu(gate: Tensor, up: Tensor) -> bool:
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     from minillama.ops import triton
 
-    return triton.swiglu(gate, up)
+    with torch.cuda.device_of(gate):
+        return triton.swiglu(gate, up)

@@ -201,7 +201,7 @@ def adamw(
         [m],
         [v],
         [],
-        [torch.tensor(float(step), device=weight.device)],
+        [torch.full((), float(step), device=weight.device)],  # a copy from the host would wait
         lr=learning_rate,
         beta1=beta1,
         beta2=beta2,

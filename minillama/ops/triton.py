@@ -26,6 +26,14 @@ from torch import Tensor
 
 PARTIAL_SUMS = 256  # programs that share RMSNorm's backward
 SWIGLU_BLOCK = 1024  # elements of a SwiGLU program
+ELEMENTS_PER_WARP = 512  # of a row: 16 registers of each of 32 threads
+FEWEST_WARPS = 4
+MOST_WARPS = 16
+
+
+def warps_for(block: int) -> int:
+    """How many warps share a row of `block` elements, a power of two."""
+    return min(MOST_WARPS, max(FEWEST_WARPS, block // ELEMENTS_PER_WARP))
 
 
 @triton.jit
@@ -85,7 +93,8 @@ class _RMSNorm(torch.autograd.Function):
         y = torch.empty_like(x)
         r = torch.empty(N, dtype=torch.float32, device=x.device)
         block = triton.next_power_of_2(C)
-        _rms_norm_forward[(N,)](x, weight, y, r, eps, C, BLOCK=block)
+        warps = warps_for(block)
+        _rms_norm_forward[(N,)](x, weight, y, r, eps, C, BLOCK=block, num_warps=warps)
         ctx.save_for_backward(x, weight, r)
         return y
 
@@ -100,7 +109,9 @@ class _RMSNorm(torch.autograd.Function):
         partial = torch.empty(programs, C, dtype=torch.float32, device=x.device)
         block = triton.next_power_of_2(C)
         launch = _rms_norm_backward[(programs,)]
-        launch(dy.contiguous(), x, weight, r, dx, partial, N, C, rows, BLOCK=block)
+        dy = dy.contiguous()
+        warps = warps_for(block)
+        launch(dy, x, weight, r, dx, partial, N, C, rows, BLOCK=block, num_warps=warps)
         return dx, partial.sum(0).to(weight.dtype), None
 
 
