@@ -97,7 +97,10 @@ def test_the_demo_trains_and_says_what_to_type_next(demo_run: tuple[Path, str]) 
     losses = [record["loss"] for record in read_metrics(out / "metrics.jsonl") if "loss" in record]
     assert len(losses) == 5
     assert losses[-1] < losses[0]
-    assert f"python generate.py --ckpt {out} --chat" in printed.splitlines()[-1]
+    next_line, *questions = printed.splitlines()[-4:]
+    assert next_line.startswith("next: ")
+    assert f"python generate.py --ckpt {out} --chat" in next_line
+    assert questions == [f"  ask it: {text}" for text in demo.suggested_questions("demo")]
 
 
 def test_the_same_command_again_trains_nothing_and_prints_the_same_summary(
@@ -107,7 +110,7 @@ def test_the_same_command_again_trains_nothing_and_prints_the_same_summary(
     weights = (out / "final/model.safetensors").stat().st_mtime_ns
     again = run("train.py", "--max_steps", "5", "--logging_steps", "1", "--out_dir", str(out))
     assert "this run is finished" in again
-    assert again.splitlines()[-2:] == printed.splitlines()[-2:]
+    assert again.splitlines()[-5:] == printed.splitlines()[-5:]
     assert (out / "final/model.safetensors").stat().st_mtime_ns == weights
 
 

@@ -75,6 +75,7 @@ def test_ctrl_c_keeps_what_was_written_and_exits_130(shared: Path) -> None:
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
+        bufsize=0,  # communicate() would not see what a buffer holds
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
     began = run.stdout.read(8)

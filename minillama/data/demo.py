@@ -33,6 +33,8 @@ PRESETS = {
     "demo": (DEMO, 56_000),
     "demo_lora": (DEMO_LORA * len(DEMO) + DEMO, 16_000),
 }
+# The kinds of question that a trained preset suggests to ask.
+SUGGESTED = {"demo": ("larger", "repeat", "last"), "demo_lora": ("third", "larger", "last")}
 VOCABULARY_SIZE = 640
 VOCABULARY_RECORDS = 5000  # records that the vocabulary is learnt from
 MOSTLY_ONE_ROUND = (1,) * 14 + (2, 3)
@@ -74,6 +76,12 @@ def records(kinds: tuple[str, ...], count: int, seed: int, held_out: bool) -> li
             prompts.add(prompt)
             chosen.append({"instruction": prompt, "input": "", "output": answer, "kind": kind})
     return chosen
+
+
+def suggested_questions(name: str) -> list[str]:
+    """Three held-out questions that a model trained on a preset's data should answer."""
+    suggested = records(SUGGESTED[name], 3, seed=1, held_out=True)
+    return [record["instruction"] for record in suggested]
 
 
 def conversations(questions: list[dict[str, str]], seed: int) -> list[dict]:

@@ -239,7 +239,8 @@ class ChatSession:
     def __init__(self, engine: Engine, system: str = "") -> None:
         self.engine = engine
         self.system = system
-        self.turns: list[chat.Turn] = []
+        self.turns: list[chat.Turn] = []  # those that the next prompt holds
+        self.dropped_turns: list[chat.Turn] = []  # those before them
         self.note = ""
 
     def fit_prompt(self, text: str) -> ChatPrompt:
@@ -253,30 +254,25 @@ class ChatSession:
             conversation = chat.Conversation(turns, self.system)
             ids, _ = encode_document(engine.tokenizer, conversation, template, append_eod=False)
             if len(ids) + reserve <= context or engine.config.rope_alpha is not None:
+                self.dropped_turns = [*self.dropped_turns, *self.turns[:num_dropped]]
                 self.turns = self.turns[num_dropped:]
                 return ChatPrompt(ids, num_dropped)
         raise UserError(
-            f"this question alone has {len(ids)} tokens; with {reserve} new ones that exceeds "
+            f"this message alone has {len(ids)} tokens; with {reserve} new ones that exceeds "
             f"the model's context of {context}"
         )
 
     def reply(self, text: str, seed: int | None = None) -> Iterator[str]:
         """Write the completion of a new turn, and yield its text. The last turn grows with it.
 
-        A message that does not fit yields one empty text, and `note` says why.
+        Raises UserError for a message that does not fit into the context.
         """
-        try:
-            prompt = self.fit_prompt(text)
-        except UserError as error:
-            self.note = str(error)
-            yield ""
-            return
+        prompt = self.fit_prompt(text)
         yield from self._stream(text, prompt, seed)
 
     def ask(self, text: str, seed: int | None = None) -> str:
         """The whole completion of a new turn. Raises UserError for a message that does not fit."""
-        prompt = self.fit_prompt(text)
-        return "".join(self._stream(text, prompt, seed)).strip()
+        return "".join(self.reply(text, seed)).strip()
 
     def _stream(self, text: str, prompt: ChatPrompt, seed: int | None) -> Iterator[str]:
         completion = self.engine.new_completion(prompt.ids)
@@ -286,5 +282,5 @@ class ChatSession:
             self.turns = [*earlier, chat.Turn(text, completion.text.strip())]
             self.note = f"{len(completion.ids) / completion.seconds:.1f} tokens/s"
             if prompt.num_dropped:
-                self.note += f", {prompt.num_dropped} oldest rounds dropped: the context is full"
+                self.note += f", {prompt.num_dropped} oldest turns dropped: the context is full"
             yield new_text

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from minillama.generation.examples import demo_questions
 from minillama.training.run import Run
 from minillama.training.summary import Stopped, Summary, gigabytes
 
@@ -48,6 +49,8 @@ def closing_message(out_dir: Path, summary: Summary) -> str:
         *speed_table(summary),
         f"next: {command}",
     ]
+    for question in demo_questions(out_dir / "final"):
+        lines.append(f"  ask it: {question}")
     return "\n".join(lines)
 
 
