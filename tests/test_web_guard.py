@@ -14,9 +14,17 @@ def status_of(
     path: str = "/", host: str | None = LOCAL, origin: str = "", served: str = "127.0.0.1"
 ) -> int:
     """The status of a request to a server behind the guard."""
+    return answer_to(path, host, origin, served)["status"]
+
+
+def answer_to(
+    path: str, host: str | None = LOCAL, origin: str = "", served: str = "127.0.0.1"
+) -> dict[str, Any]:
+    """The first message of the answer to a request to a server behind the guard."""
 
     async def application(scope: Any, receive: Any, send: Any) -> None:
-        await send({"type": "http.response.start", "status": 200, "headers": []})
+        headers = [(b"content-type", b"text/html")]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
 
     sent = []
 
@@ -31,7 +39,7 @@ def status_of(
         headers.append((b"origin", origin.encode()))
     scope = {"type": "http", "path": path, "headers": headers}
     asyncio.run(OwnPageOnly(application, served)(scope, receive, send))
-    return sent[0]["status"]
+    return sent[0]
 
 
 @pytest.mark.parametrize(
@@ -100,6 +108,16 @@ def test_what_the_page_does_not_use_is_closed(path: str, status: int) -> None:
 )
 def test_another_host_answers_under_its_own_name(name: str, served: str, answers: bool) -> None:
     assert is_served(name, served) == answers
+
+
+def test_an_answer_says_that_the_page_loads_nothing_from_elsewhere() -> None:
+    """An image that a model names on another server is not fetched."""
+    headers = dict(answer_to("/")["headers"])
+    assert headers[b"content-type"] == b"text/html"
+    policy = headers[b"content-security-policy"].decode()
+    assert "default-src 'self'" in policy
+    assert "img-src 'self' data:" in policy
+    assert "http" not in policy and "*" not in policy
 
 
 def test_the_port_is_no_part_of_a_name() -> None:

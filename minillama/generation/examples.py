@@ -6,7 +6,7 @@ trained on stands in its minillama.json.
 
 from pathlib import Path
 
-from minillama.checkpoint.hf_reader import read_about
+from minillama.checkpoint.template_files import read_about
 from minillama.data import demo
 
 BEGINNINGS = ("Once upon a time", "The three largest cities are", "Dear Sir or Madam,")

@@ -1,28 +1,57 @@
 """A conversation in the browser: the terminal's chat, with its settings beside it (extra `web`).
 
 The page is served on 127.0.0.1 unless another address is named, to itself only (web_guard.py), and
-gradio's usage reports to its makers are off. Each visitor's conversation is kept in the visitor's
-own page. Answers are written one at a time.
+gradio's usage reports to its makers are off. Answers are written one at a time. A visitor's
+conversation is kept by the visitor's browser, so that it is still there when the page is loaded
+again; web_conversation.py says how Stop and Clear end an answer.
 """
 
+import inspect
 import os
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-from minillama.chat import TEMPLATES, Turn, is_jinja
+from minillama.chat import TEMPLATES, is_jinja
 from minillama.errors import UserError
 from minillama.generation.engine import ChatSession, Engine
+from minillama.generation.examples import example_messages, model_name
+from minillama.generation.web_conversation import Conversation, Messages, as_typed
 from minillama.generation.web_guard import LOCAL_HOSTS, OwnPageOnly
 
 OWN_TEMPLATE = "the model's own"  # a chat template in Jinja, in the list of templates
+SETTINGS = (
+    "system",
+    "template",
+    "temperature",
+    "top_k",
+    "top_p",
+    "repetition_penalty",
+    "max_new_tokens",
+)
+Shown = tuple[Any, ...]  # values for gradio's components
+
+SECONDS_BETWEEN_UPDATES = 0.05  # of the page, while an answer is written
+FONT = ["system-ui", "sans-serif"]  # of the visitor's machine: nothing is loaded from elsewhere
+MONOSPACED = ["ui-monospace", "monospace"]
+STYLE = """
+.gradio-container { width: 100% !important; max-width: 60rem !important; margin: auto }
+@media (max-width: 600px) { .gradio-container { padding: 0.5rem !important } }
+"""
+QUIET: dict[str, Any] = {"show_progress": "hidden"}  # of an event: no animation over the page
+EMPTY = "Ask something, or take one of these:"
 
 
 def serve(engine: Engine, system: str, seed: int | None, host: str, port: int) -> None:
     """Serve the page until Ctrl-C."""
+    gradio = import_gradio()
     server = build_page(engine, system, seed)
+    newer_options = {}
+    if "run_history" in inspect.signature(server.launch).parameters:
+        newer_options["run_history"] = False  # what visitors asked
     try:
         server.launch(
             server_name=host,
@@ -31,10 +60,12 @@ def serve(engine: Engine, system: str, seed: int | None, host: str, port: int) -
             mcp_server=False,
             ssr_mode=False,
             footer_links=[],
-            run_history=False,
             quiet=True,
             prevent_thread_lock=True,
             app_kwargs={"middleware": [(OwnPageOnly, (host,), {})]},
+            theme=gradio.themes.Default(font=FONT, font_mono=MONOSPACED),
+            css=STYLE,
+            **newer_options,
         )
     except OSError:
         raise UserError(
@@ -49,46 +80,8 @@ def serve(engine: Engine, system: str, seed: int | None, host: str, port: int) -
         server.close(verbose=False)
 
 
-def build_page(engine: Engine, system: str, seed: int | None) -> Any:
-    """The page as gradio's Blocks. Raises UserError if gradio is not installed."""
-    gradio = import_gradio()
-    responder = Responder(engine, system, seed)
-    with gradio.Blocks(title="minillama", analytics_enabled=False) as page:
-        turns = gradio.State([])
-        messages = gradio.Chatbot(
-            label="conversation", render_markdown=False, height=420, buttons=["copy", "copy_all"]
-        )
-        question = gradio.Textbox(
-            label="question", placeholder="Ask, and press Enter", autofocus=True
-        )
-        with gradio.Row():
-            send = gradio.Button("Send")
-            stop = gradio.Button("Stop")
-            clear = gradio.Button("Clear")
-        note = gradio.Markdown()
-        with gradio.Row():
-            controls = add_controls(gradio, engine)
-
-        asking = gradio.on(
-            [send.click, question.submit],
-            responder.respond,
-            inputs=[question, turns, *controls],
-            outputs=[question, turns, messages, note],
-            api_name="ask",
-        )
-        stop.click(None, cancels=asking)
-        gradio.on(
-            [clear.click, messages.clear],
-            lambda: ([], [], ""),
-            inputs=None,
-            outputs=[turns, messages, note],
-            cancels=asking,
-        )
-    return page
-
-
 def import_gradio() -> Any:
-    """gradio, with its usage reports off."""
+    """gradio, with its usage reports off. Raises UserError if it is not installed."""
     os.environ.update(GRADIO_ANALYTICS_ENABLED="False", HF_HUB_DISABLE_TELEMETRY="1")
     try:
         import gradio
@@ -97,19 +90,84 @@ def import_gradio() -> Any:
     return gradio
 
 
-def add_controls(gradio: Any, engine: Engine) -> list[Any]:
-    """The settings beside the conversation, in the order of `Responder.respond`'s parameters."""
+def build_page(engine: Engine, system: str, seed: int | None) -> Any:
+    """The page as gradio's Blocks. Raises UserError if gradio is not installed."""
+    gradio = import_gradio()
+    name = model_name(engine.path)
+    handlers = Handlers(gradio, engine, seed)
+    examples = example_messages(engine.path, engine.template)
+    template = template_name(engine)
+    title = f"## {as_typed(name)}\nminillama, prompt template: {as_typed(template)}"
+
+    def take_example(event: gradio.SelectData) -> str:  # type: ignore[name-defined]
+        return event.value["text"]
+
+    with gradio.Blocks(title=f"{name} · minillama", analytics_enabled=False) as page:
+        gradio.Markdown(title)
+        conversation = gradio.State(Conversation())
+        saved = gradio.BrowserState()
+        messages = gradio.Chatbot(
+            label="conversation",
+            height="60vh",
+            buttons=["copy", "copy_all"],
+            group_consecutive_messages=False,
+            placeholder=EMPTY,
+            examples=[{"text": text} for text in examples],
+        )
+        message, send, stop, clear = add_message_row(gradio)
+        note = gradio.Markdown()
+        with gradio.Accordion("Settings", open=False):
+            controls = add_controls(gradio, engine, system)
+
+        shown = [message, messages, note, send, stop, saved]
+        question = [message, conversation, *controls]
+        answered = gradio.on([send.click, message.submit], handlers.ask, question, shown, **QUIET)
+        taken = messages.example_select(take_example, None, message, **QUIET)
+        example_answered = taken.then(handlers.ask, question, shown, **QUIET)
+        for end in (answered, example_answered):
+            end.then(handlers.show, conversation, shown, **QUIET)
+        stop.click(handlers.stop, conversation, None, **QUIET)
+        cleared = [clear.click, messages.clear]
+        gradio.on(cleared, handlers.clear, conversation, shown, **QUIET)
+        page.load(handlers.restore, [saved, conversation], shown, **QUIET)
+    return page
+
+
+def add_message_row(gradio: Any) -> tuple[Any, Any, Any, Any]:
+    """The message box, and the buttons Send, Stop and Clear. On a phone they are two rows."""
+    with gradio.Row(equal_height=True):
+        message = gradio.Textbox(
+            label="message",
+            show_label=False,
+            container=False,
+            placeholder="Ask, and press Enter",
+            autofocus=True,
+            max_lines=8,
+            scale=6,
+            min_width=300,
+        )
+        send = gradio.Button("Send", variant="primary", min_width=80)
+        stop = gradio.Button("Stop", variant="stop", min_width=80, visible=False)
+        clear = gradio.Button("Clear", min_width=80)
+    return message, send, stop, clear
+
+
+def template_name(engine: Engine) -> str:
+    """The name of a model's template in the list of templates."""
+    return OWN_TEMPLATE if is_jinja(engine.template) else engine.template
+
+
+def add_controls(gradio: Any, engine: Engine, system: str) -> list[Any]:
+    """The settings below the conversation, in the order of `SETTINGS`."""
     sampling = engine.config.sampling
     context = engine.model.config.max_seq_len
     max_new_tokens = engine.config.max_new_tokens or min(256, context // 2)
-    templates = ["none", *TEMPLATES]
-    chosen = engine.template
-    if is_jinja(chosen):
-        templates.append(OWN_TEMPLATE)
-        chosen = OWN_TEMPLATE
+    template = template_name(engine)
+    templates = list(dict.fromkeys([template, "none", *TEMPLATES]))
     penalty = sampling.repetition_penalty
     return [
-        gradio.Dropdown(templates, value=chosen, label="template"),
+        gradio.Textbox(system, label="system text", lines=2),
+        gradio.Dropdown(templates, value=template, label="template"),
         gradio.Slider(0, 2, sampling.temperature, label="temperature"),
         gradio.Slider(0, 200, sampling.top_k, step=1, label="top k"),
         gradio.Slider(0.05, 1, sampling.top_p, label="top p"),
@@ -118,48 +176,88 @@ def add_controls(gradio: Any, engine: Engine) -> list[Any]:
     ]
 
 
-class Responder:
-    """Answers the page's questions."""
+class Handlers:
+    """What the page's events do.
 
-    def __init__(self, engine: Engine, system: str, seed: int | None) -> None:
+    They return the values of `shown` in `build_page`: the message box, the messages, the note, the
+    two buttons that take turns, and what the browser keeps.
+    """
+
+    def __init__(self, gradio: Any, engine: Engine, seed: int | None) -> None:
         self.engine = engine
-        self.system = system
         self.seed = seed
+        self.unchanged = gradio.skip()
+        self.visible = gradio.update(visible=True)
+        self.hidden = gradio.update(visible=False)
 
-    def respond(
-        self,
-        question: str,
-        turns: list[Turn],
-        template: str,
-        temperature: float,
-        top_k: float,
-        top_p: float,
-        repetition_penalty: float,
-        max_new_tokens: float,
-    ) -> Iterator[tuple[str, list[Turn], list[dict[str, str]], str]]:
-        """Yield an empty question box, the turns, the messages shown and the note."""
-        if template == OWN_TEMPLATE:
-            template = self.engine.template
-        config = replace(
-            self.engine.config,
-            template=template,
-            greedy=False,  # temperature 0 says the same
-            temperature=temperature,
-            top_k=int(top_k),
-            top_p=top_p,
-            repetition_penalty=repetition_penalty,
-            max_new_tokens=int(max_new_tokens),
-        )
-        chat = ChatSession(replace(self.engine, config=config), self.system)
-        chat.turns = turns
-        for _ in chat.reply(question, self.seed):
-            yield "", chat.turns, shown_messages(chat.turns), chat.note
+    def ask(self, message: str, conversation: Conversation, *settings: Any) -> Iterator[Shown]:
+        """Write an answer. An empty message does nothing, and one that is refused stays.
 
+        settings: the values of `SETTINGS`.
+        """
+        if not message.strip():
+            yield self.changed()
+            return
+        try:
+            chat = self.new_session(dict(zip(SETTINGS, settings, strict=True)))
+            yield from self.answer(message.strip(), conversation, chat)
+        except UserError as error:
+            conversation.end()
+            yield self.changed(note=f"**Not answered:** {error}")
 
-def shown_messages(turns: list[Turn]) -> list[dict[str, str]]:
-    """The conversation as gradio's Chatbot shows it."""
-    messages = []
-    for turn in turns:
-        messages.append({"role": "user", "content": turn.user})
-        messages.append({"role": "assistant", "content": turn.answer or ""})
-    return messages
+    def new_session(self, settings: dict[str, Any]) -> ChatSession:
+        """Raises UserError for a setting that is out of range."""
+        system = settings.pop("system")
+        settings["top_k"] = int(settings["top_k"])
+        settings["max_new_tokens"] = int(settings["max_new_tokens"])
+        if settings["template"] == OWN_TEMPLATE:
+            settings["template"] = self.engine.template
+        settings["greedy"] = False  # temperature 0 says the same
+        config = replace(self.engine.config, **settings)
+        return ChatSession(replace(self.engine, config=config), system)
+
+    def answer(
+        self, message: str, conversation: Conversation, chat: ChatSession
+    ) -> Iterator[Shown]:
+        """Write an answer until it is complete, or Stop or Clear ends it."""
+        earlier = list(conversation.turns)
+        num_dropped = conversation.num_dropped
+        chat.turns = earlier[num_dropped:]
+        chat.fit_prompt(message)  # raises UserError before anything is shown
+        number = conversation.begin(message)
+        yield ("", conversation.shown(), "", self.hidden, self.visible, self.unchanged)
+        last_update = 0.0
+        for _ in chat.reply(message, self.seed):
+            turns = [*earlier, chat.turns[-1]]
+            if not conversation.grow(number, turns, num_dropped + len(chat.dropped_turns)):
+                return
+            if time.monotonic() - last_update > SECONDS_BETWEEN_UPDATES:
+                last_update = time.monotonic()
+                yield self.changed(conversation.shown(), chat.note)
+        yield self.changed(conversation.shown(), chat.note)
+
+    def show(self, conversation: Conversation) -> Shown:
+        """Show what is true when an answer has ended, whatever was shown meanwhile."""
+        message = conversation.take_unanswered() or self.unchanged
+        messages = conversation.shown()
+        note = self.unchanged if messages else ""
+        return (message, messages, note, self.visible, self.hidden, conversation.saved())
+
+    def stop(self, conversation: Conversation) -> None:
+        conversation.end()
+
+    def clear(self, conversation: Conversation) -> Shown:
+        conversation.clear()
+        return self.show(conversation)
+
+    def restore(self, saved: Any, conversation: Conversation) -> Shown:
+        """The page was loaded, perhaps again."""
+        conversation.restore(saved)
+        return self.show(conversation)
+
+    def changed(self, messages: Messages | None = None, note: str | None = None) -> Shown:
+        """The values of `shown` that change; None: it stays as it is."""
+        unchanged = self.unchanged
+        shown_messages = unchanged if messages is None else messages
+        shown_note = unchanged if note is None else note
+        return (unchanged, shown_messages, shown_note, unchanged, unchanged, unchanged)

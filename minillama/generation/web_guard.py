@@ -9,6 +9,9 @@ headers, which a browser sets and a page cannot change, tell them apart:
 So a request is answered only if Host is the name that is served, and Origin, if there is one, is
 the page itself. Of the many paths of gradio's server only those are open that the page uses: no
 uploads, no files, no monitoring.
+
+The page itself may load nothing from elsewhere: an answer could name an image on a stranger's
+server, and the browser would fetch it. `CONTENT_POLICY` forbids that.
 """
 
 import ipaddress
@@ -32,6 +35,18 @@ PATHS = {
     "/manifest.json",
     "/theme.css",
 }
+# What the browser may load for the page, and that no other page may show it in a frame. gradio's
+# page has scripts and styles in its text.
+CONTENT_POLICY = "; ".join(
+    (
+        "default-src 'self'",
+        "script-src 'self' 'unsafe-inline'",
+        "style-src 'self' 'unsafe-inline'",
+        "img-src 'self' data:",
+        "font-src 'self' data:",
+        "frame-ancestors 'none'",
+    )
+)
 PATH_PREFIXES = ("/assets/", "/gradio_api/heartbeat/", "/static/", "/svelte/")
 
 Message = MutableMapping[str, Any]
@@ -52,13 +67,25 @@ class OwnPageOnly:
         if scope["type"] != "lifespan":  # the start and the end of the server
             reason = refusal(scope, self.served_host)
         if not reason:
-            await self.application(scope, receive, send)
+            await self.application(scope, receive, _with_policy(send))
         elif scope["type"] == "websocket":
             await send({"type": "websocket.close", "code": 1008})
         else:
             headers = [(b"content-type", b"text/plain; charset=utf-8")]
             await send({"type": "http.response.start", "status": 403, "headers": headers})
             await send({"type": "http.response.body", "body": reason.encode()})
+
+
+def _with_policy(send: Send) -> Send:
+    """`send`, with `CONTENT_POLICY` among the headers of an answer."""
+
+    async def send_with_policy(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            policy = (b"content-security-policy", CONTENT_POLICY.encode())
+            message = {**message, "headers": [*message.get("headers", []), policy]}
+        await send(message)
+
+    return send_with_policy
 
 
 def refusal(scope: Message, served_host: str) -> str:
