@@ -17,7 +17,17 @@ from minillama.errors import UserError, closest
 
 DEVICES = ("auto", "cpu", "cuda", "npu", "mlu", "tpu")
 PRECISIONS = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}  # torch's names -> ours
-DATA_FORMATS = ("auto", "alpaca", "sharegpt", "moss", "ascend", "text", "lines")
+DATA_FORMATS = (
+    "auto",
+    "alpaca",
+    "sharegpt",
+    "messages",
+    "moss",
+    "ascend",
+    "completion",
+    "text",
+    "lines",
+)
 SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup")
 UNLIMITED = 2**63
 

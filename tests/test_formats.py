@@ -92,37 +92,41 @@ def test_what_sharegpt_records_lose_is_counted(tmp_path, small_tokenizer, capsys
 @pytest.mark.parametrize(
     ("records", "message"),
     [
-        (
-            [
-                {
-                    "messages": [
-                        {"role": "user", "content": "Q"},
-                        {"role": "assistant", "content": "A"},
-                    ]
-                }
-            ],
-            "for OpenAI's messages, write this into",
-        ),
-        ({"data": [ALPACA]}, "if the list under 'data' holds the records, make it the whole file"),
         ({"version": 1, "rows": [ALPACA]}, "if the list under 'rows' holds the records"),
+        ([{"question": "Q", "answer": "A"}], "say what its columns are, in .*dataset_info.json"),
+        ([5], "its first record .int. is of no known format"),
     ],
 )
-def test_records_of_other_well_known_kinds_are_refused_with_the_remedy(tmp_path, records, message):
+def test_records_of_other_kinds_are_refused_with_the_remedy(tmp_path, records, message):
     with pytest.raises(UserError, match=message):
         read(write(tmp_path / "a.json", records))
 
 
-def test_the_remedy_for_messages_of_openai_makes_them_readable(tmp_path):
-    messages = [
-        {"role": "system", "content": "S"},
-        {"role": "user", "content": "Q"},
-        {"role": "assistant", "content": "A"},
-    ]
-    path = write(tmp_path / "a.json", [{"messages": messages}])
+def test_the_remedy_for_other_columns_makes_them_readable(tmp_path):
+    path = write(tmp_path / "a.json", [{"question": "Q", "answer": "A", "id": 5}])
     with pytest.raises(UserError) as refused:
         detect(path)
-    write(tmp_path / "dataset_info.json", str(refused.value).partition("dataset_info.json: ")[2])
-    assert documents(find_sources([path])) == [Conversation((Turn("Q", "A", None),), "S")]
+    write(tmp_path / "dataset_info.json", str(refused.value).partition("example: ")[2])
+    assert documents(find_sources([path])) == [Conversation((Turn("Q", "A"),))]
+
+
+@pytest.mark.parametrize("key", ["data", "rows", "instances", "a [b"])
+def test_records_may_be_the_only_list_of_an_object(tmp_path, key):
+    path = write(tmp_path / "a.json", json.dumps({key: [ALPACA, ALPACA]}, indent=2))
+    assert detect(path) == "alpaca"
+    assert read(path) == [Conversation((Turn("Q", "A", "I"),))] * 2
+    path = write(tmp_path / "b.json", {key: [ALPACA], "version": 1})
+    with pytest.raises(UserError, match="no known format"):
+        read(path)
+
+
+def test_a_prompt_and_its_completion_are_one_text(tmp_path):
+    path = write(tmp_path / "a.jsonl", '{"prompt": "Q:", "completion": " A"}\n')
+    assert detect(path) == "completion"
+    assert read(path) == [Conversation((Turn("Q:", " A", None),))]
+    chat = {"prompt": [{"role": "user", "content": "Q"}], "completion": []}
+    with pytest.raises(BadRecord, match="'prompt' is a list; write its messages into one list"):
+        read(write(tmp_path / "b.json", [chat]))
 
 
 @pytest.mark.parametrize(
@@ -131,6 +135,8 @@ def test_the_remedy_for_messages_of_openai_makes_them_readable(tmp_path):
         (["sharegpt"], "vicuna_v1.1"),
         (["alpaca"], "alpaca"),
         (["text", "lines"], ""),
+        (["messages"], "vicuna_v1.1"),
+        (["completion"], "raw"),
         (["alpaca", "sharegpt"], "vicuna_v1.1"),
         (["text", "alpaca"], "alpaca"),
     ],
@@ -144,7 +150,7 @@ def test_a_missing_text_may_be_written_as_nan(tmp_path):
     path = write(tmp_path / "a.json", '[{"instruction": "Q", "input": NaN, "output": "A"}]')
     assert read(path) == [Conversation((Turn("Q", "A", ""),))]
     path = write(tmp_path / "b.json", '[{"instruction": "Q", "output": NaN}]')
-    with pytest.raises(BadRecord, match="record 1: 'output' is missing"):
+    with pytest.raises(BadRecord, match=r"record 1: .output. is empty .NaN"):
         read(path)
 
 

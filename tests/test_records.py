@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minillama.chat import Conversation, Turn
-from minillama.data import records
+from minillama.data import json_array, records
 from minillama.data.encode import encode_document
 from minillama.data.formats import detect
 from minillama.data.records import read_records
@@ -63,7 +63,23 @@ def test_an_array_read_through_a_window_is_the_array(
         json.dumps(values, indent=indent, ensure_ascii=ascii_only), encoding="utf-8-sig"
     )
     with pytest.MonkeyPatch.context() as patch:  # a fixture would not be undone between examples
-        patch.setattr(records, "BLOCK", block)
+        patch.setattr(json_array, "BLOCK", block)
+        assert [record.value for record in read_records(Source(path))] == values
+
+
+@given(
+    values=st.lists(st.dictionaries(st.text(max_size=5), json_values), min_size=1, max_size=8),
+    indent=st.sampled_from([None, 1]),
+    key=st.text(max_size=5),
+    block=st.integers(1, 40),
+)
+@settings(max_examples=100, deadline=None)
+def test_an_array_that_is_all_of_an_object_is_read_as_the_array(
+    tmp_path_factory, values, indent, key, block
+):
+    path = write(tmp_path_factory.mktemp("a") / "a.json", json.dumps({key: values}, indent=indent))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(json_array, "BLOCK", block)
         assert [record.value for record in read_records(Source(path))] == values
 
 
@@ -77,7 +93,7 @@ def test_an_array_read_through_a_window_is_the_array(
 def test_a_fault_behind_many_windows_is_placed_as_in_the_file(
     tmp_path, monkeypatch, between, place
 ):
-    monkeypatch.setattr(records, "BLOCK", 100)
+    monkeypatch.setattr(json_array, "BLOCK", 100)
     rows = [json.dumps(ALPACA)] * 300
     rows[200] = '{"instruction": "Q" "output"}'
     path = write(tmp_path / "a.json", "[\n" + between.join(rows) + "]")
@@ -86,7 +102,7 @@ def test_a_fault_behind_many_windows_is_placed_as_in_the_file(
 
 
 def test_an_array_is_never_in_memory_whole(tmp_path, monkeypatch):
-    monkeypatch.setattr(records, "BLOCK", 1000)
+    monkeypatch.setattr(json_array, "BLOCK", 1000)
     path = write(tmp_path / "a.json", [ALPACA | {"output": "x" * 100}] * 5000)
     tracemalloc.start()
     assert sum(1 for _ in read_records(Source(path))) == 5000

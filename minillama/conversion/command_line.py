@@ -21,7 +21,17 @@ from minillama.conversion.shared_flags import (
 from minillama.train_config import DEVICES
 
 ORIGINAL = "the original LLaMA, a Hugging Face directory"
-DATA_FORMATS = ("auto", "alpaca", "sharegpt", "moss", "ascend", "text", "lines")
+DATA_FORMATS = (
+    "auto",
+    "alpaca",
+    "sharegpt",
+    "messages",
+    "moss",
+    "ascend",
+    "completion",
+    "text",
+    "lines",
+)
 
 
 def meta() -> Parser:

@@ -10,25 +10,26 @@ keys it has.
 """
 
 import json
-import math
 import re
 from collections.abc import Callable, Collection
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from minillama.chat import Conversation, Turn
+from minillama.data.documents import Document, ParsedRecord, text_at
+from minillama.data.messages import parse_openai, parse_sharegpt
 from minillama.data.records import InputRecord, TextBlock, read_records
 from minillama.data.sources import COLUMNS, INFO_NAME, Source
 from minillama.errors import UserError
-
-Document = Conversation | str
 
 # The keys by which a record's format is recognised. The first format that fits is taken.
 FORMAT_KEYS = {
     "alpaca": ("instruction", "output"),
     "sharegpt": ("conversations",),
+    "messages": ("messages",),
     "moss": ("chat",),
+    "completion": ("prompt", "completion"),
     "text": ("text",),
 }
 PLAIN_TEXT = ("text", "lines", "ascend")  # formats that take a plain text file
@@ -37,9 +38,11 @@ PLAIN_TEXT = ("text", "lines", "ascend")  # formats that take a plain text file
 # that is among the data decides.
 DEFAULT_TEMPLATES = {
     "sharegpt": "vicuna_v1.1",
+    "messages": "vicuna_v1.1",
     "alpaca": "alpaca",
     "moss": "alpaca",
     "ascend": "alpaca",
+    "completion": "raw",
 }
 
 # MOSS puts these marks around what each side says.
@@ -47,26 +50,7 @@ MOSS_MARKS = {
     "Human": re.compile(r"<eoh>|<\|Human\|>: ?"),
     "MOSS": re.compile(r"<eom>|<\|MOSS\|>:"),
 }
-# An entry of dataset_info.json with the names of OpenAI's chat format.
-OPENAI_ENTRY = {
-    "formatting": "sharegpt",
-    "columns": {"messages": "messages"},
-    "tags": {
-        "role_tag": "role",
-        "content_tag": "content",
-        "user_tag": "user",
-        "assistant_tag": "assistant",
-        "system_tag": "system",
-    },
-}
 BELLE_ROUND = re.compile(r"Human:(.*?)Assistant:(.*?)(?=Human:|\Z)", re.DOTALL)
-
-
-class ParsedRecord(NamedTuple):
-    """What a record gives. A conversation without turns has nothing to learn from."""
-
-    documents: list[Document]
-    dropped_messages: int = 0  # messages of the record that are in no document
 
 
 class BadRecord(UserError):
@@ -74,7 +58,7 @@ class BadRecord(UserError):
 
 
 def detect(path: Path) -> str:
-    """The format of a file, from its first record: alpaca, sharegpt, moss or text."""
+    """The format of a file, from its first record: alpaca, sharegpt, …, or text."""
     record = next(read_records(Source(path), split_text=True))
     value = record.value
     if isinstance(value, UserError):
@@ -88,19 +72,21 @@ def detect(path: Path) -> str:
     shown = ", ".join(sorted(map(str, keys))) or type(value).__name__
     message = (
         f"{path}: its first record ({shown}) is of no known format; expected instruction and "
-        "output (alpaca), conversations (sharegpt), chat (moss) or text"
+        "output (alpaca), conversations (sharegpt), messages (OpenAI), chat (moss), prompt and "
+        "completion, or text"
     )
     raise UserError(message + _remedy(path, value))
 
 
 def _remedy(path: Path, value: Any) -> str:
-    """How the data of a file of two well-known other kinds can be read: the end of an error."""
+    """What makes the data of another format readable: the end of an error."""
     if not isinstance(value, dict):
         return ""
-    if "messages" in value:
-        entry = {"file_name": path.name, **OPENAI_ENTRY}
-        info = json.dumps({path.stem: entry})
-        return f"; for OpenAI's messages, write this into {path.parent / INFO_NAME}: {info}"
+    texts = [key for key, content in value.items() if isinstance(content, str)]
+    if len(texts) >= 2:
+        columns = {"prompt": texts[0], "response": texts[1]}
+        info = json.dumps({path.stem: {"file_name": path.name, "columns": columns}})
+        return f"; say what its columns are, in {path.parent / INFO_NAME}, for example: {info}"
     for key, content in value.items():
         if isinstance(content, list) and content and isinstance(content[0], dict):
             return f"; if the list under {key!r} holds the records, make it the whole file"
@@ -138,23 +124,6 @@ def _parse_value(source: Source, value: Any) -> ParsedRecord:
     return FORMATS[source.data_format](value, source)
 
 
-def _text_at(record: dict[str, Any], key: str, default: str | None = None) -> str:
-    """record[key], which must be text, or the default if it is missing, null or NaN.
-
-    NaN is what pandas writes for a missing text.
-    """
-    value = record.get(key)
-    if isinstance(value, float) and math.isnan(value):
-        value = None
-    if isinstance(value, str):
-        return value
-    if value is not None:
-        raise UserError(f"{key!r} is {type(value).__name__}, expected text")
-    if default is None:
-        raise UserError(f"{key!r} is missing")
-    return default
-
-
 def _alpaca(record: dict[str, Any], source: Source) -> ParsedRecord:
     """Stanford Alpaca, LLaMA-Factory, AscendSpeed.
 
@@ -165,62 +134,17 @@ def _alpaca(record: dict[str, Any], source: Source) -> ParsedRecord:
     if not isinstance(history, list) or not all(map(_is_pair, history)):
         raise UserError(f"{columns['history']!r} is not a list of [question, answer] pairs")
     turns = [Turn(question, answer) for question, answer in history]
-    prompt = _text_at(record, columns["prompt"])
-    response = _text_at(record, columns["response"])
-    query = _text_at(record, columns["query"], default="")
+    prompt = text_at(record, columns["prompt"])
+    response = text_at(record, columns["response"])
+    query = text_at(record, columns["query"], default="")
     turns.append(Turn(prompt, response, query))
-    system = _text_at(record, columns["system"], default="")
+    system = text_at(record, columns["system"], default="")
     return ParsedRecord([Conversation(tuple(turns), system)])
 
 
 def _is_pair(value: Any) -> bool:
     is_pair = isinstance(value, list) and len(value) == 2
     return is_pair and all(isinstance(text, str) for text in value)
-
-
-def _sharegpt(record: dict[str, Any], source: Source) -> ParsedRecord:
-    """FastChat: {conversations: [{from: system|human|gpt, value}, …]}.
-
-    A first message from `system` is the system text. One that stands before the first question is
-    dropped, and so is a last question without an answer: there is nothing to learn from it.
-    """
-    columns = COLUMNS | source.columns
-    key = columns["messages"]
-    messages = record.get(key)
-    if messages is None:
-        raise UserError(f"{key!r} is missing")
-    if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
-        raise UserError(f"{key!r} is not a list of messages")
-    roles = []
-    texts = []
-    for message in messages:
-        roles.append(_text_at(message, columns["role_tag"]))
-        texts.append(_text_at(message, columns["content_tag"]))
-    system = _text_at(record, columns["system"], default="")
-    first = 0  # the first message of the conversation
-    if roles and roles[0] == columns["system_tag"]:
-        system = texts[0]
-        first = 1
-    has_greeting = len(roles) > first and roles[first] != columns["user_tag"]
-    first += has_greeting
-    _check_alternation(roles, first, columns)
-    questions = texts[first::2]
-    answers = texts[first + 1 :: 2]
-    turns = [Turn(q, a, None) for q, a in zip(questions, answers, strict=False)]
-    num_dropped = has_greeting + len(questions) - len(answers)
-    return ParsedRecord([Conversation(tuple(turns), system)], num_dropped)
-
-
-def _check_alternation(roles: list[str], first: int, columns: dict[str, str]) -> None:
-    expected = columns["user_tag"]
-    after = columns["assistant_tag"]
-    for number in range(first, len(roles)):
-        if roles[number] != expected:
-            raise UserError(
-                f"turn {number + 1} is from {roles[number]!r}, expected {expected!r}: "
-                "the two alternate"
-            )
-        expected, after = after, expected
 
 
 def _moss(record: dict[str, Any], source: Source) -> ParsedRecord:
@@ -247,7 +171,7 @@ def _moss(record: dict[str, Any], source: Source) -> ParsedRecord:
 
 
 def _moss_text(message: dict[str, Any], speaker: str) -> str:
-    return MOSS_MARKS[speaker].sub("", _text_at(message, speaker)).strip()
+    return MOSS_MARKS[speaker].sub("", text_at(message, speaker)).strip()
 
 
 def _ascend(record: dict[str, Any], source: Source) -> ParsedRecord:
@@ -258,7 +182,7 @@ def _ascend(record: dict[str, Any], source: Source) -> ParsedRecord:
     """
     if "instruction" not in record:
         return _text(record, source)
-    instruction = _text_at(record, "instruction")
+    instruction = text_at(record, "instruction")
     if instruction.startswith("Human:"):
         rounds = [
             [question.strip(), answer.strip()]
@@ -270,16 +194,27 @@ def _ascend(record: dict[str, Any], source: Source) -> ParsedRecord:
     return _alpaca(record, source)
 
 
+def _completion(record: dict[str, Any], source: Source) -> ParsedRecord:
+    """OpenAI's older format: {prompt, completion}, two texts."""
+    for key in ("prompt", "completion"):
+        if isinstance(record.get(key), list):
+            raise UserError(f"{key!r} is a list; write its messages into one list, 'messages'")
+    turn = Turn(text_at(record, "prompt"), text_at(record, "completion"), None)
+    return ParsedRecord([Conversation((turn,))])
+
+
 def _text(record: dict[str, Any], source: Source) -> ParsedRecord:
     key = source.columns.get("prompt", "text")
-    return ParsedRecord([_text_at(record, key)])
+    return ParsedRecord([text_at(record, key)])
 
 
 FORMATS: dict[str, Callable[[dict[str, Any], Source], ParsedRecord]] = {
     "alpaca": _alpaca,
-    "sharegpt": _sharegpt,
+    "sharegpt": parse_sharegpt,
+    "messages": parse_openai,
     "moss": _moss,
     "ascend": _ascend,
+    "completion": _completion,
     "text": _text,
     "lines": _text,
 }

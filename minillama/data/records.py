@@ -3,7 +3,7 @@
 A record is a JSON value with its place in the file, such as "record 3 (line 5)". What its keys mean
 is the topic of formats.py. Here a file is one of five *containers*, told apart by its content:
 
-    array      a JSON array; each element is a record
+    array      a JSON array, or an object with nothing else in it: {"data": […]}
     jsonl      a JSON value on each line
     parquet    a table; each row is a record
     text       the whole file is one record
@@ -11,13 +11,6 @@ is the topic of formats.py. Here a file is one of five *containers*, told apart 
 
 A file with a suffix that is not known is only read if its content is JSON or Parquet, or if plain
 text was asked for: a table, such as .csv, or a compressed file is not trained on as if it were one.
-
-A JSON array is the difficult one, because Python's parser takes all of it or nothing. So a window
-slides over the file. The parser takes one element and the comma behind it from its beginning. If
-the window ends before that comma, more of the file is read.
-
-    file      [{"instruction": …}, {"instruction": …}, {"instruction": …}]
-    window                         {"instruction": …}, {"instr
 """
 
 import json
@@ -27,6 +20,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
+from minillama.data.json_array import WRAPPED, read_array
 from minillama.data.sources import COMPRESSED, SUFFIXES, Source
 from minillama.errors import UserError
 from minillama.files import numbered_lines, open_text
@@ -36,8 +30,8 @@ BLOCK = 1 << 18  # characters read at a time
 HEAD = 1024  # bytes, or characters, that tell what a file is
 JSON_SUFFIXES = (".json", ".jsonl")
 TEXT_SUFFIXES = (".txt", ".md")
-SPACE = re.compile(r"[ \t\r\n]*")
-DECODER = json.JSONDecoder()
+MESSAGE_KEYS = ("conversations", "messages")  # a record, and no data set in an object
+END_OF_WRAPPED = re.compile(r"\]\s*\}\s*\Z")
 
 
 class TextBlock(NamedTuple):
@@ -96,11 +90,24 @@ def _container_of(source: Source) -> str:
     first_byte = head.removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
     looks_like_json = first_byte in (b"[", b"{")
     if suffix in JSON_SUFFIXES or (looks_like_json and suffix not in TEXT_SUFFIXES):
-        return "array" if first_byte == b"[" else "jsonl"
+        is_array = first_byte == b"[" or _is_wrapped(source, head)
+        return "array" if is_array else "jsonl"
     is_text_asked_for = source.data_format in ("text", "lines")
     if suffix not in ("", *TEXT_SUFFIXES) and not is_text_asked_for:
         raise UserError(_unknown_suffix(path))
     return "lines" if source.data_format == "lines" else "text"
+
+
+def _is_wrapped(source: Source, head: bytes) -> bool:
+    """Whether a file is one object that holds a list of records, and nothing else."""
+    beginning = WRAPPED.match(head.decode("utf-8-sig", errors="ignore"))
+    messages = (*MESSAGE_KEYS, source.columns.get("messages"))
+    if beginning is None or beginning["key"] in messages:
+        return False
+    with open(source.path, "rb") as file:
+        file.seek(max(0, source.path.stat().st_size - HEAD))
+        tail = file.read().decode(errors="ignore")
+    return END_OF_WRAPPED.search(tail) is not None
 
 
 def _unknown_suffix(path: Path) -> str:
@@ -184,104 +191,8 @@ def _read_parquet(file: TextIO) -> Iterator[InputRecord]:
 
 
 def _read_array(file: TextIO) -> Iterator[InputRecord]:
-    window = ArrayWindow(file)
-    number = 0
-    while not window.is_array_done:
-        try:
-            value = window.take_element()
-        except json.JSONDecodeError as error:
-            is_empty_array = number == 0 and window.text[error.pos : error.pos + 1] == "]"
-            if is_empty_array:
-                return
-            if not (window.is_cut_off(error) and window.grow()):
-                raise window.error_at(f"not valid JSON: {error.msg}", error.pos) from None
-        except UserError as error:
-            value_start = _skip_space(window.text, window.start)
-            raise window.error_at(str(error), value_start) from None
-        else:
-            number += 1
-            yield InputRecord(f"record {number}", value)
-    window.check_end()
-
-
-class ArrayWindow:
-    """The part of a file with a JSON array that is in memory. text[start:] is not parsed yet."""
-
-    def __init__(self, file: TextIO) -> None:
-        self.file = file
-        self.text = file.read(HEAD)
-        self.start = self.text.index("[") + 1
-        self.line = 1  # where text[0] stands in the file
-        self.column = 1
-        self.is_array_done = False
-
-    def take_element(self) -> Any:
-        """The next element, or a UserError for one that cannot be worked with.
-
-        The comma or bracket behind it is taken too. Raises JSONDecodeError, and takes nothing, if
-        the text is wrong or the window ends; UserError beyond the limits of Python's parser.
-        """
-        value_start = _skip_space(self.text, self.start)
-        with json_limits():
-            value, value_end = DECODER.raw_decode(self.text, value_start)
-        end = _skip_space(self.text, value_end)
-        delimiter = self.text[end : end + 1]
-        if delimiter not in (",", "]"):
-            found = delimiter or "the end of the file"
-            raise json.JSONDecodeError(f"expected , or ], found {found}", self.text, end)
-        self.start = end + 1
-        self.is_array_done = delimiter == "]"
-        try:
-            check_json(value, self.text[value_start:value_end])
-        except UserError as error:
-            return error
-        return value
-
-    def is_cut_off(self, error: json.JSONDecodeError) -> bool:
-        """Whether the error can come from the end of the window alone."""
-        is_near_end = error.pos > len(self.text) - 16  # within a number, a literal or an escape
-        return is_near_end or error.msg.startswith("Unterminated string")
-
-    def grow(self) -> bool:
-        """Drop what is parsed and read more of the file. Returns False at the end of the file.
-
-        At least as much as the window holds is read, so a long record is not parsed very often.
-        """
-        num_unparsed = len(self.text) - self.start
-        block = self.file.read(max(BLOCK, num_unparsed))
-        if not block:
-            return False
-        self.line, self.column = self._position(self.start)
-        self.text = self.text[self.start :] + block
-        self.start = 0
-        return True
-
-    def check_end(self) -> None:
-        """Raise UserError if there is more than space behind the array."""
-        rest = self.text[self.start :] + self.file.read(BLOCK)
-        if rest.strip():
-            num_spaces = len(rest) - len(rest.lstrip())
-            raise self.error_at(
-                "not valid JSON: more text after the array", self.start + num_spaces
-            )
-
-    def error_at(self, message: str, index: int) -> UserError:
-        """The error with the place of text[index]."""
-        line, column = self._position(index)
-        return UserError(f"{self.file.name}: {message} at line {line} column {column}")
-
-    def _position(self, index: int) -> tuple[int, int]:
-        """Line and column of text[index] in the file."""
-        num_breaks = self.text.count("\n", 0, index)
-        if num_breaks == 0:
-            return self.line, self.column + index
-        last_break = self.text.rfind("\n", 0, index)
-        return self.line + num_breaks, index - last_break
-
-
-def _skip_space(text: str, index: int) -> int:
-    space = SPACE.match(text, index)
-    return space.end() if space else index
+    for number, value in enumerate(read_array(file), start=1):
+        yield InputRecord(f"record {number}", value)
 
 
 CONTAINERS: dict[str, Callable[[TextIO], Iterator[InputRecord]]] = {
