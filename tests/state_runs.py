@@ -63,8 +63,9 @@ def train_here(run: train_config.TrainConfig, stop_after: int = 0) -> int:
     """
     torch.set_num_threads(1)
     with comm.start("cpu", timeout_minutes=1) as mesh:
+        data_ranks = mesh.size // (run.tensor_parallel * run.pipeline_parallel)
         settings_here = replace(
-            run, gradient_accumulation_steps=run.gradient_accumulation_steps // mesh.size
+            run, gradient_accumulation_steps=run.gradient_accumulation_steps // data_ranks
         )
         if stop_after:
             original = trainer.Trainer.update
