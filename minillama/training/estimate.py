@@ -192,7 +192,7 @@ def estimate(
             masters = 0 if width == FP32 else FP32
             optimizer += size * (masters + 2 * FP32)
 
-    data_ranks = world_size // place.ranks_of_model
+    data_ranks = max(1, world_size // place.ranks_of_model)
     shards_optimizer = config.zero_stage >= 1
     shards_gradients = config.zero_stage == 2 or (is_exact and shards_optimizer)
     return Estimate(

@@ -10,9 +10,9 @@ from minillama.training.summary import Stopped, Summary, gigabytes
 def describe_start(run: Run) -> str:
     """What is trained, for how long, and where it continues."""
     total = run.model.config.parameter_count()  # of the whole; a rank may hold a part
-    for part in run.optimizer.all_parts.values():
-        if "lora_" in part.name:
-            total += part.whole_size
+    for name, parameter in run.optimizer.parameters.items():
+        if "lora_" in name:
+            total += parameter.size
     text = (
         f"model: {total:,} parameters, {run.optimizer.num_trained:,} trained; "
         f"{run.train_batches.total_steps:,} steps on {run.num_devices} × {run.mesh.device.type}"
