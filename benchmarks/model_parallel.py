@@ -172,7 +172,7 @@ def our_step(side: str, mesh: Any, work: Work) -> tuple[Step, Callable[[], float
 
     from minillama import comm
     from minillama.checkpoint.hf_reader import load_model
-    from minillama.checkpoint.placing import stage_plan
+    from minillama.checkpoint.placing import loading_plan
     from minillama.grid import make_grid
     from minillama.hf_config import read_config
     from minillama.parallel.pipeline import keep_stage
@@ -183,13 +183,14 @@ def our_step(side: str, mesh: Any, work: Work) -> tuple[Step, Callable[[], float
     tensor_parallel, pipeline_parallel, zero_stage = OURS[side]
     grid = make_grid(mesh, tensor_parallel, pipeline_parallel)
     data = grid.data
-    plan = stage_plan(read_config(Path(work.directory)), grid.stage)
+    config = read_config(Path(work.directory))
+    plan = loading_plan(config, [mesh.device], grid.stage)
     model = load_model(Path(work.directory), device_of=plan, mesh=grid.tensor)
     stage = keep_stage(model, grid.stage) if grid.stage.size > 1 else None
     connect_ranks(model, grid.tensor)
     per_rank = work.micro_batches // data.size
-    config = TrainConfig(zero_stage=zero_stage, gradient_accumulation_steps=per_rank)
-    optimizer = ShardedOptimizer(model.named_parameters(), grid, config)
+    settings = TrainConfig(zero_stage=zero_stage, gradient_accumulation_steps=per_rank)
+    optimizer = ShardedOptimizer(model.named_parameters(), grid, settings)
 
     def step(batch: torch.Tensor) -> float:
         total = torch.zeros(())

@@ -34,7 +34,10 @@ LEAVES = {
     # the table of the Python API: a name is imported at its first use
     "conversion": {"convert.py", "minillama/__init__.py"},
     "generation.web": {"generate.py"},
-    "parallel.pipeline": {"minillama/training/run.py"},
+    "parallel.pipeline": {
+        "minillama/training/model_building.py",
+        "minillama/training/run.py",
+    },
     "parallel.placement": {"minillama/checkpoint/placing.py"},
     "ops.triton": {"minillama/ops/cuda.py"},
     "ops.cuda": {"minillama/ops/__init__.py"},

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from minillama import comm
 from minillama.checkpoint.hf_reader import empty_model, initialise, load_model
 from minillama.checkpoint.hf_writer import save_model
-from minillama.checkpoint.placing import stage_plan
+from minillama.checkpoint.placing import loading_plan
 from minillama.comm import Mesh
 from minillama.grid import Grid, make_grid
 from minillama.lora import LINEARS, LoraConfig, add_lora, load_adapter, save_adapter
@@ -27,6 +27,7 @@ from tests.faults.test_peft_kinds import peft_adapter
 from tests.ranks import run_on_ranks
 from tests.tensor_ranks import EIGHT_HEADS
 
+CPU = torch.device("cpu")
 SHAPE = {**EIGHT_HEADS, "n_layers": 3}
 GRIDS = [(1, 2), (1, 3), (2, 2)]  # tensor ranks, stages
 each_grid = pytest.mark.parametrize(("tensor", "stages"), GRIDS)
@@ -56,7 +57,7 @@ def test_a_stage_reads_its_tensors_and_no_others(
     found: list[str] = []
     for stage in range(3):
         read.clear()
-        model = load_model(path, device_of=stage_plan(whole.config, Mesh(stage, 3)))
+        model = load_model(path, device_of=loading_plan(whole.config, [CPU], Mesh(stage, 3)))
         own = own_parameters(model)
         assert read == list(own)
         assert all(torch.equal(own[name], whole.get_parameter(name)) for name in own)
@@ -70,7 +71,7 @@ def test_random_weights_and_factors_do_not_depend_on_the_number_of_stages() -> N
 
     def sample(stages: Mesh) -> Llama:
         generator = torch.Generator().manual_seed(3)
-        model = empty_model(config, torch.float32, stage_plan(config, stages))
+        model = empty_model(config, torch.float32, loading_plan(config, [CPU], stages))
         initialise(model, generator)
         add_lora(model, LoraConfig(rank=2, targets=(*LINEARS, "lm_head")), generator)
         return model
@@ -113,7 +114,8 @@ def test_a_model_written_from_stages_has_the_same_bytes(
 def copy_adapter(base: Path, adapter: Path, directory: Path, grid: Grid) -> bool:
     """Load a model with an adapter, and write the adapter; returns whether the model is tied."""
     config = load_model(base).config
-    model = load_model(base, device_of=stage_plan(config, grid.stage), mesh=grid.tensor)
+    plan = loading_plan(config, [CPU], grid.stage)
+    model = load_model(base, device_of=plan, mesh=grid.tensor)
     lora = load_adapter(model, adapter, mesh=grid.tensor, stages=grid.stage)
     if grid.stage.size > 1:
         keep_stage(model, grid.stage)

@@ -89,7 +89,10 @@ def refuse_what_cannot_fit(llama: LlamaConfig, config: TrainConfig) -> None:
 
 def _most_weights(llama: LlamaConfig, config: TrainConfig) -> int:
     """Bytes of weights on the device that holds most of them."""
-    return max(estimate(llama, config, place=place).weights for place in places_of(config))
+    estimates = [
+        estimate(llama, config, place.ranks_of_model, place) for place in places_of(config)
+    ]
+    return max(state.weights for state in estimates)
 
 
 def _division_that_fits(llama: LlamaConfig, config: TrainConfig) -> str:

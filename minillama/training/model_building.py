@@ -4,23 +4,24 @@
     weights         the checkpoint's, grown to the tokenizer's vocabulary; from scratch: random
     adapters        LoRA, new or from a PEFT directory; the other weights are then frozen
     recomputation   layers that keep their input alone for backward
+    stages          the layers of other ranks are removed
 
 What the parts do is elsewhere: `model`, `lora`, `checkpoint.hf_reader`. Here is only their order,
 and what a user can get wrong about it.
 """
 
 from collections.abc import Collection
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from minillama import comm, hf_config
-from minillama.checkpoint.hf_reader import empty_model, initialise, load_model
+from minillama.checkpoint.hf_reader import DeviceOf, empty_model, initialise, load_model
 from minillama.checkpoint.placing import loading_plan, put_on
 from minillama.checkpoint.run_directory import find_checkpoint
 from minillama.device import compute_dtype
@@ -35,8 +36,20 @@ from minillama.tokenizer import Tokenizer
 from minillama.train_config import KEYS, TrainConfig
 from minillama.training.finite import non_finite_on_any_rank
 
+if TYPE_CHECKING:
+    from minillama.parallel.pipeline import Stage
+
 SHAPE_KEYS = ("n_layers", "dim", "n_heads", "n_kv_heads", "ffn_dim", "vocab_size")
 OTHER_SHAPES = "1.1b"  # its context and epsilon are those of a shape that was never published
+
+
+@dataclass(frozen=True)
+class BuiltModel:
+    """What a run trains, on this rank."""
+
+    model: Llama
+    lora: LoraConfig | None  # None: every parameter is trained
+    stage: "Stage | None"  # None: it has all layers
 
 
 def find_base(config: TrainConfig) -> Path | None:
@@ -161,11 +174,11 @@ def build_model(
     llama: LlamaConfig,
     tokenizer: Tokenizer,
     grid: Grid,
-) -> tuple[Llama, LoraConfig | None]:
-    """The model on its devices, and the configuration of its adapters (None: all of it is trained).
+) -> BuiltModel:
+    """The model on its devices, ready to train.
 
     llama: what `model_config` says. Everything random follows from config.seed.
-    grid: a rank of its tensor line makes its part of each parameter only.
+    grid: a rank makes its part of each parameter of its stage only.
     Raises UserError, on all ranks, if a weight of the checkpoint or adapter is not finite.
     """
     mesh = grid.all
@@ -175,25 +188,35 @@ def build_model(
         mesh.print(f"warning: {warning}")
     generator = torch.Generator().manual_seed(config.seed)
     pretrained = _pretrained(config, base)
+    device_of = loading_plan(llama, devices, grid.stage)
     if pretrained is not None:
         _check_growth(config, llama, tokenizer, mesh)
-        device_of = loading_plan(llama, devices)
         model = load_model(
             pretrained, dtype, config.n_layers, tokenizer.size, device_of, mesh=grid.tensor
         )
     else:
-        model = _initial_model(llama, tokenizer, dtype, generator, grid.tensor)
-    lora = _add_adapters(model, config, generator, grid.tensor)
+        model = _initial_model(llama, tokenizer, dtype, generator, device_of, grid.tensor)
+    lora = _add_adapters(model, config, generator, grid)
     connect_ranks(model, grid.tensor)
+    if config.gradient_checkpointing:
+        recompute_activations(model.model.layers)
+    stage = _keep_stage(model, config, grid.stage)
     name = non_finite_on_any_rank(model, mesh)
     if name:
         raise UserError(
             f"{config.adapter or config.ckpt}: {name} holds NaN or infinity (in {dtype}); "
             "a model that holds them cannot be trained: use an intact copy, or --precision fp32"
         )
-    if config.gradient_checkpointing:
-        recompute_activations(model.model.layers)
-    return put_on(model, devices).train(), lora
+    return BuiltModel(put_on(model, devices).train(), lora, stage)
+
+
+def _keep_stage(model: Llama, config: TrainConfig, stages: comm.Mesh) -> "Stage | None":
+    """Remove what other pipeline stages hold, if the run has any."""
+    if stages.size == 1:
+        return None
+    from minillama.parallel import pipeline
+
+    return pipeline.keep_stage(model, stages, has_dropout=config.lora_dropout > 0)
 
 
 def _check_growth(
@@ -235,31 +258,33 @@ def _initial_model(
     tokenizer: Tokenizer,
     dtype: torch.dtype,
     generator: torch.Generator,
+    device_of: DeviceOf,
     mesh: comm.Mesh,
 ) -> Llama:
-    """A model with random weights; mesh: as `empty_model` takes it."""
+    """A model with random weights; device_of, mesh: as `empty_model` takes them."""
     if llama.vocab_size < tokenizer.size:
         raise UserError(
             f"vocab_size = {llama.vocab_size} is below the tokenizer's {tokenizer.size} pieces"
         )
     eos_ids = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
     llama = replace(llama, bos_id=tokenizer.bos_id or 0, eos_ids=eos_ids)
-    model = empty_model(llama, dtype, mesh=mesh)
+    model = empty_model(llama, dtype, device_of, mesh)
     initialise(model, generator, mesh)
     return model
 
 
 def _add_adapters(
-    model: Llama, config: TrainConfig, generator: torch.Generator, mesh: comm.Mesh
+    model: Llama, config: TrainConfig, generator: torch.Generator, grid: Grid
 ) -> LoraConfig | None:
     if not config.lora:
         return None
     if config.adapter:
         refuse_other_adapter(config, keys_not_at_default(config))
         refuse_tied_factors(Path(config.adapter))
-        return load_adapter(model, Path(config.adapter), config.lora_dropout, mesh)
+        directory = Path(config.adapter)
+        return load_adapter(model, directory, config.lora_dropout, grid.tensor, grid.stage)
     lora = lora_config(config)
-    add_lora(model, lora, generator, mesh)
+    add_lora(model, lora, generator, grid.tensor)
     return lora
 
 

@@ -98,7 +98,6 @@ def prepare(config: TrainConfig, mesh: comm.Mesh, overwrite: bool = False) -> Ru
     overwrite: the run that is in config.out_dir will be deleted.
     Returns a FinishedRun if nothing is left to train. Raises UserError for what cannot be run.
     """
-    settings.refuse_unfinished(config)
     settings.refuse_two_divisions(config, mesh)
     settings.refuse_unlike_ranks(config, overwrite, mesh)
     grid = make_grid(mesh, config.tensor_parallel, config.pipeline_parallel)
@@ -128,11 +127,11 @@ def prepare(config: TrainConfig, mesh: comm.Mesh, overwrite: bool = False) -> Ru
     inputs = _compare_inputs(config, base, tokenizer, data, mesh, resume_point, overwrite)
     if summary is not None:
         return FinishedRun(Path(config.out_dir), summary)
-    model, lora = model_building.build_model(config, base, llama, tokenizer, grid)
+    built = model_building.build_model(config, base, llama, tokenizer, grid)
+    model = built.model
     pretrained = base if config.init == "pretrained" else None
     model.config = with_stop_ids(model.config, pretrained, tokenizer, data.template)
-    stage = _keep_stage(model, config, grid)
-    tied = {EMBEDDING} if llama.tie_embeddings else set()
+    tied = {EMBEDDING} if model.config.tie_embeddings else set()
     optimizer = ShardedOptimizer(model.named_parameters(), grid, config, tied)
     return Run(
         config=config,
@@ -144,23 +143,14 @@ def prepare(config: TrainConfig, mesh: comm.Mesh, overwrite: bool = False) -> Ru
         train_batches=data.train_batches,
         eval_batches=data.eval_batches,
         model=model,
-        lora=lora,
-        stage=stage,
+        lora=built.lora,
+        stage=built.stage,
         optimizer=optimizer,
         resume_point=resume_point,
         typed_config=typed_config,
         inputs=inputs,
         in_use=(*sources.data, sources.tokenizer, sources.cache_dir),
     )
-
-
-def _keep_stage(model: Llama, config: TrainConfig, grid: Grid) -> "Stage | None":
-    """Cut a model into pipeline stages, if the run has any."""
-    if grid.stage.size == 1:
-        return None
-    from minillama.parallel import pipeline
-
-    return pipeline.keep_stage(model, grid.stage, has_dropout=config.lora_dropout > 0)
 
 
 def _compare_inputs(

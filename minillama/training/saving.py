@@ -59,15 +59,17 @@ def write_final(run: Run) -> None:
 def write_model(run: Run, directory: Path) -> None:
     """Write the model, or its adapter alone, and how it was made.
 
-    Called on every rank: tensor ranks join their parts, and the first rank writes.
+    Called on every rank: tensor ranks join their parts, stages send theirs to the first one, and
+    the first rank writes.
     """
-    if not run.grid.data.is_first:
+    grid = run.grid
+    if not grid.data.is_first:
         return  # every data line has the same model
     base = str(run.base.resolve()) if run.base else ""
     if run.lora is None:
-        save_model(run.model, directory, run.tokenizer, mesh=run.grid.tensor)
+        save_model(run.model, directory, run.tokenizer, mesh=grid.tensor, stages=grid.stage)
     else:
-        save_adapter(run.model, run.lora, directory, base, run.grid.tensor)
+        save_adapter(run.model, run.lora, directory, base, grid.tensor, grid.stage)
     if not run.mesh.is_first:
         return
     if run.lora is not None:

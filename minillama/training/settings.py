@@ -52,19 +52,6 @@ PATHS = {"ckpt", "tokenizer", "adapter", "data", "eval_data", "dataset_dir"}
 # Keys that may differ between the ranks of a run, because machines differ.
 MAY_DIFFER = PATHS | {"resume", "device", "devices", "threads", "workers", "cache_dir"}
 
-# Keys that may only be 1 until the part that they need exists.
-UNFINISHED = {
-    "pipeline_parallel": "pipeline parallelism does not exist here yet",
-}
-
-
-def refuse_unfinished(config: TrainConfig) -> None:
-    """Raise UserError for a key that asks for a part that does not exist yet."""
-    for name, reason in UNFINISHED.items():
-        value = getattr(config, name)
-        if value > 1:
-            raise UserError(f"{name} = {value}: {reason}; leave it out")
-
 
 def refuse_two_divisions(config: TrainConfig, mesh: comm.Mesh) -> None:
     """Raise UserError if layers are to be divided among devices of a process and among ranks."""
