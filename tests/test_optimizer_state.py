@@ -19,7 +19,7 @@ from minillama.files import read_json, sha256_of, write_json
 from minillama.grid import make_grid
 from minillama.parallel.parts import Part, SavedPiece, WholeParameter
 from minillama.parallel.sharded_optimizer import SavedSlice
-from minillama.tensor_files import read_safetensors
+from minillama.tensor_files import TensorRef, read_safetensors
 from minillama.tensor_writers import write_safetensors
 from minillama.train_config import TrainConfig
 from tests.ranks import run_on_ranks
@@ -91,6 +91,37 @@ def test_any_grid_resumes_any_other(writer: str, tmp_path: Path) -> None:
         found = whole_state(checkpoint_path(tmp_path / str(number), 1), PARAMETERS)
         for name, values in expected.items():
             assert torch.equal(found[name], values), (writer, grid, name)
+
+
+def reads_of_a_resume(tensor: int, stage: int, loaded: Path) -> list[int]:
+    """How many elements each read takes from a file when this rank resumes."""
+    reads = []
+    read_part = TensorRef.read_part
+
+    def recording(self: TensorRef, start: int, stop: int) -> Tensor:
+        reads.append(stop - start)
+        return read_part(self, start, stop)
+
+    with comm.start("cpu", timeout_minutes=1) as mesh, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TensorRef, "read_part", recording)
+        _, optimizer = make_optimizer(make_grid(mesh, tensor), list(SHAPES), stage)
+        saved = SavedOptimizer(loaded, optimizer.parameters)
+        optimizer.load_state(saved.read, 2, None)
+    return reads
+
+
+def test_a_resume_reads_what_the_rank_owns_and_one_parameter_at_a_time(tmp_path: Path) -> None:
+    run_on_ranks(2, resume_and_save, 1, 1, 1, False, None, tmp_path / "data")
+    run_on_ranks(2, resume_and_save, 2, 1, 0, False, None, tmp_path / "tensor")
+    total = sum(parameter.size for parameter in PARAMETERS.values())
+    largest = max(parameter.size for parameter in PARAMETERS.values())
+
+    of_two = run_on_ranks(2, reads_of_a_resume, 1, 1, checkpoint_path(tmp_path / "data", 1))
+    assert sum(of_two[0] + of_two[1]) == 3 * total
+    assert sum(of_two[0]) < 3 * total
+    of_one = run_on_ranks(1, reads_of_a_resume, 1, 0, checkpoint_path(tmp_path / "tensor", 1))
+    assert sum(of_one[0]) == 3 * total
+    assert max(of_one[0]) <= largest
 
 
 def write_by_position(
