@@ -98,8 +98,10 @@ def main(arguments: list[str]) -> int:
     """Returns the exit code: 0, or that of the signal which stopped training."""
     config, flags = parse(arguments)
     if flags.list_configs:
-        for name, line in presets.list_presets().items():
-            print(f"{name:24}{line}")
+        listed = presets.list_presets()
+        width = max(map(len, listed)) + 2
+        for name, line in listed.items():
+            print(f"{name:{width}}{line}")
         return 0
     from minillama import comm
     from minillama.training import dry_run, messages, model_building, run, trainer

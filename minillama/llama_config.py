@@ -225,6 +225,25 @@ def _published(
     )
 
 
+def _llama3(
+    dim: int,
+    n_layers: int,
+    n_heads: int,
+    ffn_dim: int,
+    scaling_factor: float | None = None,
+    tied: bool = False,
+) -> LlamaConfig:
+    """LLaMA 3; scaling_factor: of the rotary frequencies, which 3.1 and later extend by it."""
+    llama = _published(
+        dim, n_layers, n_heads, ffn_dim, n_kv_heads=8, vocab_size=128256, context=8192, theta=5e5
+    )
+    llama = replace(llama, tie_embeddings=tied, bos_id=128000, eos_ids=(128001,))
+    if scaling_factor is None:
+        return llama
+    scaling = RopeScaling("llama3", scaling_factor, original_max_seq_len=llama.max_seq_len)
+    return replace(llama, rope_scaling=scaling, max_seq_len=131072)
+
+
 # One line a model: width, layers, heads, F; then what differs from LLaMA-2.
 PUBLISHED = {
     "7b": _published(4096, 32, 32, 11008),
@@ -237,6 +256,15 @@ PUBLISHED = {
     "llama1-13b": _published(5120, 40, 40, 13824, context=2048, eps=1e-6),
     "chinese-7b": _published(4096, 32, 32, 11008, vocab_size=55296),
     "chinese-13b": _published(5120, 40, 40, 13824, vocab_size=55296),
+    "chinese-alpaca-7b": _published(4096, 32, 32, 11008, vocab_size=49954, context=2048, eps=1e-6),
+    "chinese-alpaca-13b": _published(5120, 40, 40, 13824, vocab_size=49954, context=2048, eps=1e-6),
+    "chinese-alpaca-33b": _published(6656, 60, 52, 17920, vocab_size=49954, context=2048, eps=1e-6),
+    "llama3-8b": _llama3(4096, 32, 32, 14336),
+    "llama3-70b": _llama3(8192, 80, 64, 28672),
+    "llama3.1-8b": _llama3(4096, 32, 32, 14336, scaling_factor=8.0),
+    "llama3.1-70b": _llama3(8192, 80, 64, 28672, scaling_factor=8.0),
+    "llama3.2-1b": _llama3(2048, 16, 32, 8192, scaling_factor=32.0, tied=True),
+    "llama3.2-3b": _llama3(3072, 28, 24, 8192, scaling_factor=32.0, tied=True),
     "15m": _published(288, 6, 6, 768, context=256),
     "110m": _published(768, 12, 12, 2048, context=1024),
     "1.1b": _published(2048, 22, 32, 5632, n_kv_heads=4, context=2048),

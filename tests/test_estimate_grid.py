@@ -27,6 +27,7 @@ from minillama.training.estimate import (
     parts_at,
     places_of,
     trainable_count,
+    weight_bytes,
 )
 from minillama.training.model_building import lora_config
 from tests.ranks import run_on_ranks
@@ -117,7 +118,7 @@ def test_a_device_holds_what_placement_gives_it(tied: bool) -> None:
     devices = [torch.device("cuda", number) for number in range(3)]
     places = plan(devices, llama.n_layers, tied)
     for number, place in enumerate(places_of(TrainConfig(devices="3"))):
-        names = {part.name for part in parts_at(llama, None, torch.float32, place)}
+        names = {part.name for part in parts_at(llama, None, place)}
         expected = {n for n in llama.parameter_shapes() if places.device_of(n) == devices[number]}
         assert names == expected
 
@@ -126,7 +127,7 @@ def test_the_stages_of_a_model_hold_all_of_it_and_a_tied_copy() -> None:
     for name in ("7b", "70b"):
         llama = PUBLISHED[name]
         places = [Place(stage, 4, tensor, 8) for stage in range(4) for tensor in range(8)]
-        sizes = [prod(p.shape) for at in places for p in parts_at(llama, None, torch.bfloat16, at)]
+        sizes = [prod(p.shape) for at in places for p in parts_at(llama, None, at)]
         norms = 7 * (2 * llama.n_layers + 1) * llama.dim  # on the seven other tensor ranks too
         assert sum(sizes) == llama.parameter_count() + norms
 
@@ -163,7 +164,7 @@ def test_a_plan_names_the_grid_its_layers_and_the_largest_stage() -> None:
     text = planned(GRID)
     assert "1 data × 2 stages × 8 tensor ranks; layers of each stage: 24, 24" in text
     assert "the largest is stage 0: embedding, layers 0 to 23" in text
-    assert "a step      32 rows" in text  # one data rank
+    assert "a step      256 rows" in text  # one data rank
     config, _ = train.parse(GRID.split())
     predicted = estimate(PUBLISHED["34b"], config, 16, places_of(config)[0])
     assert f"weights {predicted.weights / 1e9:.2f} GB" in text
@@ -210,7 +211,7 @@ def test_what_cannot_fit_is_refused_with_its_bytes_and_a_grid_that_fits(
 ) -> None:
     config = TrainConfig(**{"precision": "bf16", **keys})
     llama = PUBLISHED[name]
-    most = max(estimate(llama, config, place=place).weights for place in places_of(config))
+    most = max(weight_bytes(llama, config, place) for place in places_of(config))
     with pytest.raises(UserError, match=f"{most:,} bytes .* 40.00 GB is the most; {remedy}"):
         refuse_what_cannot_fit(llama, config)
 

@@ -116,6 +116,38 @@ def test_metas_rule_gives_the_published_mlp_widths() -> None:
     assert ffn_width(8192, 4096, 1.3) == 28672
 
 
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [
+        ("llama3-8b", 8_030_261_248),
+        ("llama3.1-70b", 70_553_706_496),
+        ("llama3.2-1b", 1_235_814_400),
+        ("llama3.2-3b", 3_212_749_824),
+    ],
+)
+def test_the_shapes_of_llama_3_have_the_published_number_of_parameters(
+    name: str, count: int
+) -> None:
+    assert published(name).parameter_count() == count
+
+
+@pytest.mark.parametrize(
+    ("name", "file"),
+    [
+        ("llama3.1-8b", "mlc_llama3_1_8b"),
+        ("llama3.1-70b", "mlc_llama3_1_70b"),
+        ("llama3.2-1b", "mlc_llama3_2_1b"),
+        ("llama3.2-3b", "mlc_llama3_2_3b"),
+    ],
+)
+def test_the_shapes_of_llama_3_are_those_of_published_files(
+    name: str, file: str, shared: Path
+) -> None:
+    """Instruction-tuned files name more tokens that end a text."""
+    theirs = read_config(shared / f"configs/{file}.config.json")
+    assert published(name) == replace(theirs, eos_ids=(128001,))
+
+
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_a_config_written_and_read_is_the_same(name: str) -> None:
     assert from_hf(to_hf(PUBLISHED[name])) == PUBLISHED[name]

@@ -1,8 +1,11 @@
 """Presets: each resolves, says how to start it, and can be planned without allocating anything."""
 
 import dataclasses
+import math
+import re
 import resource
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -10,7 +13,7 @@ import train
 from minillama import presets
 from minillama.errors import UserError
 from minillama.files import write_json
-from minillama.training.dry_run import describe, refuse_what_cannot_fit
+from minillama.training.dry_run import describe, needs_of, refuse_what_cannot_fit
 from minillama.training.estimate import estimate
 from minillama.training.model_building import model_config
 
@@ -51,11 +54,60 @@ def test_a_plan_counts_parameters_exactly_and_allocates_nothing(
     )  # KiB; the models are 13 to 26 GB
 
 
+class Launch(NamedTuple):
+    """What the first two comments of a preset say."""
+
+    description: str
+    ranks: int
+    words: list[str]  # after train.py
+
+
+def launch_of(preset: str) -> Launch:
+    text = (ROOT / f"minillama/configs/{preset}.toml").read_text()
+    description, command = (line.removeprefix("# ") for line in text.splitlines()[:2])
+    launcher, _, rest = command.partition("train.py")
+    counts = re.findall(r"--(?:nnodes|nproc_per_node) (\d+)", launcher)
+    return Launch(description, math.prod(map(int, counts)), rest.split())
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_the_command_of_a_preset_gives_the_global_batch_that_it_states(preset: str) -> None:
+    """micro-batch × accumulation × data ranks; all ranks form whole models."""
+    launch = launch_of(preset)
+    settings, _ = train.parse(launch.words)
+    ranks_of_model = settings.tensor_parallel * settings.pipeline_parallel
+    assert launch.ranks % ranks_of_model == 0
+    rows_per_rank = settings.per_device_train_batch_size * settings.gradient_accumulation_steps
+    rows = rows_per_rank * launch.ranks // ranks_of_model
+    assert re.search(r"global batch (\d+)", launch.description)[1] == str(rows)
+
+
 @pytest.mark.parametrize("preset", [name for name in PRESETS if name != "demo_lora"])
-def test_every_preset_can_be_planned(preset: str) -> None:
+def test_every_preset_fits_as_it_is_started(preset: str) -> None:
     """demo_lora starts from the checkpoint that demo makes."""
-    settings = presets.resolve(preset, {})
-    assert f"{model_config(settings, None).parameter_count():,}" in describe(settings, 1)
+    launch = launch_of(preset)
+    settings, _ = train.parse(launch.words)
+    settings = dataclasses.replace(settings, ckpt="", init="scratch")
+    llama = model_config(settings, None)
+    assert f"{llama.parameter_count():,}" in describe(settings, launch.ranks)
+    refuse_what_cannot_fit(llama, settings)
+
+
+# Bytes that a device of the documents' machines has.
+MEMORY = {"chinese_13b_": 24e9, "full": 16e9, "lora_qv": 16e9}
+
+
+@pytest.mark.parametrize(
+    "preset", ["13b_full", "7b_full", "13b_lora_qv", "7b_lora_qv", "chinese_13b_sft_lora"]
+)
+def test_the_largest_part_of_a_model_fits_a_chip_of_the_documents(preset: str) -> None:
+    """Sophgo's SC7 has 16 GB a chip, Cambricon's X8 24 GB."""
+    launch = launch_of(preset)
+    settings, _ = train.parse(launch.words)
+    settings = dataclasses.replace(settings, ckpt="", init="scratch")
+    needs = needs_of(model_config(settings, None), settings, launch.ranks)
+    limit = next(size for name, size in MEMORY.items() if name in preset)
+    assert max(need.total for need in needs) < limit
 
 
 def test_the_bytes_of_a_plan_by_hand() -> None:
@@ -79,7 +131,8 @@ def test_the_bytes_of_a_plan_by_hand() -> None:
 
 @pytest.mark.parametrize("preset", ["34b_lora", "70b_lora"])
 def test_models_that_every_rank_would_hold_whole_are_refused_with_the_bytes(preset: str) -> None:
-    settings = dataclasses.replace(presets.resolve(preset, {}), ckpt="", init="scratch")
+    flags = {"tensor_parallel": 1, "init": "scratch"}
+    settings = presets.resolve(preset, flags)
     llama = model_config(settings, None)
     weights = estimate(llama, settings).weights
     with pytest.raises(UserError, match=f"{weights:,} bytes .* use --tensor_parallel"):
@@ -88,10 +141,7 @@ def test_models_that_every_rank_would_hold_whole_are_refused_with_the_bytes(pres
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_a_preset_begins_with_what_it_is_and_how_to_start_it(preset: str) -> None:
-    text = (ROOT / f"minillama/configs/{preset}.toml").read_text()
-    description, command = text.splitlines()[:2]
-    assert description.startswith("# ")
-    assert "train.py" not in description
-    assert f"--config {preset}" in command or preset == "demo"
-    words = command.partition("train.py")[2].split()
-    train.parse(words)  # its flags exist
+    launch = launch_of(preset)
+    assert "train.py" not in launch.description
+    assert preset in launch.words or preset == "demo"
+    train.parse(launch.words)  # its flags exist

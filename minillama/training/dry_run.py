@@ -31,6 +31,7 @@ from minillama.training.estimate import (
     estimate,
     layers_at,
     places_of,
+    weight_bytes,
 )
 from minillama.training.model_building import find_base, model_config
 from minillama.training.summary import gigabytes
@@ -89,10 +90,7 @@ def refuse_what_cannot_fit(llama: LlamaConfig, config: TrainConfig) -> None:
 
 def _most_weights(llama: LlamaConfig, config: TrainConfig) -> int:
     """Bytes of weights on the device that holds most of them."""
-    estimates = [
-        estimate(llama, config, place.ranks_of_model, place) for place in places_of(config)
-    ]
-    return max(state.weights for state in estimates)
+    return max(weight_bytes(llama, config, place) for place in places_of(config))
 
 
 def _division_that_fits(llama: LlamaConfig, config: TrainConfig) -> str:

@@ -21,8 +21,6 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import torch
-
 from minillama.adapter_checks import EMBEDDING, HEAD
 from minillama.device import DTYPES
 from minillama.device_list import count_devices
@@ -88,9 +86,7 @@ def bytes_per_weight(config: TrainConfig) -> int:
     return DTYPES[config.precision].itemsize
 
 
-def parts_at(
-    llama: LlamaConfig, lora: LoraConfig | None, dtype: torch.dtype, place: Place
-) -> list[Part]:
+def parts_at(llama: LlamaConfig, lora: LoraConfig | None, place: Place) -> list[Part]:
     """The parameters that a rank holds, LoRA's factors among them."""
     shapes = llama.parameter_shapes()
     if lora is not None:
@@ -103,8 +99,7 @@ def parts_at(
         held = range(0)
         if axis is not None:
             held = part_of(shape[axis], place.tensor, place.tensors)
-        own_dtype = torch.float32 if _is_factor(name) else dtype
-        parts.append(Part(name, shape, axis, held.start, held.stop, own_dtype))
+        parts.append(Part(name, shape, axis, held.start, held.stop))
     return parts
 
 
@@ -146,7 +141,7 @@ def layers_at(llama: LlamaConfig, place: Place) -> range:
 
 def contents(llama: LlamaConfig, place: Place) -> str:
     """What a place holds, in words."""
-    names = {part.name for part in parts_at(llama, None, torch.float32, place)}
+    names = {part.name for part in parts_at(llama, None, place)}
     layers = layers_at(llama, place)
     words = ["embedding"] if EMBEDDING in names else []
     words.append(f"layers {layers.start} to {layers.stop - 1}")
@@ -165,8 +160,18 @@ def is_trained(name: str, lora: LoraConfig | None) -> bool:
 
 def trainable_count(llama: LlamaConfig, lora: LoraConfig | None) -> int:
     """How many parameters are trained in the whole model."""
-    parts = parts_at(llama, lora, torch.float32, Place())
-    return sum(part.whole_size for part in parts if is_trained(part.name, lora))
+    parts = parts_at(llama, lora, Place())
+    return sum(math.prod(part.shape) for part in parts if is_trained(part.name, lora))
+
+
+def weight_bytes(llama: LlamaConfig, config: TrainConfig, place: Place) -> int:
+    """Bytes of the weights that a rank holds, LoRA's factors among them."""
+    lora = lora_config(config) if config.lora else None
+    weights = 0
+    for part in parts_at(llama, lora, place):
+        width = FP32 if _is_factor(part.name) else bytes_per_weight(config)
+        weights += math.prod(part.shape) * width
+    return weights
 
 
 def estimate(
@@ -180,24 +185,23 @@ def estimate(
     lora = lora_config(config) if config.lora else None
     is_exact = config.reduction == "exact"
     accumulates = config.gradient_accumulation_steps > 1 or is_exact
-    weights = 0
     gradients = 0
     optimizer = 0
-    for part in parts_at(llama, lora, DTYPES[config.precision], place):
+    for part in parts_at(llama, lora, place):
+        if not is_trained(part.name, lora):
+            continue
         size = math.prod(part.shape)
-        width = part.dtype.itemsize
-        weights += size * width
-        if is_trained(part.name, lora):
-            gradients += size * (FP32 if accumulates else width)
-            masters = 0 if width == FP32 else FP32
-            optimizer += size * (masters + 2 * FP32)
+        width = FP32 if _is_factor(part.name) else bytes_per_weight(config)
+        gradients += size * (FP32 if accumulates else width)
+        masters = 0 if width == FP32 else FP32
+        optimizer += size * (masters + 2 * FP32)
 
     data_ranks = max(1, world_size // place.ranks_of_model)
     shards_optimizer = config.zero_stage >= 1
     shards_gradients = config.zero_stage == 2 or (is_exact and shards_optimizer)
     return Estimate(
         trainable=trainable_count(llama, lora),
-        weights=weights,
+        weights=weight_bytes(llama, config, place),
         gradients=math.ceil(gradients / (data_ranks if shards_gradients else 1)),
         optimizer=math.ceil(optimizer / (data_ranks if shards_optimizer else 1)),
     )

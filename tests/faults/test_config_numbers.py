@@ -31,6 +31,15 @@ YARN = {"rope_type": "yarn", "factor": 2.0}
         ("llama1-13b", 1e-6, 1e4, 2048),  # huggyllama/llama-13b
         ("chinese-7b", 1e-5, 1e4, 4096),  # hfl/chinese-llama-2-7b
         ("chinese-13b", 1e-5, 1e4, 4096),  # hfl/chinese-llama-2-13b
+        ("chinese-alpaca-7b", 1e-6, 1e4, 2048),  # hfl/chinese-alpaca-lora-7b, merged
+        ("chinese-alpaca-13b", 1e-6, 1e4, 2048),  # hfl/chinese-alpaca-lora-13b, merged
+        ("chinese-alpaca-33b", 1e-6, 1e4, 2048),  # hfl/chinese-alpaca-lora-33b, merged
+        ("llama3-8b", 1e-5, 5e5, 8192),  # meta-llama/Meta-Llama-3-8B
+        ("llama3-70b", 1e-5, 5e5, 8192),  # meta-llama/Meta-Llama-3-70B
+        ("llama3.1-8b", 1e-5, 5e5, 131072),  # meta-llama/Llama-3.1-8B
+        ("llama3.1-70b", 1e-5, 5e5, 131072),  # meta-llama/Llama-3.1-70B
+        ("llama3.2-1b", 1e-5, 5e5, 131072),  # meta-llama/Llama-3.2-1B
+        ("llama3.2-3b", 1e-5, 5e5, 131072),  # meta-llama/Llama-3.2-3B
         ("15m", 1e-5, 1e4, 256),  # karpathy/tinyllamas
         ("110m", 1e-5, 1e4, 1024),  # karpathy/tinyllamas
         ("1.1b", 1e-5, 1e4, 2048),  # TinyLlama/TinyLlama-1.1B
