@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from minillama import cli, errors, launch, presets, threads, train_config
-from minillama.compat import deepspeed
+from minillama.compat import deepspeed, model_claims
 from minillama.compat import flags as other_systems
 
 EXAMPLES = """
@@ -111,9 +111,9 @@ def main(arguments: list[str]) -> int:
         model_building.refuse_other_adapter(config, vars(flags))
     if not flags.dry_run:
         run.check_inputs(config, f"{launch.launcher()} train.py {shlex.join(arguments)}")
-    if other_systems.describes_model(vars(flags)):
+    if model_claims.describes_model(vars(flags)):
         llama = model_building.model_config(config, model_building.find_base(config))
-        other_systems.refuse_other_model(vars(flags), llama)
+        model_claims.refuse_other_model(vars(flags), llama, config.tensor_parallel)
     if flags.dry_run:
         print(dry_run.describe(config, flags.world_size))
         return 0

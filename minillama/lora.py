@@ -42,6 +42,7 @@ MEGATRON = {
     "dense_4h_to_h": ("down_proj",),
     "word_embeddings": ("embed_tokens",),
     "lm_head.lm_head": ("lm_head",),
+    "output_layer": ("lm_head",),
     "all": LINEARS,
 }
 

@@ -110,6 +110,13 @@ ASCENDSPEEDS = (
     Command("002", "7B LoRA", TUNE_7B + " --is-instruction-dataset" + LORA),
     Command(
         "002",
+        "7B LoRA on a fused MLP",
+        TUNE_7B
+        + " --is-instruction-dataset --lora-r 16 --lora-alpha 32 "
+        + "--lora-target-modules query_key_value dense proj dense_4h_to_h",
+    ),
+    Command(
+        "002",
         "7B LoRA and a new vocabulary",
         TUNE_7B + LORA + " --lora-modules-to-save word_embeddings lm_head.lm_head",
     ),

@@ -10,7 +10,7 @@ import pytest
 import train
 from minillama.checkpoint.hf_writer import save_model
 from minillama.compat import flags as other_systems
-from minillama.compat import training_flags
+from minillama.compat import model_claims, training_flags
 from minillama.data.token_cache import open_data
 from minillama.data.tokenize import DataOptions
 from minillama.errors import UserError
@@ -120,7 +120,10 @@ def test_ascendspeeds_two_flags_name_a_deepspeed_file(tmp_path: Path) -> None:
         ("--untie-embeddings-and-output-weights", {"tie_embeddings": True}, "its head is its emb"),
         ("--disable-bias-linear", {"attention_bias": True}, "have biases"),
         ("--group-query-attention", {"n_heads": 6, "n_kv_heads": 6}, "--n_kv_heads N groups them"),
-        ("--make-vocab-size-divisible-by 8", {"vocab_size": 50}, "50 rows are not padded"),
+        ("--make-vocab-size-divisible-by 8", {"vocab_size": 50}, "8 does not divide its 50 rows"),
+        ("--layernorm-epsilon 1e-6", {}, "layernorm_epsilon 1e-6 describes another model: it has"),
+        ("--rotary-base 500000", {}, "it has 10000"),
+        ("--pad-vocab-size-to 100008", {}, "it has 50"),
         ("--type 7B", {}, "it has 2 layers of width 24"),
     ],
 )
@@ -128,11 +131,20 @@ def test_what_a_flag_says_of_the_model_is_compared_with_it(
     flag: str, changes: dict, named: str
 ) -> None:
     flags = vars(train.parse([*CKPT, *flag.split()])[1])
-    assert other_systems.describes_model(flags)
+    assert model_claims.describes_model(flags)
     with pytest.raises(UserError, match=named):
-        other_systems.refuse_other_model(flags, replace(TINY, **changes))
-    fitting = replace(TINY, vocab_size=64, n_layers=32, dim=4096)
-    other_systems.refuse_other_model(flags, fitting)
+        model_claims.refuse_other_model(flags, replace(TINY, **changes))
+    rows = 100008 if "pad" in flag else 64
+    fitting = replace(TINY, n_layers=32, dim=4096, norm_eps=1e-6, rope_theta=5e5, vocab_size=rows)
+    model_claims.refuse_other_model(flags, fitting)
+
+
+def test_the_rows_of_a_vocabulary_are_cut_over_the_tensor_ranks() -> None:
+    flags = vars(train.parse([*CKPT, "--make-vocab-size-divisible-by", "8"])[1])
+    llama = replace(TINY, vocab_size=32)
+    model_claims.refuse_other_model(flags, llama, tensor_parallel=4)
+    with pytest.raises(UserError, match="64 does not divide its 32 rows"):
+        model_claims.refuse_other_model(flags, llama, tensor_parallel=8)
 
 
 def test_a_size_of_theirs_names_a_model_from_scratch() -> None:

@@ -14,10 +14,12 @@ from minillama.data.demo import records
 from minillama.errors import UserError
 from minillama.files import write_json
 from minillama.hf_config import published, to_hf
+from minillama.lora import resolve_names
 from minillama.train_config import TrainConfig
 from minillama.training import dry_run, settings
 from tests import documents_training as documents
 from tests.conftest import random_model
+from tests.conversions import LINEARS, run_convert
 from tests.documents import Command, names_of
 from tests.published_commands import ASCEND, CHINESE
 
@@ -158,8 +160,6 @@ def write_inputs(workplace: Path, inputs: Path) -> Callable[[list[str]], None]:
 
 def write_tokenized(prefix: Path, tokenizer: Path) -> None:
     """Make a data set by the command that the documents make it with."""
-    from tests.conversions import run_convert
-
     prefix.parent.mkdir(parents=True, exist_ok=True)
     words = ["--input", "data/alpaca.json", "--tokenizer-name-or-path", str(tokenizer)]
     if prefix.name.endswith("_text_document"):
@@ -184,7 +184,7 @@ def write_conversations(path: Path, examples: list[dict]) -> None:
 
 RUN_HERE = [
     *documents.FASTCHATS[:1],
-    *documents.ASCENDSPEEDS[1:6],
+    *documents.ASCENDSPEEDS[1:7],
     *documents.CHINESE_2S[:2],
     documents.LLAMA_FACTORIES[0],
     documents.LLAMA_FACTORIES[2],
@@ -202,6 +202,16 @@ def test_a_command_trains_a_tiny_model(
     summary = json.loads((out_dir / "summary.json").read_text())
     assert summary["steps"] > 0
     assert (out_dir / "final/minillama.json").is_file()
+
+
+LORA_COMMANDS = tuple(c for c in documents.ASCENDSPEEDS if "LoRA" in c.name)
+
+
+@each(LORA_COMMANDS)
+def test_megatrons_names_adapt_every_linear_layer(command: Command, workplace: Path) -> None:
+    config = train.parse(typed(command, workplace))[0]
+    assert set(resolve_names(config.lora_targets)) == set(LINEARS)
+    assert set(resolve_names(config.modules_to_save)) <= {"embed_tokens", "lm_head"}
 
 
 @each(tuple(RUN_HERE[:1] + RUN_HERE[-1:]))

@@ -3,10 +3,10 @@
 Their command lines can be pasted after ours. What a training flag of theirs means, the tables of
 training_flags.py say; here is what needs more than a table:
 
-    their flags -> values of our keys         keys_from
-                -> names of data sets         instruction_data
-                -> checks of the settings     refuse_contradictions, with_global_batch_size
-                -> checks of the model        refuse_other_model
+    their flags -> values of our keys         translate
+                -> the accumulation           with_global_batch_size
+                -> checks of the settings     refuse_contradictions
+                -> checks of the model        model_claims.py
 
 Any other flag is unknown, and an error. Nothing that would change a result is accepted and ignored;
 ignored_keys.py says the same of our own keys.
@@ -21,27 +21,24 @@ from typing import Any
 
 from minillama.cli import Parser
 from minillama.compat.lora_load import continued_adapter
+from minillama.compat.model_claims import size_of
 from minillama.compat.training_flags import ALLOWED, HARMLESS, KEY_NAMES, OTHERS
 from minillama.errors import UserError
-from minillama.hf_config import published
 from minillama.ignored_keys import NO_EVAL_DATA
 from minillama.launch import read_launch
-from minillama.llama_config import LlamaConfig
 from minillama.train_config import PRECISIONS, TrainConfig
 
 RENAMED = {name: key for key, names in KEY_NAMES.items() for name in names.split()}
 DEFAULT_SPLIT = "969,30,1"  # AscendSpeed's shares for training, validation and test
 PACKED_IDS = "_packed_input_ids_document"  # what AscendSpeed appends to the prefix of its sets
 PLAIN_TEXT = "_text_document"
-RECOMPUTATION = ("checkpoint_activations", "recompute_activations", "recompute_granularity")
-RESUME = {"true": "auto", "false": "none"}  # of --resume_from_checkpoint; else a directory
-MODEL_FLAGS = (
-    "untie_embeddings_and_output_weights",
-    "disable_bias_linear",
-    "group_query_attention",
-    "make_vocab_size_divisible_by",
-    "type",
+RECOMPUTATION = (
+    "checkpoint_activations",
+    "recompute_activations",
+    "recompute_granularity",
+    "deepspeed_activation_checkpointing",
 )
+RESUME = {"true": "auto", "false": "none"}  # of --resume_from_checkpoint; else a directory
 
 
 def add_flags(parser: Parser) -> None:
@@ -79,7 +76,7 @@ def _keys_from(flags: Mapping[str, Any]) -> dict[str, Any]:
     if flags.get("dataset_dir") and not flags.get("data"):
         keys["data"] = (flags["dataset_dir"],)  # Chinese-LLaMA-Alpaca: the folder is the data
     if flags.get("type") and not _starts_from_checkpoint(flags):
-        keys["model"] = _size_of(_text(flags["type"]))
+        keys["model"] = size_of(_text(flags["type"]))
     return keys | _training_keys(flags)
 
 
@@ -104,12 +101,6 @@ def _training_keys(flags: Mapping[str, Any]) -> dict[str, Any]:
 
 def _starts_from_checkpoint(flags: Mapping[str, Any]) -> bool:
     return bool(flags.get("ckpt")) and flags.get("init") != "scratch"
-
-
-def _size_of(type_name: str) -> str:
-    """Return our name of a size that AscendSpeed calls 7B, 30B or llama2-70B."""
-    size = type_name.removeprefix("llama2-").removeprefix("llama-")
-    return "33b" if size == "30b" else size
 
 
 def _power_of_two(text: str) -> int:
@@ -217,38 +208,6 @@ def refuse_contradictions(flags: Mapping[str, Any], config: TrainConfig) -> None
             f"--lr_decay_iters {decay_steps}: the schedule ends with the run; leave it out, or "
             f"give the same to --train_iters"
         )
-
-
-def describes_model(flags: Mapping[str, Any]) -> bool:
-    """Tell whether flags say something about the model that only its config.json can answer."""
-    return any(flags.get(name) is not None for name in MODEL_FLAGS)
-
-
-def refuse_other_model(flags: Mapping[str, Any], llama: LlamaConfig) -> None:
-    """Raise UserError for a flag that describes another model than `llama`, the one to train."""
-    if _is_on(flags, "untie_embeddings_and_output_weights") and llama.tie_embeddings:
-        raise _other_model("untie_embeddings_and_output_weights", "its head is its embedding")
-    has_bias = llama.attention_bias or llama.mlp_bias
-    if _is_on(flags, "disable_bias_linear") and has_bias:
-        raise _other_model("disable_bias_linear", "its linear layers have biases")
-    if _is_on(flags, "group_query_attention") and llama.n_kv_heads == llama.n_heads:
-        reason = f"{llama.n_heads} query heads have {llama.n_kv_heads} key/value heads"
-        raise _other_model("group_query_attention", f"{reason}; --n_kv_heads N groups them")
-    if flags.get("make_vocab_size_divisible_by") is not None:
-        text = _text(flags["make_vocab_size_divisible_by"])
-        multiple = _whole_number("make_vocab_size_divisible_by", text)
-        if multiple == 0 or llama.vocab_size % multiple:
-            reason = f"its {llama.vocab_size} rows are not padded here"
-            raise _other_model(f"make_vocab_size_divisible_by {text}", reason)
-    if flags.get("type"):
-        size = published(_size_of(_text(flags["type"])))
-        if (size.n_layers, size.dim) != (llama.n_layers, llama.dim):
-            shape = f"it has {llama.n_layers} layers of width {llama.dim}"
-            raise _other_model(f"type {flags['type'][0]}", shape)
-
-
-def _other_model(flag: str, reason: str) -> UserError:
-    return UserError(f"--{flag} describes another model: {reason}; leave the flag out")
 
 
 def _is_on(flags: Mapping[str, Any], name: str) -> bool:

@@ -10,6 +10,7 @@ A flag without a value is `true`. `OTHERS` need more than a table: compat/flags.
 
 from dataclasses import dataclass
 
+from minillama.compat.model_claims import DIVISOR, NUMBERS, TYPE
 from minillama.train_config import PRECISIONS
 
 
@@ -131,6 +132,10 @@ HARMLESS = {
     "ddp_find_unused_parameters": "every trained parameter is used",
     "DDP_impl": "how gradients are sent; --reduction has their order",
     "distributed_backend": "the device decides which library sends",
+    "no_pipeline_parallel": "--pipeline_parallel has the number of stages",
+    "overlap_grad_reduce": "when gradients are sent, not what is sent",
+    "overlap_param_gather": "when parameters are sent, not what is sent",
+    "no_gradient_accumulation_fusion": "where gradients are added up, not what they are",
     "no_contiguous_buffers_in_local_ddp": "where gradients lie in memory",
     "flash_attn": KERNEL,
     "use_flash_attn": KERNEL,
@@ -139,12 +144,16 @@ HARMLESS = {
     "no_masked_softmax_fusion": KERNEL,
     "use_fused_rmsnorm": KERNEL,
     "use_fused_rotary_pos_emb": KERNEL,
+    "use_fused_swiglu": KERNEL,
+    "no_bias_gelu_fusion": KERNEL,
     "mlp_layer_fusion": "gate and up as one product or as two have the same elements",
     "sequence_parallel": "which rank holds an activation, not what it is",
     "recompute_method": "which activations are computed again, not what they are",
     "recompute_num_layers": "which activations are computed again, not what they are",
     "lora_register_forward_hook": "recomputation needs no hook here",
     "use_cpu_initialization": "the initial weights follow from --seed on every device",
+    "use_rotary_position_embeddings": "LLaMA's positions are rotary",
+    "finetune": "--load takes weights alone, and a new run begins at step 0",
     "no_load_optim": "--load takes weights alone; a run continues from its own --out_dir",
     "no_load_rng": "dropout and the order of the data follow from --seed and the step",
     "low_cpu_mem_usage": "weights are read one tensor at a time",
@@ -161,12 +170,14 @@ OTHERS = (
     "eval_interval",
     "eval_iters",
     "local_rank",
-    "type",
+    *NUMBERS,
+    DIVISOR,
+    TYPE,
     "global_batch_size",
     "initial_loss_scale",
     "lr_decay_iters",
-    "make_vocab_size_divisible_by",
     "checkpoint_activations",
+    "deepspeed_activation_checkpointing",
     "recompute_activations",
     "use_distributed_optimizer",
     "is_instruction_dataset",
