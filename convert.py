@@ -2,6 +2,9 @@
 
     python convert.py SUBCOMMAND --help      is the manual of a subcommand, with its examples
 
+The scripts of FastChat, AscendSpeed, Chinese-LLaMA-Alpaca and transformers are subcommands too, by
+name or path, with their own flags: docs/commands.md.
+
 Example
     python convert.py apply-delta --base llama-7b-hf --delta vicuna-7b-delta-v1.1 --output vicuna-7b
 

@@ -1,6 +1,7 @@
 """Every command of the documents that trains: planned at its size, and run on a tiny model."""
 
 import json
+import re
 import shlex
 from collections.abc import Callable
 from dataclasses import replace
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import train
+from minillama import presets
 from minillama.checkpoint.hf_writer import save_model
 from minillama.data.demo import records
 from minillama.errors import UserError
@@ -202,6 +204,16 @@ def test_a_command_trains_a_tiny_model(
     summary = json.loads((out_dir / "summary.json").read_text())
     assert summary["steps"] > 0
     assert (out_dir / "final/minillama.json").is_file()
+
+
+def test_the_presets_that_the_pages_name_exist() -> None:
+    pages = sorted((Path(train.__file__).parent / "docs").glob("commands*.md"))
+    assert len(pages) == 6
+    names = set()
+    for page in pages:
+        names |= set(re.findall(r"--config (\w+)", page.read_text(encoding="utf-8")))
+    assert len(names) >= 7
+    assert names <= presets.list_presets().keys()
 
 
 LORA_COMMANDS = tuple(c for c in documents.ASCENDSPEEDS if "LoRA" in c.name)
