@@ -94,7 +94,7 @@ class Cache:
 
         Raises UserError if it is larger than the memory of a device.
         """
-        weight = model.model.embed_tokens.weight
+        weight = model.model.embed_tokens.weight  # the head's may be int8
         layers = [LayerStorage.of(layer, config.head_dim) for layer in model.model.layers]
         bytes_on: Counter[torch.device] = Counter()
         for layer in layers:
@@ -103,7 +103,8 @@ class Cache:
         what = f"the cache of {batch:,} sequences of {capacity:,} tokens"
         for device, num_bytes in bytes_on.items():
             refuse_too_large(num_bytes, what, device)
-        return cls(config, batch, capacity, weight.dtype, layers, weight.device)
+        device = model.lm_head.weight.device  # new tokens come from the head
+        return cls(config, batch, capacity, weight.dtype, layers, device)
 
     def extend(self, count: int, rows: slice = ALL_ROWS) -> "Cache":
         """Prepare for the next `count` tokens of `rows`, which one forward pass then stores.

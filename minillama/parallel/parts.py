@@ -9,7 +9,7 @@ know where its part lies in the whole, and what the other stages hold.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from math import prod
 
 import torch
@@ -42,12 +42,6 @@ class Part:
     axis: int | None = None  # None: all of it
     start: int = 0
     stop: int = 0
-    dtype: torch.dtype = field(default=torch.float32, compare=False)  # of this run, not of a file
-
-    @property
-    def whole_size(self) -> int:
-        """The number of elements of the whole parameter."""
-        return prod(self.whole_shape)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -85,8 +79,8 @@ def parts_on_rank(named: Sequence[tuple[str, nn.Parameter]], grid: Grid) -> dict
     shapes = [tuple(parameter.shape) for _, parameter in named]
     shapes_by_rank = comm.gather_objects(grid.tensor, shapes)
     parts = {}
-    for index, (name, parameter) in enumerate(named):
-        part = Part(name, shapes[index], dtype=parameter.dtype)
+    for index, (name, _) in enumerate(named):
+        part = Part(name, shapes[index])
         axis = axis_of(name) if grid.tensor.size > 1 else None
         if axis is not None:
             lengths = [shapes_of_rank[index][axis] for shapes_of_rank in shapes_by_rank]

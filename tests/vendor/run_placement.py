@@ -10,7 +10,7 @@ import itertools
 import json
 import sys
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -105,11 +105,17 @@ def devices_after_loading(directory: Path) -> dict[str, str]:
     return {name: str(parameter.device) for name, parameter in model.named_parameters()}
 
 
-def train_on(order: str, folder: Path) -> list[float]:
+SCRATCH = {"ckpt": "", "init": "scratch", "dim": 24, "n_heads": 6, "n_kv_heads": 3, "ffn_dim": 42}
+
+
+def train_on(order: str, folder: Path, scratch: bool) -> list[float]:
     """The losses of a short run on these devices."""
     devices = tuple(devices_in(order))
-    out_dir = folder / f"run-{order}"
-    config = small_run(folder / "inputs", out_dir)
+    out_dir = folder / f"run-{order}-{scratch}"
+    keys: dict[str, Any] = {}
+    if scratch:
+        keys = SCRATCH | {"tokenizer": str(folder / "inputs/tokenizer.model"), "n_layers": 2}
+    config = small_run(folder / "inputs", out_dir, **keys)
     train(config, Mesh(device=devices[0], devices=devices))
     return losses_of(out_dir)
 
@@ -125,7 +131,10 @@ def main(folder: Path) -> None:
             f"{order} {is_tied}": place_and_complete(order, is_tied)
             for order, is_tied in itertools.product(ORDERS, (False, True))
         },
-        "runs": {order: train_on(order, folder) for order in ORDERS[:2]},
+        "runs": {
+            f"{order} {scratch}": train_on(order, folder, scratch)
+            for order, scratch in itertools.product(ORDERS[:2], (False, True))
+        },
         "loaded": devices_after_loading(folder / "base"),
         "opened": complete(opened.model),
     }

@@ -68,11 +68,13 @@ def test_tokens_are_those_of_one_device(order: str, is_tied: bool, found: dict) 
 
 
 @pytest.mark.parametrize("order", ORDERS[:2])
+@pytest.mark.parametrize("scratch", [False, True], ids=["pretrained", "scratch"])
 def test_a_run_has_the_losses_of_one_device(
-    order: str, adapted: tuple[Path, Llama], found: dict
+    order: str, scratch: bool, adapted: tuple[Path, Llama], found: dict
 ) -> None:
     folder, _ = adapted
-    assert found["runs"][order] == pytest.approx(train_on("cpu", folder), rel=1e-5)
+    expected = train_on("cpu", folder, scratch)
+    assert found["runs"][f"{order} {scratch}"] == pytest.approx(expected, rel=1e-5)
 
 
 def test_each_tensor_is_loaded_straight_to_its_device(found: dict) -> None:
