@@ -236,10 +236,13 @@ class ShardedOptimizer:
             self.loss_scale = LossScale.from_state(loss_scale)
 
     def first_non_finite(self) -> str:
-        """The name of the first parameter whose gradient is not finite, or an empty string."""
-        for vector in self.vectors:
-            name = vector.first_non_finite()
-            if name:
+        """The name of the first parameter whose gradient is not finite, or an empty string.
+
+        Called on every rank. All get the same name, whichever of them hold the parameter.
+        """
+        own_names = [vector.first_non_finite() for vector in self.vectors]
+        for names in comm.gather_objects(self.grid.all, own_names):
+            for name in filter(None, names):
                 return name
         return ""
 
