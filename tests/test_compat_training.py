@@ -1,11 +1,13 @@
 """Flags of other systems that need more than a table of names: what each comes to."""
 
 import json
+import shlex
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 import train
 from minillama.checkpoint.hf_writer import save_model
@@ -16,11 +18,13 @@ from minillama.data.tokenize import DataOptions
 from minillama.errors import UserError
 from minillama.tokenizer import SentencePieceTokenizer
 from minillama.train_config import KEYS
+from minillama.training.model_building import refuse_other_adapter
 from tests.conftest import TINY, random_model
 from tests.conversions import run_convert
 from tests.datasets import alpaca, write_json_lines
 from tests.published_commands import ASCEND
 from tests.runs import weights_of
+from tests.test_conversion_megatron_runs import GQA, lora_parts, save_lora_run
 
 CKPT = ["--load", "BASE", "--data-path", "a.json"]
 
@@ -214,15 +218,33 @@ def test_lora_load_of_a_peft_directory_starts_from_it(inputs: Path, tmp_path: Pa
     assert config.resume == "auto"
 
 
-def test_lora_load_of_megatrons_files_shows_the_conversion(
-    inputs: Path, tmp_path: Path, tiny_checkpoint: Callable[..., Path]
+def test_lora_load_of_megatrons_files_shows_a_command_that_works(
+    tmp_path: Path, tiny_checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    grid = ["--tensor_parallel", "1", "--vocab_multiple", "2"]
-    run_convert("megatron", "--input", tiny_checkpoint(), "--output", tmp_path / "cut", *grid)
+    monkeypatch.chdir(tmp_path)
+    shape = {name: getattr(GQA, name) for name in ("n_heads", "n_kv_heads", "dim", "ffn_dim")}
+    tiny_checkpoint("base", **shape)
+    save_lora_run(tmp_path / "theirs", lora_parts(GQA, 2), torch.randn(52, GQA.dim))
+    words = "--load base --data a.json --lora-r 2 --lora-alpha 6 --save new --lora-load".split()
     with pytest.raises(UserError) as error:
-        parsed(f"--lora-load {tmp_path}/cut")
-    command = f"python convert.py from-megatron --input {tmp_path}/cut --config BASE"
-    assert command in str(error.value)
+        train.parse([*words, "theirs"])
+    command, _, rest = str(error.value).partition("   then: --lora_load ")
+    run_convert(*shlex.split(command.partition("convert.py ")[2]))
+    config = train.parse([*words, rest])[0]
+    assert config.adapter == "theirs-peft"
+    refuse_other_adapter(config, ("lora_rank", "lora_alpha"))
+
+
+def test_the_instruction_set_of_a_prefix_is_opened_where_there_is_a_text_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for ending in ("text_document", "packed_input_ids_document"):
+        Path(f"alpaca_{ending}.idx").touch()
+    words = ["--load", "base", "--data-path", "alpaca"]
+    assert train.parse(words)[0].data == ("alpaca",)
+    config = train.parse([*words, "--is-instruction-dataset"])[0]
+    assert config.data == ("alpaca_packed_input_ids_document",)
 
 
 def test_the_flags_of_a_model_are_compared_before_training(tmp_path: Path, inputs: Path) -> None:

@@ -7,6 +7,7 @@ What DIR holds decides what is taken from it:
     AscendSpeed's own checkpoint                an error, with the command that converts it
 """
 
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -48,9 +49,10 @@ def _what_is_there(directory: Path, flags: Mapping[str, Any]) -> str:
     has_ranks = any(directory.glob("mp_rank_*")) or any(directory.glob("*/mp_rank_*"))
     if not has_ranks and not (directory / TRACKER).is_file():
         return "holds no adapter: neither a run of ours, nor adapter_config.json"
-    base = flags.get("ckpt") or "LLAMA_DIR"
     output = f"{directory.name}-peft"
-    return (
-        f"Megatron's; make a PEFT directory of it first: python convert.py from-megatron --input "
-        f"{directory} --config {base} --output {output}   then: --lora_load {output}"
-    )
+    words = ["python", "convert.py", "from-megatron", "--input", str(directory)]
+    words += ["--config", flags.get("ckpt") or "LLAMA_DIR", "--output", output]
+    if "lora_alpha" in flags:
+        words += ["--lora_alpha", f"{flags['lora_alpha']:g}"]
+    command = shlex.join(words)
+    return f"Megatron's; make a PEFT directory of it: {command}   then: --lora_load {output}"
