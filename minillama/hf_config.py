@@ -14,6 +14,7 @@ from typing import Any
 
 from minillama.errors import UserError, closest
 from minillama.files import parsing, read_json
+from minillama.hub import hub_hint
 from minillama.llama_config import PUBLISHED, LlamaConfig, RopeScaling, is_whole
 from minillama.output_directory import restore
 
@@ -91,9 +92,10 @@ def stop_ids(directory: Path, config: LlamaConfig) -> tuple[int, ...]:
 def read_config(path: Path) -> LlamaConfig:
     """Read `config.json`, given as the file or the directory that holds it."""
     restore(path)
+    hint = hub_hint(path)
     if path.is_dir():
         path = path / "config.json"
-    remedy = "a checkpoint is a directory with config.json and model*.safetensors"
+    remedy = f"a checkpoint is a directory with config.json and model*.safetensors{hint}"
     return from_hf(read_json(path, remedy), path)
 
 

@@ -25,6 +25,7 @@ from minillama.conversion.published_hashes import PublishedMatch, check_publishe
 from minillama.conversion.writer import LazyTensors
 from minillama.errors import UserError
 from minillama.files import is_temporary, read_json, sha256_of, write_json
+from minillama.hub import hub_hint
 from minillama.peft_adapters import adapter_tensors
 from minillama.tensor_writers import bytes_of
 
@@ -138,7 +139,7 @@ def _describe(tensor: Tensor) -> dict[str, Any]:
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
-    remedy = "`convert.py sha256 DIR` writes one"
+    remedy = f"`convert.py sha256 DIR` writes one{hub_hint(path)}"
     return read_json(path, remedy, {"files": dict}, "a manifest of convert.py sha256")
 
 

@@ -37,6 +37,7 @@ from minillama.conversion.megatron_layout import (
 from minillama.conversion.writer import LazyTensor
 from minillama.errors import UserError, listed
 from minillama.files import read_text
+from minillama.hub import hub_hint
 from minillama.output_directory import restore
 from minillama.parallel.shards import axis_of, join
 from minillama.torch_files import Unknown, map_state
@@ -82,7 +83,9 @@ def find_files(directory: Path) -> MegatronFiles:
     entries = [ENTRY.fullmatch(path.name) for path in folder.glob("mp_rank_*")]
     matches = [match for match in entries if match is not None]
     if not matches:
-        raise UserError(f"{folder}: holds no mp_rank_* of a Megatron checkpoint")
+        raise UserError(
+            f"{folder}: holds no mp_rank_* of a Megatron checkpoint{hub_hint(directory)}"
+        )
     grid = MegatronGrid(
         tensor_parallel=1 + max(int(match["rank"]) for match in matches),
         pipeline_parallel=1 + max(int(match["stage"] or 0) for match in matches),

@@ -25,6 +25,7 @@ from minillama.conversion.meta_layout import (
 )
 from minillama.conversion.writer import LazyTensor
 from minillama.errors import UserError
+from minillama.hub import hub_hint
 from minillama.llama_config import LlamaConfig
 from minillama.output_directory import restore
 from minillama.parallel.shards import ROWS, join
@@ -51,7 +52,7 @@ def read_meta(directory: Path) -> MetaCheckpoint:
     restore(directory)
     paths = sorted(directory.glob("consolidated.*.pth"))
     if not paths:
-        raise UserError(f"{directory}: holds no consolidated.*.pth")
+        raise UserError(f"{directory}: holds no consolidated.*.pth{hub_hint(directory)}")
     params = read_params(directory / "params.json")
     layout = meta_tensors(params.n_layers)
     shards = _open_shards(directory, paths, layout, params.n_layers)

@@ -20,6 +20,7 @@ from typing import Any
 
 from minillama.errors import UserError, closest
 from minillama.files import read_json
+from minillama.hub import hub_hint
 
 SUFFIXES = (".json", ".jsonl", ".parquet", ".txt", ".md")  # the files of a folder that are read
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".zip", ".7z", ".tar", ".tgz")
@@ -93,9 +94,10 @@ def _find(name: str, info_path: Path) -> list[Source]:
     if Path(f"{path}.bin").is_file():
         raise UserError(f"{path}: a tokenized data set; give it alone, not among raw files")
     if not info_path.is_file():
+        hint = hub_hint(path, is_dataset=True)
+        remedy = hint or "; nothing is downloaded here: give the path of a file"
         raise UserError(
-            f"{name}: no such file or folder, and no {info_path} to look the name up in; nothing "
-            "is downloaded here: give the path of a file"
+            f"{name}: no such file or folder, and no {info_path} to look the name up in{remedy}"
         )
     info = _read_info(info_path)
     if name not in info:
@@ -117,7 +119,8 @@ def _sources_of_folder(folder: Path) -> list[Source]:
                 "or move it out of the folder"
             )
     if not sources:
-        raise UserError(f"{folder}: the folder holds no {', '.join(SUFFIXES)} file")
+        hint = hub_hint(folder, is_dataset=True)
+        raise UserError(f"{folder}: the folder holds no {', '.join(SUFFIXES)} file{hint}")
     return sources
 
 

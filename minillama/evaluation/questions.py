@@ -15,6 +15,7 @@ from minillama.data.records import InputRecord, read_records
 from minillama.data.sources import Source
 from minillama.errors import UserError, closest
 from minillama.evaluation.protocols import LETTERS, Question, Task
+from minillama.hub import hub_hint
 
 PARQUET = "{}-00000-of-00001.parquet"  # the file of a split on the Hub
 
@@ -28,7 +29,7 @@ def find_files(task: Task, path: Path, subjects: tuple[str, ...] = ()) -> dict[s
     if not files:
         raise UserError(
             f"{path}: no questions there; --task {task.name} reads {task.layout}, "
-            f"published at {task.published}"
+            f"published at {task.published}{hub_hint(path, is_dataset=True)}"
         )
     for subject in subjects:
         if subject not in files:
