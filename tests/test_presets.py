@@ -145,3 +145,24 @@ def test_a_preset_begins_with_what_it_is_and_how_to_start_it(preset: str) -> Non
     assert "train.py" not in launch.description
     assert preset in launch.words or preset == "demo"
     train.parse(launch.words)  # its flags exist
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_the_page_of_presets_has_their_grid_and_global_batch(preset: str) -> None:
+    launch = launch_of(preset)
+    settings, _ = train.parse(launch.words)
+    data_ranks = launch.ranks // (settings.tensor_parallel * settings.pipeline_parallel)
+    sizes = {
+        "data": data_ranks,
+        "stages": settings.pipeline_parallel,
+        "tensor": settings.tensor_parallel,
+    }
+    lines = [f"{size} {name}" for name, size in sizes.items() if size > 1 or name == "data"]
+    grid = " × ".join(lines)
+    if settings.devices:
+        grid = f"{settings.devices} devices in one process"
+    rows = settings.per_device_train_batch_size
+    accumulation = settings.gradient_accumulation_steps
+    product = f"{rows} × {accumulation} × {data_ranks} = {rows * accumulation * data_ranks}"
+    row = f"| `{preset}` | {grid} | {settings.zero_stage or ''} | {product} |"
+    assert row in (ROOT / "docs/presets.md").read_text(encoding="utf-8")
