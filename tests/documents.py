@@ -20,6 +20,7 @@ class Command:
     reason: str = ""  # of an error: the command is refused
     change: str = ""  # what must be changed, for a reader; empty: it works as typed
     changed: str = ""  # the words that work then
+    chips: int = 0  # Sophgo's variables are set too, for so many chips
 
     @property
     def outcome(self) -> str:

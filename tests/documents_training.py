@@ -202,13 +202,13 @@ FULL_004 = {
     "epochs": "3.0",
 }
 MODELS_004 = {
-    "7B LoRA": ("/workspace/torch2onnx/llama-2-7b-chat-hf", LORA_004),
-    "13B LoRA": ("/workspace/llama2-13b-torch", LORA_004),
-    "7B in full": ("/workspace/aa/torch2onnx/llama-2-7b-chat-hf", FULL_004),
-    "13B in full": ("/workspace/llama2-13b/llama2-13b-torch/", FULL_004),
+    "7B LoRA": ("/workspace/torch2onnx/llama-2-7b-chat-hf", LORA_004, 2),
+    "13B LoRA": ("/workspace/llama2-13b-torch", LORA_004, 4),
+    "7B in full": ("/workspace/aa/torch2onnx/llama-2-7b-chat-hf", FULL_004, 11),
+    "13B in full": ("/workspace/llama2-13b/llama2-13b-torch/", FULL_004, 21),
 }
 LLAMA_FACTORIES = tuple(
-    Command("004", name, LLAMA_FACTORY.format(model=model, **values))
-    for name, (model, values) in MODELS_004.items()
+    Command("004", name, LLAMA_FACTORY.format(model=model, **values), chips=chips)
+    for name, (model, values, chips) in MODELS_004.items()
 )
 ALL = (*FASTCHATS, *ASCENDSPEEDS, *CHINESE_2S, *LLAMA_FACTORIES)

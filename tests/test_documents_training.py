@@ -19,6 +19,7 @@ from minillama.hf_config import published, to_hf
 from minillama.lora import resolve_names
 from minillama.train_config import TrainConfig
 from minillama.training import dry_run, settings
+from tests import documents_conversion
 from tests import documents_training as documents
 from tests.conftest import random_model
 from tests.conversions import LINEARS, run_convert
@@ -102,8 +103,25 @@ def test_a_command_is_planned_at_its_own_size(
     shape = replace(published(size_of(command)), max_seq_len=4096)
     write_json(model_of(words) / "config.json", to_hf(shape))
     ranks = "64" if "70B" in command.name else "16"
+    if command.chips:
+        ranks = "1"
+        monkeypatch.setenv("USE_SOPHGO", "1")
+        monkeypatch.setenv("SOPHGO_SPLIT", str(command.chips))
+        monkeypatch.setenv("CHIPS", "0")
     assert train.main([*words, "--dry_run", "--world_size", ranks]) == 0
-    assert f"{shape.parameter_count():,}" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert f"{shape.parameter_count():,}" in printed
+    assert not command.chips or f"{command.chips} devices in each process" in printed
+
+
+def test_each_command_is_typed_or_its_change_or_its_refusal_is_named() -> None:
+    outcomes = {"works as typed", "works with a named change", "refused with a reason"}
+    for command in (*documents.ALL, *documents_conversion.ALL):
+        assert command.outcome in outcomes
+        assert bool(command.change) == (command.outcome == "works with a named change")
+    for commands in (documents.ALL, documents_conversion.ALL):
+        names = names_of(commands)
+        assert len(set(names)) == len(names)
 
 
 @each(tuple(command for command in documents.ALL if command.reason))
