@@ -4,6 +4,7 @@ The parameters are made by hand, and so are their gradients. The reference is th
 rank that holds everything.
 """
 
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from minillama import comm
 from minillama.comm import Mesh
 from minillama.grid import Grid, make_grid
+from minillama.parallel.loss_scale import LossScale
 from minillama.parallel.sharded_optimizer import ShardedOptimizer
 from minillama.parallel.shards import axis_of, cut, held
 from minillama.train_config import TrainConfig
@@ -160,3 +162,28 @@ def test_a_middle_stage_sends_nothing_of_a_tied_embedding() -> None:
             return ends.size, comm.gather_objects(ends, mesh.rank)
 
     assert run_on_ranks(4, ends_of_this_rank) == [(2, [0, 3]), (1, [1]), (1, [2]), (2, [0, 3])]
+
+
+def skip_an_overflow(tensor: int, stages: int, bad_rank: int) -> tuple[bool, float, bool]:
+    """A step in which the gradients of one rank overflow.
+
+    Returns whether the step updated, the loss scale after it, and whether the weights stayed.
+    """
+    with comm.start("cpu", timeout_minutes=1) as mesh:
+        grid = make_grid(mesh, tensor, stages)
+        names = STAGES[stages][grid.stage.rank] if stages > 1 else list(SHAPES)
+        named, optimizer = make_optimizer(grid, names, stage=0, tied=True)
+        optimizer.loss_scale = LossScale(scale=8.0, hysteresis_left=1)
+        before = [parameter.detach().clone() for _, parameter in named]
+        loss = torch.stack([parameter.sum() for _, parameter in named]).sum()
+        optimizer.backward(loss * (math.inf if mesh.rank == bad_rank else 1.0), grid.data.size)
+        step = optimizer.step(1e-2, max_norm=1.0)
+        stayed = all(torch.equal(x, p) for x, (_, p) in zip(before, named, strict=True))
+        return step.updated, optimizer.loss_scale.scale, stayed
+
+
+@pytest.mark.parametrize(("tensor", "stages"), [(2, 1), (1, 3), (2, 2)], ids=str)
+def test_an_overflow_on_one_rank_of_a_grid_is_skipped_by_all(tensor: int, stages: int) -> None:
+    ranks = tensor * stages
+    results = run_on_ranks(ranks, skip_an_overflow, tensor, stages, ranks - 1)
+    assert results == [(False, 4.0, True)] * ranks
