@@ -47,7 +47,10 @@ def main(arguments: list[str]) -> None:
             f"choose one of: {', '.join(SUBCOMMANDS)}"
         )
     with exit_on_sigterm():
-        SUBCOMMANDS[name](other_systems.with_defaults(arguments[0], arguments[1:]))
+        defaults = other_systems.defaults_of(arguments[0], arguments[1:])
+        if defaults:
+            print(f"note: {' '.join(defaults)}, as {arguments[0]} has it; {defaults[0]} changes it")
+        SUBCOMMANDS[name]([*defaults, *arguments[1:]])
 
 
 @contextmanager
@@ -179,6 +182,9 @@ def data(arguments: list[str]) -> None:
     from minillama.data.tokenize import DataOptions
 
     request = other_systems.preprocessing(vars(flags))
+    note = other_systems.preprocessing_note(vars(flags))
+    if note:
+        print(note)
     options = DataOptions(
         data_format=request["format"],
         template=request["template"],

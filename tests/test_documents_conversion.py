@@ -112,7 +112,7 @@ def test_a_script_of_theirs_writes_what_it_writes_without_output_type(
     adapter = "path_to_chinese_llama_or_alpaca_lora"
     paths = ["--base_model", str(merge_inputs), "--lora_model", adapter]
     run_convert("merge_llama_with_chinese_lora.py", *paths, "--output_dir", "first")
-    assert "note: --output_type pth, as in merge_llama_with_chinese_lora.py" in _out(capsys)
+    assert "note: --output_type pth, as merge_llama_with_chinese_lora.py has it" in _out(capsys)
     assert (workplace / "first/consolidated.00.pth").is_file()
     run_convert("merge_llama2_with_chinese_lora_low_mem.py", *paths)
     assert "note: --output_dir merged_model" in _out(capsys)

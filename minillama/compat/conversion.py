@@ -123,21 +123,19 @@ def subcommand_of(word: str) -> str:
     return SCRIPTS.get(name, name.replace("_", "-"))
 
 
-def with_defaults(word: str, arguments: Sequence[str]) -> list[str]:
-    """Return the arguments with what a script of theirs does without being told; it is printed."""
+def defaults_of(word: str, arguments: Sequence[str]) -> list[str]:
+    """Return the flag that a script of theirs has by default, and its value; [] if it is typed."""
     script = script_of(word)
     if script not in DEFAULTS:
-        return list(arguments)
+        return []
     name, value = DEFAULTS[script]
     our_name = RENAMED[SCRIPTS[script].replace("-", "_")]
     typed = set()
     for argument in arguments:
         flag = argument.partition("=")[0].removeprefix("--").replace("-", "_")
         typed.add(our_name.get(flag, flag))
-    if our_name.get(name, name) in typed:
-        return list(arguments)
-    print(f"note: --{name} {value}, as in {script}.py; --{name} names another")
-    return [f"--{name}", value, *arguments]
+    is_typed = our_name.get(name, name) in typed
+    return [] if is_typed else [f"--{name}", value]
 
 
 def add_flags(parser: Parser, subcommand: str) -> None:
@@ -178,11 +176,15 @@ def preprocessing(flags: Mapping[str, Any]) -> dict[str, Any]:
             raise UserError("--output and --output_prefix: give one of them")
         ending = PLAIN_TEXT if handler == PRETRAINING else ""
         keys["output"] = prefix.with_name(prefix.name + ending)
-        if flags["append_eod"] is None:
-            print(NO_EOD_THERE)
     if keys["output"] is None:
         raise UserError("the following arguments are required: --output; --help lists every flag")
     return keys
+
+
+def preprocessing_note(flags: Mapping[str, Any]) -> str:
+    """Return what is done otherwise than by preprocess_data, for the user; "" if nothing is."""
+    is_theirs = flags["output_prefix"] is not None
+    return NO_EOD_THERE if is_theirs and flags["append_eod"] is None else ""
 
 
 def _keys_of_handler(handler: str, flags: Mapping[str, Any]) -> dict[str, Any]:
