@@ -18,6 +18,7 @@ from minillama.ignored_keys import (
     refuse_ignored,
 )
 from minillama.train_config import KEYS, PRECISIONS, TrainConfig, parse_list
+from minillama.yaml_recipes import advice
 
 PRESETS = Path(__file__).parent / "configs"
 
@@ -64,6 +65,9 @@ def _precision(values: Mapping[str, Any], flags: Mapping[str, Any]) -> str:
 def read_source(source: str, renamed: Mapping[str, str]) -> dict[str, Any]:
     """Return the values of a preset (by name), of a .toml file or of a train_config.json."""
     path = find_source(source)
+    if path.suffix in (".yaml", ".yml"):
+        remedy = advice(path, read_text(path), renamed, KEYS)
+        raise UserError(f"{path}: YAML is not read; {remedy}")
     values: dict[str, Any] = {}
     for dotted, value in read_tree(path).items():
         section, _, name = dotted.rpartition(".")
@@ -113,11 +117,6 @@ def read_tree(path: Path) -> dict[str, Any]:
     """Return the content of a .toml file or a train_config.json, by dotted names."""
     if path.suffix == ".json":
         return flatten(read_json(path))
-    if path.suffix in (".yaml", ".yml"):
-        raise UserError(
-            f"{path}: YAML is not read; write it as TOML, a `key = value` a line, with text in "
-            "quotes, or give the keys as flags"
-        )
     try:
         return flatten(tomllib.loads(read_text(path)))
     except (tomllib.TOMLDecodeError, RecursionError) as error:

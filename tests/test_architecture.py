@@ -23,7 +23,7 @@ LAYERS: list[list[set[str]]] = [
     [{"errors", "json_values"}],
     [{"files", "output_directory"}, {"options"}, {"launch", "threads"}, {"hub"}],
     [{"llama_config", "hf_config"}, {"device", "device_list"}, {"memory"}, {"loss_curves"}],
-    [{"train_config", "cli", "ignored_keys", "presets"}],
+    [{"train_config", "cli", "ignored_keys", "presets", "yaml_recipes"}],
     [{"compat"}],
     [
         {"ops"},
