@@ -205,13 +205,13 @@ def our_step(side: str, mesh: Any, work: Work) -> tuple[Step, Callable[[], float
             total.add_(loss.detach())
             return loss
 
-        def backward(number: int, output: torch.Tensor, gradient: torch.Tensor | None) -> None:
-            optimizer.backward(output, data.size, gradient)
+        def backward(number: int, loss: torch.Tensor) -> None:
+            optimizer.backward(loss, data.size)
 
         optimizer.zero_grad()
         if stage is None:
             for number in range(len(own)):
-                backward(number, forward(number), None)
+                backward(number, forward(number))
         else:
             stage.run_1f1b([work.tokens] * len(own), forward, backward)
         optimizer.step(LEARNING_RATE, 1.0)

@@ -105,9 +105,9 @@ def train_a_stage(kind: str, lengths: list[int], steps: int = 2) -> Result:
             assert len(alive) <= mesh.size - mesh.rank
             return output
 
-        def backward(number: int, output: Tensor, gradient: Tensor | None) -> None:
+        def backward(number: int, loss: Tensor) -> None:
             assert number == alive.pop(0)
-            output.backward(gradient)
+            loss.backward()
 
         for _ in take_steps(model, steps):
             stage.run_1f1b(lengths, forward, backward)

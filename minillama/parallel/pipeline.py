@@ -31,6 +31,7 @@ Left out: interleaved stages, which shorten the time without work and send more.
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -44,8 +45,9 @@ from minillama.point_to_point import exchange
 # number of a micro-batch -> what this stage computes of it: activations, or on the last stage the
 # loss
 Forward = Callable[[int], Tensor]
-# (number of a micro-batch, what Forward returned, its gradient; None for a loss)
-Backward = Callable[[int, Tensor, Tensor | None], None]
+# (number of a micro-batch, loss): runs backward from the loss, which is a `GradientOfNextStage` on
+# other stages than the last
+Backward = Callable[[int, Tensor], None]
 
 
 class StageInput(nn.Module):
@@ -88,12 +90,35 @@ class StageOutput(nn.Module):
         return x
 
 
+class GradientOfNextStage(torch.autograd.Function):
+    """A number that stands for the loss: its gradient by the activations is the one received.
+
+    Whatever it is multiplied by, that gradient stays as it is: the last stage has scaled the loss.
+    `Tensor.backward(gradient)` would do too, but it loads torch's compiler, which takes 30 MB.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, activations: Tensor, gradient: Tensor) -> Tensor:
+        ctx.gradient = gradient
+        return activations.new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, unused: Tensor) -> tuple[Tensor, None]:
+        return ctx.gradient, None
+
+
 @dataclass
 class MicroBatch:
     """A micro-batch between its forward and its backward on this stage."""
 
     received: Tensor | None  # activations of the stage before, (1, T, C); None on stage 0
     output: Tensor  # activations (1, T, C), or the loss
+
+    def loss(self, gradient: Tensor | None) -> Tensor:
+        """What backward starts from. gradient: of the activations; None: `output` is the loss."""
+        if gradient is None:
+            return self.output
+        return GradientOfNextStage.apply(self.output, gradient)
 
     @property
     def gradient(self) -> Tensor | None:
@@ -143,7 +168,7 @@ class Stage:
             alive.append(MicroBatch(received, output))
             oldest = alive.popleft()
             gradient = self.exchange_with_next(output, lengths[number - fill])
-            backward(number - fill, oldest.output, gradient)
+            backward(number - fill, oldest.loss(gradient))
             next_length = lengths[number + 1] if number + 1 < count else None
             received = self.exchange_with_previous(oldest.gradient, next_length)
 
@@ -151,7 +176,7 @@ class Stage:
         for number in range(count - fill, count):
             oldest = alive.popleft()
             gradient = self.exchange_with_next(None, lengths[number])
-            backward(number, oldest.output, gradient)
+            backward(number, oldest.loss(gradient))
             self.exchange_with_previous(oldest.gradient, None)
 
     def run_forward(self, lengths: Sequence[int], forward: Forward) -> None:

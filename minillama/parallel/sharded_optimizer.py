@@ -126,24 +126,19 @@ class ShardedOptimizer:
         for vector in self.vectors:
             vector.gradients.clear()
 
-    def backward(
-        self, output: Tensor | None, active_ranks: int, gradient: Tensor | None = None
-    ) -> None:
+    def backward(self, loss: Tensor | None, active_ranks: int) -> None:
         """Add the gradients of this rank's next micro-batch.
 
         Args:
-            output: the loss, or on other stages than the last what this stage computed; None if
-                this rank has no micro-batch this time, while others do.
+            loss: None if this rank has no micro-batch this time, while others do.
             active_ranks: how many data ranks, from rank 0 on, have one.
-            gradient: of the scaled loss by `output`, as the next stage sent it; None: `output` is
-                the loss.
         """
         for vector in self.vectors:
             vector.gradients.active_ranks = active_ranks
-        if output is not None:
-            if self.loss_scale and gradient is None:
-                output = output * self.loss_scale.scale
-            output.backward(gradient)
+        if loss is not None:
+            if self.loss_scale:
+                loss = loss * self.loss_scale.scale
+            loss.backward()
         for vector in self.vectors:
             vector.gradients.end_micro_batch()
 

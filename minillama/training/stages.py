@@ -38,16 +38,16 @@ def forward_backward(
         losses[own[number]] = loss.detach()
         return loss
 
-    def backward(number: int, output: Tensor | None, gradient: Tensor | None) -> None:
-        if output is not None and not output.requires_grad:
-            output = None  # nothing up to here is trained
+    def backward(number: int, loss: Tensor | None) -> None:
+        if loss is not None and not loss.requires_grad:
+            loss = None  # nothing up to this stage is trained
         active_ranks = min(data.size, len(batches) - number * data.size)
-        run.optimizer.backward(output, active_ranks, gradient)
+        run.optimizer.backward(loss, active_ranks)
 
     stage.run_1f1b([len(batches[index].tokens) for index in own], forward, backward)
     num_rounds = -(-len(batches) // data.size)
     if len(own) < num_rounds:  # other data ranks have one micro-batch more
-        backward(len(own), None, None)
+        backward(len(own), None)
     comm.all_reduce_sum(data, losses)
     return comm.all_reduce_sum(run.grid.stage, losses)
 
