@@ -8,9 +8,11 @@ again; web_conversation.py says how Stop and Clear end an answer.
 
 import inspect
 import os
+import signal
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -48,6 +50,8 @@ EMPTY = "Ask something, or take one of these:"
 def serve(engine: Engine, system: str, seed: int | None, host: str, port: int) -> None:
     """Serve the page until Ctrl-C."""
     gradio = import_gradio()
+    if hasattr(signal, "SIGPIPE"):  # not on Windows
+        signal.signal(signal.SIGPIPE, signal.SIG_IGN)  # a visitor who leaves ends no server
     server = build_page(engine, system, seed)
     newer_options = {}
     if "run_history" in inspect.signature(server.launch).parameters:
@@ -83,6 +87,7 @@ def serve(engine: Engine, system: str, seed: int | None, host: str, port: int) -
 def import_gradio() -> Any:
     """gradio, with its usage reports off. Raises UserError if it is not installed."""
     os.environ.update(GRADIO_ANALYTICS_ENABLED="False", HF_HUB_DISABLE_TELEMETRY="1")
+    warnings.filterwarnings("ignore", module="gradio")  # they are for its makers
     try:
         import gradio
     except ImportError:
@@ -147,7 +152,7 @@ def add_message_row(gradio: Any) -> tuple[Any, Any, Any, Any]:
             min_width=300,
         )
         send = gradio.Button("Send", variant="primary", min_width=80)
-        stop = gradio.Button("Stop", variant="stop", min_width=80, visible=False)
+        stop = gradio.Button("Stop", variant="stop", min_width=80, visible="hidden")
         clear = gradio.Button("Clear", min_width=80)
     return message, send, stop, clear
 
@@ -184,11 +189,9 @@ class Handlers:
     """
 
     def __init__(self, gradio: Any, engine: Engine, seed: int | None) -> None:
+        self.gradio = gradio
         self.engine = engine
         self.seed = seed
-        self.unchanged = gradio.skip()
-        self.visible = gradio.update(visible=True)
-        self.hidden = gradio.update(visible=False)
 
     def ask(self, message: str, conversation: Conversation, *settings: Any) -> Iterator[Shown]:
         """Write an answer. An empty message does nothing, and one that is refused stays.
@@ -225,23 +228,27 @@ class Handlers:
         chat.turns = earlier[num_dropped:]
         chat.fit_prompt(message)  # raises UserError before anything is shown
         number = conversation.begin(message)
-        yield ("", conversation.shown(), "", self.hidden, self.visible, self.unchanged)
+        yield ("", conversation.shown(), "", *self.buttons(True), self.gradio.skip())
         last_update = 0.0
-        for _ in chat.reply(message, self.seed):
-            turns = [*earlier, chat.turns[-1]]
-            if not conversation.grow(number, turns, num_dropped + len(chat.dropped_turns)):
-                return
-            if time.monotonic() - last_update > SECONDS_BETWEEN_UPDATES:
-                last_update = time.monotonic()
-                yield self.changed(conversation.shown(), chat.note)
-        yield self.changed(conversation.shown(), chat.note)
+        try:
+            for _ in chat.reply(message, self.seed):
+                turns = [*earlier, chat.turns[-1]]
+                if not conversation.grow(number, turns, num_dropped + len(chat.dropped_turns)):
+                    return
+                if time.monotonic() - last_update > SECONDS_BETWEEN_UPDATES:
+                    last_update = time.monotonic()
+                    yield self.changed(conversation.shown(), chat.note)
+            yield self.changed(conversation.shown(), chat.note)
+        finally:
+            conversation.finish(number)
 
     def show(self, conversation: Conversation) -> Shown:
-        """Show what is true when an answer has ended, whatever was shown meanwhile."""
-        message = conversation.take_unanswered() or self.unchanged
+        """Show what is true when an event has ended, whatever was shown meanwhile."""
+        message = conversation.take_unanswered() or self.gradio.skip()
         messages = conversation.shown()
-        note = self.unchanged if messages else ""
-        return (message, messages, note, self.visible, self.hidden, conversation.saved())
+        note = self.gradio.skip() if messages else ""
+        buttons = self.buttons(conversation.is_answering)
+        return (message, messages, note, *buttons, conversation.saved())
 
     def stop(self, conversation: Conversation) -> None:
         conversation.end()
@@ -256,8 +263,22 @@ class Handlers:
         return self.show(conversation)
 
     def changed(self, messages: Messages | None = None, note: str | None = None) -> Shown:
-        """The values of `shown` that change; None: it stays as it is."""
-        unchanged = self.unchanged
-        shown_messages = unchanged if messages is None else messages
-        shown_note = unchanged if note is None else note
-        return (unchanged, shown_messages, shown_note, unchanged, unchanged, unchanged)
+        """The values of `shown` if only these change; None: it stays as it is.
+
+        gradio changes the values that it is given, so each is made anew.
+        """
+        skip = self.gradio.skip
+        shown_messages = skip() if messages is None else messages
+        shown_note = skip() if note is None else note
+        return (skip(), shown_messages, shown_note, skip(), skip(), skip())
+
+    def buttons(self, is_answering: bool) -> tuple[Any, Any]:
+        """Send and Stop, of which one is visible.
+
+        gradio 6.17 does not show a component that was left out of the page, visible=False, when it
+        becomes visible for the first time. One that is only hidden it shows.
+        """
+        update = self.gradio.update
+        visible = update(visible=True)
+        hidden = update(visible="hidden")
+        return (hidden, visible) if is_answering else (visible, hidden)

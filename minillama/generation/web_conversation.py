@@ -3,7 +3,7 @@
 The page sends events that overlap: an answer is being written when Clear comes. So there is one
 place that says what is true, a `Conversation` for each visitor, and every event ends by showing it:
 
-    ask      begin -> a token, grow -> a token, grow -> …    until the answer ends or `grow` says no
+    ask      begin -> a token, grow -> … -> finish           or until `grow` says no
     Stop     end                                             what was written stays
     Clear    end, and forget all turns
 
@@ -42,14 +42,16 @@ class Conversation:
 
     turns: list[Turn] = field(default_factory=list)
     num_dropped: int = 0  # the oldest turns: the model does not see them any more
-    message: str = ""  # what is being answered; "" if nothing is
+    message: str = ""  # what has no answer yet; "" if all messages have
     answer_number: int = 0
+    is_answering: bool = False
 
     def begin(self, message: str) -> int:
         """Begin an answer, and return its number."""
         with _lock:
             self.message = message
             self.answer_number += 1
+            self.is_answering = True
             return self.answer_number
 
     def grow(self, number: int, turns: list[Turn], num_dropped: int) -> bool:
@@ -62,15 +64,23 @@ class Conversation:
             self.message = ""
             return True
 
+    def finish(self, number: int) -> None:
+        """An answer is complete; nothing changes if it has ended before."""
+        with _lock:
+            if number == self.answer_number:
+                self.is_answering = False
+
     def end(self) -> None:
         """End the answer that is being written."""
         with _lock:
             self.answer_number += 1
+            self.is_answering = False
 
     def clear(self) -> None:
         """End the answer that is being written, and forget all turns."""
         with _lock:
             self.answer_number += 1
+            self.is_answering = False
             self.turns = []
             self.num_dropped = 0
             self.message = ""
@@ -78,6 +88,8 @@ class Conversation:
     def take_unanswered(self) -> str:
         """The message that got no answer, which then goes back to where it was typed; or ""."""
         with _lock:
+            if self.is_answering:
+                return ""
             message = self.message
             self.message = ""
             return message
@@ -106,9 +118,14 @@ class Conversation:
             return {"turns": turns, "num_dropped": self.num_dropped}
 
     def restore(self, saved: Any) -> None:
-        """Become the conversation that `saved` returned; an empty one if it is something else."""
+        """Become the conversation that `saved` returned; an empty one if it is something else.
+
+        A conversation that has begun stays as it is.
+        """
         kept = read_saved(saved)
         with _lock:
+            if self.answer_number > 0:
+                return
             self.turns = kept.turns
             self.num_dropped = kept.num_dropped
 

@@ -23,7 +23,7 @@ from minillama.generation.web_conversation import (
 from tests.test_terminal import GOLDEN, QUESTION
 
 UNCHANGED = object()
-GRADIO = SimpleNamespace(skip=lambda: UNCHANGED, update=lambda visible: visible)
+GRADIO = SimpleNamespace(skip=lambda: UNCHANGED, update=lambda visible: visible is True)
 SETTINGS = ("", "llama_factory_default", 0.0, 0, 0.95, 1.0, 24)  # as web.SETTINGS
 Page = tuple[Conversation, web.Handlers]
 
@@ -168,6 +168,34 @@ def test_turns_that_left_the_context_stay_visible_and_are_marked(page: Page) -> 
     dropped = conversation.num_dropped
     ask(page, QUESTION)
     assert conversation.num_dropped >= dropped
+
+
+def test_an_event_that_ends_during_an_answer_shows_the_answer(page: Page) -> None:
+    """The page is still loading when the first message is sent."""
+    conversation, handlers = page
+    updates = handlers.ask(QUESTION, conversation, *SETTINGS)
+    next(updates)
+    box, messages, _, send, stop, _ = handlers.restore({"turns": [["a", "b"]]}, conversation)
+    assert [message["content"] for message in messages] == [QUESTION]
+    assert (box, send, stop) == (UNCHANGED, False, True)
+    list(updates)
+    assert handlers.show(conversation)[3:5] == (True, False)
+    assert contents(handlers.show(conversation)) == [QUESTION, "62"]
+
+
+def test_an_answer_that_fails_does_not_leave_the_page_waiting(
+    page: Page, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(self: ChatSession, text: str, seed: int | None) -> Iterator[str]:
+        yield from ()
+        raise RuntimeError("out of memory")
+
+    conversation, handlers = page
+    monkeypatch.setattr(ChatSession, "reply", fail)
+    with pytest.raises(RuntimeError):
+        list(handlers.ask(QUESTION, conversation, *SETTINGS))
+    shown = handlers.show(conversation)
+    assert (shown[0], shown[3:5]) == (QUESTION, (True, False))
 
 
 def test_an_answer_without_text_is_marked_as_stopped() -> None:
