@@ -58,6 +58,14 @@ def count_devices(names: str) -> int:
     return _count(parts) or len(parts)
 
 
+def refuse_too_many(count: int, n_layers: int) -> None:
+    """Raise UserError if each of `count` devices cannot have a layer."""
+    if count > n_layers:
+        raise UserError(
+            f"{count} devices, but the model has {n_layers} layers; name at most {n_layers} devices"
+        )
+
+
 def _parts(names: str) -> list[str]:
     return [part.strip() for part in names.split(",") if part.strip()]
 

@@ -14,9 +14,11 @@ from minillama.errors import UserError
 from minillama.grid import make_grid
 from minillama.llama_config import PUBLISHED, LlamaConfig
 from minillama.lora import add_lora
+from minillama.ops import Documents
 from minillama.parallel.pipeline import keep_stage
 from minillama.parallel.placement import plan
 from minillama.parallel.sharded_optimizer import ShardedOptimizer
+from minillama.parallel.tensor import connect_ranks
 from minillama.parallel.zero import CHUNK
 from minillama.train_config import TrainConfig
 from minillama.training.dry_run import describe, refuse_what_cannot_fit
@@ -29,7 +31,7 @@ from minillama.training.estimate import (
     trainable_count,
     weight_bytes,
 )
-from minillama.training.model_building import lora_config
+from minillama.training.model_building import lora_config, recompute_activations
 from tests.ranks import run_on_ranks
 
 # Five layers on two stages, and a vocabulary that two ranks do not divide.
@@ -150,6 +152,37 @@ def test_tensor_ranks_share_out_heads_and_the_width_of_the_mlp() -> None:
     place = Place(0, 2, 0, 2)
     elements = 4 * 96 + (5 * 8 * 16 + 3 * 256) // 2
     assert activation_bytes(llama, 1, 2, place=place) == 2 * elements + 4 * (8 // 2 + 2)
+
+
+def bytes_kept(recompute: bool) -> int:
+    """Of the activations that one of two tensor ranks keeps for backward."""
+    with comm.start("cpu") as mesh:
+        line = make_grid(mesh, 2).tensor
+        model = empty_model(SMALL, torch.float32, mesh=line).initialise()
+        connect_ranks(model, line)
+        if recompute:
+            recompute_activations(model.model.layers)
+        own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        kept: dict[int, torch.Tensor] = {}  # held, so that no address is used twice
+
+        def keep(tensor: torch.Tensor) -> torch.Tensor:
+            address = tensor.untyped_storage().data_ptr()
+            if tensor.is_floating_point() and address not in own:
+                kept[address] = tensor
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            model(torch.zeros(1, 512, dtype=torch.int64), Documents([256, 256]))
+        return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+
+
+def test_a_tensor_rank_keeps_the_activations_that_are_predicted_within_ten_percent() -> None:
+    place = Place(0, 1, 0, 2)
+    predicted = activation_bytes(SMALL, 512, 4, place=place)
+    assert run_on_ranks(2, bytes_kept, False) == [pytest.approx(predicted, rel=0.1)] * 2
+    one_layer = (predicted - 512 * SMALL.dim * 4) // SMALL.n_layers
+    predicted = activation_bytes(SMALL, 512, 4, recompute=True, place=place) - one_layer
+    assert run_on_ranks(2, bytes_kept, True) == [pytest.approx(predicted, rel=0.1)] * 2
 
 
 GRID = "--config 34b_lora --dry_run --world_size 16 --tensor_parallel 8 --pipeline_parallel 2"

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from minillama.device import make_current
-from minillama.errors import UserError
+from minillama.device_list import refuse_too_many
 from minillama.ops import Documents
 from minillama.parallel.shards import layers_of_stage
 
@@ -64,12 +64,7 @@ def plan(devices: Sequence[torch.device], n_layers: int, is_tied: bool) -> Plan:
     is_tied: whether the head is tied to the embedding.
     Raises UserError if there are more devices than layers.
     """
-    if len(devices) > n_layers:
-        names = ",".join(str(device) for device in devices)
-        raise UserError(
-            f"devices = {names}: {len(devices)} devices, but the model has {n_layers} layers; "
-            f"name at most {n_layers}"
-        )
+    refuse_too_many(len(devices), n_layers)
     of_layer: list[torch.device] = []
     for number, device in enumerate(devices):
         layers = layers_of_stage(n_layers, len(devices), number)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 from minillama import comm
 from minillama.data.show import show_batch
+from minillama.device_list import count_devices, refuse_too_many
 from minillama.errors import UserError
 from minillama.grid import check_ranks, make_grid
 from minillama.llama_config import LlamaConfig
@@ -73,6 +74,7 @@ def check_division(llama: LlamaConfig, config: TrainConfig) -> None:
     sizes = {"n_heads": llama.n_heads, "n_kv_heads": llama.n_kv_heads, "ffn_dim": llama.ffn_dim}
     check_tensor_parallel(sizes, config.tensor_parallel)
     layers_of_stage(llama.n_layers, config.pipeline_parallel, 0)
+    refuse_too_many(count_devices(config.devices), llama.n_layers)
 
 
 def refuse_what_cannot_fit(llama: LlamaConfig, config: TrainConfig) -> None:
