@@ -40,7 +40,7 @@ def work_of(stage: int) -> list[Work]:
         work.append(("F", number))
         return torch.zeros(())
 
-    def backward(number: int, output: Tensor, gradient: Tensor | None) -> None:
+    def backward(number: int, loss: Tensor) -> None:
         work.append(("B", number))
 
     mesh = Mesh(rank=stage, size=STAGES)
