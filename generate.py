@@ -16,8 +16,8 @@ from minillama.json_values import check_encodable
 from minillama.options import from_flags
 
 if TYPE_CHECKING:  # torch is imported when the flags and prompts are known to be right
+    from minillama.comm import Mesh
     from minillama.generation.engine import Engine
-    from minillama.generation.output_file import CompletionFile
     from minillama.generation.prompts import Prompt
 
 EXAMPLES = """
@@ -157,7 +157,15 @@ def main(arguments: list[str]) -> None:
     options = parse(arguments)
     check(options)
     prompts = read_prompts(options)
-    engine = open_engine(options)
+    from minillama.generation.ranks import start_tensor_ranks
+
+    ranks = (options.tensor_parallel, options.device, options.devices)
+    with start_tensor_ranks(*ranks, waits_for_person=options.chat) as mesh:
+        answer(open_engine(options, mesh), prompts, options)
+
+
+def answer(engine: "Engine", prompts: "list[Prompt]", options: argparse.Namespace) -> None:
+    """Do what the flags ask for."""
     from minillama.chat import name_of
     from minillama.tokenizer import describe_bos
 
@@ -183,10 +191,15 @@ def main(arguments: list[str]) -> None:
 
 def complete(engine: "Engine", prompts: "list[Prompt]", options: argparse.Namespace) -> None:
     """Complete the prompts of the flags."""
-    from minillama.generation.prompts import PromptOptions, complete_prompts, encode_prompts
+    from minillama.generation.prompts import (
+        PromptOptions,
+        complete_prompts,
+        encode_prompts,
+        open_output,
+    )
 
     prompt_ids = encode_prompts(engine, prompts, options.system)
-    file = open_output(engine, prompt_ids, options)
+    file = open_output(engine, prompt_ids, vars(options))
     can_stream = options.num_samples == 1 and options.num_beams == 1
     prompt_options = PromptOptions(
         options.num_samples,
@@ -230,21 +243,23 @@ def check(options: argparse.Namespace) -> None:
         check_encodable(options.system)
     if not 0 <= options.port <= 65535:
         raise UserError(f"--port {options.port}: must be from 0 to 65535")
-    for name in ("num_samples", "num_beams", "batch_size"):
+    if options.web and options.tensor_parallel > 1:
+        raise UserError("--web is for one process; --devices N in place of --tensor_parallel N")
+    for name in ("num_samples", "num_beams", "batch_size", "tensor_parallel"):
         value = getattr(options, name)
         if value < 1:
             raise UserError(f"--{name} {value}: must be at least 1")
 
 
-def open_engine(options: argparse.Namespace) -> "Engine":
-    """The engine that the flags describe."""
+def open_engine(options: argparse.Namespace, mesh: "Mesh | None" = None) -> "Engine":
+    """The engine that the flags describe, divided among the ranks of `mesh`."""
     from minillama.generation.config import GenerationConfig
     from minillama.generation.loading import LoadOptions, load_engine
 
     config = from_flags(GenerationConfig, vars(options))
     texts = (options.prompt, options.prompt_file, options.chat, options.web, options.stop)
     load_options = from_flags(LoadOptions, vars(options))
-    engine = load_engine(load_options, config, needs_text=any(texts))
+    engine = load_engine(load_options, config, needs_text=any(texts), mesh=mesh)
     options.translation.check_numbers(engine.model.config)
     fallback = options.translation.fallback_template
     if engine.template == "none" and fallback and not options.template:
@@ -271,19 +286,6 @@ def read_prompts(options: argparse.Namespace) -> "list[Prompt]":
         if not prompts:
             raise UserError(f"{options.prompt_file}: holds no prompts")
     return prompts
-
-
-def open_output(
-    engine: "Engine", prompt_ids: list[list[int]], options: argparse.Namespace
-) -> "CompletionFile | None":
-    """The file of --output, with the records of an interrupted run; None without --output."""
-    from minillama.generation.output_file import CompletionFile
-    from minillama.generation.prompts import settings_of
-
-    if not options.output:
-        return None
-    settings = settings_of(engine, prompt_ids, vars(options))
-    return CompletionFile(Path(options.output), settings)
 
 
 if __name__ == "__main__":

@@ -129,6 +129,8 @@ class Parser(argparse.ArgumentParser):
         add("--device", default="auto", choices=DEVICES, help="[auto]")
         devices = "devices that share out the layers: 2, or npu:0,npu:1"
         add("--devices", default="", metavar="N|A,B", help=devices)
+        ranks = "ranks, started by torchrun, that divide the model among them [1]"
+        add("--tensor_parallel", type=int, default=1, metavar="N", help=ranks)
         names = (*PRECISIONS, "int8")
         dtype = "of the computation; int8: of the weights, computed in bfloat16 [float32]"
         add("--dtype", default="float32", type=parse_dtype, choices=names, help=dtype)

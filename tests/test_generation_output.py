@@ -11,6 +11,7 @@ from minillama.errors import UserError
 from minillama.files import read_json_lines
 from minillama.generation import engine as sessions
 from minillama.generation.output_file import CompletionFile
+from minillama.generation.prompts import settings_of
 
 ROOT = Path(__file__).parents[1]
 
@@ -231,10 +232,10 @@ def test_a_partial_file_of_other_weights_at_the_same_place_is_refused(tmp_path: 
     namespace = runpy.run_path(str(ROOT / "generate.py"))
     options = namespace["parse"]([*TEMPLATE, "--greedy"])
     engine = namespace["open_engine"](options)
-    CompletionFile(tmp_path / "a.jsonl", namespace["settings_of"](engine, [[1]], options))
+    CompletionFile(tmp_path / "a.jsonl", settings_of(engine, [[1]], vars(options)))
     engine.model.model.norm.weight[0] += 1
     with pytest.raises(UserError, match="was begun with weights_sample_sha256"):
-        CompletionFile(tmp_path / "a.jsonl", namespace["settings_of"](engine, [[1]], options))
+        CompletionFile(tmp_path / "a.jsonl", settings_of(engine, [[1]], vars(options)))
 
 
 def test_line_breaks_other_than_the_line_feed_belong_to_a_prompt_and_to_an_answer(

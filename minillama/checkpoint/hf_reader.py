@@ -16,6 +16,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from minillama import comm
 from minillama.comm import Mesh
 from minillama.errors import UserError, listed
 from minillama.files import read_json
@@ -157,6 +158,17 @@ def first_non_finite(model: nn.Module) -> str:
     for name, parameter in model.named_parameters():
         smallest, largest = parameter.detach().aminmax()  # NaN where any value is NaN
         if not bool((smallest.isfinite() & largest.isfinite()).item()):
+            return name
+    return ""
+
+
+def non_finite_on_any_rank(model: nn.Module, mesh: Mesh) -> str:
+    """The name of a parameter that holds NaN or infinity on some rank; "" if none does.
+
+    Ranks may hold different parts of the model. All get the same name.
+    """
+    for name in comm.gather_objects(mesh, first_non_finite(model)):
+        if name:
             return name
     return ""
 

@@ -14,6 +14,7 @@ from typing import Any, overload
 
 from minillama.chat import name_of
 from minillama.checkpoint.template_files import resolve_template
+from minillama.comm import Mesh
 from minillama.generation.config import GenerationConfig
 from minillama.generation.engine import ChatSession, Engine
 from minillama.generation.loading import LoadOptions, load_engine
@@ -27,19 +28,24 @@ def load(
     *,
     template: str = "",
     devices: str | int | Sequence[str] = "",
+    mesh: Mesh | None = None,
     **options: Any,
 ) -> "LoadedModel":
     """Load what --ckpt names: a Hugging Face directory, a run directory or an adapter.
 
     template: prompt template; "": the checkpoint's own; "none": the text as it is.
     devices: several devices, over which the layers are spread: 2, or "npu:0,npu:1", or a list.
+    mesh: ranks that divide the model: `with comm.start() as mesh`, under torchrun. Each rank calls
+        every method of the result with the same arguments, and gets the same text.
     options: base, lora (a list of adapters), tokenizer, device, dtype, ops; see `LoadOptions`.
     Raises UserError for what cannot be loaded, and for an unknown option.
     """
     names = devices if isinstance(devices, str | int) else ",".join(devices)
     keywords = {"ckpt": str(ckpt), "devices": str(names), **options}
     load_options = from_keywords(LoadOptions, keywords)
-    return LoadedModel(load_engine(load_options, GenerationConfig(template=template)))
+    config = GenerationConfig(template=template)
+    own_devices = [mesh.device] if mesh else []
+    return LoadedModel(load_engine(load_options, config, own_devices, mesh=mesh))
 
 
 class LoadedModel:

@@ -5,15 +5,17 @@
 `Engine` completes prompts, alone or in batches. `ChatSession` keeps a conversation on top of it.
 """
 
+import secrets
 import time
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from minillama import chat, ops
+from minillama import chat, comm, ops
 from minillama.checkpoint.stop_tokens import end_ids
+from minillama.comm import Mesh
 from minillama.data.encode import encode_document
 from minillama.errors import UserError
 from minillama.generation.beam import beam_search
@@ -99,6 +101,7 @@ class Engine:
     config: GenerationConfig
     eos_ids: tuple[int, ...] = ()
     path: Path | None = None  # the checkpoint directory in use
+    mesh: Mesh = field(default_factory=Mesh)  # the tensor ranks that have the model's parts
 
     @property
     def template(self) -> str:
@@ -153,9 +156,11 @@ class Engine:
     def stream(self, completions: list[Completion], seed: int | None) -> Iterator[TextPiece]:
         """Write `completions` together, and yield each with its new text while it grows.
 
-        With beam search they must belong to one prompt.
+        With beam search they must belong to one prompt. Tensor ranks call this together.
         """
         config = self.config
+        if seed is None and self.mesh.size > 1:
+            seed = comm.gather_objects(self.mesh, secrets.randbits(32))[0]
         if config.beams is None:
             ops.pack_weights(self.model, len(completions))
             steps = decode(

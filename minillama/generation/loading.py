@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 
 from minillama import chat, ops
-from minillama.checkpoint.hf_reader import first_non_finite, load_model
+from minillama.checkpoint.hf_reader import load_model, non_finite_on_any_rank
 from minillama.checkpoint.placing import loading_plan, put_on
 from minillama.checkpoint.run_directory import find_checkpoint
 from minillama.checkpoint.stop_tokens import with_stop_ids
@@ -25,6 +25,7 @@ from minillama.checkpoint.template_files import (
     resolve_template,
 )
 from minillama.checkpoint.tokenizer_files import has_tokenizer
+from minillama.comm import Mesh
 from minillama.device import compute_dtype
 from minillama.device_list import pick_devices
 from minillama.errors import UserError
@@ -35,6 +36,8 @@ from minillama.hub import hub_hint
 from minillama.int8_layers import quantize_linear
 from minillama.lora import load_adapter
 from minillama.model import Llama
+from minillama.parallel.tensor import connect_ranks
+from minillama.parallel.whole import sample_evenly
 from minillama.peft_config import base_model_of
 from minillama.tokenizer import TokenIds, Tokenizer, open_tokenizer
 
@@ -65,23 +68,28 @@ def load_engine(
     config: GenerationConfig | None = None,
     devices: Sequence[torch.device] = (),
     needs_text: bool = True,
+    mesh: Mesh | None = None,
 ) -> Engine:
     """A model ready to complete prompts; without a `config` it is greedy.
 
     devices: in place of options.device and options.devices, for a rank that has its own.
     needs_text: whether a model without a tokenizer is refused; else its completions are ids.
+    mesh: a line of tensor ranks that divide the model; each of them calls this.
     """
+    mesh = mesh or Mesh()
     ops.choose(options.ops)
     path = find_checkpoint(Path(options.ckpt))
-    devices = devices or pick_devices(options.device, options.devices)
-    model, base = load_with_adapters(path, options.base, options.lora, options.dtype, devices)
+    if not devices:
+        several = mesh.size > 1
+        devices = [mesh.device] if several else pick_devices(options.device, options.devices)
+    model, base = load_with_adapters(path, options.base, options.lora, options.dtype, devices, mesh)
     tokenizer = find_tokenizer(options.tokenizer, path, base, needs_text)
     config = config or GenerationConfig(greedy=True)
     config = replace(config, template=choose_template(config.template, path, base))
     check_vocabulary(tokenizer, model)
     warn_of_unknown_rows(tokenizer, model, base)
     eos_ids = with_stop_ids(model.config, base, tokenizer, "").eos_ids
-    return Engine(model, tokenizer, config, eos_ids, path)
+    return Engine(model, tokenizer, config, eos_ids, path, mesh)
 
 
 def find_tokenizer(name: str, path: Path, base: Path, needs_text: bool) -> Tokenizer:
@@ -133,13 +141,19 @@ def warn_of_unknown_rows(tokenizer: Tokenizer, model: Llama, base: Path) -> None
 
 
 def load_with_adapters(
-    path: Path, base: str, adapters: Sequence[str], dtype: str, devices: Sequence[torch.device]
+    path: Path,
+    base: str,
+    adapters: Sequence[str],
+    dtype: str,
+    devices: Sequence[torch.device],
+    mesh: Mesh | None = None,
 ) -> ModelAndBase:
     """Load the model at `path`, which may itself be an adapter, and add `adapters` to it.
 
     base: the base model of an adapter, in place of the one its config names. The model comes in
-    evaluation mode, frozen, on `devices`.
+    evaluation mode, frozen, on `devices`. mesh: a line of tensor ranks that divide it.
     """
+    mesh = mesh or Mesh()
     is_int8 = dtype == "int8"
     torch_dtype, warning = compute_dtype("bfloat16" if is_int8 else dtype, devices[0])
     if warning:
@@ -154,18 +168,16 @@ def load_with_adapters(
             f"--base {base} would be ignored: {path} is a whole model, not an adapter; "
             "leave one of them out, or add an adapter with --lora DIR"
         )
-    if is_int8 and adapter_paths:
-        raise UserError(
-            f"--dtype int8 does not take an adapter beside the weights ({adapter_paths[0]}); merge "
-            f"it first: python convert.py merge-lora --base {base_path} --lora {adapter_paths[0]} "
-            "--output MERGED_DIR"
-        )
+    if is_int8:
+        _refuse_beside_int8(adapter_paths, base_path, mesh)
     device_of = loading_plan(read_config(base_path), devices)
     quantize = quantize_linear if is_int8 else None
-    model = load_model(base_path, torch_dtype, device_of=device_of, after_reading=quantize)
+    model = load_model(
+        base_path, torch_dtype, device_of=device_of, after_reading=quantize, mesh=mesh
+    )
     replaced_by: dict[str, Path] = {}  # a module that an adapter replaces whole -> the adapter
     for adapter in adapter_paths:
-        config = load_adapter(model, adapter, dropout=0.0)
+        config = load_adapter(model, adapter, dropout=0.0, mesh=mesh)
         for name in (*config.modules_to_save, *config.modules_to_copy):
             if name in replaced_by:
                 raise UserError(
@@ -173,14 +185,30 @@ def load_with_adapters(
                     "merge them one after the other with convert.py merge-lora"
                 )
             replaced_by[name] = adapter
+    connect_ranks(model, mesh)
     model = put_on(model, devices).eval().requires_grad_(False)
-    name = first_non_finite(model)
+    name = non_finite_on_any_rank(model, mesh)
     if name:  # attention can hide NaN: fluent text would come out
         raise UserError(
             f"{base_path}: {name} holds NaN or infinity (in {torch_dtype}); the weights or an "
             "adapter are damaged, or too large for this --dtype: use an intact copy, or float32"
         )
     return ModelAndBase(model, base_path)
+
+
+def _refuse_beside_int8(adapters: Sequence[Path], base: Path, mesh: Mesh) -> None:
+    """Raise UserError for what int8 weights cannot be combined with."""
+    if adapters:
+        raise UserError(
+            f"--dtype int8 does not take an adapter beside the weights ({adapters[0]}); merge "
+            f"it first: python convert.py merge-lora --base {base} --lora {adapters[0]} "
+            "--output MERGED_DIR"
+        )
+    if mesh.size > 1:
+        raise UserError(
+            "--dtype int8 and --tensor_parallel: a rank has some columns of a weight, and rounding "
+            "needs the largest value of all; use --dtype bfloat16, or one rank"
+        )
 
 
 def find_base(adapter: Path, base: str) -> Path:
@@ -196,11 +224,13 @@ def find_base(adapter: Path, base: str) -> Path:
     return find_checkpoint(directory)
 
 
-def weights_checksum(model: Llama) -> str:
-    """A sha256 over evenly spaced values of each parameter, adapters included."""
+def weights_checksum(model: Llama, mesh: Mesh | None = None) -> str:
+    """A sha256 over evenly spaced values of each whole parameter, adapters included.
+
+    mesh: a line of tensor ranks that have the parts; each of them calls this.
+    """
     digest = hashlib.sha256()
-    for parameter in model.parameters():
-        values = parameter.detach().flatten()
-        step = max(1, len(values) // CHECKSUM_SAMPLES)
-        digest.update(values[::step].float().cpu().numpy().tobytes())
+    parameters = dict(model.named_parameters())
+    for values in sample_evenly(parameters, CHECKSUM_SAMPLES, mesh or Mesh()):
+        digest.update(values.numpy().tobytes())
     return digest.hexdigest()

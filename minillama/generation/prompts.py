@@ -17,6 +17,7 @@ from minillama.generation.decode import Completion
 from minillama.generation.engine import Engine
 from minillama.generation.loading import weights_checksum
 from minillama.generation.output_file import CompletionFile
+from minillama.generation.ranks import share_from_first
 from minillama.json_values import parse_json
 
 Prompt = str | list[int]  # text, or token ids
@@ -26,6 +27,7 @@ FREE = {
     "ckpt",
     "device",
     "devices",
+    "tensor_parallel",
     "debug",
     "host",
     "port",
@@ -93,10 +95,11 @@ def complete_prompts(
 ) -> None:
     """Complete all prompts, given as the user wrote them and as token ids.
 
-    Prompts whose record is in `file` already are left out. After Ctrl-C, what was written of
-    unprinted completions is printed, and the file keeps the finished ones.
+    file: gets the records, on the first rank; prompts whose record it has are left out. After
+    Ctrl-C, what was written of unprinted completions is printed, and the file keeps the finished
+    ones.
     """
-    done = file.done if file else {}
+    done = share_from_first(engine.mesh, set(file.done) if file else set())
     requests = engine.new_completions(prompt_ids, options.num_samples)
     requests = {index: request for index, request in requests.items() if index not in done}
     unprinted: deque[Completion] = deque()
@@ -120,13 +123,26 @@ def complete_prompts(
         started = [completion.text for completion in unprinted if completion.text]
         print(*started, sep="\n", flush=True)
         if file:
-            progress = f"{len(done)} of {len(prompts)} completions are in {file.partial}"
+            progress = f"{len(file.done)} of {len(prompts)} completions are in {file.partial}"
             print(f"\n{progress}; the same command goes on", file=sys.stderr)
         raise
     finally:
         bar.close()
     if file:
         file.finish()
+
+
+def open_output(
+    engine: Engine, prompt_ids: list[list[int]], flags: Mapping[str, Any]
+) -> CompletionFile | None:
+    """The file of --output, with the records of an interrupted run.
+
+    None without --output, and on all ranks but the first. Every rank calls this.
+    """
+    if not flags["output"]:
+        return None
+    settings = settings_of(engine, prompt_ids, flags)
+    return CompletionFile(Path(flags["output"]), settings) if engine.mesh.is_first else None
 
 
 def settings_of(
@@ -136,7 +152,7 @@ def settings_of(
     kept = {name: value for name, value in flags.items() if name not in FREE}
     return {
         "checkpoint": str(engine.path),
-        "weights_sample_sha256": weights_checksum(engine.model),
+        "weights_sample_sha256": weights_checksum(engine.model, engine.mesh),
         "prompts_sha256": hashlib.sha256(json.dumps(prompt_ids).encode()).hexdigest(),
         **kept,
         "template": engine.template,

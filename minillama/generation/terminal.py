@@ -14,6 +14,7 @@ from contextlib import suppress
 from minillama.errors import UserError
 from minillama.generation.engine import ChatSession, Engine
 from minillama.generation.examples import demo_questions
+from minillama.generation.ranks import share_from_first
 
 QUIT_WORDS = ("q", "quit", "exit")
 CLEAR_WORDS = ("clear", "new")
@@ -42,7 +43,8 @@ def chat_in_terminal(
     for question in questions:
         print(f"  {question}")
     while True:
-        text = read_message()
+        own_text = read_message() if engine.mesh.is_first else None
+        text = share_from_first(engine.mesh, own_text)
         if text is None or text.lower() in quit_words:
             return
         if text.lower() in CLEAR_WORDS:
@@ -84,13 +86,18 @@ def read_message() -> str | None:
 
 
 def print_answer(chat: ChatSession, text: str, seed: int | None) -> None:
-    """Print an answer while it is written; Ctrl-C ends it and keeps what was written."""
+    """Print an answer while it is written; Ctrl-C ends it and keeps what was written.
+
+    On several ranks Ctrl-C ends the program: they would stop at different tokens.
+    """
     try:
         print("Answer: ", end="", flush=True)
         for piece in chat.reply(text, seed):
             print(piece, end="", flush=True)
         note = chat.note
     except KeyboardInterrupt:
+        if chat.engine.mesh.size > 1:
+            raise
         print(" (stopped)", end="")
         note = chat.note
     except UserError as error:

@@ -10,6 +10,7 @@ A file is always whole. So it is the same whatever the number of ranks, and any 
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import torch
@@ -134,3 +135,33 @@ def join_over_ranks(part: Tensor, axis: int, lengths: list[int], mesh: Mesh) -> 
     for rank, length in enumerate(lengths):
         parts.append(gathered[rank].narrow(axis, 0, length))
     return join(parts, axis)
+
+
+def sample_evenly(
+    parameters: Mapping[str, Tensor], num_values: int, mesh: Mesh
+) -> Iterator[Tensor]:
+    """Yield about `num_values` evenly spaced values of each whole tensor, in fp32 on the CPU.
+
+    parameters: this rank's parts by Hugging Face's names. All ranks yield the same values.
+    """
+    for whole in _describe(parameters, mesh, Mesh()):
+        part = parameters[whole.name].detach()
+        step = max(1, prod(whole.shape) // num_values)
+        if whole.axis is None:
+            yield part.flatten()[::step].float().cpu()
+        else:
+            yield _sample_parts(part, whole, step, mesh)
+
+
+def _sample_parts(part: Tensor, whole: WholeTensor, step: int, mesh: Mesh) -> Tensor:
+    """Every step-th value of a tensor that is cut: each comes from the rank that has it."""
+    assert whole.axis is not None
+    positions = torch.arange(0, prod(whole.shape), step, device=part.device)
+    index = list(torch.unravel_index(positions, whole.shape))
+    index[whole.axis] = index[whole.axis] - sum(whole.lengths[: mesh.rank])
+    on_axis = index[whole.axis]
+    is_own = (on_axis >= 0) & (on_axis < part.shape[whole.axis])
+    own_values = part[tuple(indices[is_own] for indices in index)]
+    bits = torch.zeros(len(positions), dtype=torch.int32, device=part.device)
+    bits[is_own] = own_values.float().view(torch.int32)  # the sum with zeros keeps each bit
+    return comm.all_reduce_sum(mesh, bits).cpu().view(torch.float32)

@@ -11,7 +11,7 @@ from pathlib import Path
 from torch import nn
 
 from minillama import comm
-from minillama.checkpoint.hf_reader import first_non_finite
+from minillama.checkpoint.hf_reader import non_finite_on_any_rank
 from minillama.errors import UserError
 from minillama.parallel.sharded_optimizer import ShardedOptimizer
 
@@ -39,17 +39,6 @@ class SkipWatch:
                 f"{self.in_a_row} steps in a row; lower --learning_rate, or look for "
                 f"broken records in the data; checkpoints are in {self.out_dir}"
             )
-
-
-def non_finite_on_any_rank(model: nn.Module, mesh: comm.Mesh) -> str:
-    """The name of a parameter that holds NaN or infinity on some rank; "" if none does.
-
-    Ranks may hold different parts of the model. All get the same name.
-    """
-    for name in comm.gather_objects(mesh, first_non_finite(model)):
-        if name:
-            return name
-    return ""
 
 
 def refuse_useless_model(

@@ -21,7 +21,13 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from minillama import comm, hf_config
-from minillama.checkpoint.hf_reader import DeviceOf, empty_model, initialise, load_model
+from minillama.checkpoint.hf_reader import (
+    DeviceOf,
+    empty_model,
+    initialise,
+    load_model,
+    non_finite_on_any_rank,
+)
 from minillama.checkpoint.placing import loading_plan, put_on
 from minillama.checkpoint.run_directory import find_checkpoint
 from minillama.device import compute_dtype
@@ -34,7 +40,6 @@ from minillama.parallel.tensor import connect_ranks, refuse_uncuttable
 from minillama.peft_config import read_adapter_config, refuse_tied_factors
 from minillama.tokenizer import Tokenizer
 from minillama.train_config import KEYS, TrainConfig
-from minillama.training.finite import non_finite_on_any_rank
 
 if TYPE_CHECKING:
     from minillama.parallel.pipeline import Stage

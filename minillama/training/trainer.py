@@ -22,6 +22,7 @@ import numpy as np
 import torch
 
 from minillama import comm
+from minillama.checkpoint.hf_reader import non_finite_on_any_rank
 from minillama.checkpoint.optimizer_files import SavedOptimizer
 from minillama.data.windows import Batch
 from minillama.device import seeded
@@ -30,7 +31,7 @@ from minillama.ops import Documents
 from minillama.train_config import TrainConfig
 from minillama.training import run_directory, stages
 from minillama.training.evaluation import evaluation_loss
-from minillama.training.finite import SkipWatch, non_finite_on_any_rank, refuse_useless_model
+from minillama.training.finite import SkipWatch, refuse_useless_model
 from minillama.training.messages import describe_start, describe_stop
 from minillama.training.metrics import TrainingLog, draw_loss, draw_missing_loss
 from minillama.training.records import Progress, StepResult, figures, step_record, summarize
