@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from minillama import cli, threads
 from minillama.compat import evaluation_flags
+from minillama.errors import UserError
 from minillama.evaluation.options import EvalOptions, check
 from minillama.evaluation.protocols import TASKS
 from minillama.options import from_flags
@@ -65,8 +66,21 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     flags.translation = evaluation_flags.translate(vars(flags))
     vars(flags).update(flags.translation.flags)
     if flags.task == "loss":
-        names = ("base", "lora", "tokenizer", "device", "devices", "dtype", "ops")
+        names = (
+            "base",
+            "lora",
+            "tokenizer",
+            "device",
+            "devices",
+            "tensor_parallel",
+            "dtype",
+            "ops",
+        )
         parser.refuse(flags, "for --task loss, which loads no model", names)
+    if flags.task == "demo":
+        parser.refuse(flags, "for --task demo, whose model is small", ("tensor_parallel",))
+    if flags.tensor_parallel < 1:
+        raise UserError(f"--tensor_parallel {flags.tensor_parallel}: must be at least 1")
     return flags
 
 
@@ -123,11 +137,15 @@ def score(options: EvalOptions, flags: argparse.Namespace) -> None:
     from minillama import comm
     from minillama.evaluation import runner
     from minillama.generation.loading import LoadOptions
+    from minillama.generation.ranks import first_rank_prints
 
     load_options = from_flags(LoadOptions, vars(flags))
     check_config = flags.translation.check_numbers
     with comm.start(load_options.device, device_list=load_options.devices) as mesh:
-        result = runner.evaluate(options, load_options, mesh, mesh.print, check_config)
+        with first_rank_prints(mesh):
+            result = runner.evaluate(
+                options, load_options, mesh, mesh.print, check_config, flags.tensor_parallel
+            )
         mesh.print(result)
 
 

@@ -62,12 +62,13 @@ def minillama(options: argparse.Namespace, directory: Path) -> Callable[[], Answ
     from minillama.checkpoint.hf_reader import load_model
     from minillama.comm import Mesh
     from minillama.evaluation.runner import predict
+    from minillama.grid import make_grid
 
     model = load_model(directory).eval()
 
     def answer() -> Answers:
         benchmark = open_benchmark(options, directory)
-        records = predict(model, benchmark, options.batch_size, None, {}, Mesh())
+        records = predict(model, benchmark, options.batch_size, None, {}, make_grid(Mesh()))
         return {record["id"]: record["predicted"] for record in records}
 
     return answer

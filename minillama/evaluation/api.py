@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-from minillama.comm import Mesh
 from minillama.evaluation import compare_losses, demo, runner
 from minillama.evaluation.options import EvalOptions, check
 from minillama.evaluation.report import EvalResult
@@ -28,5 +27,5 @@ def evaluate(task: str, model: LoadedModel | None = None, **options: Any) -> Eva
         return compare_losses.evaluate(eval_options)  # the only task without a model
     if task == "demo":
         return demo.evaluate(eval_options, model.engine)
-    device = model.model.lm_head.weight.device
-    return runner.evaluate(eval_options, model.engine, Mesh(device=device))
+    mesh = model.engine.mesh  # one rank, or those that divide the model
+    return runner.evaluate(eval_options, model.engine, mesh, tensor_parallel=mesh.size)

@@ -29,6 +29,7 @@ from minillama.evaluation.result_files import write_results
 from minillama.files import write_json
 from minillama.generation.engine import Engine
 from minillama.generation.loading import LoadOptions, load_engine, weights_checksum
+from minillama.grid import Grid, make_grid
 from minillama.llama_config import LlamaConfig
 from minillama.model import Llama
 from minillama.threads import use_threads_for
@@ -42,17 +43,21 @@ def evaluate(
     mesh: Mesh,
     announce: Callable[[str], None] = lambda headline: None,
     check_config: Callable[[LlamaConfig], None] = lambda config: None,
+    tensor_parallel: int = 1,
 ) -> EvalResult:
     """Score a model on a task that reads data. Every rank calls it; rank 0 writes --out.
 
+    tensor_parallel: how many ranks divide a model among them; the others share the questions.
     announce: called once, before the first question, with a line on the model and the protocol.
     check_config: called once, when the model is loaded; may raise UserError.
     """
     start = time.perf_counter()
     reference = read_reference(options)
+    grid = make_grid(mesh, tensor_parallel)
     if isinstance(model, LoadOptions):
         dtype = model.dtype
-        engine = load_engine(model, devices=mesh.devices or [mesh.device])
+        devices = mesh.devices or [mesh.device]
+        engine = load_engine(model, devices=devices, mesh=grid.tensor)
         use_threads_for(engine.model.config.parameter_count())
     else:
         dtype = str(model.model.lm_head.weight.dtype).removeprefix("torch.")
@@ -67,11 +72,11 @@ def evaluate(
         **about,
         "queries": len(benchmark.queries),
         "dtype": dtype,
-        "weights_sample_sha256": weights_checksum(engine.model),
+        "weights_sample_sha256": weights_checksum(engine.model, grid.tensor),
     }
     out = Path(options.out) if options.out else None
     ops.pack_weights(engine.model, rows=1)
-    records = predict(engine.model, benchmark, options.batch_size, out, settings, mesh)
+    records = predict(engine.model, benchmark, options.batch_size, out, settings, grid)
     summary = {
         **about,
         **benchmark.summarise(records),
@@ -126,18 +131,21 @@ def predict(
     batch_size: int,
     out: Path | None,
     settings: Record,
-    mesh: Mesh,
+    grid: Grid,
 ) -> list[Record]:
     """A record for each query, in order, on every rank.
+
+    Data ranks share the queries. Tensor ranks compute each of them together, and the first of a
+    tensor line writes.
 
     out: the directory for predictions.jsonl, from which an interrupted run goes on.
     """
     ids = list(benchmark.queries)
     queries = list(benchmark.queries.values())
     resumed: dict[str, Record] = {}
-    if out and mesh.is_first:
+    if out and grid.all.is_first:
         resumed = predictions.resume(out, settings)
-    records = gather_objects(mesh, resumed)[0]
+    records = gather_objects(grid.all, resumed)[0]
     missing = {i for i, id in enumerate(ids) if id not in records}
     batches = [b for b in plan(queries, batch_size) if not missing.isdisjoint(b.members)]
     metric_sum = sum(map(benchmark.metric, records.values()))
@@ -145,22 +153,22 @@ def predict(
         total=len(ids),
         initial=len(records),
         unit="query",
-        disable=not mesh.is_first,
+        disable=not grid.all.is_first,
         dynamic_ncols=True,
     ) as bar:
-        for results in score_queries(model, queries, share_of(batches, mesh)):
+        for results in score_queries(model, queries, share_of(batches, grid.data)):
             new_records = make_records(benchmark, {ids[i]: results[i] for i in results})
-            if out:
-                predictions.append(out, mesh.rank, new_records.values())
+            if out and grid.tensor.is_first:
+                predictions.append(out, grid.data.rank, new_records.values())
             records.update(new_records)
             metric_sum += sum(map(benchmark.metric, new_records.values()))
             mean = metric_sum / len(records)
             bar.set_postfix_str(f"{benchmark.metric_name} {mean:.3f}", refresh=False)
             bar.update(len(new_records))
-    for records_of_rank in gather_objects(mesh, records):
+    for records_of_rank in gather_objects(grid.data, records):
         records.update(records_of_rank)
     in_order = [records[id] for id in ids]
-    if out and mesh.is_first:
+    if out and grid.all.is_first:
         predictions.publish(out, in_order)
     return in_order
 

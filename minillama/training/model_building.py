@@ -174,11 +174,7 @@ def keys_not_at_default(config: TrainConfig) -> set[str]:
 
 
 def build_model(
-    config: TrainConfig,
-    base: Path | None,
-    llama: LlamaConfig,
-    tokenizer: Tokenizer,
-    grid: Grid,
+    config: TrainConfig, base: Path | None, llama: LlamaConfig, tokenizer: Tokenizer, grid: Grid
 ) -> BuiltModel:
     """The model on its devices, ready to train.
 

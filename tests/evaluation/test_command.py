@@ -14,6 +14,7 @@ from minillama.comm import Mesh
 from minillama.errors import UserError
 from minillama.evaluation.protocols import TASKS
 from minillama.evaluation.runner import predict
+from minillama.grid import make_grid
 from minillama.lora import LoraConfig, add_lora, merge_lora, save_adapter
 from minillama.tokenizer import open_tokenizer
 
@@ -111,7 +112,7 @@ def test_an_adapter_is_scored_as_its_merged_model(
     save_adapter(model, config, adapter, str(checkpoint))
     merge_lora(model)
     test = benchmark("mmlu", tokenizer=open_tokenizer(checkpoint))
-    merged = predict(model.eval(), test, 4, None, {}, Mesh())
+    merged = predict(model.eval(), test, 4, None, {}, make_grid(Mesh()))
 
     command = ["--task", "mmlu", "--data", str(data / "mmlu"), "--out"]
     base_and_lora = [*command, str(tmp_path / "a"), "--ckpt", str(checkpoint)]

@@ -10,6 +10,7 @@ from minillama.comm import Mesh
 from minillama.evaluation import likelihood, runner
 from minillama.evaluation.batching import Query, QueryBatch, plan, split_into_batches
 from minillama.evaluation.likelihood import QueryResult, score_queries
+from minillama.grid import make_grid
 from minillama.model import Llama
 from minillama.tokenizer import Tokenizer, open_tokenizer
 from tests.conftest import random_tokens
@@ -60,7 +61,7 @@ def test_likelihoods_and_predictions_are_those_of_transformers_with_real_weights
         n_shots=n_shots,
         limit=limit,
     )
-    records = runner.predict(model, test, 8, None, {"dtype": "float32"}, Mesh())
+    records = runner.predict(model, test, 8, None, {"dtype": "float32"}, make_grid(Mesh()))
     assert len(records) == len(test.queries)
     for record in records:
         query = test.queries[record["id"]]

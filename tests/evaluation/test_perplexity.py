@@ -12,6 +12,7 @@ from minillama.comm import Mesh
 from minillama.errors import UserError
 from minillama.evaluation.perplexity import Perplexity, read_texts, window_query
 from minillama.evaluation.runner import predict
+from minillama.grid import make_grid
 from minillama.tokenizer import Tokenizer
 from tests.evaluation.conftest import words
 from tests.peers import open_in_transformers
@@ -38,7 +39,8 @@ def test_perplexity_is_transformers_loss_over_windows_that_predict_each_token_on
     (tmp_path / "text.txt").write_text(text, encoding="utf-8")
     task_options = options("perplexity", data=str(tmp_path / "text.txt"))
     test = Perplexity(task_options, small_tokenizer, context)
-    summary = test.summarise(predict(load_model(directory).eval(), test, 4, None, {}, Mesh()))
+    records = predict(load_model(directory).eval(), test, 4, None, {}, make_grid(Mesh()))
+    summary = test.summarise(records)
 
     ids = [small_tokenizer.bos_id, *small_tokenizer.encode(text)]
     peer = open_in_transformers(directory)

@@ -14,6 +14,7 @@ from minillama.evaluation.likelihood import QueryResult
 from minillama.evaluation.multiple_choice import MultipleChoice
 from minillama.evaluation.options import EvalOptions
 from minillama.generation.output_file import without_digest
+from minillama.grid import make_grid
 from minillama.model import Llama
 from minillama.tokenizer import Tokenizer
 from tests.conftest import random_model
@@ -25,7 +26,7 @@ MESH = Mesh()
 def predict(
     model: Llama, test: MultipleChoice, out: Path | None, mesh: Mesh = MESH, **settings
 ) -> list[dict]:
-    return runner.predict(model, test, 4, out, {"dtype": "float32", **settings}, mesh)
+    return runner.predict(model, test, 4, out, {"dtype": "float32", **settings}, make_grid(mesh))
 
 
 class Recorder(MultipleChoice):
