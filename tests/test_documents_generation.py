@@ -144,7 +144,7 @@ def test_the_web_pages_command_says_what_to_add(paths: dict[str, str]) -> None:
         ("--share", "--share true is not supported: .*--host ADDRESS"),
         ("--style rich", "--style rich is not supported: .*--style simple"),
         ("--lora-r 16", "--lora_r is not supported: .*adapter_config.json"),
-        ("--tensor-model-parallel-size 8", "--tensor_model_parallel_size 8 is not supported"),
+        ("--tensor-model-parallel-size 8", "--tensor_parallel 8 needs 8 ranks; .*torchrun"),
         ("--pipeline-model-parallel-size 2", "--pipeline_model_parallel_size 2 is not supported"),
         ("--pipeline_parallel 2", "is not supported: .*--tensor_parallel N .*--devices N"),
         ("--num-layers many", "--num_layers many: expected a whole number"),

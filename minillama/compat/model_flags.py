@@ -106,6 +106,7 @@ RENAMED = {
     "fp16": "dtype=float16",
     "bf16": "dtype=bfloat16",
     "only_cpu": "device=cpu",
+    "tensor_model_parallel_size": "tensor_parallel",
     "load_8bit": "dtype=int8",
     "load_in_8bit": "dtype=int8",
 }
@@ -116,7 +117,6 @@ NO_STAGES = (
     "ranks, --devices N over devices of one process"
 )
 ALLOWED = {
-    "tensor_model_parallel_size": Allowed(("1",), "the model is not split over ranks here yet"),
     "pipeline_parallel": Allowed(("1",), NO_STAGES),
     "pipeline_model_parallel_size": Allowed(("1",), NO_STAGES),
     "position_embedding_type": Allowed(("rope", "rotary"), "LLaMA has rotary positions"),

@@ -138,7 +138,6 @@ def test_what_is_understood_has_the_meaning_of_a_flag_of_ours(
         ("--do_test True", "--do_test True is not supported: the answers of that split"),
         ("--few_shot maybe", "--few_shot maybe: expected True or False"),
         ("--ntrain -1", "--ntrain -1: expected a whole number"),
-        ("--tensor-model-parallel-size 8", "--tensor_model_parallel_size 8 is not supported"),
         ("--data d --task-data-path e", "--task_data_path is another name of --data"),
         (
             "--task mmlu --task-data-path d --max-new-tokens 32",
