@@ -17,16 +17,11 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-LINE = re.compile(r"(?P<key>[A-Za-z_][\w-]*):(?:[ \t]+(?P<value>.*))?")
-QUOTED = re.compile(r"(?P<text>\"[^\"\\]*\"|'[^']*')(?:[ \t]+#.*)?")
-LIST = re.compile(r"\[(?P<items>[^\[\]{}\"'#]*)\](?:[ \t]+#.*)?")
+KEY = re.compile(r"[A-Za-z_][\w-]*")
 COMMENT = re.compile(r"(^|[ \t]+)#.*")
 NUMBER = re.compile(r"[-+]?(0|[1-9][0-9]*)(\.[0-9]*)?([eE][-+]?[0-9]+)?")
-# What YAML may take for a number of another kind, or a date.
-DIGITS = re.compile(
-    r"[-+]?\.?[0-9][-+0-9_:.tTzZ ]*|[-+]?0[xXoObB].*|[-+]?\.(inf|Inf|INF|nan|NaN|NAN)"
-)
-NO_SCALAR = re.compile(r"[\[\]{}&*!|>%@`,?=<\"'-]|.*:(\s|$)")  # how a value of another kind begins
+# A text without quotes that is nothing else in YAML: a name, a path, 7b.
+TEXT = re.compile(r"(\.{0,2}/|[1-9][0-9]*)?[^\W\d_][-\w ./,+=@]*")
 BOOLEANS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 NOTHING = ("", "~", "null", "Null", "NULL")
 
@@ -40,16 +35,15 @@ def read_flat_yaml(text: str) -> dict[str, Any] | None:
     for line in text.splitlines():
         if COMMENT.sub("", line).strip() in ("", "---"):
             continue
-        match = LINE.fullmatch(line.rstrip())
-        if match is None or match["key"] in values:
+        key, colon, rest = line.rstrip().partition(":")
+        is_flat = KEY.fullmatch(key) and colon and rest[:1] in ("", " ", "\t")
+        if not is_flat or key in values:
             return None
         try:
-            value = _parse_value((match["value"] or "").strip())
+            values[key] = _parse_value(rest.strip())
         except ValueError:
             return None
-        if value is not None:
-            values[match["key"]] = value
-    return values
+    return {key: value for key, value in values.items() if value is not None}
 
 
 def advice(path: Path, text: str, renamed: Mapping[str, str], keys: Collection[str]) -> str:
@@ -80,14 +74,23 @@ def advice(path: Path, text: str, renamed: Mapping[str, str], keys: Collection[s
 
 def _parse_value(text: str) -> Any:
     """The value of a line; None for none. Raises ValueError for what is not understood."""
-    quoted = QUOTED.fullmatch(text)
-    if quoted is not None:
-        return quoted["text"][1:-1]
-    items = LIST.fullmatch(text)
-    if items is not None:
-        parts = items["items"].split(",")
-        return [_parse_scalar(part.strip()) for part in parts if part.strip()]
-    return _parse_scalar(COMMENT.sub("", text).strip())
+    if text[:1] in ('"', "'"):
+        return _parse_quoted(text)
+    text = COMMENT.sub("", text).strip()
+    if text.startswith("[") and text.endswith("]"):
+        parts = [part.strip() for part in text[1:-1].split(",")]
+        return [_parse_scalar(part) for part in parts if part]
+    return _parse_scalar(text)
+
+
+def _parse_quoted(text: str) -> str:
+    """A text in quotes, without escapes, and a comment behind it."""
+    end = text.find(text[0], 1)
+    content = text[1:end]
+    behind = COMMENT.sub("", text[end + 1 :]).strip()
+    if end < 0 or "\\" in content or behind:
+        raise ValueError(text)
+    return content
 
 
 def _parse_scalar(text: str) -> Any:
@@ -100,7 +103,7 @@ def _parse_scalar(text: str) -> Any:
     if number is not None:
         is_whole = number[2] is None and number[3] is None
         return int(text) if is_whole else float(text)
-    if DIGITS.fullmatch(text) or NO_SCALAR.match(text):
+    if not TEXT.fullmatch(text):
         raise ValueError(text)
     return text
 

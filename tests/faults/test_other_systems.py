@@ -109,12 +109,6 @@ def test_a_byte_order_mark_is_no_part_of_a_file(inputs: Path, tmp_path: Path) ->
     assert (tmp_path / "run/final").is_dir()
 
 
-def test_yaml_is_refused_with_what_to_write_instead(tmp_path: Path) -> None:
-    (tmp_path / "recipe.yaml").write_text("learning_rate: 1.0e-4\n")
-    with pytest.raises(UserError, match=r"recipe\.yaml: YAML is not read; write it as TOML"):
-        train.parse(["--config", str(tmp_path / "recipe.yaml")])
-
-
 NAME = "meta-llama/Llama-2-7b-hf"
 DOWNLOAD = f"`hf download {NAME} --local-dir Llama-2-7b-hf`, and give the path Llama-2-7b-hf"
 
