@@ -27,7 +27,7 @@ from minillama.device_list import count_devices
 from minillama.llama_config import LlamaConfig
 from minillama.lora import WHOLE, LoraConfig, is_adapted
 from minillama.parallel.parts import Part
-from minillama.parallel.shards import axis_of, layers_of_stage, part_of
+from minillama.parallel.shards import axis_of, is_on_stage, layers_of_stage, part_of
 from minillama.train_config import TrainConfig
 from minillama.training.model_building import lora_config
 
@@ -122,16 +122,14 @@ def _is_factor(name: str) -> bool:
 
 def _stages_of(name: str, llama: LlamaConfig, place: Place) -> set[int]:
     """The stages that hold a parameter."""
-    last = place.stages - 1
-    if name.startswith("model.layers."):
-        layer = int(name.split(".")[2])
-        stages = range(place.stages)
-        return {i for i in stages if layer in layers_of_stage(llama.n_layers, place.stages, i)}
-    if name == EMBEDDING:
-        has_copy = llama.tie_embeddings and not place.is_device
-        return {0, last} if has_copy else {0}
-    stays_with_embedding = llama.tie_embeddings and place.is_device
-    return {0} if stays_with_embedding else {last}
+    is_in_layer = name.startswith("model.layers.")
+    if place.is_device and llama.tie_embeddings and not is_in_layer:
+        return {0}  # the head stays with the embedding, and the last norm with the head
+    stages = set()
+    for stage in range(place.stages):
+        if is_on_stage(name, llama.n_layers, place.stages, stage, llama.tie_embeddings):
+            stages.add(stage)
+    return stages
 
 
 def layers_at(llama: LlamaConfig, place: Place) -> range:
