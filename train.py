@@ -65,12 +65,19 @@ def parse(arguments: list[str]) -> tuple[train_config.TrainConfig, argparse.Name
     if file is not None:
         flags = file.keys | flags
     flags = other_systems.translate(flags)
+    wants_zero3 = flags.get("zero_stage") == 3
+    if wants_zero3:
+        flags = flags | {"zero_stage": 2}
     config = presets.resolve(source, flags, other_systems.RENAMED)
     parsed.world_size = parsed.world_size or ranks_of(config, parsed.dry_run)
     config = other_systems.with_global_batch_size(flags, config, parsed.world_size)
     other_systems.refuse_contradictions(flags, config)
     if file is not None:
         file.check(config, parsed.world_size)
+    if wants_zero3:
+        from minillama.training.zero3 import refuse_zero3
+
+        refuse_zero3(config, parsed.world_size)
     return config, parsed
 
 

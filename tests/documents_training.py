@@ -175,7 +175,7 @@ CHINESE_2S = (
         "003",
         "with ZeRO-3",
         "--model_name_or_path chinese-llama-2-13b --dataset_dir data --zero3_enabled True",
-        reason="--zero3_enabled true is not supported: weights are not sharded here",
+        reason="zero_stage = 3: weights are not sharded here",
         change="ZeRO-2 in the place of ZeRO-3",
         changed="--zero_stage 2",
     ),

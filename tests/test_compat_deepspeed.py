@@ -12,7 +12,7 @@ from minillama.errors import UserError
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"zero_optimization": {"stage": 3}}, "weights are not sharded here"),
+        ({"zero_optimization": {"stage": 4}}, "zero_stage = 4; choose one of: 0, 1, 2"),
         (
             {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}},
             "offload_optimizer.device = 'cpu'",

@@ -1,7 +1,9 @@
 """Plans of grids: what --dry_run predicts for a rank is what the rank then holds."""
 
+import re
 from dataclasses import replace
 from math import prod
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -11,6 +13,7 @@ import train
 from minillama import comm
 from minillama.checkpoint.hf_reader import empty_model
 from minillama.errors import UserError
+from minillama.files import write_json
 from minillama.grid import make_grid
 from minillama.llama_config import PUBLISHED, LlamaConfig
 from minillama.lora import add_lora
@@ -202,6 +205,34 @@ def test_a_plan_names_the_grid_its_layers_and_the_largest_stage() -> None:
     predicted = estimate(PUBLISHED["34b"], config, 16, places_of(config)[0])
     assert f"weights {predicted.weights / 1e9:.2f} GB" in text
     assert predicted.trainable == trainable_count(PUBLISHED["34b"], lora_config(config))
+
+
+@pytest.mark.parametrize("source", ["key", "flag", "file"])
+def test_zero_3_is_refused_with_the_bytes_of_tensor_ranks_with_zero_2(
+    source: str, tmp_path: Path
+) -> None:
+    """13B of LoRA on 16 chips, by hand: 2 bytes a frozen weight, 4 + 4 + 8 a trained factor."""
+    words = "--config 13b_lora --dry_run --world_size 16"
+    if source == "file":
+        stage3 = {"stage": 3, "stage3_param_persistence_threshold": 1e4, "sub_group_size": 1e9}
+        write_json(tmp_path / "ds.json", {"zero_optimization": stage3})
+        words += f" --deepspeed {tmp_path / 'ds.json'}"
+    words += {"key": " --zero_stage 3", "flag": " --zero3_enabled True", "file": ""}[source]
+    with pytest.raises(UserError) as refusal:
+        planned(words)
+    text = str(refusal.value)
+    assert "--zero_stage 2 --tensor_parallel 8 on 16 ranks needs" in text
+    frozen = 13_015_864_320
+    factors = 62_586_880
+    assert f"stage 3 {(2 * frozen + 16 * factors) // 16:,}" in text
+    found = int(re.search(r"needs ([\d,]+) bytes", text)[1].replace(",", ""))
+    # a factor: 4 for the weight, (4 + 8) / 2 at stage 2; one of two factors is not cut
+    assert 2 * frozen / 8 + 10 * factors / 8 < found < 2 * frozen / 8 + 10 * factors
+
+
+def test_zero_3_of_a_model_that_is_not_known_is_refused_without_bytes() -> None:
+    with pytest.raises(UserError, match="--tensor_parallel N holds 1/N of them"):
+        planned("--ckpt nowhere --data a.json --zero_stage 3")
 
 
 def test_a_plan_of_devices_needs_none_of_them() -> None:

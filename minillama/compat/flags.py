@@ -89,6 +89,8 @@ def _training_keys(flags: Mapping[str, Any]) -> dict[str, Any]:
         keys["gradient_checkpointing"] = True
     if _is_on(flags, "use_distributed_optimizer"):
         keys["zero_stage"] = 1
+    if _is_on(flags, "zero3_enabled"):
+        keys["zero_stage"] = 3  # train.py refuses it, with what to use instead
     if flags.get("initial_loss_scale"):
         keys["initial_scale_power"] = _power_of_two(_text(flags["initial_loss_scale"]))
     if flags.get("resume_from_checkpoint") is not None:

@@ -78,7 +78,7 @@ ALLOWED = {
     "quantization_bit": Allowed(("none",), NOT_QUANTIZED),
     "load_in_kbits": Allowed(("16",), NOT_QUANTIZED),
     "train_on_prompt": Allowed(NO, "prompts are not targets here"),
-    "zero3_enabled": Allowed(NO, NOT_SHARDED),
+    "zero3_enabled": Allowed((*NO, "true"), "it is true or false"),
     "fsdp": Allowed(("",), NOT_SHARDED),
     "lora_adapter_name": Allowed(("default",), "an adapter is named by its directory"),
     "optim": Allowed(ADAMW, "the optimizer is AdamW"),
