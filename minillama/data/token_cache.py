@@ -140,13 +140,26 @@ def _cache_prefix(sources: list[Source], tokenizer: Tokenizer, options: DataOpti
 
 
 def _cache_folder(cache_dir: str) -> Path:
+    """The folder of the cache, which is created: `cache_dir`, else one in the user's home."""
     if cache_dir:
         return Path(cache_dir)
+    folder = _user_cache() / "minillama"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"{folder}: the cache of tokenized data cannot be made there ({error.strerror}); "
+            "name a folder: --cache_dir DIR"
+        ) from None
+    return folder
+
+
+def _user_cache() -> Path:
     user_cache = os.environ.get("XDG_CACHE_HOME")
     if user_cache:
-        return Path(user_cache) / "minillama"
+        return Path(user_cache)
     try:
-        return Path.home() / ".cache" / "minillama"
+        return Path.home() / ".cache"
     except RuntimeError:  # a user without a home, as in some containers
         raise UserError(
             "no home directory for the cache of tokenized data; name a folder: --cache_dir DIR"

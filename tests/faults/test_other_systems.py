@@ -1,11 +1,13 @@
 """Other machines and other people's paths: Windows, no home, no UTF-8, names of the Hub, YAML."""
 
+import ast
 import json
 import os
 import pwd
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,23 +21,26 @@ from minillama.generation.loading import find_base
 from minillama.hf_config import read_config
 from minillama.peft_adapters import read_adapter_config
 from minillama.tokenizer import open_tokenizer
+from tests.test_architecture import SOURCES, TREES
 from tests.test_errors import error_line
 
 ROOT = Path(__file__).parents[2]
 BOM = b"\xef\xbb\xbf"
-# In every process below, these modules cannot be imported, as on Windows.
-WITHOUT_UNIX = """
+UNIX = {"fcntl", "resource", "termios", "tty", "pty", "pwd", "grp", "readline"}
+# In a process that runs this, these modules cannot be imported, as on Windows.
+WITHOUT_UNIX = f"""
 import runpy, sys
-sys.modules |= dict.fromkeys(("fcntl", "resource", "termios", "pwd", "grp", "readline"))
+sys.modules |= dict.fromkeys({sorted(UNIX)})
 script, *sys.argv[1:] = sys.argv[1:]
 sys.argv[0] = script
 runpy.run_path(script, run_name="__main__")
 """
 
 
-def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
+def run(*arguments: str, stdin: bytes = b"", **environment: str) -> subprocess.CompletedProcess:
     return subprocess.run(
         [sys.executable, *arguments],
+        input=stdin,
         cwd=ROOT,
         env=os.environ | {"PYTHONPATH": str(ROOT)} | environment,
         capture_output=True,
@@ -59,6 +64,53 @@ def test_a_run_and_a_completion_need_no_module_of_unix(inputs: Path, tmp_path: P
         done = run("-c", WITHOUT_UNIX, *command.split())
         assert done.returncode == 0, done.stderr.decode()
     assert json.loads(output.read_text())["completion_ids"]
+
+
+def test_a_conversation_and_the_doctor_need_no_module_of_unix(inputs: Path) -> None:
+    chat = f"generate.py --ckpt {inputs}/base --chat --greedy --max_new_tokens 2 --device cpu"
+    done = run("-c", WITHOUT_UNIX, *chat.split(), stdin=b"one\ntwo\nq\n")
+    assert done.returncode == 0, done.stderr.decode()
+    assert done.stdout.count(b"tokens/s)") == 2
+    for command in ("minillama/doctor.py --device cpu", "eval.py --help"):
+        done = run("-c", WITHOUT_UNIX, *command.split())
+        assert done.returncode == 0, done.stderr.decode()
+
+
+def imports_at_import(body: list[ast.stmt]) -> Iterator[str]:
+    """The modules that are imported when a file is, functions and guarded blocks aside."""
+    for statement in body:
+        if isinstance(statement, ast.Import):
+            yield from (alias.name for alias in statement.names)
+        elif isinstance(statement, ast.ImportFrom):
+            yield statement.module or ""
+        elif isinstance(statement, ast.ClassDef | ast.With | ast.If):
+            yield from imports_at_import(statement.body)
+
+
+def test_no_file_imports_a_module_of_unix_when_it_is_imported() -> None:
+    for path in SOURCES:
+        found = UNIX & set(imports_at_import(TREES[path].body))
+        assert not found, f"{path} imports {found}: Windows has none"
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "gbk"])
+def test_training_and_a_conversation_print_in_any_encoding(
+    encoding: str, inputs: Path, tmp_path: Path
+) -> None:
+    """Chinese data, a Chinese message, and the progress bar."""
+    data = tmp_path / "data.json"
+    data.write_text(json.dumps([{"instruction": "玄德曰", "output": "é 备"}] * 3), encoding="utf-8")
+    training = (
+        f"train.py --ckpt {inputs}/base --data {data} --max_length 96 --max_steps 1 "
+        f"--template default --cache_dir {tmp_path}/cache --out_dir {tmp_path}/run --device cpu"
+    )
+    chat = f"generate.py --ckpt {tmp_path}/run --chat --greedy --max_new_tokens 2 --device cpu"
+    message = "玄德".encode(encoding, "replace")
+    for command in (training, f"{training} --show_batch", chat):
+        done = run(*command.split(), stdin=message + b"\nq\n", PYTHONIOENCODING=encoding)
+        assert done.returncode == 0, done.stderr.decode(encoding)
+        assert b"Traceback" not in done.stderr
+    assert b"tokens/s)" in done.stdout
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "gbk"])
@@ -88,6 +140,20 @@ def test_without_a_home_the_cache_asks_for_a_folder(
     tokenizer = open_tokenizer(inputs / "tokenizer.model")
     with pytest.raises(UserError, match=r"no home directory .* --cache_dir DIR"):
         open_data([str(inputs / "alpaca.json")], tokenizer)
+
+
+def test_a_home_that_cannot_be_made_is_answered_with_the_flag_that_names_another_folder(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path / "file/home"))
+    tokenizer = open_tokenizer(inputs / "tokenizer.model")
+    with pytest.raises(UserError, match=r"file/home/\.cache/minillama: .* --cache_dir DIR"):
+        open_data([str(inputs / "alpaca.json")], tokenizer)
+    monkeypatch.setenv("HOME", str(tmp_path / "new"))
+    open_data([str(inputs / "alpaca.json")], tokenizer)
+    assert list((tmp_path / "new/.cache/minillama").iterdir())
 
 
 def test_a_byte_order_mark_is_no_part_of_a_file(inputs: Path, tmp_path: Path) -> None:
