@@ -33,6 +33,8 @@ FLAGS = (
     Flag("data", str, "PATH", "the questions: a file or a folder, as --list_tasks says"),
     Flag("protocol", str, "NAME",
          "prompt, shots and scoring rule [the first that --list_tasks names]"),
+    Flag("template", str, "NAME|FILE.jinja",
+         "give each prompt as a user's message in this template [none]"),
     Flag("n_shots", int, "N", "solved examples before each question [the protocol's]"),
     Flag("subjects", parse_list, "A,B", "only these subjects"),
     Flag("limit", int, "N", "the first N questions of each subject [all; demo: 300 in all]"),

@@ -18,7 +18,8 @@ decides by the letters of a text, and the conversation is refused.
 
 An answer is trained on from where its prompt ends: the rendering of the messages before it, with
 `add_generation_prompt`, which is what generation reads. If the prompt is not how the conversation
-begins, it is trained on from its text on, with a warning. It ends behind the first control token
+begins, it is trained on from its text on, with a warning. Spaces before an answer belong to it,
+because most vocabularies have tokens of a space and a word. It ends behind the first control token
 that follows its text. A template that writes the messages before an answer in another way when the
 answer is there cannot be trained on as one document, and is refused.
 
@@ -101,6 +102,7 @@ class ChatTemplate:
             if not rendered.startswith(prompt):
                 before = _call(messages, marked[:number], is_open=False)
                 start = self._start_of_text(rendered, before, number, marks)
+            start = len(rendered[:start].rstrip(" "))  # a space belongs to the word behind it
             targets.append(self._find_target(rendered, start, number, marks))
         return self._split(rendered, targets, marks)
 
@@ -109,8 +111,14 @@ class ChatTemplate:
         calls = [_call(MESSAGES, TEXTS[:1], is_open=True), _call(MESSAGES, TEXTS, is_open=False)]
         prompt, whole = self.renderer.render(calls)
         shared = _shared_length(prompt, whole)
-        if shared == len(prompt):
+        if shared == len(prompt) and not prompt.endswith(" "):
             return ""
+        if shared == len(prompt):
+            return (
+                f"the chat template's prompt ends in a space ({prompt[-SHOWN:]!r}), which a "
+                "vocabulary makes a token of the answer's first word, so the model is asked with "
+                "other tokens than it is trained on"
+            )
         return (
             f"the chat template writes {prompt[shared:][:SHOWN]!r} before an answer that the model "
             f"is to write, but {whole[shared:][:SHOWN]!r} in a whole conversation, which is what "
@@ -133,8 +141,7 @@ class ChatTemplate:
     ) -> int:
         """Where an answer begins whose prompt is not the beginning of the whole conversation.
 
-        before: the call for the messages before it. A space before a word belongs to the word, as
-        in most vocabularies.
+        before: the call for the messages before it.
         """
         beginning = self.renderer.render([before])[0]
         if not rendered.startswith(beginning):
@@ -149,7 +156,7 @@ class ChatTemplate:
         start = rendered.rfind(marks.start, len(beginning), end)
         if start < 0:
             raise UserError(f"the chat template leaves out the beginning of an answer; {REMEDY}")
-        return len(rendered[:start].rstrip(" "))
+        return start
 
     def _find_target(self, rendered: str, start: int, number: int, marks: Marks) -> Target:
         """The target that is the answer in message `number`, from `start` on."""

@@ -146,6 +146,16 @@ def test_an_open_prompt_is_the_beginning_of_what_was_trained(
     assert mask[len(opened) :] == [1] * num_trained + [0] * num_behind
 
 
+def test_spaces_before_an_answer_belong_to_it(small_tokenizer: Tokenizer) -> None:
+    """A prompt that ends in a space has a token of its own for it, an answer's first word none."""
+    template = INST.replace("[/INST]{% else %} ", "[/INST] {% else %}")
+    assert trained_text(small_tokenizer, template, TWO_TURNS) == [" A ", "eos", " B ", "eos"]
+    ids, mask = encode(small_tokenizer, template, ONE_TURN)
+    trained = [token for token, is_target in zip(ids, mask, strict=True) if is_target]
+    assert small_tokenizer.decode(trained) == "A "
+    assert "ends in a space" in open_chat_template(small_tokenizer, template).prompt_warning()
+
+
 def test_where_the_prompt_is_written_in_another_way_the_answers_text_is_trained_on(
     small_tokenizer: Tokenizer,
 ) -> None:

@@ -16,6 +16,7 @@ from minillama.evaluation.options import EvalOptions
 from minillama.evaluation.protocols import TASKS, Protocol, Question, Setup, find_protocol
 from minillama.evaluation.questions import find_files, find_root, read_questions, read_shots
 from minillama.evaluation.report import Record
+from minillama.evaluation.wrapping import Wrapping
 from minillama.files import sha256_of
 from minillama.tokenizer import Tokenizer
 
@@ -35,6 +36,9 @@ class MultipleChoice:
         n_shots = self.protocol.n_shots if options.n_shots is None else options.n_shots
         self.setup = Setup(name, n_shots, self.task.split)
         self.tokenizer = tokenizer
+        self.wrapping: Wrapping | None = None
+        if options.template not in ("", "none"):
+            self.wrapping = Wrapping(options.template, self.protocol, tokenizer)
         self.max_length = max_length
         self.shots_dropped = 0
         self.prompts_cut = 0
@@ -68,15 +72,21 @@ class MultipleChoice:
         return query
 
     def _encode(self, prompt: str) -> Query:
-        bos = self.tokenizer.starts_with
+        if self.wrapping is not None and self.protocol.rule == "likelihood":
+            return self.wrapping.query(prompt, list(self.protocol.choices.values()))
         continuations = encode_choices(self.protocol, self.tokenizer, prompt)
-        return Query(bos + self.tokenizer.encode(prompt), continuations)
+        if self.wrapping is not None:
+            return Query(self.wrapping.context(prompt), continuations)
+        return Query(self.tokenizer.starts_with + self.tokenizer.encode(prompt), continuations)
 
     def _cut(self, query: Query, excess: int) -> Query:
         """The query without the first `excess` tokens after BOS."""
-        bos = self.tokenizer.starts_with
+        num_kept = len(self.tokenizer.starts_with)
+        if query.context[:num_kept] != self.tokenizer.starts_with:
+            num_kept = 0  # a template without BOS
         self.prompts_cut += 1
-        return Query(bos + query.context[len(bos) + excess :], query.continuations)
+        context = query.context[:num_kept] + query.context[num_kept + excess :]
+        return Query(context, query.continuations)
 
     def make_record(self, id: str, result: QueryResult) -> Record:
         """The prediction of a question."""

@@ -15,6 +15,7 @@ class EvalOptions:
     task: str = ""  # a key of protocols.TASKS
     data: str = ""  # file or directory, as the task's `layout` says
     protocol: str = ""  # "": the first one of the task
+    template: str = ""  # the prompt as a user's message; "" or "none": as the protocol has it
     n_shots: int | None = None  # solved examples before each question; None: as the protocol says
     subjects: tuple[str, ...] = ()  # (): all
     limit: int = 0  # the first N questions of each subject; 0: all, and 300 in all for the demo

@@ -107,7 +107,7 @@ def describe(options: EvalOptions, benchmark: Benchmark, engine: Engine, max_len
     hashes: dict[str, str] | str = benchmark.hashes
     if len(hashes) == 1:
         hashes = next(iter(benchmark.hashes.values()))
-    return {
+    about = {
         "task": options.task,
         **asdict(benchmark.setup),
         "bos": bool(engine.tokenizer.starts_with),
@@ -115,13 +115,18 @@ def describe(options: EvalOptions, benchmark: Benchmark, engine: Engine, max_len
         "tokenizer_sha256": engine.tokenizer.sha256,
         "data_sha256": hashes,
     }
+    if isinstance(benchmark, MultipleChoice) and benchmark.wrapping is not None:
+        about["template"] = benchmark.wrapping.name
+        about["bos"] = engine.tokenizer.bos_id in benchmark.wrapping.context("")
+    return about
 
 
 def format_headline(engine: Engine, about: Record, num_queries: int) -> str:
     bos = "with" if about["bos"] else "without"
+    template = f"template {about['template']}, " if "template" in about else ""
     return (
-        f"{engine.path}: {about['task']}, protocol {about['protocol']}, {about['n_shots']} shots, "
-        f"{bos} BOS, split {about['split']}, {num_queries} queries"
+        f"{engine.path}: {about['task']}, protocol {about['protocol']}, {template}"
+        f"{about['n_shots']} shots, {bos} BOS, split {about['split']}, {num_queries} queries"
     )
 
 
