@@ -22,6 +22,9 @@ from tests.ranks import run_on_ranks
 from tests.runs import losses_of
 from tests.state_runs import STEPS, fingerprint, train_here
 
+Settings = Callable[..., TrainConfig]
+IN_FP16 = {"precision": "fp16", "initial_scale_power": 8}
+
 
 def test_a_run_goes_on_on_any_grid(
     run_settings: TrainConfig, uninterrupted: str, tmp_path: Path
@@ -59,7 +62,7 @@ def stop_within_a_step(config: TrainConfig) -> Summary | Stopped | str:
 
 
 def test_a_signal_within_a_step_ends_the_run_after_it_on_all_stages(
-    settings_for: Callable[..., TrainConfig],
+    settings_for: Settings,
 ) -> None:
     config = settings_for(pipeline_parallel=2, gradient_accumulation_steps=4)
     outcomes = run_on_ranks(2, stop_within_a_step, config)
@@ -92,11 +95,9 @@ def train_poisoned(
 
 @pytest.mark.parametrize("poisoned_stage", [0, 1])
 def test_all_stages_skip_an_overflow_of_one_and_have_one_loss_scale(
-    poisoned_stage: int, settings_for: Callable[..., TrainConfig]
+    poisoned_stage: int, settings_for: Settings
 ) -> None:
-    config = settings_for(
-        pipeline_parallel=2, precision="fp16", initial_scale_power=8, gradient_accumulation_steps=2
-    )
+    config = settings_for(**IN_FP16, pipeline_parallel=2, gradient_accumulation_steps=2)
     summaries = run_on_ranks(2, train_in_fp16, config, poisoned_stage)
     assert [summary["skipped_steps"] for summary in summaries] == [2, 2]
     records = read_metrics(Path(config.out_dir) / "metrics.jsonl")
@@ -106,9 +107,9 @@ def test_all_stages_skip_an_overflow_of_one_and_have_one_loss_scale(
     ]
 
 
-def test_fp16_stages_train_as_one_rank_does(settings_for: Callable[..., TrainConfig]) -> None:
+def test_fp16_stages_train_as_one_rank_does(settings_for: Settings) -> None:
     """A stage's gradient is scaled once, by the last stage."""
-    one = settings_for(precision="fp16", initial_scale_power=8, reduction="exact")
+    one = settings_for(**IN_FP16, reduction="exact")
     two = replace(one, pipeline_parallel=2, out_dir=one.out_dir + "2")
     run_on_ranks(1, train_in_fp16, one, -1)
     run_on_ranks(2, train_in_fp16, two, -1)
@@ -116,7 +117,7 @@ def test_fp16_stages_train_as_one_rank_does(settings_for: Callable[..., TrainCon
 
 
 def test_all_stages_name_the_parameter_whose_gradient_is_not_finite(
-    settings_for: Callable[..., TrainConfig],
+    settings_for: Settings,
 ) -> None:
     config = settings_for(pipeline_parallel=2, max_steps=9)
     messages = run_on_ranks(2, train_poisoned, config, 1, set(range(9)))
@@ -135,7 +136,7 @@ def test_all_stages_name_the_parameter_whose_gradient_is_not_finite(
     ids=["too few layers", "no multiple"],
 )
 def test_what_stages_cannot_do_is_refused(
-    ranks: int, changes: dict, message: str, settings_for: Callable[..., TrainConfig]
+    ranks: int, changes: dict, message: str, settings_for: Settings
 ) -> None:
     config = settings_for(pipeline_parallel=2, **changes)
     for found in run_on_ranks(ranks, train_on_rank, config):
