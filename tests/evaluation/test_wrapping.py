@@ -66,9 +66,13 @@ def test_a_prompt_that_is_cut_keeps_bos_where_the_template_has_one(
 ) -> None:
     for template, begins_with_bos in (("llama2", True), ("zephyr", False)):
         test = MultipleChoice(options("mmlu", template=template, n_shots=0), small_tokenizer, 30)
+        whole = MultipleChoice(options("mmlu", template=template, n_shots=0), small_tokenizer, 512)
         query = next(iter(test.queries.values()))
+        context = next(iter(whole.queries.values())).context
         assert query.length == 30 and test.prompts_cut > 0
-        assert (query.context[0] == small_tokenizer.bos_id) == begins_with_bos
+        kept = [small_tokenizer.bos_id] if begins_with_bos else []
+        num_tail = len(query.context) - len(kept)
+        assert query.context == kept + context[-num_tail:]
 
 
 def test_the_template_is_part_of_what_a_score_depends_on(
