@@ -95,10 +95,16 @@ def load_engine(
 def find_tokenizer(name: str, path: Path, base: Path, needs_text: bool) -> Tokenizer:
     """The tokenizer that is named, else that of the checkpoint or adapter, else its base's."""
     source = path if has_tokenizer(path) else base
-    if not name and not needs_text and not has_tokenizer(source):
-        print(f"note: {source} has no tokenizer, so token ids are written", file=sys.stderr)
-        return TokenIds(source)
-    return open_tokenizer(name or source)
+    if name or needs_text:
+        return open_tokenizer(name or source)
+    reason = f"{source} has no tokenizer"
+    if has_tokenizer(source):
+        try:
+            return open_tokenizer(source)
+        except UserError as error:
+            reason = str(error)
+    print(f"note: {reason}, so token ids are written", file=sys.stderr)
+    return TokenIds(source)
 
 
 def choose_template(name: str, path: Path, base: Path) -> str:

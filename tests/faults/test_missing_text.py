@@ -44,6 +44,14 @@ def test_prompt_ids_need_no_tokenizer(without_tokenizer: Path, tmp_path: Path, c
     assert capsys.readouterr().out == out
 
 
+def test_prompt_ids_need_no_tokenizer_that_can_be_read(without_tokenizer: Path, capsys) -> None:
+    (without_tokenizer / "tokenizer.model").write_bytes(b"{")
+    MAIN(["--ckpt", str(without_tokenizer), *IDS])
+    out, err = capsys.readouterr()
+    assert "not a SentencePiece model; download the file itself, so token ids are written" in err
+    assert all(word.isdecimal() for word in out.split())
+
+
 @pytest.mark.parametrize(
     "flags", [["--prompt", "hello"], ["--chat"], [*IDS, "--stop", "x"]], ids=lambda flags: flags[0]
 )
