@@ -115,6 +115,9 @@ def test_records_may_be_the_only_list_of_an_object(tmp_path, key):
     path = write(tmp_path / "a.json", json.dumps({key: [ALPACA, ALPACA]}, indent=2))
     assert detect(path) == "alpaca"
     assert read(path) == [Conversation((Turn("Q", "A", "I"),))] * 2
+    path = write(tmp_path / "c.json", {key: [ALPACA], "test": [ALPACA]})
+    with pytest.raises(UserError, match=r"c\.json: the object holds more than one list; make each"):
+        read(path)
     path = write(tmp_path / "b.json", {key: [ALPACA], "version": 1})
     with pytest.raises(UserError, match="no known format"):
         read(path)

@@ -110,6 +110,8 @@ class ArrayWindow:
         end = _skip_space(self.text, self.start)
         if self.is_wrapped and self.text[end : end + 1] == "}":
             end = _skip_space(self.text, end + 1)
+        elif self.is_wrapped:
+            raise self.error_at("the object holds more than one list; make each a file", end)
         if self.text[end:].strip():
             raise self.error_at("not valid JSON: more text after the array", end)
 
