@@ -17,7 +17,7 @@ ONE_RANK = "release/mp_rank_00/model_optim_rng.pt"
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ("--tensor_parallel 2", "n_kv_heads = 3 cannot be cut over 2 .*; use at most 3"),
+        ("--tensor_parallel 2", "n_kv_heads = 3 cannot be cut over 2 .*; use 1 or 3"),
         ("--pipeline_parallel 4", "n_layers = 2 cannot be cut into 4 equal stages; choose a divi"),
         ("--deepspeed --pipeline_parallel 2", "with --deepspeed use --pipeline_parallel 1"),
         ("", "would get 78 rows more, .* choose a smaller --vocab_multiple"),

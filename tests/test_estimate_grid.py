@@ -249,7 +249,7 @@ def test_a_plan_without_a_number_of_ranks_is_for_one_model() -> None:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ("--tensor_parallel 16", "n_kv_heads = 8 cannot be cut over 16 .* at most 8"),
+        ("--tensor_parallel 16", "n_kv_heads = 8 cannot be cut over 16 .*; use 1 or 2 or 4 or 8"),
         ("--pipeline_parallel 49", "n_layers = 48 cannot fill 49 .* use at most 48"),
         ("--tensor_parallel 8 --world_size 12", "12 ranks cannot hold .* a multiple of 8"),
     ],

@@ -222,9 +222,9 @@ def test_a_rank_that_cannot_write_leaves_no_other_waiting() -> None:
 @pytest.mark.parametrize(
     ("changes", "size", "message"),
     [
-        ({}, 4, "n_heads = 6 cannot be cut over 4 tensor-parallel ranks; use at most 3"),
+        ({}, 4, "n_heads = 6 cannot be cut over 4 tensor-parallel ranks; use 1 or 3"),
         ({"n_heads": 8, "n_kv_heads": 4}, 8, "n_kv_heads = 4 cannot be cut over 8"),
-        ({"ffn_dim": 41}, 3, "ffn_dim = 41 cannot be cut over 3 .*; use at most 1"),
+        ({"ffn_dim": 41}, 3, "ffn_dim = 41 cannot be cut over 3 .*; use 1"),
         (EIGHT_HEADS | {"vocab_size": 3}, 4, "vocab_size = 3 cannot be cut over 4"),
     ],
 )

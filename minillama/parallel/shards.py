@@ -144,8 +144,9 @@ def check_tensor_parallel(sizes: Mapping[str, int], ranks: int) -> None:
     """
     for name, size in sizes.items():
         if size % ranks:
-            largest = math.gcd(*sizes.values())
+            common = math.gcd(*sizes.values())
+            possible = [str(number) for number in range(1, common + 1) if common % number == 0]
             raise UserError(
                 f"{name} = {size} cannot be cut over {ranks} tensor-parallel ranks; "
-                f"use at most {largest}"
+                f"use {' or '.join(possible)}"
             )
