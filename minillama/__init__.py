@@ -9,7 +9,13 @@ imports none of its parts, and not torch: a name of the Python API is imported a
 """
 
 import importlib
+import sys
 from typing import TYPE_CHECKING, Any
+
+if sys.version_info < (3, 11):  # noqa: UP036  # an older Python cannot read the other modules
+    python = ".".join(str(part) for part in sys.version_info[:2])
+    sys.stderr.write(f"error: Python 3.11 or newer is needed; this is {python}\n")
+    sys.exit(2)
 
 if TYPE_CHECKING:  # what a type checker sees in place of `__getattr__`
     from minillama.conversion.api import apply_delta as apply_delta

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
+from minillama import requirements
 from minillama.errors import UserError, closest
 from minillama.train_config import DEVICES, KEYS, PRECISIONS, SECTIONS, Key, parse_list
 
@@ -176,6 +177,7 @@ def run(main: Callable[[list[str]], int | None], arguments: list[str]) -> NoRetu
     if hasattr(signal, "SIGPIPE"):  # not on Windows
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     try:
+        requirements.refuse_old_torch()
         sys.exit(main(arguments) or 0)
     except (UserError, OSError, RuntimeError, MemoryError) as error:
         message = _message_of(error)

@@ -54,7 +54,7 @@ VENDORS = {
         device="mlu",
         package="torch_mlu",
         visible="MLU_VISIBLE_DEVICES",
-        install="Cambricon's driver and its torch_mlu wheel for torch 2.6 or later",
+        install="Cambricon's driver and its torch_mlu wheel for torch 2.7 or later",
     ),
     "tpu": Vendor(
         device="tpu",
