@@ -19,6 +19,7 @@ from minillama.errors import UserError
 from minillama.files import read_json_lines
 from minillama.generation.cache import Cache
 from minillama.generation.loading import LoadOptions, load_engine, weights_checksum
+from minillama.launch import read_launch
 from minillama.lora import LINEARS, LoraConfig, save_adapter
 from minillama.ops import cpu_linear
 from minillama.tokenizer import Tokenizer
@@ -65,7 +66,8 @@ def on_ranks(size: int, *words: Any, typed: tuple[str, ...] = ()) -> str:
 
 
 def generate_on_rank(words: tuple[Any, ...], typed: tuple[str, ...]) -> tuple[str, str]:
-    return generate(*words, typed=typed)
+    """The person sits at rank 0."""
+    return generate(*words, typed=typed if read_launch().rank == 0 else ())
 
 
 WAYS = {

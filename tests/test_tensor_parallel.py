@@ -107,6 +107,13 @@ def test_eight_ranks_have_a_head_each_and_seven_rows_of_the_vocabulary_or_one_mo
         assert found.logits.shape == (2, 7, 50)
 
 
+def test_three_ranks_have_a_key_value_head_each() -> None:
+    """The last one has 18 rows of the vocabulary, the others 16."""
+    expected = compute(random_model)
+    for found in compute_on_ranks(3, random_model):
+        assert_same(found, expected, tolerance=3e-6)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_ranks_compute_in_16_bits_what_one_does_up_to_its_rounding(dtype: torch.dtype) -> None:
     build = partial(in_dtype, plain, dtype)

@@ -15,10 +15,12 @@ from minillama.checkpoint.hf_writer import save_model
 from minillama.comm import Mesh
 from minillama.errors import UserError
 from minillama.loss_curves import read_metrics
+from minillama.parallel.shards import axis_of
 from minillama.tokenizer import open_tokenizer
 from minillama.train_config import TrainConfig
 from minillama.training.model_building import model_config
-from minillama.training.trainer import train
+from minillama.training.run import Run, prepare
+from minillama.training.trainer import Trainer, train
 from tests.conftest import random_model, random_tokens
 from tests.peers import assert_same_logits, open_in_transformers
 from tests.ranks import run_on_ranks
@@ -36,6 +38,10 @@ def bases(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     size = {**EIGHT_HEADS, "vocab_size": tokenizer.size + 3, "max_seq_len": 128}
     save_model(random_model(**size), folder / "untied", tokenizer)
     save_model(random_model(**size, tie_embeddings=True), folder / "tied", tokenizer)
+    biases = {"attention_bias": True, "mlp_bias": True}
+    save_model(random_model(**size, **biases), folder / "biases", tokenizer)
+    size["vocab_size"] = tokenizer.size - 5
+    save_model(random_model(**size), folder / "small vocabulary", tokenizer)
     return folder
 
 
@@ -112,6 +118,8 @@ def test_a_grid_trains_as_one_rank_does(
 LORA = {"lora": True, "lora_targets": ("all", "lm_head"), "lora_rank": 2}
 VARIANTS = {
     "tied": {"ckpt": "tied"},
+    "biases": {"ckpt": "biases"},
+    "grown vocabulary": {"ckpt": "small vocabulary", "grow_vocabulary": True},
     "LoRA": LORA,
     "LoRA with dropout": {**LORA, "lora_dropout": 0.2},
     "LoRA and whole modules": {
@@ -131,6 +139,43 @@ def test_two_ranks_train_every_kind_of_model_as_one_does(
     one = settings("one", **changes)
     train(one, Mesh())
     two = settings("two", **changes)
+    train_on_grid(two, data=1, tensor=2)
+    assert_same_run(two, one, weights=2e-5)
+
+
+def adapter_on_rank(config: TrainConfig) -> dict[str, bytes]:
+    """Train on this rank; returns the parameters of which every rank has the whole."""
+    with comm.start("cpu", timeout_minutes=1) as mesh:
+        run = prepare(config, mesh)
+        assert isinstance(run, Run)
+        trainer = Trainer(run)
+        for step in range(3):
+            trainer.update(run.train_batches.micro_batches(step), rate=1e-2)
+        whole = {}
+        for name, parameter in run.model.named_parameters():
+            if axis_of(name) is None:
+                whole[name] = parameter.detach().numpy().tobytes()
+        return whole
+
+
+def test_what_all_ranks_hold_stays_the_same_on_all(settings: Callable[..., TrainConfig]) -> None:
+    """LoRA's uncut factors too: each rank computes a part of their gradient."""
+    for changes in (LORA, {}):
+        config = settings("run", **changes, zero_stage=1, tensor_parallel=2)
+        first, *others = run_on_ranks(4, adapter_on_rank, config)
+        assert first
+        assert others == [first] * 3
+
+
+def test_an_adapter_is_trained_further_on_another_number_of_ranks(
+    settings: Callable[..., TrainConfig],
+) -> None:
+    begun = settings("begun", **LORA, max_steps=2)
+    train_on_grid(begun, data=1, tensor=4)
+    adapter = str(Path(begun.out_dir) / "final")
+    one = settings("one", **LORA, adapter=adapter)
+    train(one, Mesh())
+    two = settings("two", **LORA, adapter=adapter)
     train_on_grid(two, data=1, tensor=2)
     assert_same_run(two, one, weights=2e-5)
 

@@ -1,7 +1,7 @@
 """eval.py on a grid: tensor ranks divide the model, data ranks the questions; scores are equal."""
 
 import runpy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import redirect_stderr, redirect_stdout
 from io import StringIO
 from pathlib import Path
@@ -12,6 +12,7 @@ import pytest
 import minillama
 from minillama import comm
 from minillama.errors import UserError
+from minillama.evaluation import predictions
 from minillama.files import read_json, read_json_lines
 from minillama.tokenizer import Tokenizer
 from tests.ranks import run_on_ranks
@@ -35,6 +36,20 @@ def run(*words: Any) -> str:
     return printed.getvalue() + notes.getvalue()
 
 
+def run_on_rank(*words: Any) -> tuple[str, int]:
+    """What eval.py prints on this rank, and how many batches of records it writes."""
+    original = predictions.append
+    num_written = 0
+
+    def append(directory: Path, rank: int, records: Iterable[dict[str, Any]]) -> None:
+        nonlocal num_written
+        num_written += 1
+        original(directory, rank, records)
+
+    predictions.append = append
+    return run(*words), num_written
+
+
 def results_in(directory: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """The summary without its time, and the records without their digests."""
     summary = read_json(directory / "summary.json")
@@ -53,9 +68,11 @@ def test_ranks_that_divide_the_model_give_the_scores_of_one(
     words = ("--task", task, "--ckpt", model, "--data", data / name, "--limit", 4)
     run(*words, "--out", tmp_path / "one")
     command = (*words, "--out", tmp_path / "grid", "--tensor_parallel", 2)
-    printed, *others = run_on_ranks(ranks, run, *command)
-    assert task in printed
-    assert others == [""] * (ranks - 1)
+    results = run_on_ranks(ranks, run_on_rank, *command)
+    for rank, (printed, num_written) in enumerate(results):
+        assert (task in printed) == (rank == 0)
+        assert bool(printed) == (rank == 0)
+        assert (num_written > 0) == (rank % 2 == 0), "the first of each tensor line writes"
 
     expected_summary, expected = results_in(tmp_path / "one")
     summary, records = results_in(tmp_path / "grid")
