@@ -111,7 +111,7 @@ def main(arguments: list[str]) -> int:
             print(f"{name:{width}}{line}")
         return 0
     from minillama import comm
-    from minillama.training import dry_run, messages, model_building, run, trainer
+    from minillama.training import architecture, dry_run, messages, model_building, run, trainer
     from minillama.training.summary import Stopped
 
     if config.adapter:
@@ -119,7 +119,7 @@ def main(arguments: list[str]) -> int:
     if not flags.dry_run:
         run.check_inputs(config, f"{launch.launcher()} train.py {shlex.join(arguments)}")
     if model_claims.describes_model(vars(flags)):
-        llama = model_building.model_config(config, model_building.find_base(config))
+        llama = architecture.model_config(config, architecture.find_base(config))
         model_claims.refuse_other_model(vars(flags), llama, config.tensor_parallel)
     if flags.dry_run:
         print(dry_run.describe(config, flags.world_size))

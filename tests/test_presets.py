@@ -13,9 +13,9 @@ import train
 from minillama import presets
 from minillama.errors import UserError
 from minillama.files import write_json
+from minillama.training.architecture import model_config
 from minillama.training.dry_run import describe, needs_of, refuse_what_cannot_fit
 from minillama.training.estimate import estimate
-from minillama.training.model_building import model_config
 
 ROOT = Path(__file__).parents[1]
 PRESETS = sorted(path.stem for path in (ROOT / "minillama/configs").glob("*.toml"))

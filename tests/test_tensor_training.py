@@ -18,7 +18,7 @@ from minillama.loss_curves import read_metrics
 from minillama.parallel.shards import axis_of
 from minillama.tokenizer import open_tokenizer
 from minillama.train_config import TrainConfig
-from minillama.training.model_building import model_config
+from minillama.training.architecture import model_config
 from minillama.training.run import Run, prepare
 from minillama.training.trainer import Trainer, train
 from tests.conftest import random_model, random_tokens

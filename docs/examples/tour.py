@@ -36,7 +36,7 @@ from minillama.ops import IGNORE, Documents, reference, rope_tables
 from minillama.parallel.sharded_optimizer import ShardedOptimizer
 from minillama.tokenizer import open_tokenizer
 from minillama.training.api import preset
-from minillama.training.model_building import model_config
+from minillama.training.architecture import model_config
 
 torch.set_num_threads(1)
 folder = Path(tempfile.mkdtemp())

@@ -5,8 +5,11 @@
       settings.py          which settings may differ, between runs and between ranks
       inputs.py            fingerprints of data, tokenizer, base and adapter
       data_building.py     the batches of every step
+      architecture.py      the shape of the model
       model_building.py    the model, its adapters
     trainer.py           the loop
+      stages.py            the same over the stages of a pipeline
+      evaluation.py        the loss of the evaluation data
       schedule.py          the learning rate
       metrics.py           the progress bar, metrics.jsonl and trainer_log.jsonl
       saving.py            checkpoints and final/

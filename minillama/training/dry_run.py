@@ -16,6 +16,7 @@ from minillama.grid import check_ranks, make_grid
 from minillama.llama_config import LlamaConfig
 from minillama.parallel.shards import check_tensor_parallel, layers_of_stage
 from minillama.train_config import TrainConfig
+from minillama.training.architecture import find_base, model_config
 from minillama.training.data_building import (
     build_data,
     build_tokenizer,
@@ -34,7 +35,6 @@ from minillama.training.estimate import (
     places_of,
     weight_bytes,
 )
-from minillama.training.model_building import find_base, model_config
 from minillama.training.summary import gigabytes
 
 LARGEST_ON_DEVICE = 40 * 10**9  # bytes of weights that one device holds beside its activations

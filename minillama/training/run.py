@@ -35,7 +35,13 @@ from minillama.parallel.sharded_optimizer import ShardedOptimizer
 from minillama.threads import choose_num_threads
 from minillama.tokenizer import Tokenizer
 from minillama.train_config import TrainConfig
-from minillama.training import data_building, model_building, run_directory, settings
+from minillama.training import (
+    architecture,
+    data_building,
+    model_building,
+    run_directory,
+    settings,
+)
 from minillama.training.dry_run import refuse_what_cannot_fit
 from minillama.training.inputs import RunInputs, describe_inputs, read_inputs, refuse_changes
 from minillama.training.run_directory import ResumePoint
@@ -106,8 +112,8 @@ def prepare(config: TrainConfig, mesh: comm.Mesh, overwrite: bool = False) -> Ru
         with parsing("plot_loss"):
             require_matplotlib()
     run_directory.check_directory(config, overwrite)
-    base = model_building.find_base(config)
-    refuse_what_cannot_fit(model_building.model_config(config, base), config)
+    base = architecture.find_base(config)
+    refuse_what_cannot_fit(architecture.model_config(config, base), config)
     summary = None if overwrite else run_directory.finished_summary(config)
     if summary is not None and settings.reads_recorded_files(config):
         return FinishedRun(Path(config.out_dir), summary)
@@ -121,7 +127,7 @@ def prepare(config: TrainConfig, mesh: comm.Mesh, overwrite: bool = False) -> Ru
 
     sources = data_building.with_embedded_data(config, mesh)
     tokenizer = data_building.build_tokenizer(sources, base)
-    llama = model_building.model_config(config, base, tokenizer.size)
+    llama = architecture.model_config(config, base, tokenizer.size)
     _set_up_torch(config, llama)
     data = data_building.build_data(sources, base, tokenizer, llama, grid, continued)
     inputs = _compare_inputs(config, base, tokenizer, data, mesh, resume_point, overwrite)

@@ -15,8 +15,8 @@ from dataclasses import replace
 from minillama.errors import UserError
 from minillama.llama_config import LlamaConfig
 from minillama.train_config import TrainConfig
+from minillama.training.architecture import find_base, model_config
 from minillama.training.estimate import Place, estimate
-from minillama.training.model_building import find_base, model_config
 from minillama.training.summary import gigabytes
 
 RANKS_OF_PLAN = 8  # if the command names no number of ranks
