@@ -6,12 +6,14 @@ are FOLDER/result.json. This is a process of its own, because autograd must see 
 its first backward pass.
 """
 
+import contextlib
 import itertools
 import json
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pytest
 import torch
 
 from minillama.checkpoint.hf_reader import load_model
@@ -28,7 +30,7 @@ from minillama.parallel.placement import place, plan
 from minillama.training.model_building import recompute_activations
 from minillama.training.trainer import train
 from tests.conftest import random_model, random_tokens
-from tests.runs import losses_of, small_run
+from tests.runs import Interruption, interrupt_after, losses_of, small_run
 from tests.vendor import fake_device
 
 ORDERS = ("cpu,npu:0", "npu:0,cpu", "cpu,npu:0,cpu")
@@ -120,6 +122,19 @@ def train_on(order: str, folder: Path, scratch: bool) -> list[float]:
     return losses_of(out_dir)
 
 
+def continue_elsewhere(folder: Path) -> list[float]:
+    """The losses of a run that begins on two devices and goes on with their parts exchanged."""
+    out_dir = folder / "moved"
+    config = small_run(folder / "inputs", out_dir, save_strategy="steps", save_steps=3)
+    begun, continued = (tuple(devices_in(order)) for order in ORDERS[:2])
+    with pytest.MonkeyPatch.context() as patch, contextlib.suppress(Interruption):
+        interrupt_after(3, patch)
+        train(config, Mesh(device=begun[0], devices=begun))
+    assert len(losses_of(out_dir)) == 3
+    train(config, Mesh(device=continued[0], devices=continued))
+    return losses_of(out_dir)
+
+
 def main(folder: Path) -> None:
     """folder: has a model in base/, an adapter of it in adapter/, and the inputs of a run."""
     torch.set_num_threads(1)
@@ -135,6 +150,7 @@ def main(folder: Path) -> None:
             f"{order} {scratch}": train_on(order, folder, scratch)
             for order, scratch in itertools.product(ORDERS[:2], (False, True))
         },
+        "moved": continue_elsewhere(folder),
         "loaded": devices_after_loading(folder / "base"),
         "opened": complete(opened.model),
     }

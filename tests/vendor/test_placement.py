@@ -77,6 +77,13 @@ def test_a_run_has_the_losses_of_one_device(
     assert found["runs"][f"{order} {scratch}"] == pytest.approx(expected, rel=1e-5)
 
 
+def test_a_run_goes_on_with_its_layers_on_other_devices(
+    adapted: tuple[Path, Llama], found: dict
+) -> None:
+    folder, _ = adapted
+    assert found["moved"] == pytest.approx(train_on("cpu", folder, scratch=False), rel=1e-5)
+
+
 def test_each_tensor_is_loaded_straight_to_its_device(found: dict) -> None:
     for name, device in found["loaded"].items():
         is_first = name.startswith(("model.embed_tokens", "model.layers.0"))
