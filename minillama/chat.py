@@ -92,7 +92,7 @@ def name_of(template: str) -> str:
     if not is_jinja(template):
         return template or "none"
     digest = hashlib.sha256(template.encode()).hexdigest()
-    return f"in Jinja (sha256 {digest[:12]})"
+    return f"Jinja text (sha256 {digest[:12]})"
 
 
 def render(template: str, conversation: Conversation) -> list[Piece]:

@@ -29,6 +29,10 @@ MAX_CHARACTERS = 2**21  # that a rendering may add to its messages
 MAX_COPIES = 16  # how often a rendering may repeat its messages
 
 
+class Refusal(Exception):
+    """A conversation that the template does not take; its text says why."""
+
+
 def main() -> None:
     """Answer the lines of stdin until its end. Its argument: seconds of CPU time a line."""
     seconds = int(sys.argv[1])
@@ -52,7 +56,6 @@ def main() -> None:
 def _compile(source: str) -> Any:
     """The jinja2.Template of a text, in the environment that transformers gives to it."""
     from jinja2 import nodes
-    from jinja2.exceptions import TemplateError
     from jinja2.ext import Extension, loopcontrols
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -67,7 +70,7 @@ def _compile(source: str) -> Any:
     Generation.tags = {"generation"}
 
     def raise_exception(message: str) -> None:
-        raise TemplateError(message)
+        raise Refusal(message)
 
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
@@ -128,6 +131,8 @@ def _describe(error: Exception) -> str:
     if isinstance(error, ImportError):
         return f"the package jinja2 is missing ({error}); pip install jinja2"
     lines = str(error).splitlines() or [type(error).__name__]
+    if isinstance(error, Refusal):
+        return f"it refuses this conversation ({lines[0]})"
     line = getattr(error, "lineno", None)
     return f"line {line}: {lines[0]}" if line else lines[0]
 

@@ -230,7 +230,7 @@ def test_a_template_that_decides_by_the_first_letters_of_a_text_refuses_that_tex
         ("{{ messages.append(1) }}", "unsafe"),
         ("{% if %}", "line 1: Expected an expression"),
         ("{% include 'a' %}", "no loader"),
-        ("{{ raise_exception('No system, please') }}", "No system, please"),
+        ("{{ raise_exception('No system, please') }}", "it refuses this conversation (No system"),
         ("{{ messages[7].content.x }}", "no element 7"),
     ],
 )

@@ -109,12 +109,12 @@ def test_a_chat_and_a_prompt_are_those_of_transformers(instruct: Path, capsys) -
     engine = load_engine(LoadOptions(str(base), device="cpu"))
     ids = reference.apply_chat_template(QUESTION, add_generation_prompt=True)
     assert engine.encode_prompt("say 1") == ids
-    assert minillama.load(base, device="cpu").template.startswith("in Jinja (sha256 ")
+    assert minillama.load(base, device="cpu").template.startswith("Jinja text (sha256 ")
     output = instruct / "a.jsonl"
     words = ["--greedy", "--max_new_tokens", "2", "--prompt", "say 1", "--device", "cpu"]
     run_script("generate", "--ckpt", str(base), *words, "--output", str(output))
     assert json.loads(output.read_text())["prompt_ids"] == ids
-    assert "(template: in Jinja (sha256 " in capsys.readouterr().err
+    assert "(template: Jinja text (sha256 " in capsys.readouterr().err
 
 
 def test_an_adapter_without_a_template_takes_that_of_its_base(instruct: Path) -> None:
@@ -131,7 +131,7 @@ def test_a_run_trains_in_the_bases_template_and_stores_it(instruct: Path, capsys
     transformers = pytest.importorskip("transformers")
     config = small_run(instruct, instruct / "run", template="", max_steps=1)
     new_trainer(config).train()
-    assert "template: in Jinja (sha256 " in capsys.readouterr().out
+    assert "template: Jinja text (sha256 " in capsys.readouterr().out
     final = instruct / "run/final"
     assert json.loads((final / "minillama.json").read_text())["template"] == "chat_template.jinja"
     assert (final / "chat_template.jinja").read_text() == OWN
@@ -167,7 +167,9 @@ def test_a_data_set_is_made_in_the_tokenizers_template(instruct: Path, capsys) -
     opened = new_trainer(config)
     assert made.run.inputs.fingerprints["data"] == opened.run.inputs.fingerprints["data"]
     (instruct / "mine.jinja").write_text(OTHER)
-    with pytest.raises(UserError, match=r"was made with the template in Jinja .*, not in Jinja"):
+    with pytest.raises(
+        UserError, match=r"was made with the template Jinja text .*, not Jinja text"
+    ):
         new_trainer(
             small_run(
                 instruct,
