@@ -97,21 +97,31 @@ def _most_weights(llama: LlamaConfig, config: TrainConfig) -> int:
 
 def _division_that_fits(llama: LlamaConfig, config: TrainConfig) -> str:
     """What to type: the fewest tensor ranks that suffice, else the most of them and stages."""
-    most_cuts = math.gcd(llama.n_heads, llama.n_kv_heads, llama.ffn_dim)
-    tensors = [2**i for i in range(10) if 2**i <= MOST_TENSOR_RANKS and most_cuts % 2**i == 0]
+    most_cuts = math.gcd(llama.n_heads, llama.n_kv_heads, llama.ffn_dim, MOST_TENSOR_RANKS)
+    tensors = [count for count in range(1, most_cuts + 1) if most_cuts % count == 0]
     grids = [(count, 1) for count in tensors]
-    grids += [(tensors[-1], stages) for stages in range(2, llama.n_layers + 1)]
+    grids += [(most_cuts, stages) for stages in range(2, llama.n_layers + 1)]
     for count, stages in grids:
-        divided = replace(config, tensor_parallel=count, pipeline_parallel=stages, devices="")
-        if _most_weights(llama, divided) <= LARGEST_ON_DEVICE:
-            flags = f"--tensor_parallel {count}"
-            if stages > 1:
-                flags += f" --pipeline_parallel {stages}"
-            ranks = count * stages
-            return (
-                f"use {flags} on {ranks} ranks or a multiple, or --devices {ranks} in one process"
-            )
+        grid = replace(config, tensor_parallel=count, pipeline_parallel=stages, devices="")
+        if _most_weights(llama, grid) > LARGEST_ON_DEVICE:
+            continue
+        ranks = count * stages
+        flags = f"--tensor_parallel {count}"
+        if stages > 1:
+            flags += f" --pipeline_parallel {stages}"
+        remedy = f"use {flags} on {ranks} ranks or a multiple"
+        if _fits_on_devices(llama, config, ranks):
+            remedy += f", or --devices {ranks} in one process"
+        return remedy
     return "no grid of ranks makes them fit"
+
+
+def _fits_on_devices(llama: LlamaConfig, config: TrainConfig, count: int) -> bool:
+    """Whether the weights fit on so many devices of one process."""
+    if count > llama.n_layers:
+        return False
+    spread = replace(config, tensor_parallel=1, pipeline_parallel=1, devices=str(count))
+    return _most_weights(llama, spread) <= LARGEST_ON_DEVICE
 
 
 def describe(config: TrainConfig, world_size: int) -> str:
@@ -129,13 +139,18 @@ def describe(config: TrainConfig, world_size: int) -> str:
     return "\n".join(lines)
 
 
+def _row(label: str, text: str) -> str:
+    return f"{label:12}{text}"
+
+
 def _describe_model(llama: LlamaConfig, trained: int) -> list[str]:
     total = llama.parameter_count()
     heads = f"{llama.n_heads} heads ({llama.n_kv_heads} key/value)"
+    body = f"{llama.n_layers} layers, width {llama.dim}, {heads}, MLP {llama.ffn_dim}"
+    share = f"{trained:,} ({trained / total:.2%})"
     return [
-        f"model       {llama.n_layers} layers, width {llama.dim}, {heads}, "
-        f"MLP {llama.ffn_dim}, vocabulary {llama.vocab_size:,}",
-        f"parameters  {total:,}; trained: {trained:,} ({trained / total:.2%})",
+        _row("model", f"{body}, vocabulary {llama.vocab_size:,}"),
+        _row("parameters", f"{total:,}; trained: {share}"),
     ]
 
 
@@ -160,36 +175,42 @@ def _describe_division(
         data = _data_ranks(config, world_size)
         grid = f"{data} data × {place.stages} stages × {place.tensors} tensor ranks"
     if place.stages == 1:
-        return [f"grid        {grid}"]
+        return [_row("grid", grid)]
     layers = ", ".join(str(len(layers_at(llama, need.place))) for need in needs)
     totals = ", ".join(f"{need.total / 1e9:.2f}" for need in needs)
+    largest = f"{part} {place.stage}: {contents(llama, place)}"
     return [
-        f"grid        {grid}; layers of each {part}: {layers}",
-        f"{part}s".ljust(12) + f"{totals} GB with activations; the largest is {part} "
-        f"{place.stage}: {contents(llama, place)}",
+        _row("grid", f"{grid}; layers of each {part}: {layers}"),
+        _row(f"{part}s", f"{totals} GB with activations; the largest is {largest}"),
     ]
 
 
 def _describe_memory(
     llama: LlamaConfig, config: TrainConfig, needs: list[Need], world_size: int
 ) -> list[str]:
+    """What the largest part needs, and what a checkpoint does."""
     largest = _largest(needs)
     state = largest.state
-    holder = "per device" if largest.place.is_device else "per rank"
     plural = "s" if world_size > 1 else ""
     setting = f"{config.precision}, ZeRO stage {config.zero_stage}, {world_size} rank{plural}"
+    terms = [
+        f"weights {gigabytes(state.weights)}",
+        f"gradients {gigabytes(state.gradients)}",
+        f"optimizer {gigabytes(state.optimizer)}",
+    ]
+    total = f"{' + '.join(terms)} = {gigabytes(state.total)}"
     kept = "a micro-batch"
     if largest.micro_batches > 1:
         kept = f"of {largest.micro_batches} micro-batches"
     how = "recomputed" if config.gradient_checkpointing else "kept"
     model_on_disk = 0 if config.lora else llama.parameter_count() * bytes_per_weight(config)
     state_on_disk = state.trainable * 3 * FP32  # master and two moments
+    checkpoint = gigabytes(model_on_disk + state_on_disk)
+    holder = "per device" if largest.place.is_device else "per rank"
     return [
-        f"{holder.ljust(12)}weights {gigabytes(state.weights)} "
-        f"+ gradients {gigabytes(state.gradients)} + optimizer {gigabytes(state.optimizer)} "
-        f"= {gigabytes(state.total)}, before activations ({setting})",
-        f"activations {gigabytes(largest.activations)} {kept} ({how})",
-        f"disk        {gigabytes(model_on_disk + state_on_disk)} a checkpoint",
+        _row(holder, f"{total}, before activations ({setting})"),
+        _row("activations", f"{gigabytes(largest.activations)} {kept} ({how})"),
+        _row("disk", f"{checkpoint} a checkpoint"),
     ]
 
 
@@ -203,11 +224,11 @@ def _describe_steps(llama: LlamaConfig, config: TrainConfig, world_size: int) ->
     warmup = f"{config.warmup_ratio:.0%}"
     if config.warmup_steps:
         warmup = f"{config.warmup_steps} steps"
+    tokens = f"up to {rows * length:,} tokens on all ranks"
+    rate = f"{config.lr_scheduler_type} from {config.learning_rate:g}, warm-up {warmup}"
     return [
-        f"a step      {rows} rows of up to {length:,} tokens "
-        f"= up to {rows * length:,} tokens on all ranks",
-        f"schedule    {duration}, {config.lr_scheduler_type} from {config.learning_rate:g}, "
-        f"warm-up {warmup}, seed {config.seed}",
+        _row("a step", f"{rows} rows of up to {length:,} tokens = {tokens}"),
+        _row("schedule", f"{duration}, {rate}, seed {config.seed}"),
     ]
 
 
