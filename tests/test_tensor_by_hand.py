@@ -57,7 +57,8 @@ def attend(model: Llama) -> dict[str, list[float]]:
     attention.v_proj.register_forward_pre_hook(keep_part_of_dx)
     attention.v_proj.register_forward_hook(keep_v)
     x = torch.tensor([[[1.0, 2.0]]], requires_grad=True)
-    cos, sin = torch.ones(1, 1, 2), torch.zeros(1, 1, 2)
+    cos = torch.ones(1, 1, 2)  # the rotation of position 0
+    sin = torch.zeros(1, 1, 2)
     y = attention(x, cos, sin, None, None)
     y.backward(torch.ones(1, 1, 2))
     keep("y", y)
@@ -105,7 +106,8 @@ def loss_on_rank() -> float:
     with comm.start("cpu", timeout_minutes=1) as mesh:
         model = make_model()
         parallelise(model, mesh)
-        assert len(model.lm_head.weight) == (1, 2)[mesh.rank]
+        num_rows = len(model.lm_head.weight)
+        assert num_rows == (1, 2)[mesh.rank]
         return model.lm_head.loss_sum(torch.tensor([[1.0, 0.0]]), torch.tensor([1])).item()
 
 
