@@ -4,8 +4,8 @@
     python -m docs.check docs/lora.md  some pages
     python -m docs.check --quick       the commands that the tests run too
 
-A command stands in a block of `bash`, and what it prints in a block of `text` behind it. Words
-behind `bash`, which a reader of the page does not see, say how it is checked:
+A command stands in a block of `bash`, and what it prints in the block behind it. Words behind
+`bash`, which a reader of the page does not see, say how it is checked:
 
     bash           it runs, in a copy of the working tree
     bash quick     it takes seconds: tests/test_docs.py runs it too
@@ -33,7 +33,8 @@ from docs.understand import why_not_understood
 
 ROOT = Path(__file__).resolve().parents[1]
 BLOCK = re.compile(
-    r"^```bash *(?P<words>[^\n]*)\n(?P<command>.*?)^```$(?:\s*^```text\n(?P<output>.*?)^```$)?",
+    r"^```bash *(?P<words>[^\n]*)\n(?P<command>.*?)^```$"
+    r"(?:\s*^```(?:text)?\n(?P<output>.*?)^```$)?",
     re.MULTILINE | re.DOTALL,
 )
 WORDS = {"quick", "demo", "yours", "skip"}

@@ -98,15 +98,20 @@ def convert(arguments: list[str], ranks: int) -> None:
 
 @contextlib.contextmanager
 def environment_of(ranks: int) -> Iterator[None]:
-    """Be, for the parser, one of several ranks."""
-    before = os.environ.get("WORLD_SIZE")
-    os.environ["WORLD_SIZE"] = str(ranks)
+    """Be, for the parser, the first of several ranks."""
+    started = {
+        "WORLD_SIZE": str(ranks),
+        "RANK": "0",
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": "29500",
+    }
+    before = dict(os.environ)
+    os.environ.update(started)
     try:
         yield
     finally:
-        del os.environ["WORLD_SIZE"]
-        if before is not None:
-            os.environ["WORLD_SIZE"] = before
+        os.environ.clear()
+        os.environ.update(before)
 
 
 CHECKS: dict[str, Callable[[list[str], int], None]] = {

@@ -19,7 +19,7 @@ def commands() -> list[str]:
     """Every command of README: lines of bash blocks and code spans, `&&` taken apart."""
     blocks = [
         line
-        for block in re.findall(r"```bash\n(.*?)```", TEXT, re.S)
+        for block in re.findall(r"```bash[^\n]*\n(.*?)```", TEXT, re.S)
         for line in block.splitlines()
     ]
     spans = [

@@ -1,13 +1,19 @@
 # %% [markdown]
 # # A tour: one record, from JSON to a changed weight
 #
-# A training run reads records and changes weights. This page follows one record all the way, with
-# the actual numbers of the smallest model here: the shape of the demo, with random weights from a
-# fixed seed. Nothing has to be downloaded. After it you can compute by hand what one training step
-# does to one weight, and find the line of code that does it.
+# **The problem.** A training run reads records and changes weights. Between the two are a dozen
+# steps, and each is easy to believe and hard to see.
 #
-# The page is made from [examples/tour.py](examples/tour.py). Run it and change it (`python
-# docs/examples/tour.py`), or open it as a notebook: [examples/tour.ipynb](examples/tour.ipynb).
+# **The idea.** Follow one record all the way, with the actual numbers of a small model: the shape of
+# the demo, with random weights from a fixed seed. Nothing has to be downloaded. After it you can
+# compute by hand what one training step does to one weight, and find the line of code that does it.
+#
+# The page is made from [examples/tour.py](examples/tour.py). Run it and change it, or open it as a
+# notebook: [examples/tour.ipynb](examples/tour.ipynb).
+#
+# ```bash
+# python docs/examples/tour.py
+# ```
 #
 # ![The way of the data](figures/data.svg)
 
@@ -339,4 +345,4 @@ print("the likeliest token at each target:", *answer)
 # Compute both, then read `test_the_loss_of_packed_documents_is_the_sum_of_their_losses` in
 # [test_packing.py](../tests/test_packing.py).
 #
-# **Next**: [model.md](model.md), the network from its formulas.
+# **Next**: [data](data.md), from a file to what is trained on.
