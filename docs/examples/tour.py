@@ -4,8 +4,8 @@
 # **The problem.** A training run reads records and changes weights. Between the two are a dozen
 # steps, and each is easy to believe and hard to see.
 #
-# **The idea.** Follow one record all the way, with the actual numbers of a small model: the shape of
-# the demo, with random weights from a fixed seed. Nothing has to be downloaded. After it you can
+# **The idea.** Follow one record all the way, with the actual numbers of a small model: the shape
+# of the demo, with random weights from a fixed seed. Nothing has to be downloaded. After it you can
 # compute by hand what one training step does to one weight, and find the line of code that does it.
 #
 # The page is made from [examples/tour.py](examples/tour.py). Run it and change it, or open it as a
