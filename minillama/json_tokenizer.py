@@ -9,6 +9,7 @@ Whether a text begins with BOS is decided in one of two places, as in transforme
 
 from collections.abc import Iterable
 from dataclasses import asdict, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -142,8 +143,34 @@ class JsonTokenizer:
         return self.model.encode(text, add_special_tokens=False).ids
 
     def encode_behind_control(self, text: str) -> list[int]:
-        """The ids of a text behind a control token."""
-        return self.encode(text)
+        """The ids of a text behind a control token: some vocabularies put no ▁ before it there.
+
+        Behind a line break there is none either. A token of the line break and the text would be
+        found out, and is refused.
+        """
+        if not self._joins_behind_control:
+            return self.encode(text)
+        line_break = self.encode("\n")
+        ids = self.encode("\n" + text)
+        if ids[: len(line_break)] != line_break:
+            raise UserError(
+                f"{self.path}: chat templates are not supported for this vocabulary, which has "
+                f"tokens of a line break and a text ({text[:20]!r})"
+            )
+        return ids[len(line_break) :]
+
+    @cached_property
+    def _joins_behind_control(self) -> bool:
+        """Whether a text has other ids behind a control token than alone."""
+        special = [token.content for token in self.added_tokens() if token.special]
+        if not special:
+            return False
+        try:
+            self.model.encode_special_tokens = False
+            behind = self.model.encode(special[0] + "a", add_special_tokens=False).ids[1:]
+        finally:
+            self.model.encode_special_tokens = True
+        return behind != self.encode("a")
 
     def control_id(self, name: str) -> int | None:
         named_by_role = {"bos": self.bos_id, "eos": self.eos_id}

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minillama.chat import Conversation, Turn
-from minillama.data.encode import encode_pieces, render_for
+from minillama.data.encode import encode_pieces, open_chat_template, render_for
 from minillama.tokenizer import Tokenizer, open_tokenizer
 from tests.conversations import sentences
 
@@ -114,6 +114,21 @@ def bytes_in_json(shared: Path, folder: Path) -> Any:
     return transformers.AutoTokenizer.from_pretrained(folder)
 
 
+def fast(legacy: bool) -> Callable[[Path, Path], Any]:
+    """LLaMA's vocabulary as a tokenizer.json, as transformers makes it."""
+
+    def convert(shared: Path, folder: Path) -> Any:
+        source = shared / "tokenizers/llama"
+        tokenizer = transformers.LlamaTokenizerFast.from_pretrained(
+            source, legacy=legacy, from_slow=True
+        )
+        tokenizer.save_pretrained(folder)
+        (folder / "tokenizer.model").unlink()
+        return transformers.AutoTokenizer.from_pretrained(folder)
+
+    return convert
+
+
 def added(special: bool) -> dict[str, Any]:
     """A tokenizer_config.json with the control tokens of ChatML."""
     decoder = {}
@@ -137,6 +152,8 @@ TOKENIZERS = {
     "chinese": published("tokenizers/chinese_llama2"),
     "stories": published("models/stories260K"),
     "bytes": bytes_in_json,
+    "fast": fast(legacy=True),
+    "fast, not legacy": fast(legacy=False),
 }
 
 
@@ -171,3 +188,26 @@ def check_ids(tokenizer: Tokenizer, reference: Any, template: str) -> None:
             assert not any(mask)
 
     are_equal()
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_answers_are_trained_on_in_every_published_template(
+    name: str, shared: Path, tmp_path: Path
+) -> None:
+    """The files of one publisher are meant to be used without their line breaks and indents."""
+    TOKENIZERS["with special tokens"](shared, tmp_path)
+    tokenizer = open_tokenizer(tmp_path)
+    template = (shared / f"templates/{name}.jinja").read_text()
+    if not name.startswith(("smollm2", "llama-3.1")):
+        template = template.replace("    ", "").replace("\n", "")
+    conversation = Conversation((Turn("Hi", "Hello"), Turn("Who are you?", "A llama.")), "Be nice.")
+    pieces = render_for(tokenizer, template, conversation)
+    trained = [piece.text.strip() or piece.control for piece in pieces if piece.is_target]
+    end = {"chatml": "<|im_end|>", "smollm2-instruct": "<|im_end|>"}.get(name, "eos")
+    end = "<|eot_id|>" if name.startswith("llama-3") else end
+    assert trained == ["Hello", end, "A llama.", end]
+    ids, mask = encode_pieces(tokenizer, pieces)
+    prompt, _ = encode_pieces(tokenizer, render_for(tokenizer, template, opened(conversation)))
+    assert ids[: len(prompt)] == prompt
+    assert all(mask[len(prompt) : len(prompt) + 3])
+    assert open_chat_template(tokenizer, template).prompt_warning() == ""
