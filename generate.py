@@ -98,6 +98,10 @@ FLAGS = (
 )
 # fmt: on
 
+NO_END = (
+    "note: the chat template writes no control token of this vocabulary behind an answer, so an "
+    "answer may end only at --max_new_tokens or --stop TEXT"
+)
 FOR_PROMPTS = ("prompt", "prompt_ids", "prompt_file", "output", "num_samples")  # not for a chat
 
 
@@ -166,11 +170,14 @@ def main(arguments: list[str]) -> None:
 
 def answer(engine: "Engine", prompts: "list[Prompt]", options: argparse.Namespace) -> None:
     """Do what the flags ask for."""
-    from minillama.chat import name_of
+    from minillama.chat import is_jinja, name_of
+    from minillama.data.encode import end_of_answer
     from minillama.tokenizer import describe_bos
 
     about = f"template: {name_of(engine.template)}, {describe_bos(engine.tokenizer)}"
     print(f"{engine.path} ({about})", file=sys.stderr)
+    if is_jinja(engine.template) and not end_of_answer(engine.tokenizer, engine.template):
+        print(NO_END, file=sys.stderr)
     if options.web:
         from minillama.generation import web
 

@@ -117,6 +117,13 @@ def test_a_chat_and_a_prompt_are_those_of_transformers(instruct: Path, capsys) -
     assert "(template: Jinja text (sha256 " in capsys.readouterr().err
 
 
+def test_a_template_whose_answers_have_no_end_is_told(instruct: Path, capsys) -> None:
+    write_config(instruct / "base", OWN.replace("eos_token", "'<|im_end|>'"))
+    words = ["--greedy", "--max_new_tokens", "2", "--prompt", "say 1", "--device", "cpu"]
+    run_script("generate", "--ckpt", str(instruct / "base"), *words)
+    assert "note: the chat template writes no control token" in capsys.readouterr().err
+
+
 def test_an_adapter_without_a_template_takes_that_of_its_base(instruct: Path) -> None:
     config = small_run(instruct, instruct / "run", template="", max_steps=1, lora=True)
     new_trainer(config).train()
