@@ -19,6 +19,7 @@ This file is run by its path, so it imports nothing of this package.
 """
 
 import json
+import signal
 import sys
 import time
 from datetime import datetime
@@ -35,6 +36,7 @@ class Refusal(Exception):
 
 def main() -> None:
     """Answer the lines of stdin until its end. Its argument: seconds of CPU time a line."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that asks
     seconds = int(sys.argv[1])
     _limit_memory()
     try:

@@ -1,8 +1,8 @@
 """Render a chat template in a process of its own: see jinja_program.py for why.
 
-The process is started at the first rendering and kept. One that breaks a limit is dead, and its
-template is refused from then on. A process that was forked from this one starts its own: two
-writers of one pipe would get each other's answers.
+The process is started at the first rendering and kept. One that has ended is started again. A
+process that was forked from this one starts its own: two writers of one pipe would get each other's
+answers. An interrupted wait ends the process, whose answer would be taken for the next one.
 """
 
 import contextlib
@@ -43,11 +43,17 @@ class JinjaRenderer:
         Raises UserError for a template that is wrong, refuses the messages, or breaks a limit.
         """
         with self._lock:
-            if self._process is None or self._owner != os.getpid():
+            if not self._is_running():
                 self._start()
             answer = self._ask({"variables": self.variables, "calls": calls})
         texts: list[str] = answer["texts"]
         return texts
+
+    def _is_running(self) -> bool:
+        """Whether the process that this one started can be asked."""
+        if self._process is None or self._owner != os.getpid():
+            return False
+        return self._process.poll() is None
 
     def _start(self) -> None:
         self._owner = os.getpid()
@@ -62,7 +68,8 @@ class JinjaRenderer:
         try:
             self._ask(self.source)
         except UserError:
-            self._process = None  # the next rendering tries again, and has the same error
+            self._process.kill()
+            self._process.wait()
             raise
 
     def _ask(self, message: Any) -> dict[str, Any]:
@@ -77,6 +84,10 @@ class JinjaRenderer:
             line = process.stdout.readline()
         except BrokenPipeError:
             line = ""
+        except BaseException:  # such as Ctrl-C
+            process.kill()
+            process.wait()
+            raise
         finally:
             clock.cancel()
         if not line:

@@ -1,8 +1,6 @@
 """Chat templates in Jinja: what no text can do, what is trained on, and what is refused."""
 
 import json
-import os
-import re
 import shutil
 from pathlib import Path
 
@@ -10,7 +8,6 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from minillama import jinja_renderer
 from minillama.chat import Conversation, Turn
 from minillama.data.encode import encode_pieces, end_of_answer, open_chat_template, render_for
 from minillama.errors import UserError
@@ -212,54 +209,3 @@ def test_a_template_that_decides_by_the_first_letters_of_a_text_refuses_that_tex
     assert render_for(small_tokenizer, template, prompt)[0].text == "hello"
     with pytest.raises(UserError, match=r"decides by the letters of a message.*'!/hello"):
         render_for(small_tokenizer, template, Conversation((Turn("/hello", None),)))
-
-
-# --- bounds, and what a template says
-
-
-@pytest.mark.parametrize(
-    ("template", "message"),
-    [
-        ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "1 sec"),
-        ("{{ 10 ** (10 ** 10) }}", "runs for more than 1 seconds"),
-        ("{{ 'a' * 10 ** 12 }}", "needs more than 1,073,741,824 bytes"),
-        ("{% for i in range(9999) %}{{ 'a' * 999 }}{% endfor %}", "writes more than 2,097,"),
-        ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "calls itself too often"),
-        ("{% for i in range(10 ** 9) %}{% endfor %}", "Range too big"),
-        ("{{ ''.__class__.__mro__ }}", "access to attribute '__class__'"),
-        ("{{ messages.append(1) }}", "unsafe"),
-        ("{% if %}", "line 1: Expected an expression"),
-        ("{% include 'a' %}", "no loader"),
-        ("{{ raise_exception('No system, please') }}", "it refuses this conversation (No system"),
-        ("{{ messages[7].content.x }}", "no element 7"),
-    ],
-)
-def test_a_template_that_loops_grows_or_reaches_out_is_refused(
-    small_tokenizer: Tokenizer, template: str, message: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(jinja_renderer, "CPU_SECONDS", 1)
-    for _ in range(2):  # the second time as well
-        with pytest.raises(UserError, match=re.escape(message)) as caught:
-            render_for(small_tokenizer, template, ONE_TURN)
-    assert "--template NAME" in str(caught.value) and "\n" not in str(caught.value)
-
-
-def test_what_transformers_offers_to_a_template_is_there(small_tokenizer: Tokenizer) -> None:
-    template = (
-        "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ m.content }}"
-        "{{ eos_token }}{% endgeneration %}{% continue %}{% endif %}"
-        "{{ {'<é>': m.content} | tojson }}{{ tools }}{{ pad_token }}{% endfor %}"
-    )
-    pieces = render_for(small_tokenizer, template, ONE_TURN)
-    assert pieces[0].text == '{"<é>": "Q"}None'
-
-
-def test_a_forked_process_starts_its_own_renderer(small_tokenizer: Tokenizer) -> None:
-    expected = encode(small_tokenizer, INST, ONE_TURN)
-    child = os.fork()
-    if child == 0:
-        others = [encode(small_tokenizer, INST, TWO_TURNS) for _ in range(100)]
-        os._exit(0 if others == [others[0]] * 100 and others[0] != expected else 1)
-    for _ in range(100):  # at the same time
-        assert encode(small_tokenizer, INST, ONE_TURN) == expected
-    assert os.waitpid(child, 0)[1] == 0

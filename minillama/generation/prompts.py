@@ -11,6 +11,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from minillama.chat import name_of
 from minillama.errors import UserError
 from minillama.files import numbered_lines, open_text
 from minillama.generation.decode import Completion
@@ -155,7 +156,7 @@ def settings_of(
         "weights_sample_sha256": weights_checksum(engine.model, engine.mesh),
         "prompts_sha256": hashlib.sha256(json.dumps(prompt_ids).encode()).hexdigest(),
         **kept,
-        "template": engine.template,
+        "template": name_of(engine.template),
     }
 
 
