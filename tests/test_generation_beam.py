@@ -203,7 +203,7 @@ class Toy:
         [[0.35, 0.25, 0.40, 0], [0.05, 0.05, 0.90, 0], [0, 0, 1, 0], [0.5, 0.4, 0.1, 0]]
     )  # after A, B, E, start
     config, lm_head = replace(TINY, dim=4), torch.nn.Linear(4, 4)
-    model = SimpleNamespace(layers=[])  # nothing is stored in the cache
+    model = SimpleNamespace(layers=[], embed_tokens=lm_head)  # nothing is stored in the cache
 
     def __call__(
         self, tokens: torch.Tensor, documents: object = None, cache: object = None
