@@ -68,7 +68,7 @@ def parse(arguments: list[str]) -> tuple[train_config.TrainConfig, argparse.Name
     wants_zero3 = flags.get("zero_stage") == 3
     if wants_zero3:
         flags = flags | {"zero_stage": 2}
-    config = presets.resolve(source, flags, other_systems.RENAMED)
+    config = presets.resolve(source, flags, other_systems.TABLE.renamed)
     parsed.world_size = parsed.world_size or ranks_of(config, parsed.dry_run)
     config = other_systems.with_global_batch_size(flags, config, parsed.world_size)
     other_systems.refuse_contradictions(flags, config)

@@ -250,5 +250,5 @@ def test_a_misspelt_name_of_theirs_is_named() -> None:
 
 
 def test_every_name_of_theirs_stands_for_a_key_and_is_no_key() -> None:
-    assert set(other_systems.RENAMED.values()) <= KEYS.keys()
-    assert not set(other_systems.RENAMED) & KEYS.keys()
+    assert set(other_systems.TABLE.renamed.values()) <= KEYS.keys()
+    assert not set(other_systems.TABLE.renamed) & KEYS.keys()

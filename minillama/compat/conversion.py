@@ -17,7 +17,8 @@ from typing import Any
 
 from minillama.cli import Parser
 from minillama.compat import megatron
-from minillama.compat.training_flags import LLAMA_TOKENIZERS, Allowed
+from minillama.compat.flag_tables import LLAMA_TOKENIZERS, Allowed
+from minillama.compat.model_claims import size_of
 from minillama.errors import UserError, closest
 from minillama.files import read_json
 from minillama.hf_config import published
@@ -79,7 +80,7 @@ ALLOWED = {
         "safe_serialization": Allowed(("true",), "safetensors are written; --bin writes .bin"),
     },
     "data": {
-        "tokenizer_type": Allowed(LLAMA_TOKENIZERS, "--tokenizer FILE names LLaMA's tokenizer"),
+        "tokenizer_type": LLAMA_TOKENIZERS,
         "json_keys": Allowed(("text",), "text for pre-training is read from the column `text`"),
         "dataset_impl": Allowed(("mmap",), "a data set is mapped into memory"),
     },
@@ -212,7 +213,7 @@ def meta_directory(root: Path, model_size: str) -> Path:
             f"{root}: holds neither a folder {model_size} nor consolidated.*.pth; name Meta's "
             "root, or the folder of the weights"
         )
-    size = published(_size_of(model_size))
+    size = published(size_of(model_size.lower().removesuffix("f")))  # 7Bf: a chat model
     params = read_json(root / "params.json")
     shape = (params.get("n_layers"), params.get("dim"))
     if shape != (size.n_layers, size.dim):
@@ -221,9 +222,3 @@ def meta_directory(root: Path, model_size: str) -> Path:
             f"{model_size}; leave --model_size out"
         )
     return root
-
-
-def _size_of(model_size: str) -> str:
-    """Return our name of a size; a final f stands for a chat model."""
-    name = model_size.lower().removesuffix("f")
-    return "33b" if name == "30b" else name

@@ -1,9 +1,9 @@
 """A DeepSpeed JSON file (`--deepspeed FILE`), as values of our keys.
 
-Each entry of the file is in one of three tables, as flags are in compat/flags.py: another name for
-a key of ours, an entry that may only have certain values, or one that changes no result. Any other
-entry is an error, with the value "auto" as well. "auto" leaves the value of a known entry to the
-command line, as in transformers.
+Each entry of the file is in one of three tables, as flags are in compat/flag_tables.py: another
+name for a key of ours, an entry that may only have certain values, or one that changes no result.
+Any other entry is an error, with the value "auto" as well. "auto" leaves the value of a known entry
+to the command line, as in transformers.
 """
 
 from dataclasses import dataclass

@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from minillama.compat import model_flags
-from minillama.compat.model_flags import FlagTable, Translation, numbers_of, truth, whole_number
-from minillama.compat.training_flags import Allowed
+from minillama.compat.flag_tables import Allowed, FlagTable, truth, whole_number
+from minillama.compat.model_flags import Translation, numbers_of
 from minillama.errors import UserError
 
 # The tasks that AscendSpeed and this program have in common; each has a protocol `ascend`.

@@ -13,22 +13,21 @@ ignored_keys.py says the same of our own keys.
 """
 
 import math
-from argparse import SUPPRESS
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from minillama.cli import Parser
+from minillama.compat.flag_tables import whole_number
 from minillama.compat.lora_load import continued_adapter
 from minillama.compat.model_claims import size_of
-from minillama.compat.training_flags import ALLOWED, HARMLESS, KEY_NAMES, OTHERS
+from minillama.compat.training_flags import TABLE
 from minillama.errors import UserError
 from minillama.ignored_keys import NO_EVAL_DATA
 from minillama.launch import read_launch
 from minillama.train_config import PRECISIONS, TrainConfig
 
-RENAMED = {name: key for key, names in KEY_NAMES.items() for name in names.split()}
 DEFAULT_SPLIT = "969,30,1"  # AscendSpeed's shares for training, validation and test
 PACKED_IDS = "_packed_input_ids_document"  # what AscendSpeed appends to the prefix of its sets
 PLAIN_TEXT = "_text_document"
@@ -43,9 +42,7 @@ RESUME = {"true": "auto", "false": "none"}  # of --resume_from_checkpoint; else 
 
 def add_flags(parser: Parser) -> None:
     """Let a parser accept the other systems' flags for training, which `--help` leaves out."""
-    parser.renamed |= RENAMED
-    for name in (*ALLOWED, *HARMLESS, *OTHERS):
-        parser.add_argument(f"--{name}", nargs="*", help=SUPPRESS)
+    TABLE.add_to(parser)
 
 
 def translate(flags: Mapping[str, Any]) -> dict[str, Any]:
@@ -53,51 +50,48 @@ def translate(flags: Mapping[str, Any]) -> dict[str, Any]:
 
     A key that was typed itself wins. Raises UserError for a value that is not allowed.
     """
-    keys = _keys_from(flags) | _evaluation_keys(flags) | dict(flags)
-    if _is_on(flags, "is_instruction_dataset"):
+    given = TABLE.given(flags)
+    keys = _keys_from(given, flags) | _evaluation_keys(given, flags) | dict(flags)
+    if _is_on(given, "is_instruction_dataset"):
         keys["data"] = tuple(_instruction_set(name) for name in flags.get("data", ()))
     return keys
 
 
-def _keys_from(flags: Mapping[str, Any]) -> dict[str, Any]:
-    given = {name: _text(flags[name]) for name in ALLOWED if flags.get(name) is not None}
-    for name, value in given.items():
-        if value not in ALLOWED[name].values:
-            raise UserError(f"--{name} {value} is not supported: {ALLOWED[name].reason}")
+def _keys_from(given: Mapping[str, str], flags: Mapping[str, Any]) -> dict[str, Any]:
     keys: dict[str, Any] = {}
     if "finetuning_type" in given:
-        keys["lora"] = given["finetuning_type"] == "lora"
+        keys["lora"] = given["finetuning_type"].lower() == "lora"
     if "full_finetuning" in given:
-        keys["lora"] = given["full_finetuning"] == "false"
-    if given.get("stage") == "pt":
+        keys["lora"] = not _is_on(given, "full_finetuning")
+    if given.get("stage", "").lower() == "pt":
         keys["data_format"] = "text"
     if "neat_packing" in given:
         keys["packing"] = True
     if flags.get("dataset_dir") and not flags.get("data"):
         keys["data"] = (flags["dataset_dir"],)  # Chinese-LLaMA-Alpaca: the folder is the data
-    if flags.get("type") and not _starts_from_checkpoint(flags):
-        keys["model"] = size_of(_text(flags["type"]))
-    return keys | _training_keys(flags)
+    if "type" in given and not _starts_from_checkpoint(flags):
+        keys["model"] = size_of(given["type"])
+    return keys | _training_keys(given, flags)
 
 
-def _training_keys(flags: Mapping[str, Any]) -> dict[str, Any]:
+def _training_keys(given: Mapping[str, str], flags: Mapping[str, Any]) -> dict[str, Any]:
     """Return what flags for memory, precision and continuing a run mean."""
     keys: dict[str, Any] = {}
-    if _is_on(flags, "disable_gradient_checkpointing"):
+    if _is_on(given, "disable_gradient_checkpointing"):
         keys["gradient_checkpointing"] = False
-    if any(_is_on(flags, name) for name in RECOMPUTATION):
+    if any(_is_on(given, name) for name in RECOMPUTATION):
         keys["gradient_checkpointing"] = True
-    if _is_on(flags, "use_distributed_optimizer"):
+    if _is_on(given, "use_distributed_optimizer"):
         keys["zero_stage"] = 1
-    if _is_on(flags, "zero3_enabled"):
+    if _is_on(given, "zero3_enabled"):
         keys["zero_stage"] = 3  # train.py refuses it, with what to use instead
-    if flags.get("initial_loss_scale"):
-        keys["initial_scale_power"] = _power_of_two(_text(flags["initial_loss_scale"]))
-    if flags.get("resume_from_checkpoint") is not None:
-        directory = " ".join(flags["resume_from_checkpoint"])
+    if "initial_loss_scale" in given:
+        keys["initial_scale_power"] = _power_of_two(given["initial_loss_scale"])
+    if "resume_from_checkpoint" in given:
+        directory = given["resume_from_checkpoint"]
         keys["resume"] = RESUME.get(directory.lower(), directory)
-    if flags.get("lora_load"):
-        keys |= continued_adapter(Path(" ".join(flags["lora_load"])), flags)
+    if "lora_load" in given:
+        keys |= continued_adapter(Path(given["lora_load"]), flags)
     return keys
 
 
@@ -124,24 +118,24 @@ def _instruction_set(name: str) -> str:
     return f"{name}{PACKED_IDS}" if is_packed else name
 
 
-def _evaluation_keys(flags: Mapping[str, Any]) -> dict[str, Any]:
+def _evaluation_keys(given: Mapping[str, str], flags: Mapping[str, Any]) -> dict[str, Any]:
     """Return what AscendSpeed's --split, --eval_interval and --eval_iters mean.
 
     Its validation and test parts are one part here, which is not trained on. Nothing is evaluated
     if there is no such part, or with --eval_iters 0.
     """
     keys: dict[str, Any] = {}
-    split = flags.get("split")
-    interval = flags.get("eval_interval")
+    split = given.get("split")
+    interval = given.get("eval_interval")
     has_eval_data = bool(flags.get("eval_data") or flags.get("validation_split"))
     if interval is not None and split is None and not has_eval_data:
-        split = [DEFAULT_SPLIT]
+        split = DEFAULT_SPLIT
     if split is not None:
-        keys["validation_split"] = _held_out(_text(split))
+        keys["validation_split"] = _held_out(split)
     if interval is None:
         return keys
-    eval_steps = _whole_number("eval_interval", _text(interval))
-    num_batches = _whole_number("eval_iters", _text(flags.get("eval_iters") or ["1"]))
+    eval_steps = whole_number("eval_interval", interval)
+    num_batches = whole_number("eval_iters", given.get("eval_iters", "1"))
     has_part = has_eval_data or keys["validation_split"] > 0
     if has_part and num_batches > 0:
         keys["eval_strategy"] = "steps"
@@ -168,9 +162,10 @@ def with_global_batch_size(
 
     Raises UserError if no accumulation makes that batch, or the command names another one.
     """
-    if flags.get("global_batch_size") is None:
+    given = TABLE.given(flags)
+    if "global_batch_size" not in given:
         return config
-    rows = _whole_number("global_batch_size", _text(flags["global_batch_size"]))
+    rows = whole_number("global_batch_size", given["global_batch_size"])
     data_ranks = max(1, world_size // (config.tensor_parallel * config.pipeline_parallel))
     rows_at_once = config.per_device_train_batch_size * data_ranks
     accumulation, rest = divmod(rows, rows_at_once)
@@ -190,21 +185,22 @@ def with_global_batch_size(
 
 def refuse_contradictions(flags: Mapping[str, Any], config: TrainConfig) -> None:
     """Raise UserError for a flag that says something else than the settings of the run."""
-    if _is_on(flags, "do_eval") and not (config.eval_data or config.validation_split):
+    given = TABLE.given(flags)
+    if _is_on(given, "do_eval") and not (config.eval_data or config.validation_split):
         raise UserError(f"--do_eval would be ignored: {NO_EVAL_DATA}")
-    dtype = _text(flags.get("torch_dtype") or ["auto"])
+    dtype = given.get("torch_dtype", "auto").lower()
     if dtype != "auto" and PRECISIONS[dtype] != config.precision:
         raise UserError(
             f"--torch_dtype {dtype} is not the precision {config.precision}: the model has the "
             f"dtype of the computation; use --precision {PRECISIONS[dtype]}, or leave it out"
         )
-    local_rank = _text(flags.get("local_rank") or ["-1"])
+    local_rank = given.get("local_rank", "-1")
     if local_rank not in ("-1", str(read_launch().local_rank)):
         raise UserError(
             f"--local_rank {local_rank}: not what the launcher says in the environment; "
             "use torchrun --nproc_per_node N train.py"
         )
-    decay_steps = _text(flags.get("lr_decay_iters") or [str(config.max_steps)])
+    decay_steps = given.get("lr_decay_iters", str(config.max_steps))
     if decay_steps != str(config.max_steps):
         raise UserError(
             f"--lr_decay_iters {decay_steps}: the schedule ends with the run; leave it out, or "
@@ -212,20 +208,9 @@ def refuse_contradictions(flags: Mapping[str, Any], config: TrainConfig) -> None
         )
 
 
-def _is_on(flags: Mapping[str, Any], name: str) -> bool:
+def _is_on(given: Mapping[str, str], name: str) -> bool:
     """Tell whether a switch was given, and not as false."""
-    return flags.get(name) is not None and _text(flags[name]) != "false"
-
-
-def _text(words: Sequence[str]) -> str:
-    """Return the value of a flag of any number of words; without one it is a switch."""
-    return " ".join(words).lower() if words else "true"
-
-
-def _whole_number(name: str, text: str) -> int:
-    if not text.isdecimal():
-        raise UserError(f"--{name} {text}: expected a whole number")
-    return int(text)
+    return given.get(name, "false").lower() != "false"
 
 
 def _share(text: str) -> float:

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from minillama.compat import model_flags
-from minillama.compat.model_flags import FlagTable, Translation, numbers_of, truth
-from minillama.compat.training_flags import Allowed
+from minillama.compat.flag_tables import Allowed, FlagTable, truth
+from minillama.compat.model_flags import Translation, numbers_of
 from minillama.errors import UserError
 
 REQUESTS = ("prompt", "prompt_ids", "prompt_file", "chat", "web", "mode")

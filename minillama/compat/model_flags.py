@@ -1,66 +1,21 @@
-"""Flags of other systems for generate.py and eval.py: how they are read, and those of both scripts.
+"""Flags of other systems that generate.py and eval.py both read: the rows of flag_tables.py.
 
-Their command lines can be pasted after ours. A flag of theirs is in one row of a table:
-
-    renamed     another name for a flag of ours             --load DIR                 is --ckpt DIR
-    allowed     may only have values that mean what         --normalization RMSNorm    is accepted
-                this program does
-    harmless    changes no result, and why                  --use-flash-attn
-    refused     is not done here, and what is instead       --load-8bit
-    numbers     a number that the checkpoint says itself    --num-layers 32            must be right
-
-Any other flag is unknown, and an error.
+Numbers that the checkpoint has itself, such as --num-layers 32, are compared with it.
 """
 
-from argparse import SUPPRESS
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from minillama.cli import Parser
-from minillama.compat.training_flags import LLAMA_TOKENIZERS, Allowed
+from minillama.compat.flag_tables import (
+    HARMLESS_EVERYWHERE,
+    LLAMA_TOKENIZERS,
+    RMSNORM,
+    Allowed,
+    whole_number,
+)
 from minillama.errors import UserError
 from minillama.llama_config import LlamaConfig
-
-
-@dataclass(frozen=True)
-class FlagTable:
-    """The flags of other systems that one script reads beside its own."""
-
-    renamed: Mapping[str, str]  # their name -> ours, and its value where it is fixed
-    allowed: Mapping[str, Allowed]
-    harmless: Mapping[str, str]  # flag -> why it changes no result
-    refused: Mapping[str, str]  # flag -> what to use instead
-    numbers: tuple[str, ...]  # see SHAPE and CONTEXT
-    others: tuple[str, ...]  # these need more than a table
-
-    @property
-    def names(self) -> list[str]:
-        """All flags but the renamed ones."""
-        return [*self.allowed, *self.harmless, *self.refused, *self.numbers, *self.others]
-
-    def add_to(self, parser: Parser) -> None:
-        """Let a parser accept the flags, which `--help` leaves out."""
-        parser.renamed |= self.renamed
-        for name in self.names:
-            parser.add_argument(f"--{name}", nargs="*", help=SUPPRESS)
-
-    def given(self, flags: Mapping[str, Any]) -> dict[str, str]:
-        """The values of the flags that were given; one without a value is "true".
-
-        Raises UserError for a flag that is refused, and for a value that is not allowed.
-        """
-        values = {}
-        for name in self.names:
-            words = flags.get(name)
-            if words is not None:
-                values[name] = " ".join(words) if words else "true"
-        for name, value in values.items():
-            if name in self.refused:
-                raise UserError(f"--{name} is not supported: {self.refused[name]}")
-            if name in self.allowed and value.lower() not in self.allowed[name].values:
-                raise UserError(f"--{name} {value} is not supported: {self.allowed[name].reason}")
-        return values
 
 
 @dataclass(frozen=True)
@@ -120,18 +75,10 @@ ALLOWED = {
     "pipeline_parallel": Allowed(("1",), NO_STAGES),
     "pipeline_model_parallel_size": Allowed(("1",), NO_STAGES),
     "position_embedding_type": Allowed(("rope", "rotary"), "LLaMA has rotary positions"),
-    "normalization": Allowed(("rmsnorm",), "LLaMA has RMSNorm"),
-    "tokenizer_type": Allowed(LLAMA_TOKENIZERS, "--tokenizer FILE names LLaMA's tokenizer"),
+    "normalization": RMSNORM,
+    "tokenizer_type": LLAMA_TOKENIZERS,
 }
-ORDER_OF_SUMS = "another order of the same sums; --ops chooses"
-HARMLESS = {
-    "flash_attn": ORDER_OF_SUMS,
-    "use_flash_attn": ORDER_OF_SUMS,
-    "use_flash_attention_2": ORDER_OF_SUMS,
-    "use_fused_rmsnorm": ORDER_OF_SUMS,
-    "use_fused_rotary_pos_emb": ORDER_OF_SUMS,
-    "mlp_layer_fusion": ORDER_OF_SUMS,
-    "no_masked_softmax_fusion": ORDER_OF_SUMS,
+HARMLESS = HARMLESS_EVERYWHERE | {
     "attention_softmax_in_fp32": "softmax is always computed in fp32",
     "group_query_attention": "config.json has the number of key/value heads",
     "swiglu": "LLaMA's MLP is SwiGLU",
@@ -146,11 +93,7 @@ HARMLESS = {
     "no_pipeline_parallel": "layers are not spread over ranks",
     "no_load_rng": "--seed decides",
     "exit_on_missing_checkpoint": "a missing checkpoint is always an error",
-    "tokenizer_not_use_fast": "both tokenizers of transformers have the same ids",
-    "use_fast_tokenizer": "both tokenizers of transformers have the same ids",
     "local_rank": "the launcher's environment says it",
-    "low_cpu_mem_usage": "weights are always read tensor by tensor",
-    "trust_remote_code": "nothing of a checkpoint is executed",
 }
 REFUSED = {
     "load_in_4bit": "weights of 4 bits are not read; --dtype int8 has 8 bits",
@@ -168,17 +111,3 @@ def numbers_of(given: Mapping[str, str]) -> dict[str, int]:
         if name in given:
             numbers[name] = whole_number(name, given[name])
     return numbers
-
-
-def whole_number(name: str, text: str) -> int:
-    """The value of a flag that is a whole number from 0."""
-    if not text.isdecimal():
-        raise UserError(f"--{name} {text}: expected a whole number")
-    return int(text)
-
-
-def truth(name: str, text: str) -> bool:
-    """The value of a flag that is true or false."""
-    if text.lower() not in ("true", "false"):
-        raise UserError(f"--{name} {text}: expected True or False")
-    return text.lower() == "true"

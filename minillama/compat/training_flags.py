@@ -1,26 +1,18 @@
-"""Flags of other systems for training: three tables.
+"""Flags of other systems for training: the table of train.py, of the kind in flag_tables.py.
 
-    KEY_NAMES    another name for a key of ours              --lora_r 8       is --lora_rank 8
-    ALLOWED      a flag that may only have values that       --stage sft      is accepted
-                 mean what this program does                 --stage dpo      is an error
-    HARMLESS     a flag that changes no result, and why      --overwrite_cache
-
-A flag without a value is `true`. `OTHERS` need more than a table: compat/flags.py has what they do.
+compat/flags.py has what OTHERS mean, which need more than a table.
 """
 
-from dataclasses import dataclass
-
+from minillama.compat.flag_tables import (
+    HARMLESS_EVERYWHERE,
+    KERNEL,
+    LLAMA_TOKENIZERS,
+    RMSNORM,
+    Allowed,
+    FlagTable,
+)
 from minillama.compat.model_claims import DIVISOR, NUMBERS, TYPE
 from minillama.train_config import PRECISIONS
-
-
-@dataclass(frozen=True)
-class Allowed:
-    """The values that a flag may have, and why others are an error."""
-
-    values: tuple[str, ...]
-    reason: str
-
 
 # our key -> what they call it, separated by spaces
 KEY_NAMES = {
@@ -66,7 +58,6 @@ NOT_SHARDED = "weights are not sharded here; use --zero_stage 2"
 NOT_QUANTIZED = "quantized weights are not trained here"
 NO_DROPOUT = "LLaMA has no dropout; --lora_dropout is the adapters'"
 ADAMW = ("adamw_torch", "adamw_torch_fused", "adamw_hf")
-LLAMA_TOKENIZERS = ("pretrainedfromhf", "llama2tokenizer", "sentencepiecetokenizer")
 ZERO = ("0.0", "0", "0.")
 YES = ("true",)
 NO = ("false",)
@@ -89,9 +80,9 @@ ALLOWED = {
     "report_to": Allowed(("none",), "OUT_DIR/metrics.jsonl and loss.png have the losses"),
     "logging_strategy": Allowed(("steps",), "records are written every --logging_steps updates"),
     "torch_dtype": Allowed(("auto", *PRECISIONS), f"choose auto, {', '.join(PRECISIONS)}"),
-    "tokenizer_type": Allowed(LLAMA_TOKENIZERS, "--tokenizer FILE names LLaMA's tokenizer"),
+    "tokenizer_type": LLAMA_TOKENIZERS,
     "position_embedding_type": Allowed(("rope",), "LLaMA's positions are rotary"),
-    "normalization": Allowed(("rmsnorm",), "LLaMA's norm is RMSNorm"),
+    "normalization": RMSNORM,
     "swiglu": Allowed(YES, "LLaMA's MLP is SwiGLU"),
     "attention_softmax_in_fp32": Allowed(YES, "the softmax of attention is always fp32"),
     "attention_dropout": Allowed(ZERO, NO_DROPOUT),
@@ -121,9 +112,8 @@ ALLOWED = {
     ),
 }
 
-KERNEL = "another order of the same sums; --ops chooses"
 # flag -> why it changes no result
-HARMLESS = {
+HARMLESS = HARMLESS_EVERYWHERE | {
     "lazy_preprocess": "when a text is tokenized, not how",
     "logging_first_step": "it only adds a record",
     "logging_dir": "OUT_DIR/metrics.jsonl has the records",
@@ -137,16 +127,9 @@ HARMLESS = {
     "overlap_param_gather": "when parameters are sent, not what is sent",
     "no_gradient_accumulation_fusion": "where gradients are added up, not what they are",
     "no_contiguous_buffers_in_local_ddp": "where gradients lie in memory",
-    "flash_attn": KERNEL,
-    "use_flash_attn": KERNEL,
-    "use_flash_attention_2": KERNEL,
     "triangle_attn": KERNEL,
-    "no_masked_softmax_fusion": KERNEL,
-    "use_fused_rmsnorm": KERNEL,
-    "use_fused_rotary_pos_emb": KERNEL,
     "use_fused_swiglu": KERNEL,
     "no_bias_gelu_fusion": KERNEL,
-    "mlp_layer_fusion": "gate and up as one product or as two have the same elements",
     "sequence_parallel": "which rank holds an activation, not what it is",
     "recompute_method": "which activations are computed again, not what they are",
     "recompute_num_layers": "which activations are computed again, not what they are",
@@ -156,13 +139,9 @@ HARMLESS = {
     "finetune": "--load takes weights alone, and a new run begins at step 0",
     "no_load_optim": "--load takes weights alone; a run continues from its own --out_dir",
     "no_load_rng": "dropout and the order of the data follow from --seed and the step",
-    "low_cpu_mem_usage": "weights are read one tensor at a time",
-    "trust_remote_code": "no code of a checkpoint is ever run",
     "remove_unused_columns": "only the columns of the format are read",
     "num_workers": "batches are cut from a file that is mapped into memory",
     "dataloader_num_workers": "batches are cut from a file that is mapped into memory",
-    "tokenizer_not_use_fast": "both tokenizers of transformers have the same ids",
-    "use_fast_tokenizer": "both tokenizers of transformers have the same ids",
     "overwrite_cache": "the cache of a tokenized file depends on all it was made from",
 }
 OTHERS = (
@@ -185,3 +164,6 @@ OTHERS = (
     "resume_from_checkpoint",
     "deepspeed_config",
 )
+
+RENAMED = {name: key for key, names in KEY_NAMES.items() for name in names.split()}
+TABLE = FlagTable(RENAMED, ALLOWED, HARMLESS, refused={}, numbers=(), others=OTHERS)
