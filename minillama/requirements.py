@@ -18,16 +18,24 @@ def refuse_old_torch() -> None:
     """Raise UserError if torch is missing or too old. Does not import it."""
     lowest = ".".join(str(part) for part in LOWEST_TORCH)
     try:
-        version = metadata.version("torch")
+        is_too_old = torch_version() < LOWEST_TORCH
     except metadata.PackageNotFoundError:
         raise UserError(
             f"torch is not installed; minillama needs {lowest} or newer (docs/install.md)"
         ) from None
-    numbers = re.match(r"(\d+)\.(\d+)", version)
-    if numbers is None:
-        return  # a version without numbers: a build of one's own
-    if (int(numbers[1]), int(numbers[2])) < LOWEST_TORCH:
+    if is_too_old:
         raise UserError(
-            f"torch {version}: minillama needs {lowest} or newer; install another version, or see "
-            "docs/install.md for the plug-ins that go with it"
+            f"torch {metadata.version('torch')}: minillama needs {lowest} or newer; install another"
+            " version, or see docs/install.md for the plug-ins that go with it"
         )
+
+
+def torch_version() -> tuple[int, int]:
+    """Return the first two numbers of torch's version; those of a build without any are huge.
+
+    Raises PackageNotFoundError if torch is not installed.
+    """
+    numbers = re.match(r"(\d+)\.(\d+)", metadata.version("torch"))
+    if numbers is None:
+        return 9999, 0  # whoever builds torch without a version knows that it is new
+    return int(numbers[1]), int(numbers[2])

@@ -55,6 +55,11 @@ def test_streamed_answers_come_in_the_order_asked(capsys) -> None:
     assert told[0][0] != told[0][1]
 
 
+def let_ctrl_c_interrupt() -> None:
+    """A job in the background ignores Ctrl-C, and so would the processes that it starts."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def test_ctrl_c_keeps_what_was_written_and_exits_130(shared: Path) -> None:
     model = shared / "models/stories260K"
     run = subprocess.Popen(
@@ -77,6 +82,7 @@ def test_ctrl_c_keeps_what_was_written_and_exits_130(shared: Path) -> None:
         stderr=subprocess.PIPE,
         bufsize=0,  # communicate() would not see what a buffer holds
         env=os.environ | {"OMP_NUM_THREADS": "1"},
+        preexec_fn=let_ctrl_c_interrupt,
     )
     began = run.stdout.read(8)
     run.send_signal(signal.SIGINT)

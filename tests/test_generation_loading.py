@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from minillama import requirements
 from minillama.checkpoint.hf_reader import load_model
 from minillama.errors import UserError
 from minillama.generation.sampling import Sampling
@@ -187,6 +188,10 @@ def test_the_first_token_needs_none_of_torchs_compiler() -> None:
     assert done.stdout.splitlines()[-1] == "False", done.stderr
 
 
+@pytest.mark.skipif(
+    requirements.torch_version() < (2, 13),
+    reason="an older torch draws the first weights of a layer on meta with parts of its compiler",
+)
 def test_a_first_token_needs_no_compiler() -> None:
     """sympy comes with torch's compiler, and would be a fifth of the time to the first token."""
     words = ["generate.py", *TEMPLATE[:-1], "1", "--prompt", "a", "--greedy"]
