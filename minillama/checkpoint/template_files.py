@@ -50,7 +50,7 @@ def read_template(directory: Path) -> str:
 
 def read_chat_template(directory: Path) -> str:
     """The text of the chat template in a tokenizer's files, or ""."""
-    if (directory / JINJA_FILE).is_file():
+    if (directory / JINJA_FILE).exists():
         return read_jinja(directory / JINJA_FILE)
     path = directory / CONFIG
     if not path.is_file():
