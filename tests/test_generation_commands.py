@@ -61,39 +61,33 @@ def let_ctrl_c_interrupt() -> None:
 
 
 def test_ctrl_c_keeps_what_was_written_and_exits_130(shared: Path) -> None:
+    """The pipe is too small for all that is written, so the command waits until it is read."""
     model = shared / "models/stories260K"
+    prompt = "Once upon a time"
+    num_prompts = 12
+    flags = "-u generate.py --greedy --ignore_eos --max_new_tokens 400 --stream".split()
     run = subprocess.Popen(
-        [
-            sys.executable,
-            "-u",
-            "generate.py",
-            "--ckpt",
-            str(model),
-            "--prompt",
-            "Once upon a time",
-            "--greedy",
-            "--ignore_eos",
-            "--max_new_tokens",
-            "500",
-            "--stream",
-        ],
+        [sys.executable, *flags, "--ckpt", str(model), *["--prompt", prompt] * num_prompts],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         bufsize=0,  # communicate() would not see what a buffer holds
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         preexec_fn=let_ctrl_c_interrupt,
+        pipesize=4096,
     )
     began = run.stdout.read(8)
     run.send_signal(signal.SIGINT)
     rest, errors = run.communicate(timeout=60)
     assert run.returncode == 130
     assert errors.decode().splitlines()[-1] == "interrupted"
-    ids = [1, *open_tokenizer(model).encode("Once upon a time")]
+    ids = [1, *open_tokenizer(model).encode(prompt)]
     text = open_tokenizer(model).decode(
-        list(generate(load_model(model), ids, 500 - len(ids), Sampling(0.0)))
+        list(generate(load_model(model), ids, 400, Sampling(0.0)))
     )
-    assert text.startswith((began + rest).decode().rstrip("\n"))
+    everything = f"{text}\n" * num_prompts
+    assert len(everything) > 4096 + len(began)
+    assert everything.startswith((began + rest).decode().rstrip("\n"))
 
 
 def test_what_an_unstreamed_text_had_when_interrupted_is_printed(monkeypatch, capsys) -> None:
