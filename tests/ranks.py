@@ -1,5 +1,6 @@
 """Run a function on several ranks: forked processes on this machine that talk through gloo."""
 
+import gc
 import multiprocessing
 import os
 import queue
@@ -63,6 +64,7 @@ def _be_rank(
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
     }
+    gc.freeze()  # a collection that visits what it shares with the parent would copy all of it
     try:
         results.put((rank, function(*arguments), None))
     except BaseException:

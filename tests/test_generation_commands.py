@@ -82,9 +82,7 @@ def test_ctrl_c_keeps_what_was_written_and_exits_130(shared: Path) -> None:
     assert run.returncode == 130
     assert errors.decode().splitlines()[-1] == "interrupted"
     ids = [1, *open_tokenizer(model).encode(prompt)]
-    text = open_tokenizer(model).decode(
-        list(generate(load_model(model), ids, 400, Sampling(0.0)))
-    )
+    text = open_tokenizer(model).decode(list(generate(load_model(model), ids, 400, Sampling(0.0))))
     everything = f"{text}\n" * num_prompts
     assert len(everything) > 4096 + len(began)
     assert everything.startswith((began + rest).decode().rstrip("\n"))

@@ -60,10 +60,10 @@ def test_decay_ends_at_the_first_1d_parameter_on_whichever_rank_it_lies(stage, m
         np.testing.assert_allclose(weights[1], vector.detach(), rtol=1e-5, atol=1e-6)
 
 
-def test_a_gradient_that_is_not_finite_is_named_on_all_ranks():
-    """Rank 1 owns the bad value and tells its name to rank 0, which sees none."""
+def test_a_gradient_that_is_not_finite_is_found_by_its_owner_and_named_by_all_ranks():
+    """Rank 1 owns the second chunk, which is part of `c`; rank 0 sees no bad value."""
 
-    def run() -> str:
+    def run() -> tuple[str, str]:
         with comm.start("cpu", timeout_minutes=1) as mesh:
             named = [
                 (name, nn.Parameter(torch.ones(CHUNK // 16, 8))) for name in ("a", "b", "c", "d")
@@ -76,6 +76,7 @@ def test_a_gradient_that_is_not_finite_is_named_on_all_ranks():
             optimizer.backward(sum(value.sum() for value in values), mesh.size)
             result = optimizer.step(1e-2, 1.0)
             assert not result.updated
-            return optimizer.first_non_finite()
+            own_name = optimizer.vectors[0].first_non_finite()
+            return own_name, optimizer.first_non_finite()
 
-    assert run_on_ranks(2, run) == ["c", "c"]
+    assert run_on_ranks(2, run) == [("", "c"), ("c", "c")]
