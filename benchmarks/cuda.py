@@ -23,6 +23,7 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -54,18 +55,26 @@ def legs_for(shape: str, memory_gb: float, peer: str) -> list[Leg]:
     if shape == "tiny":
         return tiny_legs(peer)
     rows = 8 if memory_gb >= 70 else 2
-    legs = [Leg("machine", "110m", 1, 16), Leg("parity", "110m", 1, 16)]
-    sides = ("minillama", peer, "minillama+compile", f"{peer}+compile")
-    for side in sides:
-        legs.append(Leg("train", "110m", 16, 1024, side=side))
-    for side in (*sides, "minillama+recompute"):
-        legs.append(Leg("train", "1.1b", rows, 1024, side=side))
-    legs.append(Leg("7b_lora", "7b", 4, 1024))
-    legs.append(Leg("decoding", "1.1b", 1, 1024))
-    legs.append(Leg("attention", "7b", 8, 1024))
-    for stage in (1, 2):
-        legs.append(Leg("train", "110m", 16, 1024, side=f"minillama+zero{stage}"))
-    return legs
+    small = partial(Leg, "train", "110m", 16, 1024)
+    large = partial(Leg, "train", "1.1b", rows, 1024)
+    return [
+        Leg("machine", "110m", 1, 16),
+        Leg("parity", "110m", 1, 16),
+        small(side="minillama"),
+        small(side=peer),
+        large(side="minillama"),
+        large(side=peer),
+        Leg("7b_lora", "7b", 4, 1024),
+        Leg("decoding", "1.1b", 1, 1024),
+        Leg("attention", "7b", 8, 1024),
+        large(side="minillama+recompute"),
+        small(side="minillama+zero1"),
+        small(side="minillama+zero2"),
+        small(side="minillama+compile"),
+        small(side=f"{peer}+compile"),
+        large(side="minillama+compile"),
+        large(side=f"{peer}+compile"),
+    ]
 
 
 def tiny_legs(peer: str) -> list[Leg]:
@@ -169,7 +178,10 @@ def main() -> None:
         if chosen and leg.name not in chosen:
             continue
         left = LIMIT - (time.perf_counter() - started)
-        found = {"failed": "no time was left"} if left < 0 else run_leg(leg, options.device, left)
+        if left < 0:
+            print(f"{leg.title}: left out, no time")
+            continue
+        found = run_leg(leg, options.device, left)
         results[leg.title] = found
         print(f"{leg.title}: {describe(found)}", flush=True)
         if options.out:

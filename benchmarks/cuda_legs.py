@@ -226,10 +226,9 @@ def their_decoding(
         from transformers import LlamaForCausalLM
     except ImportError:
         return {"peer": "transformers is not installed"}
-    weights = sides.first_weights(settings.shape, torch.device("cpu")).state_dict()
     model = LlamaForCausalLM(TheirConfig(**sides.to_hf(config), attn_implementation="sdpa"))
-    model.load_state_dict(weights, strict=False)
     model = model.bfloat16().to(settings.device).eval()
+    model.load_state_dict(sides.first_weights(settings.shape, settings.device).state_dict())
     found: Result = {"peer": "transformers"}
     lengths = {"min_new_tokens": new_tokens, "max_new_tokens": new_tokens}
     for batch in (1, 8):

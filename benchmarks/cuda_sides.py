@@ -31,7 +31,7 @@ from minillama.train_config import TrainConfig
 from minillama.training.model_building import recompute_activations
 
 LEARNING_RATE = 1e-5
-FUSED_BY_COMPILER = "rms_norm=reference,rope=reference,swiglu=reference"
+FUSED_BY_COMPILER = "rms_norm=reference,rope=reference,swiglu=reference,linear=reference"
 TINY = LlamaConfig(
     dim=64,
     n_layers=2,
@@ -54,16 +54,28 @@ def shape_config(shape: str) -> LlamaConfig:
 
 def first_weights(shape: str, device: torch.device) -> Llama:
     """The weights that every side begins with, in bf16, made on the device."""
-    with torch.device(device):
-        model = Llama(shape_config(shape))
-        generator = torch.Generator(device).manual_seed(0)
-    return model.initialise(generator).bfloat16()
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device(device):
+            model = Llama(shape_config(shape))
+    finally:
+        torch.set_default_dtype(before)
+    return model.initialise(torch.Generator(device).manual_seed(0))
 
 
 def compile_layers(layers: nn.ModuleList) -> None:
     """Compile each layer by itself: one compilation serves all, since they are alike."""
     for layer in layers:
         layer.compile(dynamic=False)
+
+
+def compile_ours(model: Llama) -> None:
+    """Compile our layers. Before, a call selects the ops: that logs, which cannot be compiled."""
+    device = model.lm_head.weight.device
+    with torch.no_grad():
+        model(torch.zeros(1, 2, dtype=torch.int64, device=device))
+    compile_layers(model.model.layers)
 
 
 def our_step(
@@ -74,7 +86,7 @@ def our_step(
         recompute_activations(model.model.layers)
     if compiled:
         ops.choose(FUSED_BY_COMPILER)
-        compile_layers(model.model.layers)
+        compile_ours(model)
     settings = TrainConfig(precision="bf16", zero_stage=zero_stage)
     grid = make_grid(Mesh(device=device))
     optimizer = ShardedOptimizer(model.named_parameters(), grid, settings)
@@ -94,11 +106,10 @@ def transformers_step(shape: str, device: torch.device, compiled: bool) -> Step:
     from transformers import LlamaConfig as TheirConfig
     from transformers import LlamaForCausalLM
 
-    weights = first_weights(shape, torch.device("cpu")).state_dict()
     settings = to_hf(shape_config(shape))
     model = LlamaForCausalLM(TheirConfig(**settings, attn_implementation="sdpa"))
-    model.load_state_dict(weights, strict=False)  # a tied head is not among ours
     model = model.float().to(device).train()
+    model.load_state_dict(first_weights(shape, device).state_dict())
     model.config.use_cache = False
     if compiled:
         compile_layers(model.model.layers)
@@ -116,7 +127,7 @@ def loop_step(shape: str, device: torch.device, compiled: bool) -> Step:
     ops.attention.choose("fused")  # torch's scaled_dot_product_attention
     model = first_weights(shape, device).float()
     if compiled:
-        compile_layers(model.model.layers)
+        compile_ours(model)
 
     def loss_of(tokens: Tensor) -> Tensor:
         logits = model.logits(model(tokens[:, :-1]))
