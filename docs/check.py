@@ -125,8 +125,13 @@ def run_command(command: str, copy: Path) -> tuple[int, str]:
         timeout=LONGEST,
     )
     printed = done.stdout.decode(errors="replace").replace(f"{copy}/", "")
-    lines = [line for line in printed.split("\n") if "\r" not in line]  # no progress bars
-    return done.returncode, "\n".join(lines)
+    return done.returncode, without_progress_bars(printed)
+
+
+def without_progress_bars(printed: str) -> str:
+    """What stays on a terminal: of a line, what was written after its last return to the start."""
+    lines = [line.rpartition("\r")[2] for line in printed.split("\n")]
+    return "\n".join(line for line in lines if "%|" not in line)
 
 
 def check_block(block: Block, copy: Path) -> str:

@@ -25,9 +25,9 @@ def pinned_matplotlib() -> None:
 
 @each_figure
 def test_a_committed_figure_is_what_its_script_draws(name: str, pinned_matplotlib: None) -> None:
-    figure = importlib.import_module(f"docs.figures.{name}").draw()
+    picture = importlib.import_module(f"docs.figures.{name}").draw()
     committed = (HERE / f"{name}.svg").read_text(encoding="utf-8")
-    assert drawing.to_svg(figure) == committed, "python -m docs.figures draws them again"
+    assert picture.to_svg() == committed, "python -m docs.figures draws them again"
 
 
 @each_figure

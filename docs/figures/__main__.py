@@ -8,8 +8,6 @@ import argparse
 import importlib
 from pathlib import Path
 
-from docs.figures.drawing import to_png, to_svg
-
 HERE = Path(__file__).parent
 NAMES = ("cache", "data", "memory", "packing", "pipeline", "tensor_parallel", "zero")
 PAGES = {"light": "#ffffff", "dark": "#0d1117"}
@@ -20,12 +18,12 @@ def main() -> None:
     parser.add_argument("--png", type=Path, metavar="FOLDER")
     folder = parser.parse_args().png
     for name in NAMES:
-        figure = importlib.import_module(f"docs.figures.{name}").draw()
+        picture = importlib.import_module(f"docs.figures.{name}").draw()
         if folder is None:
-            (HERE / f"{name}.svg").write_text(to_svg(figure), encoding="utf-8")
+            (HERE / f"{name}.svg").write_text(picture.to_svg(), encoding="utf-8")
             continue
         for page, background in PAGES.items():
-            to_png(figure, folder / f"{name}_{page}.png", background)
+            picture.to_png(folder / f"{name}_{page}.png", background)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,6 @@
 """The way of the data: from a record to a changed weight, and from there to an answer."""
 
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-
-from docs.figures.drawing import BLUE, GREEN, ORANGE, PURPLE, arrow, box, canvas, line, write
+from docs.figures.drawing import BLUE, GREEN, ORANGE, PURPLE, Picture
 
 LEFT = 24
 WIDTH = 104
@@ -44,8 +41,8 @@ ROWS = (
 )
 
 
-def draw() -> Figure:
-    figure, axes = canvas(656, 300)
+def draw() -> Picture:
+    picture = Picture(656, 300)
     for number, (color, stations) in enumerate(ROWS):
         top = 8 + number * ROW_HEIGHT
         left = LEFT
@@ -53,27 +50,24 @@ def draw() -> Figure:
             left += STEP  # below the middle
         for place, (name, meaning, file) in enumerate(stations):
             x = left + place * STEP
-            box(axes, x, top, WIDTH, HEIGHT, name, color)
-            write(axes, x + WIDTH / 2, top + HEIGHT + 13, meaning, size=8)
-            write(axes, x + WIDTH / 2, top + HEIGHT + 26, file, size=8, color=PURPLE)
+            picture.box(x, top, WIDTH, HEIGHT, color, name, size=10)
+            picture.write(x + WIDTH / 2, top + HEIGHT + 13, meaning, size=8)
+            picture.write(x + WIDTH / 2, top + HEIGHT + 26, file, size=8, color=PURPLE)
             is_last_row = number == len(ROWS) - 1
             if not is_last_row and place < len(stations) - 1:
                 middle = top + HEIGHT / 2
-                arrow(axes, (x + WIDTH + 2, middle), (x + STEP - 2, middle))
+                picture.arrow((x + WIDTH + 2, middle), (x + STEP - 2, middle))
         if number > 0:
-            connect(axes, top, left)
-    return figure
+            connect(picture, top, left)
+    return picture
 
 
-def connect(axes: Axes, top: float, left: float) -> None:
+def connect(picture: Picture, top: float, left: float) -> None:
     """A line from the end of the row above to the first box of the row at `top`."""
     above = top - ROW_HEIGHT + HEIGHT / 2
     between = top - 16
     middle = top + HEIGHT / 2
     right = LEFT + 5 * STEP - GAP
-    line(
-        axes,
-        [right, right + 14, right + 14, left - 16, left - 16],
-        [above, above, between, between, middle],
-    )
-    arrow(axes, (left - 16, middle), (left - 2, middle))
+    corners = ((right + 14, above), (right + 14, between), (left - 16, between))
+    picture.line((right, above), *corners, (left - 16, middle))
+    picture.arrow((left - 16, middle), (left - 2, middle))

@@ -8,9 +8,9 @@ which keeps files small. A file depends on nothing but the script and matplotlib
 import io
 import re
 from pathlib import Path
+from typing import Any
 
 import matplotlib
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, Rectangle
 
@@ -21,7 +21,7 @@ GREEN = "#2f8a58"
 PURPLE = "#8f6cc2"
 COLOURS = (BLUE, ORANGE, GREEN, PURPLE)
 
-STYLE = {
+STYLE: Any = {
     "font.family": "sans-serif",
     "font.sans-serif": ["DejaVu Sans", "Helvetica", "Arial", "sans-serif"],
     "svg.fonttype": "none",  # letters, not outlines
@@ -29,76 +29,82 @@ STYLE = {
 }
 POINTS = 72  # an inch
 
-
-def canvas(width: float, height: float) -> tuple[Figure, Axes]:
-    """An empty picture. Coordinates are points, from the top left corner."""
-    figure = Figure(figsize=(width / POINTS, height / POINTS))
-    axes = figure.add_axes((0, 0, 1, 1))
-    axes.set_xlim(0, width)
-    axes.set_ylim(height, 0)
-    axes.set_axis_off()
-    return figure, axes
+Point = tuple[float, float]
 
 
-def write(
-    axes: Axes,
-    x: float,
-    y: float,
-    text: str,
-    size: float = 10,
-    color: str = INK,
-    align: str = "center",
-    bold: bool = False,
-) -> None:
-    """A text whose middle is at height y; x is where it begins, ends or has its centre."""
-    weight = "bold" if bold else "normal"
-    axes.text(x, y, text, size=size, color=color, ha=align, va="center_baseline", fontweight=weight)
+class Picture:
+    """A drawing. Coordinates and sizes are points, from the top left corner."""
 
+    def __init__(self, width: float, height: float) -> None:
+        size = (width / POINTS, height / POINTS)
+        self.figure = Figure(figsize=size)
+        self.axes = self.figure.add_axes((0, 0, 1, 1))
+        self.axes.set_xlim(0, width)
+        self.axes.set_ylim(height, 0)
+        self.axes.set_axis_off()
 
-def box(
-    axes: Axes,
-    x: float,
-    y: float,
-    width: float,
-    height: float,
-    text: str = "",
-    color: str = BLUE,
-    size: float = 10,
-    filled: bool = True,
-) -> None:
-    """A rectangle with a text in its middle; (x, y) is its top left corner."""
-    face = color if filled else "none"
-    axes.add_patch(
-        Rectangle(
-            (x, y), width, height, facecolor=face, edgecolor=color, linewidth=1, clip_on=False
-        )
-    )
-    if text:
-        ink = "white" if filled else color
-        write(axes, x + width / 2, y + height / 2, text, size, ink)
+    def write(
+        self,
+        x: float,
+        y: float,
+        text: str,
+        size: float = 10,
+        color: str = INK,
+        align: str = "center",
+    ) -> None:
+        """A text whose middle is at height y; x is where it begins, ends or has its centre."""
+        self.axes.text(x, y, text, size=size, color=color, ha=align, va="center_baseline")
 
+    def title(self, x: float, y: float, text: str, size: float = 10, align: str = "center") -> None:
+        """A text in bold letters."""
+        self.write(x, y, text, size, align=align)
+        self.axes.texts[-1].set_fontweight("bold")
 
-def arrow(
-    axes: Axes, start: tuple[float, float], end: tuple[float, float], color: str = INK
-) -> None:
-    axes.add_patch(
-        FancyArrowPatch(
-            start, end, arrowstyle="-|>", mutation_scale=9, color=color, shrinkA=0, shrinkB=0
-        )
-    )
+    def frame(self, x: float, y: float, width: float, height: float, color: str = INK) -> None:
+        """The edge of a rectangle; (x, y) is its top left corner."""
+        shape = Rectangle((x, y), width, height, edgecolor=color, facecolor="none", clip_on=False)
+        self.axes.add_patch(shape)
 
+    def box(
+        self,
+        x: float,
+        y: float,
+        width: float,
+        height: float,
+        color: str,
+        text: str = "",
+        size: float = 8,
+    ) -> None:
+        """A filled rectangle with a text in its middle; (x, y) is its top left corner."""
+        shape = Rectangle((x, y), width, height, edgecolor=color, facecolor=color, clip_on=False)
+        self.axes.add_patch(shape)
+        if text:
+            self.write(x + width / 2, y + height / 2, text, size, "white")
 
-def line(axes: Axes, xs: list[float], ys: list[float], color: str = INK) -> None:
-    axes.plot(xs, ys, color=color, linewidth=1, clip_on=False)
+    def arrow(self, start: Point, end: Point) -> None:
+        shape = FancyArrowPatch(start, end, arrowstyle="-|>", mutation_scale=9, color=INK)
+        shape.shrinkA = 0
+        shape.shrinkB = 0
+        self.axes.add_patch(shape)
 
+    def line(self, *points: Point) -> None:
+        """A line through some points."""
+        xs = [x for x, _ in points]
+        ys = [y for _, y in points]
+        self.axes.plot(xs, ys, color=INK, linewidth=1, clip_on=False)
 
-def to_svg(figure: Figure) -> str:
-    """The picture as SVG, without a date."""
-    content = io.StringIO()
-    nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-    with matplotlib.rc_context(STYLE):
-        figure.savefig(content, format="svg", transparent=True, metadata=nothing)
-    return shorten(content.getvalue())
+    def to_svg(self) -> str:
+        """The picture as SVG, without a date."""
+        content = io.StringIO()
+        nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        with matplotlib.rc_context(STYLE):
+            self.figure.savefig(content, format="svg", transparent=True, metadata=nothing)
+        return shorten(content.getvalue())
+
+    def to_png(self, path: Path, background: str) -> None:
+        """The picture on a page of some colour, to look at it."""
+        with matplotlib.rc_context(STYLE):
+            self.figure.savefig(path, dpi=110, facecolor=background)
 
 
 def shorten(svg: str) -> str:
@@ -112,11 +118,6 @@ def shorten(svg: str) -> str:
     svg = re.sub(r" font-family: [^;]*;", "", svg)
     svg = re.sub(r' transform="rotate\(-?0 [^"]*"', "", svg)
     svg = svg.replace("; stroke-linejoin: miter", "")
-    svg = re.sub(r'<g id="(?:patch|text|line2d)_\d+">\n(.*?)\n</g>', r"\1", svg, flags=re.DOTALL)
+    group = r'<g id="(?:patch|text|line2d)_\d+">\n(.*?)\n</g>'
+    svg = re.sub(group, r"\1", svg, flags=re.DOTALL)
     return re.sub(r"\d+\.\d{3,}", lambda number: f"{float(number[0]):.2f}", svg)
-
-
-def to_png(figure: Figure, path: Path, background: str) -> None:
-    """The picture on a page of some colour, to look at it."""
-    with matplotlib.rc_context(STYLE):
-        figure.savefig(path, dpi=110, facecolor=background)

@@ -2,10 +2,7 @@
 
 from typing import Any
 
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-
-from docs.figures.drawing import BLUE, GREEN, INK, ORANGE, PURPLE, box, canvas, line, write
+from docs.figures.drawing import BLUE, GREEN, ORANGE, PURPLE, Picture
 from minillama.hf_config import published
 from minillama.train_config import TrainConfig
 from minillama.training.dry_run import Need, needs_of
@@ -55,43 +52,43 @@ def parts_of(need: Need) -> list[tuple[str, float, str]]:
     ]
 
 
-def draw() -> Figure:
-    figure, axes = canvas(660, 450)
+def draw() -> Picture:
+    picture = Picture(660, 450)
     top = 34.0
     for model in MODELS:
-        write(axes, 14, top + BAR / 2, model.upper(), size=12, align="left", bold=True)
+        picture.title(14, top + BAR / 2, model.upper(), size=12, align="left")
         for division, keys in DIVISIONS.items():
-            write(axes, LEFT - 8, top + BAR / 2, division, size=9, align="right")
-            draw_bar(axes, top, need_of(model, keys))
+            picture.write(LEFT - 8, top + BAR / 2, division, size=9, align="right")
+            draw_bar(picture, top, need_of(model, keys))
             top += STEP
         top += 14
     x = LEFT + CARD * SCALE
-    line(axes, [x, x], [24, top - 16])
-    write(axes, x, 14, f"a card of {CARD:g} GB")
-    draw_legend(axes, top + 8)
-    return figure
+    picture.line((x, 24), (x, top - 16))
+    picture.write(x, 14, f"a card of {CARD:g} GB")
+    draw_legend(picture, top + 8)
+    return picture
 
 
-def draw_bar(axes: Axes, top: float, need: Need) -> None:
+def draw_bar(picture: Picture, top: float, need: Need) -> None:
     end = 0.0  # GB
     for _, size, color in parts_of(need):
         shown = min(size, LONGEST - end)
         if shown > 0.2:  # thinner than a line
-            box(axes, LEFT + end * SCALE, top, shown * SCALE, BAR, color=color)
+            picture.box(LEFT + end * SCALE, top, shown * SCALE, BAR, color)
         end += shown
     total = f"{need.total / 1e9:,.1f} GB"
     if end >= LONGEST:
         total = f"… {total}"
     is_crossed = CARD - 15 < end < CARD  # a text here would be crossed by the line of the card
     text_at = CARD if is_crossed else end
-    write(axes, LEFT + text_at * SCALE + 6, top + BAR / 2, total, size=9, align="left")
+    picture.write(LEFT + text_at * SCALE + 6, top + BAR / 2, total, size=9, align="left")
 
 
-def draw_legend(axes: Axes, top: float) -> None:
+def draw_legend(picture: Picture, top: float) -> None:
     x = float(LEFT)
     for name, _, color in parts_of(need_of(MODELS[0], {})):
-        box(axes, x, top, BAR, BAR, color=color)
-        write(axes, x + BAR + 6, top + BAR / 2, name, size=9, align="left")
+        picture.box(x, top, BAR, BAR, color)
+        picture.write(x + BAR + 6, top + BAR / 2, name, size=9, align="left")
         x += 50 + 6.2 * len(name)
     note = f"{CARDS} cards, bf16, {TOKENS:,} tokens a micro-batch, activations recomputed"
-    write(axes, LEFT, top + 28, note, size=9, color=INK, align="left")
+    picture.write(LEFT, top + 28, note, size=9, align="left")

@@ -6,10 +6,9 @@ input is there.
 """
 
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor
 
-from docs.figures.drawing import BLUE, INK, ORANGE, arrow, box, canvas, write
+from docs.figures.drawing import BLUE, ORANGE, Picture
 from minillama.comm import Mesh
 from minillama.parallel.pipeline import Stage
 
@@ -76,19 +75,21 @@ def is_ready(stage: int, work: Work, starts: dict[tuple[int, Work], int], time: 
     return starts.get(needed, time) < time
 
 
-def draw() -> Figure:
-    figure, axes = canvas(650, 218)
+def draw() -> Picture:
+    picture = Picture(650, 218)
     starts = timetable()
     for (stage, (kind, number)), time in starts.items():
         x = LEFT + time * CELL
         y = TOP + stage * (CELL + 4)
         color = BLUE if kind == "F" else ORANGE
-        box(axes, x, y, CELL - 2, CELL, f"{kind}{number}", color, size=8)
+        picture.box(x, y, CELL - 2, CELL, color, f"{kind}{number}")
     end = max(starts.values()) + 1
     for stage in range(STAGES):
-        write(axes, LEFT - 10, TOP + stage * (CELL + 4) + CELL / 2, f"stage {stage}", align="right")
-    arrow(axes, (LEFT, 14), (LEFT + end * CELL, 14))
-    write(axes, LEFT - 10, 14, "time", align="right")
+        picture.write(
+            LEFT - 10, TOP + stage * (CELL + 4) + CELL / 2, f"stage {stage}", align="right"
+        )
+    picture.arrow((LEFT, 14), (LEFT + end * CELL, 14))
+    picture.write(LEFT - 10, 14, "time", align="right")
     idle = end - 2 * MICRO_BATCHES
     notes = (
         "F2: forward of micro-batch 2.  B2: its backward.",
@@ -97,5 +98,5 @@ def draw() -> Figure:
         "backwards, however many micro-batches there are.",
     )
     for row, text in enumerate(notes):
-        write(axes, LEFT, 168 + row * 18, text, size=9, color=INK, align="left")
-    return figure
+        picture.write(LEFT, 168 + row * 18, text, size=9, align="left")
+    return picture

@@ -1,9 +1,6 @@
 """ZeRO's flat vector: parameters end to end, and what each of two ranks keeps at stages 0, 1, 2."""
 
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-
-from docs.figures.drawing import COLOURS, INK, box, canvas, write
+from docs.figures.drawing import COLOURS, INK, Picture
 from minillama.parallel.flat_layout import lay_out
 
 # A toy model: matrices first, then what is never decayed. Names and elements.
@@ -27,45 +24,47 @@ BAR_HEIGHT = 11
 BAR_STEP = 180
 
 
-def draw() -> Figure:
-    figure, axes = canvas(650, 284)
-    draw_vector(axes, top=8)
+def draw() -> Picture:
+    picture = Picture(650, 284)
+    draw_vector(picture, top=8)
     for stage in range(3):
-        draw_stage(axes, stage, left=LEFT + stage * BAR_STEP, top=96)
+        draw_stage(picture, stage, left=LEFT + stage * BAR_STEP, top=96)
     for row, (kind, _, _) in enumerate(KEPT):
-        write(axes, LEFT - 12, 136 + row * 40, kind, align="right")
-    write(axes, LEFT - 12, 258, "bytes a parameter", align="right")
-    return figure
+        picture.write(LEFT - 12, 136 + row * 40, kind, align="right")
+    picture.write(LEFT - 12, 258, "bytes a parameter", align="right")
+    return picture
 
 
-def draw_vector(axes: Axes, top: float) -> None:
+def draw_vector(picture: Picture, top: float) -> None:
     """The parameters in the vector, and the owner of each slice."""
     scale = WIDTH / PADDED
     ranges = lay_out([(size,) for _, size in PARAMETERS]).ranges
-    write(axes, LEFT - 12, top + HEIGHT / 2, "flat vector", align="right")
+    picture.write(LEFT - 12, top + HEIGHT / 2, "flat vector", align="right")
     for (name, size), place in zip(PARAMETERS, ranges, strict=True):
         x = LEFT + place.start * scale
-        box(axes, x, top, size * scale - 2, HEIGHT, name, INK, size=8)
+        picture.box(x, top, size * scale - 2, HEIGHT, INK, name)
     end = ranges[-1].stop
     x = LEFT + end * scale
-    box(axes, x, top, (PADDED - end) * scale - 2, HEIGHT, "pad", INK, size=8, filled=False)
-    write(axes, LEFT - 12, top + 32 + HEIGHT / 2, "owner", align="right")
+    width = (PADDED - end) * scale - 2
+    picture.frame(x, top, width, HEIGHT)
+    picture.write(x + width / 2, top + HEIGHT / 2, "pad", size=8)
+    picture.write(LEFT - 12, top + 32 + HEIGHT / 2, "owner", align="right")
     for rank in range(RANKS):
         x = LEFT + rank * WIDTH / RANKS
-        box(axes, x, top + 32, WIDTH / RANKS - 2, HEIGHT, f"rank {rank}", COLOURS[rank])
+        picture.box(x, top + 32, WIDTH / RANKS - 2, HEIGHT, COLOURS[rank], f"rank {rank}", size=10)
 
 
-def draw_stage(axes: Axes, stage: int, left: float, top: float) -> None:
+def draw_stage(picture: Picture, stage: int, left: float, top: float) -> None:
     """What both ranks keep: filled in their colour."""
-    write(axes, left + BAR / 2, top, f"stage {stage}", bold=True)
+    picture.title(left + BAR / 2, top, f"stage {stage}")
     num_bytes = 0.0
     for row, (_, bytes_each, first_sharded) in enumerate(KEPT):
         is_sharded = stage >= first_sharded
         num_bytes += bytes_each / RANKS if is_sharded else bytes_each
         for rank in range(RANKS):
             y = top + 28 + row * 40 + rank * (BAR_HEIGHT + 3)
-            box(axes, left, y, BAR, BAR_HEIGHT, color=COLOURS[rank], filled=False)
+            picture.frame(left, y, BAR, BAR_HEIGHT, COLOURS[rank])
             start = BAR * rank / RANKS if is_sharded else 0
             width = BAR / RANKS if is_sharded else BAR
-            box(axes, left + start, y, width, BAR_HEIGHT, color=COLOURS[rank])
-    write(axes, left + BAR / 2, 258, f"{num_bytes:g}", bold=True)
+            picture.box(left + start, y, width, BAR_HEIGHT, COLOURS[rank])
+    picture.title(left + BAR / 2, 258, f"{num_bytes:g}")
