@@ -39,6 +39,7 @@ from minillama.generation.beam import BeamOptions, beam_search
 from minillama.generation.decode import Completion, decode
 from minillama.generation.sampling import Sampling
 from minillama.hf_config import published, to_hf
+from minillama.int8_layers import quantize_linear
 from minillama.llama_config import LlamaConfig
 from minillama.model import Llama
 
@@ -87,6 +88,15 @@ class Ours:
                 decode(self.model, [Completion(prompt, tokens) for prompt in prompts], GREEDY)
             )
         assert all(len(answer.ids) == tokens for answer in done)
+
+
+class Int8(Ours):
+    """The same weights, rounded to int8; see docs/int8.md."""
+
+    def __init__(self, model: Llama) -> None:
+        self.model = deepcopy(model).to(torch.bfloat16)
+        for name, _ in list(self.model.named_parameters()):
+            quantize_linear(self.model, name)
 
 
 class Transformers:
@@ -217,6 +227,7 @@ def compare(name: str, dtype: str, options: argparse.Namespace) -> None:
     )
     made: dict[str, Callable[[], object]] = {
         "minillama": lambda: Ours(model),
+        "minillama int8": lambda: Int8(model),
         "transformers": lambda: Transformers(model, "default"),
         "transformers static": lambda: Transformers(model, "static"),
         "bound": lambda: Bound(model),
