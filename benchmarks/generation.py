@@ -64,16 +64,13 @@ def shape(name: str) -> LlamaConfig:
 
 
 class Ours:
-    """As a session does it.
-
-    The weights are packed before the first texts of a number that gains from it.
-    """
+    """As an engine does it: the weights are packed before the first completion."""
 
     def __init__(self, model: Llama) -> None:
         self.model = deepcopy(model)
 
     def run(self, prompts: list[list[int]], tokens: int, beams: int) -> None:
-        ops.pack_weights(self.model, max(len(prompts), beams))
+        ops.pack_weights(self.model)
         if beams > 1:
             done = list(
                 beam_search(

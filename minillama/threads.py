@@ -22,7 +22,7 @@ from pathlib import Path
 from minillama.launch import ranks_on_machine
 
 WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")  # OpenMP's, GNU's, Intel's
-PARAMETERS_PER_THREAD = 4_000_000  # with less work a thread costs more than it computes
+PARAMETERS_PER_THREAD = 2_000_000  # with less work a thread costs more than it computes
 
 
 def prepare_environment() -> None:

@@ -52,8 +52,8 @@ def test_every_form_of_the_linear_is_its_formula_rounded_once(
     exact = x.double() @ weight.double().T + (b.double() if bias else 0)
     as_it_is, shuffled = nn.Linear(64, 48), nn.Linear(64, 48)
     as_it_is.weight = shuffled.weight = nn.Parameter(weight, requires_grad=False)
-    monkeypatch.setattr(cpu_linear, "packing_gains", lambda weight, rows: True)
-    cpu_linear.pack_weights(shuffled, rows)
+    monkeypatch.setattr(cpu_linear, "packing_gains", lambda weight: True)
+    cpu_linear.pack_weights(shuffled)
     assert shuffled.weight.is_mkldnn
     assert torch.equal(shuffled.weight.to_dense(), weight)
     for linear in (as_it_is, shuffled):
@@ -66,29 +66,29 @@ def test_every_form_of_the_linear_is_its_formula_rounded_once(
 
 
 @pytest.mark.parametrize(
-    ("dtype", "rows", "units", "packs"),
+    ("dtype", "units", "packs"),
     [
-        (torch.bfloat16, 1, True, True),
-        (torch.bfloat16, 8, False, False),
-        (torch.float16, 8, True, False),
-        (torch.float32, 3, True, False),
-        (torch.float32, 4, False, True),
+        (torch.bfloat16, True, True),
+        (torch.bfloat16, False, False),
+        (torch.float16, True, False),
+        (torch.float32, True, True),
+        (torch.float32, False, True),
     ],
 )
-def test_weights_are_packed_where_rows_and_cpu_gain(
-    dtype: torch.dtype, rows: int, units: bool, packs: bool, monkeypatch: pytest.MonkeyPatch
+def test_weights_are_packed_where_it_gains(
+    dtype: torch.dtype, units: bool, packs: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cpu_linear, "has_bf16_units", lambda: units)
     monkeypatch.setattr(cpu_linear, "LARGE", TINY.dim**2 + 1)
     model = random_model().to(dtype)
     model.lm_head.weight = model.model.embed_tokens.weight
     layer, embedding = model.model.layers[0], model.lm_head.weight
-    ops.pack_weights(model, rows)
+    ops.pack_weights(model)
     assert layer.mlp.gate_proj.weight.is_mkldnn is packs
     assert layer.self_attn.q_proj.weight.is_mkldnn is (packs and dtype == torch.bfloat16)  # small
     assert model.lm_head.weight is embedding, "shared with the embedding"
     once = layer.mlp.gate_proj.weight
-    ops.pack_weights(model, rows)
+    ops.pack_weights(model)
     assert layer.mlp.gate_proj.weight is once
 
 
@@ -99,11 +99,11 @@ def test_packed_weights_give_the_same_texts_and_are_for_the_fused_linear_only(
     model = random_model()
     try:
         ops.choose("reference")
-        ops.pack_weights(model, 4)
+        ops.pack_weights(model)
         assert not model.lm_head.weight.is_mkldnn
         ops.choose("auto")
         before = [answer.ids for answer in together(model, PROMPTS, 6, GREEDY)]
-        ops.pack_weights(model, 4)
+        ops.pack_weights(model)
         assert model.lm_head.weight.is_mkldnn
         assert [answer.ids for answer in together(model, PROMPTS, 6, GREEDY)] == before
         with pytest.raises(AssertionError, match="take gradients before"):
@@ -146,17 +146,16 @@ def test_a_mask_that_decoding_made_serves_where_gradients_are_asked_for() -> Non
     assert torch.equal(after, before)
 
 
-def test_a_session_packs_for_as_many_texts_as_it_writes(monkeypatch: pytest.MonkeyPatch) -> None:
-    packed_for = []
-    monkeypatch.setattr(ops, "pack_weights", lambda model, rows: packed_for.append(rows))
+@pytest.mark.parametrize("beams", [1, 3])
+def test_an_engine_packs_before_its_first_completion(
+    beams: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cpu_linear, "LARGE", 1)
     tokenizer = open_tokenizer(Path(__file__).parent / "golden/model")
-    session = Engine(random_model(), tokenizer, GenerationConfig(template="none"))
-    for beams, count in ((1, 1), (1, 4), (3, 1)):
-        session.config = GenerationConfig(
-            template="none", greedy=True, max_new_tokens=3, num_beams=beams
-        )
-        list(session.stream([session.new_completion([1, 5]) for _ in range(count)], seed=0))
-    assert packed_for == [1, 4, 3]
+    config = GenerationConfig(template="none", greedy=True, max_new_tokens=3, num_beams=beams)
+    engine = Engine(random_model(), tokenizer, config)
+    list(engine.stream([engine.new_completion([1, 5])], seed=0))
+    assert engine.model.lm_head.weight.is_mkldnn
 
 
 @pytest.mark.parametrize("T", [1, 3])

@@ -161,13 +161,12 @@ class Engine:
         config = self.config
         if seed is None and self.mesh.size > 1:
             seed = comm.gather_objects(self.mesh, secrets.randbits(32))[0]
+        ops.pack_weights(self.model)
         if config.beams is None:
-            ops.pack_weights(self.model, len(completions))
             steps = decode(
                 self.model, completions, config.sampling, self.stop_ids, seed, config.rope_alpha
             )
         else:
-            ops.pack_weights(self.model, config.num_beams)
             steps = beam_search(
                 self.model,
                 completions,

@@ -231,10 +231,10 @@ def _check_choice(text: str, name: str, names: list[str]) -> None:
         raise UserError(f"--ops, MINILLAMA_OPS: {text}; choose one of: {', '.join(allowed)}")
 
 
-def pack_weights(model: nn.Module, rows: int) -> None:
-    """Before decoding `rows` sequences at a time: pack the weights, if the fused linear is used.
+def pack_weights(model: nn.Module) -> None:
+    """Before decoding: pack the weights, if the fused linear is used.
 
     See `cpu_linear.pack_weights`. To do it again costs nothing.
     """
     if linear.usable("cpu")[0].function is cpu_linear.linear:
-        cpu_linear.pack_weights(model, rows)
+        cpu_linear.pack_weights(model)

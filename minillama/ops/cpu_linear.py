@@ -95,17 +95,17 @@ def linear_row_by_row(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return torch.stack(rows).view(*x.shape[:-1], -1)
 
 
-def packing_gains(weight: Tensor, rows: int) -> bool:
-    """Whether products of `rows` rows with `weight` are faster when it is packed.
+def packing_gains(weight: Tensor) -> bool:
+    """Whether products of a few rows with `weight` are faster when it is packed.
 
-    bf16 weights always gain if there are units for them. One to three rows of fp32 are bound
-    by the memory in either order, and torch's own product does less besides.
+    bf16 weights gain if there are units for them. fp32 weights gain for any number of rows: torch
+    multiplies one row by one core, and oneDNN by all of them.
     """
     if not torch.backends.mkldnn.is_available() or not weight.is_cpu or weight.is_mkldnn:
         return False
     if weight.dtype is torch.bfloat16:
         return has_bf16_units()
-    return weight.dtype is torch.float32 and rows >= 4 and weight.numel() >= LARGE
+    return weight.dtype is torch.float32 and weight.numel() >= LARGE
 
 
 def pack_weight(weight: Tensor) -> Tensor:
@@ -114,8 +114,8 @@ def pack_weight(weight: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def pack_weights(model: nn.Module, rows: int) -> None:
-    """Pack the weights of the linear layers of `model`, if that gains for `rows` rows at a time.
+def pack_weights(model: nn.Module) -> None:
+    """Pack the weights of the linear layers of `model`, if that gains.
 
     A product cuts its weight into tiles for the CPU's registers. Decoding multiplies a few rows by
     the whole weight again and again, and cutting costs more than multiplying, so it is done once.
@@ -126,7 +126,7 @@ def pack_weights(model: nn.Module, rows: int) -> None:
     for module in model.modules():
         if not isinstance(module, nn.Linear) or id(module.weight) in embeddings:
             continue
-        if packing_gains(module.weight, rows):
+        if packing_gains(module.weight):
             module.weight = nn.Parameter(pack_weight(module.weight), requires_grad=False)
 
 
