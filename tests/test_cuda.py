@@ -1,14 +1,14 @@
-"""One NVIDIA card: every op and kernel, a training run, and decoding, beside the CPU.
+"""One NVIDIA card: training, ZeRO, decoding and the scripts, beside the CPU.
 
-Skipped without a card. `MINILLAMA_CUDA_TESTS=cpu python -m pytest tests/test_cuda.py` runs what can
-be run on the CPU: it tests these tests. Nothing has to be installed besides torch and the packages
+    python -m pytest tests/test_cuda.py tests/test_cuda_ops.py
+
+Skipped without a card. With `MINILLAMA_CUDA_TESTS=cpu` before the command, what can be run on the
+CPU is: that tests the tests. Nothing has to be installed besides pytest, torch and the packages
 that minillama itself needs.
 """
 
-import os
 import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from minillama import comm, memory, ops, self_test
+from minillama import comm, memory
 from minillama import device as devices
 from minillama.comm import Mesh
 from minillama.generation.decode import Completion, decode
@@ -26,144 +26,17 @@ from minillama.generation.sampling import Sampling
 from minillama.grid import make_grid
 from minillama.lora import LoraConfig, add_lora, merge_lora, resolve_names
 from minillama.model import Llama
-from minillama.ops import IGNORE, Documents, cuda
 from minillama.parallel.sharded_optimizer import ShardedOptimizer
 from minillama.train_config import TrainConfig
 from minillama.training.model_building import recompute_activations
 from minillama.training.run import prepare
 from minillama.training.trainer import Trainer
+from tests.card import DEVICE, needs_card, needs_device
 from tests.conftest import random_model, random_tokens
-from tests.parity import BOUNDS, Case, cells, check, randn
 from tests.runs import losses_of, small_run, weights_of
 
 ROOT = Path(__file__).parents[1]
-DEVICE = torch.device(os.environ.get("MINILLAMA_CUDA_TESTS") or "cuda:0")
-pytestmark = pytest.mark.skipif(
-    DEVICE.type == "cuda" and not torch.cuda.is_available(),
-    reason="no NVIDIA card: torch.cuda.is_available() is False",
-)
-needs_card = pytest.mark.skipif(DEVICE.type != "cuda", reason="the CPU does not have this")
-DTYPES = pytest.mark.parametrize("dtype", BOUNDS, ids=lambda dtype: str(dtype)[6:])
-
-# Rows as wide as LLaMA's, and wider and narrower than a Triton program's block.
-WIDE = [
-    Case("width 3", ((5, 3), (3,)), (1e-5,)),
-    Case("width 768", ((33, 768), (768,)), (1e-5,)),
-    Case("width 4096", ((1000, 4096), (4096,)), (1e-5,)),
-    Case("width 5120", ((7, 5120), (5120,)), (1e-5,)),
-    Case("width 16384", ((3, 16384), (16384,)), (1e-5,)),
-]
-
-
-@pytest.fixture(autouse=True)
-def bound_of_the_card(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Some kernels of CUDA add fp32 products of three 16-bit parts: a few units of the last bit."""
-    if DEVICE.type == "cuda":
-        monkeypatch.setitem(BOUNDS, torch.float32, 5e-6)
-
-
-def move(argument: Any, device: torch.device) -> Any:
-    return argument.to(device) if isinstance(argument, Tensor) else argument
-
-
-def on_the_card(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """A function of tensors on the host that computes on the card."""
-
-    def call(*arguments: Any) -> Tensor:
-        return function(*[move(argument, DEVICE) for argument in arguments]).cpu()
-
-    return call
-
-
-def implementations() -> list[tuple[str, str, Callable[..., Tensor]]]:
-    """(op, name, function) of all that can compute on the card."""
-    found = []
-    for op in ops.OPS:
-        for each in op.implementations:
-            if each.device in ("", DEVICE.type) and each.available():
-                found.append((op.name, each.name, each.function))
-    return found
-
-
-CELLS = []
-for op_name, name, function in implementations():
-    if op_name != "adamw":
-        for each_case in cells(op_name):
-            label = f"{op_name}-{name}-{each_case.name}"
-            CELLS.append(pytest.param(op_name, each_case, function, id=label))
-
-
-@pytest.mark.parametrize("strided", [False, True], ids=["contiguous", "strided"])
-@DTYPES
-@pytest.mark.parametrize(("op", "case", "function"), CELLS)
-def test_an_implementation_is_its_formula_forward_and_backward(
-    op: str, case: Case, function: Callable, dtype: torch.dtype, strided: bool
-) -> None:
-    check(op, case, on_the_card(function), dtype, strided)
-
-
-@DTYPES
-@pytest.mark.parametrize("case", WIDE, ids=lambda case: case.name)
-def test_a_row_of_any_width_is_normed(case: Case, dtype: torch.dtype) -> None:
-    check("rms_norm", case, on_the_card(ops.rms_norm), dtype, strided=False)
-
-
-@DTYPES
-def test_a_gate_of_many_blocks_is_applied(dtype: torch.dtype) -> None:
-    case = Case("many blocks", ((300, 11008), (300, 11008)))
-    check("swiglu", case, on_the_card(ops.swiglu), dtype, strided=False)
-
-
-@needs_card
-def test_tritons_kernels_are_the_ones_in_use_where_triton_is_installed() -> None:
-    x = torch.ones(2, 8, device=DEVICE)
-    expected = "triton" if cuda.has_triton() else "fused"
-    assert ops.rms_norm.select(x, x[0], 1e-5).name == expected
-    assert ops.swiglu.select(x, x).name == expected
-
-
-@pytest.mark.parametrize("dtype", self_test.LIMITS, ids=str)
-def test_the_doctor_finds_every_answer_right(dtype: torch.dtype) -> None:
-    right = self_test.solve_model(torch.device("cpu"), torch.float32, dtype, "reference")
-    for spec in ("", "fused", "reference"):
-        found = self_test.solve_model(DEVICE, dtype, dtype, spec)
-        assert self_test.relative_error(found, right) <= self_test.LIMITS[dtype], spec
-    for case in self_test.cases(dtype):
-        assert self_test.check_op(case, DEVICE, dtype), case.name
-
-
-def test_the_loss_of_16_bits_has_the_logits_of_fp32() -> None:
-    """TF32 does not round 16-bit inputs, and the flag is as it was afterwards."""
-    hidden = randn(300, 512).bfloat16()
-    weight = randn(4000, 512, seed=1).bfloat16()
-    labels = torch.arange(300) * 13 % 4000
-    labels[::7] = IGNORE
-    exact = ops.reference.linear_cross_entropy(hidden.double(), weight.double(), labels)
-    loss = ops.linear_cross_entropy(hidden.to(DEVICE), weight.to(DEVICE), labels.to(DEVICE))
-    assert float(loss) == pytest.approx(float(exact), rel=1e-5)
-    assert not torch.backends.cuda.matmul.allow_tf32
-
-
-@DTYPES
-def test_packed_documents_are_the_documents_alone(dtype: torch.dtype) -> None:
-    lengths = [1, 70, 3, 500, 129, 64]
-    T = sum(lengths)
-    q = randn(1, T, 8, 64).to(DEVICE, dtype)
-    k = randn(1, T, 2, 64, seed=1).to(DEVICE, dtype)
-    v = randn(1, T, 2, 64, seed=2).to(DEVICE, dtype)
-    packed = ops.attention(q, k, v, Documents(lengths, DEVICE))
-    parts = zip(*(x.split(lengths, dim=1) for x in (q, k, v, packed)), strict=True)
-    for each_q, each_k, each_v, found in parts:
-        alone = ops.attention(each_q, each_k, each_v)
-        error = (found - alone).float().norm() / alone.float().norm()
-        assert float(error) <= BOUNDS[dtype]
-
-
-def test_fp32_products_are_not_rounded_to_tf32() -> None:
-    a = randn(256, 256)
-    product = (a.to(DEVICE) @ a.to(DEVICE)).cpu().double()
-    exact = a.double() @ a.double()
-    assert float((product - exact).norm() / exact.norm()) < 1e-6
+pytestmark = needs_device
 
 
 def loss_of(model: Llama, seed: int = 0) -> Tensor:
@@ -175,7 +48,7 @@ def gradients_of(model: nn.Module, loss: Tensor) -> list[Tensor]:
     return list(torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad]))
 
 
-def test_recomputed_activations_give_the_same_gradients_for_less_memory() -> None:
+def test_recomputed_activations_give_the_same_gradients() -> None:
     model = random_model(dim=192, ffn_dim=512, n_layers=8, head_dim=32).to(DEVICE)
     plain = gradients_of(model, loss_of(model))
     recompute_activations(model.model.layers)

@@ -112,6 +112,28 @@ def test_what_a_kernel_does_not_support_is_left_to_the_next_implementation() -> 
     assert not cuda.supports_swiglu(x, x[:1])
 
 
+@pytest.mark.parametrize(("block", "warps"), [(64, 4), (1024, 4), (4096, 16), (1 << 14, 32)])
+@needs_triton
+def test_a_wide_row_is_shared_by_more_warps(kernels, block: int, warps: int) -> None:
+    assert kernels.warps_for(block) == warps
+
+
+@pytest.mark.parametrize("missing", ["a C compiler", "Python's header files"])
+def test_triton_without_what_it_compiles_with_is_not_used(
+    missing: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It compiles the launcher of a kernel at the first call, in the middle of a run."""
+    monkeypatch.setattr(cuda, "find_spec", lambda name: name)
+    monkeypatch.setattr(cuda.shutil, "which", lambda name: missing != "a C compiler")
+    if missing != "a C compiler":
+        monkeypatch.setattr(cuda.sysconfig, "get_path", lambda name: "/nowhere")
+    monkeypatch.delenv("CC", raising=False)
+    cuda.has_triton.cache_clear()
+    assert not cuda.has_triton()
+    assert missing in caplog.text
+    cuda.has_triton.cache_clear()
+
+
 def test_triton_is_not_imported_until_a_kernel_is_called() -> None:
     program = (
         "import sys; from minillama.ops import cuda; "

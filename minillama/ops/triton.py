@@ -26,13 +26,16 @@ from torch import Tensor
 
 PARTIAL_SUMS = 256  # programs that share RMSNorm's backward
 SWIGLU_BLOCK = 1024  # elements of a SwiGLU program
-ELEMENTS_PER_WARP = 512  # of a row: 16 registers of each of 32 threads
+ELEMENTS_PER_WARP = 256  # of a row: 8 for each of its 32 threads
 FEWEST_WARPS = 4
-MOST_WARPS = 16
+MOST_WARPS = 32
 
 
 def warps_for(block: int) -> int:
-    """How many warps share a row of `block` elements, a power of two."""
+    """How many warps share a row of `block` elements, a power of two.
+
+    With few, the values of a wide row do not fit into registers and go through memory.
+    """
     return min(MOST_WARPS, max(FEWEST_WARPS, block // ELEMENTS_PER_WARP))
 
 
