@@ -10,6 +10,7 @@ A command stands in a block of `bash`, and what it prints in the block behind it
     bash           it runs, in a copy of the working tree
     bash quick     it takes seconds: tests/test_docs.py runs it too
     bash demo      it needs runs/demo: `python train.py` makes that first
+    bash install   the same, without what pip installs
     bash yours     it names files of the reader: it is parsed, and a training run is planned
     bash skip      it installs packages, takes too long, or waits for a person
 
@@ -37,7 +38,8 @@ BLOCK = re.compile(
     r"(?:\s*^```(?:text)?\n(?P<output>.*?)^```$)?",
     re.MULTILINE | re.DOTALL,
 )
-WORDS = {"quick", "demo", "yours", "skip"}
+WORDS = {"quick", "demo", "install", "yours", "skip"}
+INSTALLATION = re.compile(r"python -m pip install [^&\n]*(?:&& )?")
 LINK = re.compile(r"\]\(([\w/]+\.md)\)")
 MAKE_DEMO = "python train.py"
 LONGEST = 1800  # seconds that a command may take
@@ -99,7 +101,10 @@ def copy_tree(folder: Path) -> Path:
 
 def run_block(block: Block, copy: Path) -> str:
     """Run a command in a copy; returns what is wrong, or ""."""
-    code, printed = run_command(block.command, copy)
+    command = block.command
+    if "install" in block.words:
+        command = INSTALLATION.sub("", command)
+    code, printed = run_command(command, copy)
     expected_code = 2 if block.output.startswith("error:") else 0
     if code != expected_code:
         return f"exit code {code}\n{printed[-2000:]}"

@@ -9,7 +9,17 @@ from pathlib import Path
 
 import pytest
 
-from docs.check import ROOT, WORDS, Block, copy_tree, pages, read_blocks, run_block
+from docs.check import (
+    INSTALLATION,
+    ROOT,
+    WORDS,
+    Block,
+    copy_tree,
+    pages,
+    read_blocks,
+    run_block,
+    without_progress_bars,
+)
 from docs.compare_output import first_difference
 from docs.understand import why_not_understood
 
@@ -145,6 +155,17 @@ def test_a_block_knows_its_command_its_words_and_its_output(tmp_path: Path) -> N
     (block,) = [block for block in read_blocks("docs/model.md") if "quick" in block.words]
     assert block.command == "python train.py --model 7b --dry_run\n"
     assert block.output.startswith("model       32 layers")
+
+
+def test_installation_is_left_out_of_a_command() -> None:
+    command = "python -m pip install -e . -c constraints.txt && python train.py && python eval.py"
+    assert INSTALLATION.sub("", command) == "python train.py && python eval.py"
+    assert INSTALLATION.sub("", "python -m pip install torch\npython a.py") == "\npython a.py"
+
+
+def test_progress_bars_leave_what_a_terminal_shows() -> None:
+    printed = "a\n 10%|#  | 3/4\r 20%|## |\r       \rquestions\n 5%|\r 100%|###|\nb"
+    assert without_progress_bars(printed) == "a\nquestions\nb"
 
 
 def test_a_copy_is_what_a_clone_has(clone: Path) -> None:
