@@ -29,7 +29,8 @@ from torch import Tensor
 from minillama.comm import Mesh
 from minillama.errors import UserError
 from minillama.files import write_json
-from minillama.parallel.whole import WholeTensor, write_joined
+from minillama.parallel.parts import WholeParameter
+from minillama.parallel.whole import write_joined
 from minillama.peft_config import (
     CONFIG_FILE,
     LoraConfig,
@@ -160,9 +161,9 @@ def write_adapter(
                 append(PREFIX + name, tensor)
         write_json(directory / CONFIG_FILE, _config_content(config, base_model))
 
-    def sort_key(tensor: WholeTensor) -> tuple[int, str]:
+    def sort_key(name: str, tensor: WholeParameter) -> tuple[int, str]:
         """The order of safetensors' own writer: wide dtypes first, then by name."""
-        return -tensor.dtype.itemsize, tensor.name
+        return -tensor.dtype.itemsize, name
 
     write_joined(tensors, mesh or Mesh(), write, stages, sort_key)
 

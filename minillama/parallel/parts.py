@@ -8,29 +8,39 @@ know where its part lies in the whole, and what the other stages hold.
                                       tensor rank 1: axis 0, rows 4 … 7
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from math import prod
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from minillama import comm
-from minillama.grid import Grid
+from minillama.comm import Mesh
 from minillama.parallel.shards import axis_of
 
 
 @dataclass(frozen=True)
 class WholeParameter:
-    """A parameter of the whole model, wherever it is."""
+    """A parameter of the whole model, and which ranks hold it."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
+    axis: int | None = None  # that the tensor ranks cut; None: each has all of it
+    lengths: tuple[int, ...] = ()  # along the axis, of the part of each tensor rank
+    stage: int = 0  # the first pipeline stage that holds it
 
     @property
     def size(self) -> int:
         """The number of its elements."""
         return prod(self.shape)
+
+    def part_on(self, rank: int, name: str) -> "Part":
+        """The part that a tensor rank of its stage holds."""
+        if self.axis is None:
+            return Part(name, self.shape)
+        start = sum(self.lengths[:rank])
+        return Part(name, self.shape, self.axis, start, start + self.lengths[rank])
 
 
 @dataclass(frozen=True)
@@ -74,47 +84,36 @@ class SavedPiece:
     offset: int
 
 
-def parts_on_rank(named: Sequence[tuple[str, nn.Parameter]], grid: Grid) -> dict[str, Part]:
-    """The parts of the parameters that this rank holds, by name. Called on every rank."""
-    shapes = [tuple(parameter.shape) for _, parameter in named]
-    shapes_by_rank = comm.gather_objects(grid.tensor, shapes)
-    parts = {}
-    for index, (name, _) in enumerate(named):
-        part = Part(name, shapes[index])
-        axis = axis_of(name) if grid.tensor.size > 1 else None
+def parameters_of_stage(
+    parameters: Mapping[str, Tensor], tensor_ranks: Mesh, stage: int = 0
+) -> dict[str, WholeParameter]:
+    """What the tensor ranks of a stage hold together, in the order of `parameters`.
+
+    parameters: this rank's parts by Hugging Face's names. Called on every tensor rank.
+    """
+    own_shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
+    shapes_by_rank = comm.gather_objects(tensor_ranks, own_shapes)
+    result = {}
+    for name, parameter in parameters.items():
+        shape = list(parameter.shape)
+        axis = axis_of(name) if tensor_ranks.size > 1 else None
+        lengths: list[int] = []
         if axis is not None:
-            lengths = [shapes_of_rank[index][axis] for shapes_of_rank in shapes_by_rank]
-            part = _place_on_axis(part, axis, lengths, grid.tensor.rank)
-        parts[name] = part
-    return parts
-
-
-def _place_on_axis(part: Part, axis: int, lengths: Sequence[int], rank: int) -> Part:
-    """A part of a parameter that is cut along `axis`. lengths: of the parts of all tensor ranks."""
-    whole_shape = list(part.whole_shape)
-    whole_shape[axis] = sum(lengths)
-    start = sum(lengths[:rank])
-    return replace(
-        part,
-        whole_shape=tuple(whole_shape),
-        axis=axis,
-        start=start,
-        stop=start + lengths[rank],
-    )
+            lengths = [shapes[name][axis] for shapes in shapes_by_rank]
+            shape[axis] = sum(lengths)
+        result[name] = WholeParameter(tuple(shape), parameter.dtype, axis, tuple(lengths), stage)
+    return result
 
 
 def parameters_of_all_stages(
-    named: Sequence[tuple[str, nn.Parameter]], parts: dict[str, Part], grid: Grid
+    own: Mapping[str, WholeParameter], stages: Mesh
 ) -> dict[str, WholeParameter]:
-    """The parameters of the whole model by name, in its order. Called on every rank.
+    """The parameters of the whole model by name, in its order. Called on every stage.
 
-    A parameter that two stages hold is there once.
+    own: those of this stage. What two stages hold is there once, as the first one's.
     """
-    own = {}
-    for name, parameter in named:
-        own[name] = WholeParameter(parts[name].whole_shape, parameter.dtype)
     everything: dict[str, WholeParameter] = {}
-    for parameters_of_stage in comm.gather_objects(grid.stage, own):
-        for name, whole in parameters_of_stage.items():
+    for parameters in comm.gather_objects(stages, own):
+        for name, whole in parameters.items():
             everything.setdefault(name, whole)
     return everything

@@ -27,7 +27,12 @@ from minillama import comm
 from minillama.errors import UserError
 from minillama.grid import Grid
 from minillama.parallel.loss_scale import LossScale
-from minillama.parallel.parts import Part, SavedPiece, parameters_of_all_stages, parts_on_rank
+from minillama.parallel.parts import (
+    Part,
+    SavedPiece,
+    parameters_of_all_stages,
+    parameters_of_stage,
+)
 from minillama.parallel.shards import Held, held
 from minillama.parallel.zero import ZeroAdamW
 from minillama.train_config import TrainConfig
@@ -97,8 +102,9 @@ class ShardedOptimizer:
             has_fp16 |= parameter.dtype == torch.float16
             if parameter.requires_grad:
                 trained.append((name, parameter))
-        self.parts = parts_on_rank(trained, grid)
-        self.parameters = parameters_of_all_stages(trained, self.parts, grid)
+        own = parameters_of_stage(dict(trained), grid.tensor)
+        self.parts = {name: own[name].part_on(grid.tensor.rank, name) for name in own}
+        self.parameters = parameters_of_all_stages(own, grid.stage)
         if not self.parameters:
             raise UserError("nothing to train: every parameter is frozen")
         self.num_trained = sum(parameter.size for parameter in self.parameters.values())

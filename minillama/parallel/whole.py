@@ -8,9 +8,7 @@ The tensor ranks of a stage join their parts, and the stage sends the whole to t
 A file is always whole. So it is the same whatever the number of ranks, and any number can read it.
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from math import prod
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +16,12 @@ from torch import Tensor
 
 from minillama import comm
 from minillama.comm import Mesh
-from minillama.parallel.shards import axis_of, join, part_of
+from minillama.parallel.parts import (
+    WholeParameter,
+    parameters_of_all_stages,
+    parameters_of_stage,
+)
+from minillama.parallel.shards import join, part_of
 from minillama.point_to_point import exchange
 from minillama.tensor_files import TensorRef
 from minillama.tensor_writers import TensorSpecs
@@ -35,24 +38,12 @@ def read_part(tensor: TensorRef, axis: int | None, mesh: Mesh) -> Tensor:
     return tensor.refuse_non_finite(tensor.read_part(part.start, part.stop, axis))
 
 
-@dataclass(frozen=True)
-class WholeTensor:
-    """A tensor of a file, and where it comes from."""
-
-    name: str
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    axis: int | None  # that the tensor ranks cut; None: each has all of it
-    lengths: list[int]  # along the axis, of the part of each tensor rank
-    stage: int  # of the pipeline, that has it
-
-
 def write_joined(
     parameters: Mapping[str, Tensor],
     mesh: Mesh,
     write: Write,
     stages: Mesh | None = None,
-    sort_key: Callable[[WholeTensor], Any] | None = None,
+    sort_key: Callable[[str, WholeParameter], Any] | None = None,
 ) -> None:
     """Join the parts of each tensor, one tensor at a time, and write them on the first rank.
 
@@ -63,16 +54,19 @@ def write_joined(
         mesh: the line of tensor ranks, which have parts of the same tensors.
         write: called on the first rank alone.
         stages: the line of pipeline stages, which have other tensors.
-        sort_key: of the order in which the tensors are written; None: that of the model.
+        sort_key: of a name and its tensor: the order in which they are written; None: that of the
+            model.
     """
     stages = stages or Mesh()
-    whole = _all_stages(_describe(parameters, mesh, stages), stages)
+    own = parameters_of_stage(parameters, mesh, stages.rank)
+    whole = parameters_of_all_stages(own, stages)
     if sort_key is not None:
-        whole.sort(key=sort_key)
+        in_order = sorted(whole, key=lambda name: sort_key(name, whole[name]))
+        whole = {name: whole[name] for name in in_order}
     tensors = _gather(parameters, whole, mesh, stages)
     try:
         if mesh.is_first and stages.is_first:
-            specs = {tensor.name: (tensor.dtype, tensor.shape) for tensor in whole}
+            specs = {name: (tensor.dtype, tensor.shape) for name, tensor in whole.items()}
             write(specs, tensors)
     finally:
         # If writing fails, the other ranks still send: take what they send, then fail.
@@ -80,52 +74,29 @@ def write_joined(
             pass
 
 
-def _describe(parameters: Mapping[str, Tensor], mesh: Mesh, stages: Mesh) -> list[WholeTensor]:
-    """The whole tensors of this stage, in the order of `parameters`."""
-    own_shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
-    shapes_by_rank = comm.gather_objects(mesh, own_shapes)
-    whole = []
-    for name, parameter in parameters.items():
-        shape = list(parameter.shape)
-        axis = axis_of(name) if mesh.size > 1 else None
-        lengths = []
-        if axis is not None:
-            lengths = [shapes[name][axis] for shapes in shapes_by_rank]
-            shape[axis] = sum(lengths)
-        tensor = WholeTensor(name, parameter.dtype, tuple(shape), axis, lengths, stages.rank)
-        whole.append(tensor)
-    return whole
-
-
-def _all_stages(own: list[WholeTensor], stages: Mesh) -> list[WholeTensor]:
-    """The tensors of all stages in order. The first stage that has a tensor writes it."""
-    by_name: dict[str, WholeTensor] = {}
-    for tensors_of_stage in comm.gather_objects(stages, own):
-        for tensor in tensors_of_stage:
-            by_name.setdefault(tensor.name, tensor)
-    return list(by_name.values())
-
-
 def _gather(
-    parameters: Mapping[str, Tensor], whole: list[WholeTensor], mesh: Mesh, stages: Mesh
+    parameters: Mapping[str, Tensor],
+    whole: Mapping[str, WholeParameter],
+    mesh: Mesh,
+    stages: Mesh,
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield each whole tensor on the first rank of all; the others take their part in that."""
-    for tensor in whole:
+    for name, tensor in whole.items():
         if tensor.stage == stages.rank:
-            values = parameters[tensor.name].detach()
+            values = parameters[name].detach()
             if tensor.axis is not None:
                 values = join_over_ranks(values, tensor.axis, tensor.lengths, mesh)
             if stages.is_first:
-                yield tensor.name, values
+                yield name, values
             elif mesh.is_first:
                 exchange(stages, 0, [values], [])
         elif stages.is_first and mesh.is_first:
             values = torch.empty(tensor.shape, dtype=tensor.dtype, device=stages.device)
             exchange(stages, tensor.stage, [], [values])
-            yield tensor.name, values
+            yield name, values
 
 
-def join_over_ranks(part: Tensor, axis: int, lengths: list[int], mesh: Mesh) -> Tensor:
+def join_over_ranks(part: Tensor, axis: int, lengths: Sequence[int], mesh: Mesh) -> Tensor:
     """The whole tensor, on every rank, of which each has a part of this length along an axis."""
     missing = max(lengths) - part.shape[axis]
     padding = part.new_empty([*part.shape[:axis], missing, *part.shape[axis + 1 :]])
@@ -144,19 +115,19 @@ def sample_evenly(
 
     parameters: this rank's parts by Hugging Face's names. All ranks yield the same values.
     """
-    for whole in _describe(parameters, mesh, Mesh()):
-        part = parameters[whole.name].detach()
-        step = max(1, prod(whole.shape) // num_values)
+    for name, whole in parameters_of_stage(parameters, mesh).items():
+        part = parameters[name].detach()
+        step = max(1, whole.size // num_values)
         if whole.axis is None:
             yield part.flatten()[::step].float().cpu()
         else:
             yield _sample_parts(part, whole, step, mesh)
 
 
-def _sample_parts(part: Tensor, whole: WholeTensor, step: int, mesh: Mesh) -> Tensor:
+def _sample_parts(part: Tensor, whole: WholeParameter, step: int, mesh: Mesh) -> Tensor:
     """Every step-th value of a tensor that is cut: each comes from the rank that has it."""
     assert whole.axis is not None
-    positions = torch.arange(0, prod(whole.shape), step, device=part.device)
+    positions = torch.arange(0, whole.size, step, device=part.device)
     index = list(torch.unravel_index(positions, whole.shape))
     index[whole.axis] = index[whole.axis] - sum(whole.lengths[: mesh.rank])
     on_axis = index[whole.axis]
