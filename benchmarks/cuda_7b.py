@@ -31,7 +31,7 @@ from minillama.checkpoint.hf_writer import save_model
 from minillama.data import demo
 from minillama.tensor_files import read_safetensors
 from minillama.tokenizer import open_tokenizer, train_tokenizer
-from minillama.training import dry_run
+from minillama.training import estimate
 
 ROOT = Path(__file__).resolve().parent.parent
 TRAIN_STEPS = 4
@@ -89,6 +89,19 @@ def adapter_of(folder: Path) -> dict[str, torch.Tensor]:
     return {name: entry.read() for name, entry in entries.items()}
 
 
+def promised(settings: Settings, keys: dict[str, Any]) -> Result:
+    """What --dry_run says of the run: state, and activations of a micro-batch."""
+    config = presets.resolve("7b_lora", keys | {"data": (keys["data"],)}, {})
+    llama = sides.shape_config(settings.shape)
+    tokens = config.per_device_train_batch_size * settings.length
+    width = estimate.bytes_per_weight(config)
+    activations = estimate.activation_bytes(llama, tokens, width, config.gradient_checkpointing)
+    return {
+        "dry_run_state_bytes": estimate.estimate(llama, config).total,
+        "dry_run_activation_bytes": activations,
+    }
+
+
 def train_twice(settings: Settings, folder: Path) -> Result:
     """Train; lose the end; train again. The bytes promised and counted, the speed, the resume."""
     keys = train_arguments(settings, folder)
@@ -106,16 +119,7 @@ def train_twice(settings: Settings, folder: Path) -> Result:
     for name, tensor in adapter_of(folder).items():
         differences.append(float((tensor.float() - first[name].float()).abs().max()))
 
-    keys["data"] = (keys["data"],)
-    config = presets.resolve("7b_lora", keys, {})
-    llama = sides.shape_config(settings.shape)
-    kept = dry_run.estimate(llama, config).total
-    tokens = config.per_device_train_batch_size * settings.length
-    width = dry_run.bytes_per_weight(config)
-    activations = dry_run.activation_bytes(llama, tokens, width, recompute=True)
-    return {
-        "dry_run_state_bytes": kept,
-        "dry_run_activation_bytes": activations,
+    return promised(settings, keys) | {
         "peak_bytes": summary["peak_memory_bytes"],
         "tokens_per_second": summary["tokens_per_second"],
         "mfu": summary["mfu"],

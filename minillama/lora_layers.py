@@ -5,12 +5,39 @@ lora.py has the formula and puts these layers into a model.
 Shapes: in and out of a linear, V vocabulary, C model width, R LoRA rank.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minillama import ops
 from minillama.model import CrossEntropy
+
+
+class _NarrowFunction(torch.autograd.Function):
+    """low = x A^T in fp32 for a 16-bit x:   dx = dlow A,   dA = dlow^T x.
+
+    Keeps x as it is. Autograd would keep its fp32 copy, twice as large, once for each linear that
+    reads the same x.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, A: Tensor) -> Tensor:
+        ctx.save_for_backward(x, A)
+        return x.float() @ A.T
+
+    @staticmethod
+    def backward(ctx: Any, dlow: Tensor) -> tuple[Tensor | None, Tensor]:
+        x, A = ctx.saved_tensors
+        dx = (dlow @ A).to(x.dtype) if ctx.needs_input_grad[0] else None
+        dA = dlow.flatten(0, -2).T @ x.flatten(0, -2).float()
+        return dx, dA
+
+
+def _narrow(x: Tensor, A: Tensor) -> Tensor:
+    """x A^T in fp32: x (..., in), A (R, in) -> (..., R)."""
+    return x @ A.T if x.dtype == A.dtype else _NarrowFunction.apply(x, A)
 
 
 class LoraLinear(nn.Linear):
@@ -39,7 +66,7 @@ class LoraLinear(nn.Linear):
 
     def _add_low_rank(self, x: Tensor, y: Tensor) -> Tensor:
         """y + s (x A^T) B^T. y (..., out)."""
-        low = self.dropout(x).float() @ self.lora_A.T  # (..., R)
+        low = _narrow(self.dropout(x), self.lora_A)  # (..., R)
         return y + (low @ (self.scale * self.lora_B.T)).to(y.dtype)
 
     def loss_sum(
@@ -49,7 +76,7 @@ class LoraLinear(nn.Linear):
 
         [x, x A^T] [W, s B]^T = x W^T + s x A^T B^T
         """
-        low = self.dropout(x).float() @ self.lora_A.T  # (..., R)
+        low = _narrow(self.dropout(x), self.lora_A)  # (..., R)
         wide_x = torch.cat((x, low.to(x.dtype)), dim=-1)  # (..., in + R)
         scaled_b = (self.scale * self.lora_B).to(self.weight.dtype)  # (out, R)
         wide_weight = torch.cat((self.weight, scaled_b), dim=1)  # (out, in + R)

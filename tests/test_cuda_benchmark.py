@@ -1,11 +1,13 @@
 """benchmarks/cuda.py on the CPU, in its tiny form: its sides compute the same."""
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from benchmarks import cuda
+from benchmarks import cuda, cuda_7b, cuda_legs
 from minillama import ops
 
 Result = dict[str, Any]
@@ -55,6 +57,14 @@ def test_a_side_that_begins_with_another_loss_is_void() -> None:
     assert "VOID" in cuda.compare(results)[0]
     results["train 110m loop"] = {"failed": "no memory"}
     assert cuda.compare(results) == []
+
+
+def test_the_7b_recipe_fits_a_card_of_24_gb_by_its_plan(tmp_path: Path) -> None:
+    """13.5 GB of weights, the adapters with their moments, and one layer's activations."""
+    card = cuda_legs.Settings(torch.device("cpu"), "7b", 4, 1024, 4, "")
+    promise = cuda_7b.promised(card, cuda_7b.train_arguments(card, tmp_path))
+    assert 13.9e9 < promise["dry_run_state_bytes"] < 14.5e9
+    assert 1e9 < promise["dry_run_activation_bytes"] < 3e9
 
 
 def test_without_a_card_the_command_says_what_to_type(

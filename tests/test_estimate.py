@@ -9,7 +9,7 @@ from minillama import comm, ops
 from minillama.comm import Mesh
 from minillama.grid import make_grid
 from minillama.llama_config import PUBLISHED, LlamaConfig
-from minillama.lora import add_lora
+from minillama.lora import LINEARS, LoraConfig, add_lora
 from minillama.model import Llama
 from minillama.parallel.sharded_optimizer import ShardedOptimizer
 from minillama.train_config import TrainConfig
@@ -83,8 +83,11 @@ def test_predicted_state_is_measured_state_within_two_percent(
     "config", [SMALL, replace(PUBLISHED["15m"], vocab_size=300, n_layers=3)], ids=["gqa", "15m"]
 )
 def test_predicted_activations_are_those_kept_for_backward_within_ten_percent(config, lengths):
-    def kept(recompute: bool) -> int:
+    def kept(recompute: bool, lora: bool = False) -> int:
         model, seen = Llama(config).initialise(), {}
+        if lora:
+            model.bfloat16()
+            add_lora(model, LoraConfig(rank=4, targets=LINEARS))
         if recompute:
             recompute_activations(model.model.layers)
         own = {p.untyped_storage().data_ptr() for p in model.parameters()}
@@ -106,6 +109,9 @@ def test_predicted_activations_are_those_kept_for_backward_within_ten_percent(co
     assert kept(recompute=True) == pytest.approx(
         activation_bytes(config, tokens, 4, recompute=True) - one_layer, rel=0.1
     )
+    # An adapter in fp32 keeps no copy of its 16-bit input.
+    in_16_bits = activation_bytes(config, tokens, 2)
+    assert kept(recompute=False, lora=True) == pytest.approx(in_16_bits, rel=0.15)
 
 
 @pytest.mark.parametrize("name", ["7b", "70b"])

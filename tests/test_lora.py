@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from minillama.checkpoint.hf_reader import load_model
 from minillama.checkpoint.hf_writer import save_model
@@ -219,3 +220,22 @@ def test_merging_is_one_rounding_of_the_fp32_sum() -> None:
     assert (
         module.merged_weight() == expected
     ).float().mean() > 0.99  # fp32 and fp64 sums may fall on two sides of a tie
+
+
+def test_an_adapter_on_16_bit_weights_has_the_gradients_of_its_formula() -> None:
+    """y = x W^T + s (x A^T) B^T with the adapter's products in fp32, as autograd takes it apart."""
+    torch.manual_seed(0)
+    layer = LoraLinear(nn.Linear(24, 16, bias=False).bfloat16(), rank=4, scale=2.0, dropout=0.0)
+    nn.init.normal_(layer.lora_A)
+    nn.init.normal_(layer.lora_B)
+    x = torch.randn(2, 5, 24).bfloat16().requires_grad_()
+    dy = torch.randn(2, 5, 16).bfloat16()
+    inputs = (x, layer.lora_A, layer.lora_B)
+    low = x.float() @ layer.lora_A.T
+    formula = x @ layer.weight.T + (low @ (2.0 * layer.lora_B.T)).bfloat16()
+    found = layer(x)
+    assert torch.equal(found, formula)
+    expected = torch.autograd.grad(formula, inputs, dy)
+    for gradient, right in zip(torch.autograd.grad(found, inputs, dy), expected, strict=True):
+        assert gradient.dtype == right.dtype
+        torch.testing.assert_close(gradient, right, rtol=1e-5, atol=1e-5)
