@@ -2,6 +2,7 @@
 
 import ast
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -111,6 +112,14 @@ def test_a_file_imports_only_from_lower_layers_or_from_its_own_group(path: Path)
     for other in ours(TREES[path]) - {"__version__"}:
         is_lower = layer_and_group(other)[0] < layer
         assert other in group or is_lower, f"{name_of(path)} imports {other}"
+
+
+def test_contributing_lists_every_module_of_the_layers() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    section = text.partition("## Layers")[2].partition("## Rules")[0]
+    modules = {path.relative_to(ROOT / "minillama").parts[0] for path in PACKAGE}
+    for name in modules - {"__init__.py"}:
+        assert re.search(rf"\b{name.removesuffix('.py')}\b", section), name
 
 
 # Longer than the rule allows, until they are split. These lists may only shrink.
