@@ -56,10 +56,14 @@ def parallelise(model: nn.Module, mesh: Mesh) -> None:
     connect_ranks(model, mesh)
 
 
+def cut_sizes(config: LlamaConfig) -> dict[str, int]:
+    """What tensor ranks cut into equal parts, by name."""
+    return {"n_heads": config.n_heads, "n_kv_heads": config.n_kv_heads, "ffn_dim": config.ffn_dim}
+
+
 def refuse_uncuttable(config: LlamaConfig, ranks: int) -> None:
     """Raise UserError unless `ranks` tensor ranks can divide a model of this shape."""
-    sizes = {"n_heads": config.n_heads, "n_kv_heads": config.n_kv_heads, "ffn_dim": config.ffn_dim}
-    check_tensor_parallel(sizes, ranks)
+    check_tensor_parallel(cut_sizes(config), ranks)
     if config.vocab_size < ranks:
         raise UserError(
             f"vocab_size = {config.vocab_size} cannot be cut over {ranks} tensor-parallel ranks; "

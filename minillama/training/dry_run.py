@@ -14,7 +14,8 @@ from minillama.device_list import count_devices, refuse_too_many
 from minillama.errors import UserError
 from minillama.grid import check_ranks, make_grid
 from minillama.llama_config import LlamaConfig
-from minillama.parallel.shards import check_tensor_parallel, layers_of_stage
+from minillama.parallel.shards import layers_of_stage
+from minillama.parallel.tensor import cut_sizes, refuse_uncuttable
 from minillama.train_config import TrainConfig
 from minillama.training.architecture import find_base, model_config
 from minillama.training.data_building import (
@@ -25,6 +26,7 @@ from minillama.training.data_building import (
 )
 from minillama.training.estimate import (
     FP32,
+    MOST_TENSOR_RANKS,
     Estimate,
     Place,
     activation_bytes,
@@ -38,7 +40,6 @@ from minillama.training.estimate import (
 from minillama.training.summary import gigabytes
 
 LARGEST_ON_DEVICE = 40 * 10**9  # bytes of weights that one device holds beside its activations
-MOST_TENSOR_RANKS = 8  # on one machine, since they send most
 
 
 @dataclass(frozen=True)
@@ -71,8 +72,7 @@ def needs_of(llama: LlamaConfig, config: TrainConfig, world_size: int) -> list[N
 
 def check_division(llama: LlamaConfig, config: TrainConfig) -> None:
     """Raise UserError if the model cannot be divided as the settings say."""
-    sizes = {"n_heads": llama.n_heads, "n_kv_heads": llama.n_kv_heads, "ffn_dim": llama.ffn_dim}
-    check_tensor_parallel(sizes, config.tensor_parallel)
+    refuse_uncuttable(llama, config.tensor_parallel)
     layers_of_stage(llama.n_layers, config.pipeline_parallel, 0)
     refuse_too_many(count_devices(config.devices), llama.n_layers)
 
@@ -97,7 +97,7 @@ def _most_weights(llama: LlamaConfig, config: TrainConfig) -> int:
 
 def _division_that_fits(llama: LlamaConfig, config: TrainConfig) -> str:
     """What to type: the fewest tensor ranks that suffice, else the most of them and stages."""
-    most_cuts = math.gcd(llama.n_heads, llama.n_kv_heads, llama.ffn_dim, MOST_TENSOR_RANKS)
+    most_cuts = math.gcd(*cut_sizes(llama).values(), MOST_TENSOR_RANKS)
     tensors = [count for count in range(1, most_cuts + 1) if most_cuts % count == 0]
     grids = [(count, 1) for count in tensors]
     grids += [(most_cuts, stages) for stages in range(2, llama.n_layers + 1)]

@@ -32,6 +32,7 @@ from minillama.train_config import TrainConfig
 from minillama.training.model_building import lora_config
 
 FP32 = 4  # bytes
+MOST_TENSOR_RANKS = 8  # that are proposed: those of one machine, since they send most
 
 
 @dataclass(frozen=True)

@@ -14,13 +14,13 @@ from dataclasses import replace
 
 from minillama.errors import UserError
 from minillama.llama_config import LlamaConfig
+from minillama.parallel.tensor import cut_sizes
 from minillama.train_config import TrainConfig
 from minillama.training.architecture import find_base, model_config
-from minillama.training.estimate import Place, estimate
+from minillama.training.estimate import MOST_TENSOR_RANKS, Place, estimate
 from minillama.training.summary import gigabytes
 
 RANKS_OF_PLAN = 8  # if the command names no number of ranks
-MOST_TENSOR_RANKS = 8
 
 
 def refuse_zero3(config: TrainConfig, world_size: int) -> None:
@@ -46,6 +46,6 @@ def refuse_zero3(config: TrainConfig, world_size: int) -> None:
 
 def _most_tensor_ranks(llama: LlamaConfig, ranks: int) -> int:
     """As many as the model and the ranks can be divided by, on one machine."""
-    divisor = math.gcd(llama.n_heads, llama.n_kv_heads, llama.ffn_dim, ranks)
+    divisor = math.gcd(*cut_sizes(llama).values(), ranks)
     possible = [count for count in range(1, MOST_TENSOR_RANKS + 1) if divisor % count == 0]
     return max(possible)
