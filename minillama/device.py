@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from minillama import requirements
 from minillama.errors import UserError, closest
 
 log = logging.getLogger(__name__)
@@ -223,8 +224,11 @@ def sophgo_chips() -> list[int]:
 def group_options(device: torch.device, size: int) -> Any:
     """What a process group of `size` ranks needs besides the name of its backend.
 
-    Sophgo's needs the ring of chips. The others need nothing: None.
+    Sophgo's needs the ring of chips. The others need nothing: None. Raises UserError for ranks of
+    the CPU on a torch on which they can hang.
     """
+    if device.type == "cpu":
+        requirements.refuse_gloo_that_hangs()
     if device.type != "tpu":
         return None
     options = importlib.import_module("torch_tpu").ProcessGroupSCCLOptions()

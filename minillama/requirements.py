@@ -12,6 +12,10 @@ from importlib import metadata
 from minillama.errors import UserError
 
 LOWEST_TORCH = (2, 7)
+# Ranks on the CPU talk through gloo. On torch 2.7 they can hang when they end: a process waits for
+# gloo's threads, and these wait for Python's lock, which the process holds. 2.10 was run many times
+# without that. What is between the two is not known.
+LOWEST_TORCH_WITH_GLOO = (2, 10)
 
 
 def refuse_old_torch() -> None:
@@ -39,3 +43,13 @@ def torch_version() -> tuple[int, int]:
     if numbers is None:
         return 9999, 0  # whoever builds torch without a version knows that it is new
     return int(numbers[1]), int(numbers[2])
+
+
+def refuse_gloo_that_hangs() -> None:
+    """Raise UserError if ranks on the CPU can hang with this torch when they end."""
+    if torch_version() < LOWEST_TORCH_WITH_GLOO:
+        lowest = ".".join(str(part) for part in LOWEST_TORCH_WITH_GLOO)
+        raise UserError(
+            f"torch {metadata.version('torch')} can hang when several ranks on the CPU end; "
+            f"use torch {lowest} or newer, or one rank"
+        )

@@ -7,8 +7,9 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
+import torch
 
-from minillama import cli, requirements
+from minillama import cli, device, requirements
 from minillama.errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -34,6 +35,17 @@ def test_this_torch_and_newer_ones_are_accepted(
 ) -> None:
     monkeypatch.setattr(metadata, "version", lambda name: version)
     requirements.refuse_old_torch()
+
+
+def test_ranks_on_the_cpu_that_could_hang_when_they_end_are_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(metadata, "version", lambda name: "2.7.1+cu126")
+    with pytest.raises(UserError, match=r"torch 2\.7\.1\+cu126 can hang .* use torch 2\.10"):
+        device.group_options(torch.device("cpu"), 2)
+    assert device.group_options(torch.device("cuda", 0), 2) is None
+    monkeypatch.setattr(metadata, "version", lambda name: "2.10.0")
+    assert device.group_options(torch.device("cpu"), 2) is None
 
 
 def test_a_missing_torch_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
