@@ -281,6 +281,8 @@ def allow_tf32(allowed: bool) -> None:
 def supports_bf16(device: torch.device) -> bool:
     if device.type == "cpu":
         return True
+    if device.type == "cuda":  # an older card emulates bf16, many times slower than fp32
+        return torch.cuda.is_bf16_supported(including_emulation=False)
     is_supported = getattr(getattr(torch, device.type), "is_bf16_supported", None)
     return is_supported is None or is_supported()
 

@@ -271,3 +271,16 @@ def test_a_plugin_without_a_chip_is_passed_over_aloud(tmp_path: Path) -> None:
     done = run(tmp_path, "print(device.pick('auto'))", ASCEND_RT_VISIBLE_DEVICES="9")
     assert done.stdout == "cpu\n"
     assert "npu skipped: torch_npu finds no chip (ASCEND_RT_VISIBLE_DEVICES is 9)" in done.stderr
+
+
+@pytest.mark.parametrize(("native", "dtype"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_a_card_that_only_emulates_bf16_computes_in_fp32(
+    native: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def is_bf16_supported(including_emulation: bool = True) -> bool:
+        return including_emulation or native
+
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", is_bf16_supported)
+    found, warning = device.compute_dtype("bf16", torch.device("cuda", 0))
+    assert found == dtype
+    assert ("cuda has no bf16" in warning) == (not native)

@@ -1,10 +1,12 @@
 """Linear layer and cross entropy as one op: the formula, whatever the chunks and the labels."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from minillama import ops
@@ -112,3 +114,29 @@ def test_logits_exist_for_some_positions_at_a_time(monkeypatch: pytest.MonkeyPat
                 randn(10, width), randn(13, width, seed=1), torch.arange(10)
             )
         assert products.count == num_chunks
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_tf32_is_allowed_for_16_bit_inputs_alone_and_forbidden_again(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It rounds fp32 inputs, and no 16-bit ones. After an error too, the flag is as it was."""
+    matmul = torch.backends.cuda.matmul
+    product = torch.mm
+    allowed = []
+
+    def mm(*arguments: Any, **keywords: Any) -> Tensor:
+        allowed.append(matmul.allow_tf32)
+        if len(allowed) == 2:
+            raise RuntimeError("out of memory")
+        return product(*arguments, **keywords)
+
+    monkeypatch.setattr(torch, "mm", mm)
+    hidden = torch.randn(5, 8).to(dtype)
+    weight = torch.randn(20, 8).to(dtype)
+    labels = torch.arange(5)
+    fused_loss.linear_cross_entropy(hidden, weight, labels)
+    with pytest.raises(RuntimeError):
+        fused_loss.linear_cross_entropy(hidden, weight, labels)
+    assert allowed == [dtype == torch.bfloat16] * 2
+    assert not matmul.allow_tf32
