@@ -1,6 +1,8 @@
 """Small training runs, and what tests look at in them."""
 
 import json
+import os
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,12 @@ from minillama.train_config import TrainConfig
 from minillama.training.run import FinishedRun, prepare
 from minillama.training.trainer import Trainer
 from tests.conftest import random_model, random_tokens
+
+# A run draws its losses. Ranks are forked, and each run would import matplotlib in its first rank.
+os.environ.setdefault("MPLBACKEND", "Agg")
+with suppress(ImportError):
+    import matplotlib.backends.backend_agg
+    import matplotlib.pyplot  # noqa: F401
 
 
 def write_inputs(folder: Path) -> None:
