@@ -14,8 +14,8 @@ A command stands in a block of `bash`, and what it prints in the block behind it
     bash yours     it names files of the reader: it is parsed, and a training run is planned
     bash skip      it installs packages, takes too long, or waits for a person
 
-compare_output.py says which differences do not matter. An output that begins with "error:" belongs
-to exit code 2, any other one to 0.
+compare_output.py says which differences do not matter. An output with a line "error: …" belongs to
+exit code 2, any other one to 0.
 """
 
 import argparse
@@ -105,7 +105,8 @@ def run_block(block: Block, copy: Path) -> str:
     if "install" in block.words:
         command = INSTALLATION.sub("", command)
     code, printed = run_command(command, copy)
-    expected_code = 2 if block.output.startswith("error:") else 0
+    is_error = re.search(r"^error:", block.output, re.MULTILINE)
+    expected_code = 2 if is_error else 0
     if code != expected_code:
         return f"exit code {code}\n{printed[-2000:]}"
     return first_difference(block.output, printed)
