@@ -41,6 +41,7 @@ BLOCK = re.compile(
 WORDS = {"quick", "demo", "install", "yours", "skip"}
 INSTALLATION = re.compile(r"python -m pip install [^&\n]*(?:&& )?")
 LINK = re.compile(r"\]\(([\w/]+\.md)\)")
+MADE = {"runs", "build", "dist", "__pycache__"}  # folders of a tree that has been used
 MAKE_DEMO = "python train.py"
 LONGEST = 1800  # seconds that a command may take
 
@@ -82,21 +83,28 @@ def read_blocks(page: str) -> list[Block]:
 
 def copy_tree(folder: Path) -> Path:
     """Copy what a clone of the working tree would have; returns the copy."""
-    listed = subprocess.run(
-        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
     copy = folder / "minillama"
-    for name in listed.stdout.splitlines():
+    for name in files_of_tree():
         source = ROOT / name
         if source.is_file():
             target = copy / name
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(source, target)
     return copy
+
+
+def files_of_tree() -> list[str]:
+    """The files that git does not ignore. Of a tree without git, what no command here has made."""
+    if (ROOT / ".git").exists():
+        listed = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+        done = subprocess.run(listed, cwd=ROOT, capture_output=True, text=True, check=True)
+        return done.stdout.splitlines()
+    names = []
+    for path in ROOT.rglob("*"):
+        parts = path.relative_to(ROOT).parts
+        if not any(part.startswith(".") or part in MADE for part in parts):
+            names.append("/".join(parts))
+    return names
 
 
 def run_block(block: Block, copy: Path) -> str:
