@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from minillama.cli import Parser
+from minillama.compat.model_claims import size_of
+from minillama.hf_config import published
 
 # their script -> our subcommand
 SUBCOMMANDS = {
@@ -45,13 +47,8 @@ RENAMED = {
     },
 }
 NUMBERS = ("n_layers", "dim", "n_heads", "n_kv_heads")
-# what their --type means; with other names they need the flags for NUMBERS
-TYPES = {
-    "7b": (32, 4096, 32, 32),
-    "13b": (40, 5120, 40, 40),
-    "30b": (60, 6656, 52, 52),
-    "65b": (80, 8192, 64, 64),
-}
+# what their --type may be; with other names they need the flags for NUMBERS
+TYPES = ("7b", "13b", "30b", "65b")
 
 
 def add_number_flags(parser: Parser) -> None:
@@ -63,7 +60,10 @@ def add_number_flags(parser: Parser) -> None:
 
 def numbers_of(flags: Mapping[str, Any]) -> dict[str, int]:
     """Return those of NUMBERS that flags name."""
-    numbers = dict(zip(NUMBERS, TYPES.get(flags["type"].lower(), ()), strict=False))
+    numbers = {}
+    if flags["type"].lower() in TYPES:
+        size = published(size_of(flags["type"]))
+        numbers = {name: getattr(size, name) for name in NUMBERS}
     for name in NUMBERS:
         if flags[name] is not None:
             numbers[name] = flags[name]
