@@ -44,6 +44,8 @@ STYLE = """
 @media (max-width: 600px) { .gradio-container { padding: 0.5rem !important } }
 """
 QUIET: dict[str, Any] = {"show_progress": "hidden"}  # of an event: no animation over the page
+# Of the events that wait for each other: one at a time, in the order in which they were sent.
+IN_TURN: dict[str, Any] = {**QUIET, "concurrency_id": "answers", "concurrency_limit": 1}
 EMPTY = "Ask something, or take one of these:"
 
 
@@ -126,14 +128,17 @@ def build_page(engine: Engine, system: str, seed: int | None) -> Any:
 
         shown = [message, messages, note, send, stop, saved]
         question = [message, conversation, *controls]
-        answered = gradio.on([send.click, message.submit], handlers.ask, question, shown, **QUIET)
+        sent = [send.click, message.submit]
+        answered = gradio.on(sent, handlers.ask, question, shown, **IN_TURN)
         taken = messages.example_select(take_example, None, message, **QUIET)
-        example_answered = taken.then(handlers.ask, question, shown, **QUIET)
+        example_answered = taken.then(handlers.ask, question, shown, **IN_TURN)
         for end in (answered, example_answered):
             end.then(handlers.show, conversation, shown, **QUIET)
         stop.click(handlers.stop, conversation, None, **QUIET)
-        cleared = [clear.click, messages.clear]
-        gradio.on(cleared, handlers.clear, conversation, shown, **QUIET)
+        cleared = gradio.on(
+            [clear.click, messages.clear], handlers.clear, conversation, shown, **QUIET
+        )
+        cleared.then(handlers.end_clear, conversation, shown, **IN_TURN)
         page.load(handlers.restore, [saved, conversation], shown, **QUIET)
     return page
 
@@ -198,7 +203,7 @@ class Handlers:
 
         settings: the values of `SETTINGS`.
         """
-        if not message.strip():
+        if not message.strip() or conversation.is_clearing:
             yield self.changed()
             return
         try:
@@ -255,6 +260,10 @@ class Handlers:
 
     def clear(self, conversation: Conversation) -> Shown:
         conversation.clear()
+        return self.show(conversation)
+
+    def end_clear(self, conversation: Conversation) -> Shown:
+        conversation.end_clear()
         return self.show(conversation)
 
     def restore(self, saved: Any, conversation: Conversation) -> Shown:

@@ -10,6 +10,10 @@ place that says what is true, a `Conversation` for each visitor, and every event
 `begin` gives an answer a number, and `end` makes that number invalid. An answer whose number is no
 longer valid cannot change the conversation, whatever it still writes.
 
+A message that was sent before Clear can still wait for its turn when Clear comes, behind the answer
+of another visitor. So Clear is followed by `end_clear`, which takes its turn behind that message;
+what begins between the two was sent before Clear.
+
 Turns that no longer fit into the model's context stay here, and are marked where they are shown.
 Messages are shown as typed; answers as Markdown, without HTML and images in it.
 """
@@ -45,6 +49,7 @@ class Conversation:
     message: str = ""  # what has no answer yet; "" if all messages have
     answer_number: int = 0
     is_answering: bool = False
+    is_clearing: bool = False  # between `clear` and `end_clear`
 
     def begin(self, message: str) -> int:
         """Begin an answer, and return its number."""
@@ -79,11 +84,17 @@ class Conversation:
     def clear(self) -> None:
         """End the answer that is being written, and forget all turns."""
         with _lock:
+            self.is_clearing = True
             self.answer_number += 1
             self.is_answering = False
             self.turns = []
             self.num_dropped = 0
             self.message = ""
+
+    def end_clear(self) -> None:
+        """All messages that were sent before `clear` have had their turn."""
+        with _lock:
+            self.is_clearing = False
 
     def take_unanswered(self) -> str:
         """The message that got no answer, which then goes back to where it was typed; or ""."""
