@@ -11,32 +11,17 @@ import os
 import signal
 import sys
 import threading
-import time
 import warnings
-from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
-from minillama.chat import TEMPLATES, is_jinja
+from minillama.chat import TEMPLATES
 from minillama.errors import UserError
-from minillama.generation.engine import ChatSession, Engine
+from minillama.generation.engine import Engine
 from minillama.generation.examples import example_messages, model_name
-from minillama.generation.web_conversation import Conversation, Messages, as_typed
+from minillama.generation.web_conversation import Conversation, as_typed
 from minillama.generation.web_guard import LOCAL_HOSTS, OwnPageOnly
+from minillama.generation.web_handlers import Handlers, template_name
 
-OWN_TEMPLATE = "the model's own"  # a chat template in Jinja, in the list of templates
-SETTINGS = (
-    "system",
-    "template",
-    "temperature",
-    "top_k",
-    "top_p",
-    "repetition_penalty",
-    "max_new_tokens",
-)
-Shown = tuple[Any, ...]  # values for gradio's components
-
-SECONDS_BETWEEN_UPDATES = 0.05  # of the page, while an answer is written
 FONT = ["system-ui", "sans-serif"]  # of the visitor's machine: nothing is loaded from elsewhere
 MONOSPACED = ["ui-monospace", "monospace"]
 STYLE = """
@@ -162,11 +147,6 @@ def add_message_row(gradio: Any) -> tuple[Any, Any, Any, Any]:
     return message, send, stop, clear
 
 
-def template_name(engine: Engine) -> str:
-    """The name of a model's template in the list of templates."""
-    return OWN_TEMPLATE if is_jinja(engine.template) else engine.template
-
-
 def add_controls(gradio: Any, engine: Engine, system: str) -> list[Any]:
     """The settings below the conversation, in the order of `SETTINGS`."""
     sampling = engine.config.sampling
@@ -184,110 +164,3 @@ def add_controls(gradio: Any, engine: Engine, system: str) -> list[Any]:
         gradio.Slider(0.5, 2, penalty, label="repetition penalty"),
         gradio.Slider(1, context, max_new_tokens, step=1, label="most new tokens"),
     ]
-
-
-class Handlers:
-    """What the page's events do.
-
-    They return the values of `shown` in `build_page`: the message box, the messages, the note, the
-    two buttons that take turns, and what the browser keeps.
-    """
-
-    def __init__(self, gradio: Any, engine: Engine, seed: int | None) -> None:
-        self.gradio = gradio
-        self.engine = engine
-        self.seed = seed
-
-    def ask(self, message: str, conversation: Conversation, *settings: Any) -> Iterator[Shown]:
-        """Write an answer. An empty message does nothing, and one that is refused stays.
-
-        settings: the values of `SETTINGS`.
-        """
-        if not message.strip() or conversation.is_clearing:
-            yield self.changed()
-            return
-        try:
-            chat = self.new_session(dict(zip(SETTINGS, settings, strict=True)))
-            yield from self.answer(message.strip(), conversation, chat)
-        except UserError as error:
-            conversation.end()
-            yield self.changed(note=f"**Not answered:** {error}")
-
-    def new_session(self, settings: dict[str, Any]) -> ChatSession:
-        """Raises UserError for a setting that is out of range."""
-        system = settings.pop("system")
-        settings["top_k"] = int(settings["top_k"])
-        settings["max_new_tokens"] = int(settings["max_new_tokens"])
-        if settings["template"] == OWN_TEMPLATE:
-            settings["template"] = self.engine.template
-        settings["greedy"] = False  # temperature 0 says the same
-        config = replace(self.engine.config, **settings)
-        return ChatSession(replace(self.engine, config=config), system)
-
-    def answer(
-        self, message: str, conversation: Conversation, chat: ChatSession
-    ) -> Iterator[Shown]:
-        """Write an answer until it is complete, or Stop or Clear ends it."""
-        earlier = list(conversation.turns)
-        num_dropped = conversation.num_dropped
-        chat.turns = earlier[num_dropped:]
-        chat.fit_prompt(message)  # raises UserError before anything is shown
-        number = conversation.begin(message)
-        yield ("", conversation.shown(), "", *self.buttons(True), self.gradio.skip())
-        last_update = 0.0
-        try:
-            for _ in chat.reply(message, self.seed):
-                turns = [*earlier, chat.turns[-1]]
-                if not conversation.grow(number, turns, num_dropped + len(chat.dropped_turns)):
-                    return
-                if time.monotonic() - last_update > SECONDS_BETWEEN_UPDATES:
-                    last_update = time.monotonic()
-                    yield self.changed(conversation.shown(), chat.note)
-            yield self.changed(conversation.shown(), chat.note)
-        finally:
-            conversation.finish(number)
-
-    def show(self, conversation: Conversation) -> Shown:
-        """Show what is true when an event has ended, whatever was shown meanwhile."""
-        message = conversation.take_unanswered() or self.gradio.skip()
-        messages = conversation.shown()
-        note = self.gradio.skip() if messages else ""
-        buttons = self.buttons(conversation.is_answering)
-        return (message, messages, note, *buttons, conversation.saved())
-
-    def stop(self, conversation: Conversation) -> None:
-        conversation.end()
-
-    def clear(self, conversation: Conversation) -> Shown:
-        conversation.clear()
-        return self.show(conversation)
-
-    def end_clear(self, conversation: Conversation) -> Shown:
-        conversation.end_clear()
-        return self.show(conversation)
-
-    def restore(self, saved: Any, conversation: Conversation) -> Shown:
-        """The page was loaded, perhaps again."""
-        conversation.restore(saved)
-        return self.show(conversation)
-
-    def changed(self, messages: Messages | None = None, note: str | None = None) -> Shown:
-        """The values of `shown` if only these change; None: it stays as it is.
-
-        gradio changes the values that it is given, so each is made anew.
-        """
-        skip = self.gradio.skip
-        shown_messages = skip() if messages is None else messages
-        shown_note = skip() if note is None else note
-        return (skip(), shown_messages, shown_note, skip(), skip(), skip())
-
-    def buttons(self, is_answering: bool) -> tuple[Any, Any]:
-        """Send and Stop, of which one is visible.
-
-        gradio 6.17 does not show a component that was left out of the page, visible=False, when it
-        becomes visible for the first time. One that is only hidden it shows.
-        """
-        update = self.gradio.update
-        visible = update(visible=True)
-        hidden = update(visible="hidden")
-        return (hidden, visible) if is_answering else (visible, hidden)

@@ -52,8 +52,10 @@ class Conversation:
     is_clearing: bool = False  # between `clear` and `end_clear`
 
     def begin(self, message: str) -> int:
-        """Begin an answer, and return its number."""
+        """Begin an answer, and return its number; 0 if the message was sent before Clear."""
         with _lock:
+            if self.is_clearing:
+                return 0
             self.message = message
             self.answer_number += 1
             self.is_answering = True
@@ -68,6 +70,13 @@ class Conversation:
             self.num_dropped = num_dropped
             self.message = ""
             return True
+
+    def withdraw(self, number: int) -> None:
+        """The message is refused before anything is shown of it."""
+        with _lock:
+            if number == self.answer_number:
+                self.is_answering = False
+                self.message = ""
 
     def finish(self, number: int) -> None:
         """An answer is complete; nothing changes if it has ended before."""

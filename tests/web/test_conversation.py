@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from minillama.chat import Turn
-from minillama.generation import web
+from minillama.generation import web_handlers
 from minillama.generation.config import GenerationConfig
 from minillama.generation.engine import ChatSession, Engine
 from minillama.generation.loading import LoadOptions, load_engine
@@ -24,8 +24,8 @@ from tests.test_terminal import GOLDEN, QUESTION
 
 UNCHANGED = object()
 GRADIO = SimpleNamespace(skip=lambda: UNCHANGED, update=lambda visible: visible is True)
-SETTINGS = ("", "llama_factory_default", 0.0, 0, 0.95, 1.0, 24)  # as web.SETTINGS
-Page = tuple[Conversation, web.Handlers]
+SETTINGS = ("", "llama_factory_default", 0.0, 0, 0.95, 1.0, 24)  # as web_handlers.SETTINGS
+Page = tuple[Conversation, web_handlers.Handlers]
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +36,7 @@ def engine() -> Engine:
 
 @pytest.fixture
 def page(engine: Engine) -> Page:
-    return Conversation(), web.Handlers(GRADIO, engine, seed=0)
+    return Conversation(), web_handlers.Handlers(GRADIO, engine, seed=0)
 
 
 def ask(page: Page, message: str, settings: tuple = SETTINGS) -> list[tuple]:
@@ -91,7 +91,7 @@ def test_a_refused_message_stays_where_it_was_typed(
 
 def test_stop_keeps_what_was_written(page: Page, monkeypatch: pytest.MonkeyPatch) -> None:
     conversation, handlers = page
-    monkeypatch.setattr(web, "SECONDS_BETWEEN_UPDATES", -1.0)
+    monkeypatch.setattr(web_handlers, "SECONDS_BETWEEN_UPDATES", -1.0)
     updates = handlers.ask("Please repeat cat, dog and owl.", conversation, *SETTINGS)
     for _ in range(3):  # the message alone, then two tokens
         next(updates)
@@ -118,7 +118,7 @@ def test_after_clear_an_answer_that_is_still_written_changes_nothing(
 ) -> None:
     """Before anything is shown, before the first token, after it, and so on."""
     conversation, handlers = page
-    monkeypatch.setattr(web, "SECONDS_BETWEEN_UPDATES", -1.0)
+    monkeypatch.setattr(web_handlers, "SECONDS_BETWEEN_UPDATES", -1.0)
     updates = handlers.ask("Please repeat cat, dog and owl.", conversation, *SETTINGS)
     for _ in range(num_updates):
         next(updates)
@@ -139,6 +139,23 @@ def test_a_message_that_was_sent_before_clear_and_comes_after_it_is_not_answered
     assert contents(ask(page, QUESTION)[-1]) == [QUESTION, "62"]
 
 
+def test_clear_while_a_message_is_encoded_ends_its_answer(
+    page: Page, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    conversation, handlers = page
+    fit_prompt = ChatSession.fit_prompt
+
+    def clear_meanwhile(self: ChatSession, text: str) -> Any:
+        handlers.clear(conversation)
+        return fit_prompt(self, text)
+
+    monkeypatch.setattr(ChatSession, "fit_prompt", clear_meanwhile)
+    updates = list(handlers.ask(QUESTION, conversation, *SETTINGS))
+    assert contents(updates[-1]) == []
+    assert updates[-1][3:5] == (True, False)
+    assert contents(handlers.end_clear(conversation)) == []
+
+
 def slow_reply(self: ChatSession, text: str, seed: int | None) -> Iterator[str]:
     """An answer of many tokens, without a model."""
     earlier = self.turns
@@ -154,7 +171,7 @@ def test_a_hundred_clears_during_answers_in_threads(
     """After each, the conversation is empty once the answer has ended, and stays so."""
     conversation, handlers = page
     monkeypatch.setattr(ChatSession, "reply", slow_reply)
-    monkeypatch.setattr(web, "SECONDS_BETWEEN_UPDATES", -1.0)
+    monkeypatch.setattr(web_handlers, "SECONDS_BETWEEN_UPDATES", -1.0)
     for number in range(100):
         answering = threading.Thread(target=lambda: list(ask(page, QUESTION)))
         answering.start()
