@@ -5,6 +5,7 @@
 
 import ast
 import re
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,7 @@ def text_of(page: str) -> str:
     return (ROOT / page).read_text(encoding="utf-8")
 
 
+@cache
 def names_in(path: Path) -> set[str]:
     """The names of the functions that a file defines, tests among them."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
