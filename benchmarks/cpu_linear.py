@@ -3,8 +3,8 @@
     python benchmarks/cpu_linear.py                    decoding and training, about a minute
     python benchmarks/cpu_linear.py --rounds 3 --width 768
 
-Decoding: x W^T of a few rows without gradients. `torch` is F.linear, `row by row` a matrix-vector
-product per row, `fp32` products of fp32 copies, `packed` the weight in oneDNN's order.
+Decoding: x W^T of a few rows without gradients. `torch` is F.linear, `fp32` products of fp32
+copies, `packed` the weight in oneDNN's order.
 Training: forward and backward of many rows. A figure is the median over rounds, in which the ways
 take turns.
 """
@@ -42,11 +42,10 @@ def time_in_turns(ways: dict[str, Callable[[], object]], rounds: int) -> dict[st
 
 def decoding_ways(x: Tensor, weight: Tensor) -> dict[str, Callable[[], object]]:
     ways: dict[str, Callable[[], object]] = {"torch": lambda: F.linear(x, weight)}
-    if weight.dtype is torch.bfloat16:
-        ways["row by row"] = lambda: cpu_linear.linear_row_by_row(x, weight, None)
     if weight.dtype is not torch.float32:
         ways["fp32"] = lambda: cpu_linear.linear_in_fp32(x, weight, None)
-    if weight.dtype is not torch.float16:
+    can_pack_bf16 = cpu_linear.has_bf16_units()
+    if weight.dtype is torch.float32 or (weight.dtype is torch.bfloat16 and can_pack_bf16):
         packed = cpu_linear.pack_weight(weight)
         ways["packed"] = lambda: cpu_linear.linear_packed(x, packed, None)
     return ways

@@ -48,11 +48,12 @@ class Padded:
     def __init__(self, windows: TrainingWindows, kind: str) -> None:
         import transformers
 
-        torch.manual_seed(0)
         self.windows, self.kind = windows, kind
         self.model = transformers.LlamaForCausalLM(
             transformers.LlamaConfig(**to_hf(published("15m")))
         )
+        ours = Llama(published("15m")).initialise(torch.Generator().manual_seed(0))
+        self.model.load_state_dict(ours.state_dict())
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-5, fused=True)
         lengths = windows.length.tolist()
         if kind == "grouped":

@@ -4,8 +4,9 @@
     python benchmarks/training.py --shape 110m --rounds 5 --steps 2
 
 Three recipes: full training; LoRA of rank 8 on q and v; LoRA of rank 16 on all seven linears. Every
-side takes the same step in fp32 on the same random tokens: forward, mean cross entropy over all
-positions, backward, clipping at norm 1, fused AdamW. Each measurement is a fresh process (so its
+side takes the same step in fp32 from the same weights on the same random tokens: forward, mean
+cross entropy over all positions, backward, clipping at norm 1, fused AdamW. A side whose last loss
+is another is void. Each measurement is a fresh process (so its
 peak is its own), sides take turns, and a first step is not counted. litgpt pins other versions of
 some packages: install it in an environment of its own (`pip install litgpt torch==2.13.0`) and name
 that interpreter.
@@ -31,11 +32,20 @@ import torch
 from torch import Tensor, nn
 
 RECIPES = {"full": 0, "lora_qv": 8, "lora_all": 16}  # rank
+LOSS_TOLERANCE = 1e-4  # between the last losses of two sides
 PEERS = {
     "full": ("transformers", "litgpt"),
     "lora_qv": ("peft", "litgpt"),
     "lora_all": ("peft", "litgpt"),
 }
+
+
+def initial_weights(shape: str) -> dict[str, Tensor]:
+    """The weights that every side starts from."""
+    from minillama.hf_config import published
+    from minillama.model import Llama
+
+    return dict(Llama(published(shape)).initialise(torch.Generator().manual_seed(0)).state_dict())
 
 
 def our_model(shape: str, recipe: str) -> nn.Module:
@@ -82,8 +92,8 @@ def transformers(shape: str, recipe: str) -> Callable[[Tensor], float]:
     from minillama.hf_config import published, to_hf
     from minillama.lora import LINEARS
 
-    torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(**to_hf(published(shape))))
+    model.load_state_dict(initial_weights(shape))
     if rank := RECIPES[recipe]:
         import peft
 
@@ -104,6 +114,7 @@ def transformers(shape: str, recipe: str) -> Callable[[Tensor], float]:
 def litgpt(shape: str, recipe: str) -> Callable[[Tensor], float]:
     """litgpt's model with its own chunked head and loss, as its fine-tuning scripts call them."""
     from litgpt import lora, model
+    from litgpt.scripts.convert_hf_checkpoint import copy_weights_hf_llama
     from litgpt.utils import chunked_cross_entropy
 
     from minillama.hf_config import published
@@ -124,7 +135,6 @@ def litgpt(shape: str, recipe: str) -> Callable[[Tensor], float]:
         "mlp_class_name": "LLaMAMLP",
         "norm_eps": c.norm_eps,
     }
-    torch.manual_seed(0)
     if rank:
         others = {f"lora_{part}": recipe == "lora_all" for part in ("key", "projection", "mlp")}
         adapted = lora.Config(
@@ -140,6 +150,9 @@ def litgpt(shape: str, recipe: str) -> Callable[[Tensor], float]:
         lora.mark_only_lora_as_trainable(net)
     else:
         net = model.GPT(model.Config(**settings))
+    weights: dict[str, Tensor] = {}
+    copy_weights_hf_llama(net.config, {}, weights, initial_weights(shape))
+    net.load_state_dict(weights, strict=False)  # what it lacks are the new LoRA factors
 
     def loss_of(tokens: Tensor) -> Tensor:
         return chunked_cross_entropy(
@@ -260,7 +273,7 @@ def report(recipe: str, options: argparse.Namespace) -> None:
             f"{spread(ratios, 2) + ' x':>26}"
             f"{spread([r['per_second'] for r in runs]):>22}"
             f"{spread([r['peak'] for r in runs], 2):>18}{memory:>8.2f} x"
-            f"{runs[-1]['loss']:>10.3f}"
+            f"{runs[-1]['loss']:>10.5f}{verdict(ours, runs)}"
         )
     kept, formulas = (fresh("kept", options, recipe, ops) for ops in ("auto", "reference"))
     print(
@@ -268,6 +281,12 @@ def report(recipe: str, options: argparse.Namespace) -> None:
         f"{kept / formulas:.2f} x",
         flush=True,
     )
+
+
+def verdict(ours: list[dict], theirs: list[dict]) -> str:
+    """Void if the last losses differ: then the sides did different work."""
+    difference = abs(ours[-1]["loss"] - theirs[-1]["loss"])
+    return "" if difference <= LOSS_TOLERANCE else "  void"
 
 
 def spread(values: list[float], digits: int = 0) -> str:

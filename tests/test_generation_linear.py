@@ -19,6 +19,7 @@ from tests.conftest import TINY, random_model
 GREEDY, SAMPLED = Sampling(temperature=0.0), Sampling(temperature=1.3, top_p=0.9)
 
 
+CAN_PACK_BF16 = torch.cpu._is_avx512_supported()  # oneDNN refuses to pack bf16 elsewhere
 PROMPTS = [[1, 7, 9], [1], [1, 4, 4, 8, 30, 2, 11, 19, 3, 5], [1, 7, 9, 13], [5] * 20]
 
 
@@ -44,6 +45,7 @@ def test_every_form_of_the_linear_is_its_formula_rounded_once(
 ) -> None:
     """For any rows, dtype and CPU; large weights and small ones."""
     monkeypatch.setattr(cpu_linear, "has_bf16_units", lambda: units)
+    monkeypatch.setattr(cpu_linear, "BLOCK", 64 * 20)  # blocks of 20, 20 and 8 rows of W
     generator = torch.Generator().manual_seed(rows)
     x, weight, b = (
         torch.randn(shape, generator=generator).to(dtype)
@@ -52,11 +54,14 @@ def test_every_form_of_the_linear_is_its_formula_rounded_once(
     exact = x.double() @ weight.double().T + (b.double() if bias else 0)
     as_it_is, shuffled = nn.Linear(64, 48), nn.Linear(64, 48)
     as_it_is.weight = shuffled.weight = nn.Parameter(weight, requires_grad=False)
-    monkeypatch.setattr(cpu_linear, "packing_gains", lambda weight: True)
-    cpu_linear.pack_weights(shuffled)
-    assert shuffled.weight.is_mkldnn
-    assert torch.equal(shuffled.weight.to_dense(), weight)
-    for linear in (as_it_is, shuffled):
+    forms = [as_it_is]
+    if dtype is torch.float32 or CAN_PACK_BF16:
+        monkeypatch.setattr(cpu_linear, "packing_gains", lambda weight: True)
+        cpu_linear.pack_weights(shuffled)
+        assert shuffled.weight.is_mkldnn
+        assert torch.equal(shuffled.weight.to_dense(), weight)
+        forms.append(shuffled)
+    for linear in forms:
         with torch.inference_mode():
             y = cpu_linear.linear(x, linear.weight, b if bias else None)
         assert (y.shape, y.dtype) == ((rows, 1, 48), dtype)
@@ -78,6 +83,8 @@ def test_every_form_of_the_linear_is_its_formula_rounded_once(
 def test_weights_are_packed_where_it_gains(
     dtype: torch.dtype, units: bool, packs: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    if dtype is torch.bfloat16 and packs and not CAN_PACK_BF16:
+        pytest.skip("this CPU has no AVX-512, and oneDNN cannot pack bf16 without it")
     monkeypatch.setattr(cpu_linear, "has_bf16_units", lambda: units)
     monkeypatch.setattr(cpu_linear, "LARGE", TINY.dim**2 + 1)
     model = random_model().to(dtype)
@@ -119,6 +126,7 @@ def test_a_16_bit_linear_is_trained_by_the_cpus_own_products_where_it_has_them(
     units: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cpu_linear, "has_bf16_units", lambda: units)
+    monkeypatch.setattr(cpu_linear, "BLOCK", 64 * 20)  # blocks of 20, 20 and 8 rows of W
     generator = torch.Generator().manual_seed(0)
     x, weight, dy = (
         torch.randn(shape, generator=generator).bfloat16()
@@ -176,3 +184,19 @@ def test_attention_over_rows_of_different_length_is_attention_over_each(T: int, 
             reference.attention(q[part], k[part, :length], v[part, :length]),
             atol=1e-6,
         )
+
+
+@pytest.mark.parametrize(("rows", "copies"), [(4, False), (5, True)])
+def test_few_rows_of_bf16_are_multiplied_without_a_copy_of_the_weight(
+    rows: int, copies: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cpu_linear, "has_bf16_units", lambda: False)
+    called = []
+    monkeypatch.setattr(cpu_linear, "linear_in_fp32", lambda *inputs: called.append(inputs))
+    x = torch.ones(rows, 8).bfloat16()
+    with torch.inference_mode():
+        cpu_linear.linear(x, torch.ones(3, 8).bfloat16())
+    assert bool(called) is copies
+    called.clear()
+    cpu_linear.linear(x, torch.ones(3, 8).bfloat16())
+    assert called, "training rounds once, whatever the number of rows"

@@ -5,11 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from minillama.checkpoint.hf_reader import load_model
 from minillama.data import demo
 from minillama.errors import UserError
 from minillama.tokenizer import open_tokenizer, train_tokenizer
+from minillama.training.architecture import find_adapter
 from minillama.training.model_building import recompute_activations
 from tests.conftest import random_model
 from tests.runs import flat_weights, loss_of, new_trainer
@@ -118,6 +120,23 @@ def test_a_model_from_scratch_follows_the_keys_and_the_seed(
 def test_rows_longer_than_the_context_are_refused(settings_for: Callable) -> None:
     with pytest.raises(UserError, match="max_length = 129 exceeds the model's context of 128"):
         new_trainer(settings_for(max_length=129))
+
+
+def test_a_run_stands_for_the_adapter_in_its_final(settings_for: Callable, tmp_path: Path) -> None:
+    lora = {"lora": True, "lora_rank": 4, "max_steps": 1}
+    first = settings_for(**lora)
+    new_trainer(first).train()
+    for name in ("run", "run/final"):
+        adapter = tmp_path / name
+        again = settings_for(**lora, adapter=str(adapter), out_dir=str(tmp_path / "again"))
+        assert find_adapter(again) == tmp_path / "run/final"
+        state = new_trainer(again).model.state_dict()
+        saved = load_file(tmp_path / "run/final/adapter_model.safetensors")
+        name_of_b = "model.layers.0.self_attn.q_proj.lora_B"
+        (value,) = [v for k, v in saved.items() if k.endswith(f"{name_of_b}.weight")]
+        (ours,) = [v for k, v in state.items() if k.startswith(name_of_b)]
+        assert torch.equal(ours, value)
+        assert value.any(), "trained: it is zero at the start"
 
 
 def test_recomputing_activations_gives_the_same_gradients_to_the_bit() -> None:

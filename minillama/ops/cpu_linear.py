@@ -1,16 +1,15 @@
-"""Linear layers: on a CPU there are three ways to be faster than torch's own product.
+"""Linear layers: on a CPU there are two ways to be faster than torch's own product.
 
     packed weights     for decoding: W is stored in the order in which oneDNN reads it
-    row by row         for decoding in bf16 on a CPU without bf16 units, up to 6 rows:
-                       a matrix-vector product for each row
-    16-bit in fp32     for training in fp16, or in bf16 on a CPU without units for it:
-                       products of fp32 copies, rounded once
+    16-bit in fp32     in fp16, and in bf16 on a CPU without bf16 units: products of fp32 copies,
+                       rounded once, block by block; decoding takes it from 5 rows on
 
 `linear` chooses among them, and all compute `reference.linear` up to rounding. On other devices it
 is torch's own product. benchmarks/cpu_linear.py measures each way beside torch's product;
 docs/ops.md has its figures.
 """
 
+from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
@@ -18,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-MATVEC_ROWS = 6  # up to so many rows a product for each beats a copy of W in fp32
+FEW_ROWS = 4  # up to so many rows torch's product of bf16 is faster than copying W to fp32
+BLOCK = 600_000  # elements of W that are copied at once; a larger copy is new memory each time
 LARGE = 1 << 19  # elements from which packing an fp32 weight gains
 PACKED_ROWS = 8  # number of rows for which oneDNN chooses the order; it serves any number
 
@@ -35,11 +35,14 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return linear_packed(x, weight, bias)
     if x.dtype is torch.float32 or not x.is_cpu:
         return F.linear(x, weight, bias)
-    if _is_row_by_row(x):
-        return linear_row_by_row(x, weight, bias)
-    if x.dtype is torch.bfloat16 and has_bf16_units():
+    if x.dtype is torch.bfloat16 and (has_bf16_units() or _decodes_few_rows(x)):
         return F.linear(x, weight, bias)
     return linear_in_fp32(x, weight, bias)
+
+
+def _decodes_few_rows(x: Tensor) -> bool:
+    num_rows = x.numel() // x.shape[-1]
+    return num_rows <= FEW_ROWS and not torch.is_grad_enabled()
 
 
 def linear_in_fp32(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -51,48 +54,46 @@ class _Linear16(torch.autograd.Function):
     """y = x W^T + b with 16-bit data and fp32 arithmetic.
 
     dx = dy W,   dW = dy^T x,   db = sum over rows of dy.
+
+    W is copied to fp32 in blocks of its rows, so a copy of all of it never exists.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
-        bias32 = None if bias is None else bias.float()
-        return F.linear(x.float(), weight.float(), bias32).to(x.dtype)
+        x32 = x.float()
+        y = x.new_empty(*x.shape[:-1], len(weight))
+        for block in _blocks(weight):
+            bias32 = None if bias is None else bias[block].float()
+            y[..., block] = F.linear(x32, weight[block].float(), bias32)
+        return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
         needs_dx, needs_dw, needs_db = ctx.needs_input_grad
-        dy32 = dy.float()
-        dy_rows = dy32.flatten(0, -2)  # (rows, out)
+        dy_rows = dy.float().flatten(0, -2)  # (rows, out)
         dx = dw = db = None
         if needs_dx:
-            dx = (dy32 @ weight.float()).to(x.dtype)
+            dx32 = dy_rows.new_zeros(len(dy_rows), x.shape[-1])  # (rows, in)
+            for block in _blocks(weight):
+                dx32.addmm_(dy_rows[:, block], weight[block].float())
+            dx = dx32.view(x.shape).to(x.dtype)
         if needs_dw:
             x_rows = x.float().flatten(0, -2)  # (rows, in)
-            dw = (dy_rows.T @ x_rows).to(weight.dtype)
+            dw = torch.empty_like(weight)
+            for block in _blocks(weight):
+                dw[block] = dy_rows[:, block].T @ x_rows
         if needs_db:
             db = dy_rows.sum(0).to(weight.dtype)
         return dx, dw, db
 
 
-def _is_row_by_row(x: Tensor) -> bool:
-    """Whether one product for each row of x is the fastest way.
-
-    So it is for few rows in bf16, without gradients, on a CPU without bf16 units.
-    """
-    if x.dtype is not torch.bfloat16 or torch.is_grad_enabled() or has_bf16_units():
-        return False
-    num_rows = x.numel() // x.shape[-1]
-    return num_rows <= MATVEC_ROWS
-
-
-def linear_row_by_row(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    rows = []
-    for row in x.reshape(-1, x.shape[-1]):
-        y = torch.mv(weight, row) if bias is None else torch.addmv(bias, weight, row)
-        rows.append(y)
-    return torch.stack(rows).view(*x.shape[:-1], -1)
+def _blocks(weight: Tensor) -> Iterator[slice]:
+    """Yield blocks of rows of W (out, in) with about BLOCK elements."""
+    num_rows = max(1, BLOCK // weight.shape[1])
+    for start in range(0, len(weight), num_rows):
+        yield slice(start, start + num_rows)
 
 
 def packing_gains(weight: Tensor) -> bool:

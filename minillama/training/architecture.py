@@ -19,6 +19,11 @@ def find_base(config: TrainConfig) -> Path | None:
     return find_checkpoint(Path(config.ckpt)) if config.ckpt else None
 
 
+def find_adapter(config: TrainConfig) -> Path | None:
+    """The directory of the adapter that a run starts from, or None. A run stands for its final/."""
+    return find_checkpoint(Path(config.adapter)) if config.adapter else None
+
+
 def pretrained(config: TrainConfig, base: Path | None) -> Path | None:
     """The checkpoint that the weights come from; None: they are random."""
     return base if config.init == "pretrained" else None

@@ -27,6 +27,7 @@ from minillama.grid import Grid
 from minillama.llama_config import LlamaConfig
 from minillama.tokenizer import Tokenizer, describe_bos, open_tokenizer
 from minillama.train_config import TrainConfig
+from minillama.training.architecture import find_adapter
 
 EMBEDDED = ("demo", "demo_lora")  # names of the data that the package makes itself
 DEFAULT_LENGTH = 1024  # longest row, if neither the settings nor the model's context say less
@@ -79,12 +80,7 @@ def build_data(
     """
     mesh = grid.all
     max_length = row_length(config, llama)
-    if max_length > llama.max_seq_len:
-        raise UserError(
-            f"max_length = {max_length} exceeds the model's context of {llama.max_seq_len}"
-        )
-    adapter = Path(config.adapter) if config.adapter else None
-    base_template = _own_template((continued, adapter, base, tokenizer.path.parent))
+    base_template = _own_template((continued, find_adapter(config), base, tokenizer.path.parent))
     options = _data_options(config, base_template, quiet=not mesh.is_first)
     held_out = None
     with comm.first_rank_first(mesh):
@@ -116,7 +112,11 @@ def build_data(
 
 
 def row_length(config: TrainConfig, llama: LlamaConfig) -> int:
-    """The longest row of a batch, in tokens."""
+    """The longest row of a batch, in tokens. Raises UserError if it exceeds the context."""
+    if config.max_length > llama.max_seq_len:
+        raise UserError(
+            f"max_length = {config.max_length} exceeds the model's context of {llama.max_seq_len}"
+        )
     return config.max_length or min(llama.max_seq_len, DEFAULT_LENGTH)
 
 

@@ -39,7 +39,7 @@ from minillama.parallel.tensor import connect_ranks
 from minillama.peft_config import read_adapter_config, refuse_tied_factors
 from minillama.tokenizer import Tokenizer
 from minillama.train_config import KEYS, TrainConfig
-from minillama.training.architecture import pretrained
+from minillama.training.architecture import find_adapter, pretrained
 
 if TYPE_CHECKING:
     from minillama.parallel.pipeline import Stage
@@ -71,7 +71,9 @@ def refuse_other_adapter(config: TrainConfig, given: Collection[str]) -> None:
 
     given: the keys to compare; others keep their defaults, and the adapter decides.
     """
-    adapter = read_adapter_config(Path(config.adapter))
+    directory = find_adapter(config)
+    assert directory, "called for runs with an adapter"
+    adapter = read_adapter_config(directory)
     own = lora_config(config)
     pairs = {
         "lora_rank": (own.rank, adapter.rank),
@@ -168,8 +170,9 @@ def _check_growth(
 
 def _trained_rows(config: TrainConfig) -> set[str]:
     """Which of the embedding and the head are trained whole beside adapters."""
-    if config.adapter:
-        return set(read_adapter_config(Path(config.adapter)).modules_to_save)
+    adapter = find_adapter(config)
+    if adapter:
+        return set(read_adapter_config(adapter).modules_to_save)
     return set(resolve_names(config.modules_to_save))
 
 
@@ -198,11 +201,11 @@ def _add_adapters(
 ) -> LoraConfig | None:
     if not config.lora:
         return None
-    if config.adapter:
+    adapter = find_adapter(config)
+    if adapter:
         refuse_other_adapter(config, keys_not_at_default(config))
-        refuse_tied_factors(Path(config.adapter))
-        directory = Path(config.adapter)
-        return load_adapter(model, directory, config.lora_dropout, grid.tensor, grid.stage)
+        refuse_tied_factors(adapter)
+        return load_adapter(model, adapter, config.lora_dropout, grid.tensor, grid.stage)
     lora = lora_config(config)
     add_lora(model, lora, generator, grid.tensor)
     return lora

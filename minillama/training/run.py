@@ -173,7 +173,7 @@ def _compare_inputs(
     before = read_inputs(out_dir)
     inputs = describe_inputs(
         base if config.init == "pretrained" else None,
-        Path(config.adapter) if config.adapter else None,
+        architecture.find_adapter(config),
         tokenizer,
         {"data": data.train_batches, "eval_data": data.eval_batches if config.eval_data else None},
         before.files,
