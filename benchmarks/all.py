@@ -45,7 +45,7 @@ class Benchmark:
 
 BENCHMARKS = (
     Benchmark("waiting", "waiting.py --steps 15 --rounds 3 --busy 0,2", "ops.md"),
-    Benchmark("cpu_linear", "cpu_linear.py", "ops.md"),
+    Benchmark("cpu_linear", "cpu_linear.py --rounds 3", "ops.md"),
     Benchmark("ops", "ops.py --rounds 3 --tokens 512 --forms reference,fused,torch", "ops.md"),
     Benchmark("training", "training.py --shape 15m --rounds 3 --steps 2", "ops.md"),
     Benchmark("training_110m", "training.py --shape 110m --rounds 3 --steps 1", "ops.md"),

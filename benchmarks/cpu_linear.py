@@ -1,6 +1,6 @@
 """The ways of `ops.cpu_linear` beside torch's own product, in CPU milliseconds.
 
-    python benchmarks/cpu_linear.py                    decoding and training, about a minute
+    python benchmarks/cpu_linear.py                    decoding and training, some minutes
     python benchmarks/cpu_linear.py --rounds 3 --width 768
 
 Decoding: x W^T of a few rows without gradients. `torch` is F.linear, `fp32` products of fp32
