@@ -196,11 +196,6 @@ def planned(words: str) -> str:
     return describe(config, flags.world_size)
 
 
-def test_a_plan_refuses_rows_longer_than_the_context_as_the_run_does() -> None:
-    with pytest.raises(UserError, match="max_length = 5000 exceeds the model's context of"):
-        planned("--config 7b_lora --dry_run --max_length 5000")
-
-
 def test_a_plan_names_the_grid_its_layers_and_the_largest_stage() -> None:
     text = planned(GRID)
     assert "1 data × 2 stages × 8 tensor ranks; layers of each stage: 24, 24" in text

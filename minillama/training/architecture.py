@@ -21,7 +21,11 @@ def find_base(config: TrainConfig) -> Path | None:
 
 def find_adapter(config: TrainConfig) -> Path | None:
     """The directory of the adapter that a run starts from, or None. A run stands for its final/."""
-    return find_checkpoint(Path(config.adapter)) if config.adapter else None
+    if not config.adapter:
+        return None
+    directory = Path(config.adapter)
+    is_adapter = (directory / "adapter_config.json").is_file()
+    return directory if is_adapter else find_checkpoint(directory)
 
 
 def pretrained(config: TrainConfig, base: Path | None) -> Path | None:

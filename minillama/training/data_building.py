@@ -80,6 +80,10 @@ def build_data(
     """
     mesh = grid.all
     max_length = row_length(config, llama)
+    if max_length > llama.max_seq_len:
+        raise UserError(
+            f"max_length = {max_length} exceeds the model's context of {llama.max_seq_len}"
+        )
     base_template = _own_template((continued, find_adapter(config), base, tokenizer.path.parent))
     options = _data_options(config, base_template, quiet=not mesh.is_first)
     held_out = None
@@ -112,11 +116,7 @@ def build_data(
 
 
 def row_length(config: TrainConfig, llama: LlamaConfig) -> int:
-    """The longest row of a batch, in tokens. Raises UserError if it exceeds the context."""
-    if config.max_length > llama.max_seq_len:
-        raise UserError(
-            f"max_length = {config.max_length} exceeds the model's context of {llama.max_seq_len}"
-        )
+    """The longest row of a batch, in tokens."""
     return config.max_length or min(llama.max_seq_len, DEFAULT_LENGTH)
 
 
