@@ -23,7 +23,11 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 import torch
+
+from minillama.threads import prepare_environment
 
 ROOT = Path(__file__).resolve().parent.parent
 BUSY = 0.5  # load average above which other work is likely
@@ -123,6 +127,7 @@ def main() -> None:
             print(f"{benchmark.name:16}{shlex.join(['python', *benchmark.command()[1:]])}")
         return
 
+    prepare_environment()  # threads wait as those of our commands do; the benchmarks inherit it
     options.out.mkdir(parents=True, exist_ok=True)
     report = options.out / "report.md"
     sections = [f"# Benchmarks\n\n{machine()}\n"]
