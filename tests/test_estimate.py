@@ -13,6 +13,7 @@ from minillama.lora import LINEARS, LoraConfig, add_lora
 from minillama.model import Llama
 from minillama.parallel.sharded_optimizer import ShardedOptimizer
 from minillama.train_config import TrainConfig
+from minillama.training.dry_run import describe
 from minillama.training.estimate import activation_bytes, estimate
 from minillama.training.model_building import lora_config, recompute_activations
 
@@ -129,3 +130,10 @@ def test_the_exact_reduction_keeps_fp32_sums_shared_out_from_stage_1_on(stage, g
     settings = TrainConfig(precision="bf16", zero_stage=stage, reduction="exact")
     expected = estimate(SMALL, settings, world_size=4)
     assert expected.gradients == gradients * SMALL.parameter_count()
+
+
+def test_a_plan_says_that_rows_longer_than_the_context_will_be_refused(tiny_checkpoint):
+    ckpt = str(tiny_checkpoint(max_seq_len=64))
+    refused = "this run will not start: max_length = 65 exceeds the model's context of 64"
+    assert refused in describe(TrainConfig(ckpt=ckpt, max_length=65), world_size=1)
+    assert "will not start" not in describe(TrainConfig(ckpt=ckpt, max_length=64), world_size=1)

@@ -79,11 +79,9 @@ def build_data(
     continued: the checkpoint of this run that it goes on from. Its template stays.
     """
     mesh = grid.all
+    if problem := length_problem(config, llama):
+        raise UserError(problem)
     max_length = row_length(config, llama)
-    if max_length > llama.max_seq_len:
-        raise UserError(
-            f"max_length = {max_length} exceeds the model's context of {llama.max_seq_len}"
-        )
     base_template = _own_template((continued, find_adapter(config), base, tokenizer.path.parent))
     options = _data_options(config, base_template, quiet=not mesh.is_first)
     held_out = None
@@ -118,6 +116,14 @@ def build_data(
 def row_length(config: TrainConfig, llama: LlamaConfig) -> int:
     """The longest row of a batch, in tokens."""
     return config.max_length or min(llama.max_seq_len, DEFAULT_LENGTH)
+
+
+def length_problem(config: TrainConfig, llama: LlamaConfig) -> str:
+    """Why the model cannot be trained on rows of this length; an empty string if it can."""
+    length = row_length(config, llama)
+    if length <= llama.max_seq_len:
+        return ""
+    return f"max_length = {length} exceeds the model's context of {llama.max_seq_len}"
 
 
 def _data_options(config: TrainConfig, base_template: str, quiet: bool) -> DataOptions:

@@ -21,6 +21,7 @@ from minillama.training.architecture import find_base, model_config
 from minillama.training.data_building import (
     build_data,
     build_tokenizer,
+    length_problem,
     row_length,
     with_embedded_data,
 )
@@ -226,10 +227,13 @@ def _describe_steps(llama: LlamaConfig, config: TrainConfig, world_size: int) ->
         warmup = f"{config.warmup_steps} steps"
     tokens = f"up to {rows * length:,} tokens on all ranks"
     rate = f"{config.lr_scheduler_type} from {config.learning_rate:g}, warm-up {warmup}"
-    return [
+    lines = [
         _row("a step", f"{rows} rows of up to {length:,} tokens = {tokens}"),
         _row("schedule", f"{duration}, {rate}, seed {config.seed}"),
     ]
+    if problem := length_problem(config, llama):
+        lines.append(_row("refused", f"this run will not start: {problem}"))
+    return lines
 
 
 def show_first_batch(config: TrainConfig, mesh: comm.Mesh) -> str:
