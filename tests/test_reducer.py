@@ -10,7 +10,8 @@ from minillama import comm
 from minillama.comm import Mesh
 from minillama.grid import make_grid
 from minillama.parallel.flat_layout import lay_out
-from minillama.parallel.reducer import GradientReducer, PairwiseSum
+from minillama.parallel.pairwise_sum import PairwiseSum
+from minillama.parallel.reducer import GradientReducer
 from minillama.parallel.sharded_optimizer import ShardedOptimizer
 from minillama.train_config import TrainConfig
 from tests.conftest import random_model, random_tokens
@@ -138,3 +139,18 @@ def test_gradients_of_a_16_bit_model_are_reduced_as_the_table_says(
     parameters[0].sum().backward()
     reducer.end_micro_batch()
     assert reducer.reduced().dtype == sum_in
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+@pytest.mark.parametrize("exact", [False, True])
+def test_a_parameter_that_no_loss_depends_on_has_a_gradient_of_zero(stage, exact):
+    used, unused = nn.Parameter(torch.ones(3, 1)), nn.Parameter(torch.ones(2, 1))
+    layout = lay_out([unused.shape, used.shape])
+    for rounds in (1, 2):
+        config = settings_of(stage, exact=exact, gradient_accumulation_steps=rounds)
+        reducer = GradientReducer([unused, used], layout, Mesh(), slice_size=6, config=config)
+        for _ in range(rounds):
+            used.sum().backward()
+            reducer.end_micro_batch()
+        assert reducer.reduced().tolist() == [0, 0, rounds, rounds, rounds, 0]
+        used, unused = nn.Parameter(torch.ones(3, 1)), nn.Parameter(torch.ones(2, 1))

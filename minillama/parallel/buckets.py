@@ -1,5 +1,6 @@
 """Which gradients are reduced together: buckets of parameters that lie side by side."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from minillama.parallel.flat_layout import FlatLayout
@@ -14,13 +15,13 @@ class Bucket:
     members: list[int]  # the indices of its parameters
 
 
-def gaps_between(buckets: list[Bucket], end: int) -> list[range]:
-    """The ranges of a flat vector, up to its `end`, that no bucket covers."""
+def gaps_between(covered: Sequence[Bucket | range], end: int) -> list[range]:
+    """The ranges of a flat vector, up to its `end`, that no bucket or range covers."""
     gaps = []
     position = 0
-    for bucket in sorted(buckets, key=lambda bucket: bucket.start):
-        gaps.append(range(position, bucket.start))
-        position = bucket.stop
+    for place in sorted(covered, key=lambda place: place.start):
+        gaps.append(range(position, place.start))
+        position = place.stop
     gaps.append(range(position, end))
     return [gap for gap in gaps if gap]
 

@@ -1,15 +1,11 @@
 """Sums gradients over micro-batches and ranks, bucket by bucket.
 
 Autograd produces the gradient of one parameter at a time, the last layer first. Parameters that lie
-side by side in the flat vector (see `parallel.zero`) form a bucket. A bucket is reduced in one
-piece, and its memory is freed afterwards:
+side by side in the flat vector (see `parallel.zero`) form a bucket, which is reduced in one piece:
 
     lm_head -> last layer -> … -> embed_tokens -> all norms     the order of backward
-       each bucket: sum over ranks -> add to the slice of its owner -> free
 
-Norms and biases come last: the norm of the first layer is the last gradient of all. A bucket of one
-large parameter is the gradient that autograd made, without a copy. Small gradients are copied into
-a bucket together.
+Norms and biases come last: the norm of the first layer is the last gradient of all.
 
     mode             a bucket is reduced …               its sum goes to     dtype of the reduction
     fast, stage 0    once a step, at the end             every rank          dtype of the sums
@@ -19,16 +15,12 @@ a bucket together.
 
 Sums are fp32 if several micro-batches are added, else of the parameters' dtype.
 
-The exact reduction adds micro-batches in a fixed pairwise tree. It keeps a list of partial sums,
-like the bits of a binary counter: two partial sums over equally many micro-batches are added and
-become one.
+    once a step           gradients are added into one vector like the weights', reduced in place
+    in every micro-batch  gradients are put into a bucket, its sum is added to the slice of its
+                          owner, and its memory is freed. A bucket of one large parameter is the
+                          gradient that autograd made, without a copy
 
-    micro-batch   partial sums afterwards
-    1             [1]
-    2             [1+2]
-    3             [1+2] [3]
-    4             [(1+2)+(3+4)]
-
+The exact reduction adds micro-batches in a fixed pairwise tree (`parallel.pairwise_sum`).
 Between two steps no gradient takes memory.
 """
 
@@ -43,6 +35,7 @@ from minillama import comm
 from minillama.memory import release_freed
 from minillama.parallel.buckets import gaps_between, plan_buckets
 from minillama.parallel.flat_layout import FlatLayout
+from minillama.parallel.pairwise_sum import PairwiseSum
 from minillama.train_config import TrainConfig
 
 RELEASE_EVERY = 1 << 23  # freed gradient elements after which memory is returned to the system
@@ -57,40 +50,6 @@ class PendingReduction:
 
     wait: Callable[[], Tensor]
     offset: int  # negative, or beyond the slice, if another rank owns the sum
-
-
-@dataclass
-class PartialSum:
-    """The sum of this rank's slice over `num_micro_batches` micro-batches of every rank."""
-
-    num_micro_batches: int
-    total: Tensor
-
-
-class PairwiseSum:
-    """Adds tensors in a pairwise tree, ((1+2)+(3+4))+…, as they come.
-
-    Overwrites what it is given.
-    """
-
-    def __init__(self) -> None:
-        self.partial_sums: list[PartialSum] = []  # of ever fewer micro-batches
-
-    def add(self, total: Tensor) -> None:
-        """Add the sum of one more micro-batch, as one is added to a binary counter."""
-        count = 1
-        while self.partial_sums and self.partial_sums[-1].num_micro_batches == count:
-            earlier = self.partial_sums.pop()
-            total = earlier.total.add_(total)
-            count *= 2
-        self.partial_sums.append(PartialSum(count, total))
-
-    def result(self) -> Tensor:
-        """The sum over all micro-batches. Leaves nothing behind."""
-        total = self.partial_sums.pop().total
-        while self.partial_sums:
-            total = self.partial_sums.pop().total.add_(total)
-        return total
 
 
 class GradientReducer:
@@ -130,13 +89,17 @@ class GradientReducer:
         self.sum_dtype = torch.float32 if adds_up else parameters[0].dtype
         early = self.stage == 2 and not self.exact
         self.reduce_dtype = parameters[0].dtype if early else self.sum_dtype
-        self.slice_size = slice_size * mesh.size if self.all_reduce else slice_size
-        self.slice_start = 0 if self.all_reduce else mesh.rank * slice_size
+        padded = slice_size * mesh.size  # elements of the whole vector
+        own_start = mesh.rank * slice_size
+        self.slice_size = padded if self.all_reduce else slice_size
+        self.owned = slice(own_start, own_start + slice_size)
+        # The part of the vector that `self.sum` holds.
+        self.held = self.owned if self.every_micro_batch else slice(0, padded)
         self.active_ranks = mesh.size  # ranks, from 0 on, that have a micro-batch in this round
         self.freed_elements = 0
 
         self.buckets = plan_buckets(layout, self.bucket_elements)
-        self.gaps = gaps_between(self.buckets, slice_size * mesh.size)
+        self.gaps = gaps_between(self.buckets, padded)
         self.bucket_of: dict[int, int] = {}  # index of a parameter -> index of its bucket
         for number, bucket in enumerate(self.buckets):
             for i in bucket.members:
@@ -147,7 +110,8 @@ class GradientReducer:
 
     def clear(self) -> None:
         """Forget all gradients."""
-        self.sum: Tensor | None = None  # of this rank's slice, (slice_size,)
+        self.sum: Tensor | None = None  # of the part that this rank holds
+        self.added: set[int] = set()  # indices of the parameters in `sum`, once a step
         self.pairwise_sum = PairwiseSum()  # exact reduction only
         self.result: Tensor | None = None
         self._begin_round()
@@ -161,13 +125,31 @@ class GradientReducer:
         self.pending: list[PendingReduction] = []
 
     def _on_grad_ready(self, i: int, parameter: nn.Parameter) -> None:
-        """Move the gradient of parameter i into its bucket, and reduce the buckets whose turn it
-        is.
-        """
+        """Take the gradient of parameter i from it."""
         assert parameter.grad is not None
         gradient = parameter.grad.flatten()
         parameter.grad = None
         self._note_freed(len(gradient))
+        if self.every_micro_batch:
+            self._put_into_bucket(i, gradient)
+        else:
+            self._add_to_sum(i, gradient)
+
+    def _add_to_sum(self, i: int, gradient: Tensor) -> None:
+        if self.sum is None:
+            self.sum = self._new_sum()
+        place = self.layout.ranges[i]
+        total = self.sum[place.start : place.stop]
+        if i in self.added:
+            total.add_(gradient)
+        else:
+            total.copy_(gradient)
+            self.added.add(i)
+
+    def _put_into_bucket(self, i: int, gradient: Tensor) -> None:
+        """Move the gradient of parameter i into its bucket, and reduce the buckets whose turn it
+        is.
+        """
         number = self.bucket_of[i]
         bucket = self.buckets[number]
         if len(bucket.members) == 1 and number not in self.filled:
@@ -177,7 +159,7 @@ class GradientReducer:
             self._bucket_values(number)[start : start + len(gradient)] += gradient
         self.missing[number] -= 1
         while self.reduce_in_backward and self._next_is_complete():
-            self._start_reduce()
+            self._start_next_bucket()
 
     def _next_is_complete(self) -> bool:
         return self.next_bucket < len(self.buckets) and self.missing[self.next_bucket] == 0
@@ -196,7 +178,7 @@ class GradientReducer:
             self.filled[number] = torch.zeros(size, dtype=self.reduce_dtype, device=self.device)
         return self.filled[number]
 
-    def _start_reduce(self) -> None:
+    def _start_next_bucket(self) -> None:
         """Start the reduction of the next bucket.
 
         Every rank reduces its buckets in the same order.
@@ -205,45 +187,52 @@ class GradientReducer:
         values = self._bucket_values(self.next_bucket)
         del self.filled[self.next_bucket]
         self.next_bucket += 1
-        if not self.every_micro_batch:
-            self._note_freed(bucket.stop - bucket.start)
         if self.sum is None:
             self.sum = self._new_sum()
-        start = bucket.start
-        while start < bucket.stop:  # a bucket may reach over the slices of several owners
+        self._start_reduce(values, bucket.start)
+
+    def _start_reduce(self, values: Tensor, start: int) -> None:
+        """Start to reduce what lies in the vector from element `start` on.
+
+        It may reach over the slices of several owners.
+        """
+        end = start + len(values)
+        while values.numel():
             owner = start // self.slice_size
             end_of_slice = (owner + 1) * self.slice_size
-            stop = min(bucket.stop, start + self.bucket_elements, end_of_slice)
+            stop = min(end, start + self.bucket_elements, end_of_slice)
+            part, values = values.split([stop - start, end - stop])
             wait = comm.reduce_to(
                 self.mesh,
-                values[start - bucket.start : stop - bucket.start],
+                part,
                 owner=None if self.all_reduce else owner,
                 pairwise_of=self.active_ranks if self.exact else None,
             )
-            self.pending.append(PendingReduction(wait, offset=start - self.slice_start))
+            self.pending.append(PendingReduction(wait, offset=start - self.held.start))
             start = stop
             while len(self.pending) > MAX_IN_FLIGHT:
                 self._finish_reduce()
 
     def _new_sum(self) -> Tensor:
-        """Room for this rank's slice, with zeros where no gradient comes.
+        """Room for the part that this rank holds, with zeros between the buckets.
 
         Its memory is taken only as it is written, while gradients are freed.
         """
-        total = torch.empty(self.slice_size, dtype=self.sum_dtype, device=self.device)
+        size = self.held.stop - self.held.start
+        total = torch.empty(size, dtype=self.sum_dtype, device=self.device)
         for gap in self.gaps:
-            start = max(0, gap.start - self.slice_start)
-            stop = max(0, gap.stop - self.slice_start)
+            start = max(0, gap.start - self.held.start)
+            stop = max(0, gap.stop - self.held.start)
             total[start:stop] = 0
         return total
 
     def _finish_reduce(self) -> None:
-        """Wait for the oldest reduction under way and add it to this rank's slice, if it belongs
-        there.
+        """Wait for the oldest reduction under way. Add a bucket's sum to this rank's slice, if it
+        belongs there; a part of the whole vector is in its place.
         """
         reduction = self.pending.pop(0)
         part = reduction.wait()
-        if not 0 <= reduction.offset < self.slice_size:
+        if not self.every_micro_batch or not 0 <= reduction.offset < self.slice_size:
             return
         assert self.sum is not None
         destination = self.sum[reduction.offset : reduction.offset + len(part)]
@@ -254,13 +243,13 @@ class GradientReducer:
 
     def end_micro_batch(self) -> None:
         """Finish a micro-batch; a rank without one calls this too."""
-        self.result = None
+        assert self.result is None, "call clear() between reduced() and the next backward"
         if self.every_micro_batch:
             self._end_round()
 
     def _end_round(self) -> None:
         while self.next_bucket < len(self.buckets):
-            self._start_reduce()
+            self._start_next_bucket()
         while self.pending:
             self._finish_reduce()
         if self.exact:
@@ -269,18 +258,31 @@ class GradientReducer:
             self.sum = None
         self._begin_round()
 
+    def _reduce_sum(self) -> None:
+        """Sum the whole vector over the ranks, once a step. It is 0 where no gradient came."""
+        if self.sum is None:
+            self.sum = self._new_sum()
+        written = [self.layout.ranges[i] for i in self.added]
+        for gap in gaps_between(written, len(self.sum)):
+            self.sum[gap.start : gap.stop] = 0
+        for bucket in self.buckets:
+            self._start_reduce(self.sum[bucket.start : bucket.stop], bucket.start)
+        while self.pending:
+            self._finish_reduce()
+
     def reduced(self) -> Tensor:
         """The sum over micro-batches and ranks: the whole padded vector at stage 0, this rank's
         slice at 1 and 2.
         """
-        if self.result is not None:
-            return self.result
-        if not self.every_micro_batch:
-            self._end_round()
-        if not self.exact:
-            assert self.sum is not None
-            self.result = self.sum
-            return self.result
-        total = self.pairwise_sum.result()
-        self.result = comm.all_gather(self.mesh, total) if self.stage == 0 else total
+        if self.result is None:
+            self.result = self._finish_step()
         return self.result
+
+    def _finish_step(self) -> Tensor:
+        if self.exact:
+            total = self.pairwise_sum.result()
+            return comm.all_gather(self.mesh, total) if self.stage == 0 else total
+        if not self.every_micro_batch:
+            self._reduce_sum()
+        assert self.sum is not None
+        return self.sum[self.owned] if self.stage == 1 else self.sum
