@@ -12,7 +12,7 @@ from typing import Any
 
 
 def run_on_ranks(
-    size: int, function: Callable[..., Any], *arguments: Any, timeout: float = 60.0
+    size: int, function: Callable[..., Any], *arguments: Any, timeout: float = 300.0
 ) -> list[Any]:
     """function(*arguments) on each of `size` ranks, with torchrun's environment; returns the
     results in order of rank.

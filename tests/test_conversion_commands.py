@@ -31,7 +31,7 @@ def run_program(program: str, *words: str) -> subprocess.CompletedProcess:
         capture_output=True,
         text=True,
         cwd=SCRIPT.parent,
-        timeout=60,
+        timeout=300,
     )
 
 

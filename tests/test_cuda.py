@@ -192,5 +192,5 @@ def test_the_scripts_run_on_the_card(tmp_path: Path) -> None:
     command = [sys.executable, "generate.py", "--ckpt", "tests/golden/model"]
     command += ["--template", "llama_factory_default", "--greedy", "--max_new_tokens", "24"]
     command += ["--prompt", "Which number is larger, 31 or 62?", "--device", DEVICE.type]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert (done.returncode, done.stdout) == (0, "62\n"), done.stderr

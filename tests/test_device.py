@@ -69,7 +69,7 @@ def run(
         env=os.environ | {"PYTHONPATH": path} | variables,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
     )
 
 

@@ -120,7 +120,7 @@ def test_the_doctor_sees_a_device_and_its_vendors_kernels() -> None:
         cwd=Path(__file__).parents[1],
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=300,
         env=os.environ | {"ASCEND_RT_VISIBLE_DEVICES": "0,1"},
     )
     assert done.returncode == 0, done.stdout + done.stderr

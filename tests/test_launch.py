@@ -98,7 +98,7 @@ def test_two_nodes_are_two_agents_that_know_one_address(arguments, tmp_path):
         )
         for rank in range(2)
     ]
-    outputs = [node.communicate(timeout=120)[0] for node in nodes]
+    outputs = [node.communicate(timeout=300)[0] for node in nodes]
     assert [node.returncode for node in nodes] == [0, 0], outputs
     assert (
         "4 steps on 2 × cpu" in outputs[0]
@@ -124,7 +124,7 @@ def test_a_rank_that_dies_is_restarted_and_goes_on_from_the_checkpoint(arguments
     run = torchrun(
         [str(script), *arguments], "--standalone", "--nproc_per_node", "2", "--max_restarts", "1"
     )
-    output = run.communicate(timeout=60)[0]
+    output = run.communicate(timeout=300)[0]
     assert run.returncode == 0 and (tmp_path / "died").exists(), output
     assert (
         "step-000002 at step 2" in output
@@ -160,7 +160,7 @@ def test_ranks_save_and_end_when_torchrun_is_killed_or_stopped(
     metrics = tmp_path / "run/metrics.jsonl"
     wait_until(lambda: metrics.is_file() and metrics.stat().st_size > 0)
     run.send_signal(number)
-    run.communicate(timeout=60)
+    run.communicate(timeout=300)
     assert run.returncode != 0
     pids = [int(path.read_text()) for path in (tmp_path / "pids").iterdir()]
     wait_until(lambda: not any(map(is_training, pids)))

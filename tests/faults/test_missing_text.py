@@ -80,7 +80,7 @@ def run_generate(*flags: str | bytes, stdin: bytes = b"") -> subprocess.Complete
         cwd=ROOT,
         input=stdin,
         capture_output=True,
-        timeout=100,
+        timeout=300,
     )
 
 

@@ -54,7 +54,7 @@ def run(*arguments: str, stdin: bytes = b"", **environment: str) -> subprocess.C
         cwd=ROOT,
         env=os.environ | {"PYTHONPATH": str(ROOT)} | environment,
         capture_output=True,
-        timeout=120,
+        timeout=300,
     )
 
 

@@ -100,7 +100,7 @@ def test_a_port_in_use_is_told(address: str) -> None:
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=300,
     )
     assert done.returncode == 2
     assert "error: --port" in done.stderr.splitlines()[-1]
