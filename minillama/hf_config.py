@@ -16,7 +16,7 @@ from minillama.errors import UserError, closest
 from minillama.files import parsing, read_json
 from minillama.hub import hub_hint
 from minillama.llama_config import PUBLISHED, LlamaConfig, RopeScaling, is_whole
-from minillama.output_directory import restore
+from minillama.output_directory import final_hint, restore
 
 # Our names of the numbers, and those of Hugging Face's config.json.
 HF_NAMES = {
@@ -92,7 +92,7 @@ def stop_ids(directory: Path, config: LlamaConfig) -> tuple[int, ...]:
 def read_config(path: Path) -> LlamaConfig:
     """Read `config.json`, given as the file or the directory that holds it."""
     restore(path)
-    hint = hub_hint(path)
+    hint = hub_hint(path) + final_hint(path, "config.json")
     if path.is_dir():
         path = path / "config.json"
     remedy = f"a checkpoint is a directory with config.json and model*.safetensors{hint}"

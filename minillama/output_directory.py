@@ -71,6 +71,13 @@ def new_directory(
         ) from error
 
 
+def final_hint(directory: Path, name: str) -> str:
+    """Return what to give in place of the directory of a run, if its final/ has `name`; else ""."""
+    if not (directory / "final" / name).is_file():
+        return ""
+    return f"; this is the directory of a run: give {directory / 'final'}"
+
+
 def restore(path: Path) -> None:
     """Put back the old directory if a run was killed after moving it aside.
 

@@ -18,7 +18,7 @@ from minillama.errors import UserError
 from minillama.files import parsing, read_json
 from minillama.hub import hub_hint
 from minillama.name_patterns import matches, matches_tail
-from minillama.output_directory import restore
+from minillama.output_directory import final_hint, restore
 from minillama.peft_targets import TargetRule
 
 CONFIG_FILE = "adapter_config.json"
@@ -162,7 +162,8 @@ def raw_config(directory: Path) -> dict[str, Any]:
     """Return what adapter_config.json holds."""
     restore(directory)
     files = f"{CONFIG_FILE} and adapter_model.safetensors"
-    remedy = f"an adapter is a directory with {files}{hub_hint(directory)}"
+    hint = hub_hint(directory) + final_hint(directory, CONFIG_FILE)
+    remedy = f"an adapter is a directory with {files}{hint}"
     return read_json(directory / CONFIG_FILE, remedy)
 
 

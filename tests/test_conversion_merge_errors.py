@@ -1,6 +1,7 @@
 """Adapters that do not fit their base are refused by name, before anything is written."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ import torch
 from minillama.conversion.merge import merge_lora
 from minillama.conversion.writer import Output
 from minillama.errors import UserError
+from minillama.hf_config import read_config
 from minillama.peft_adapters import read_adapter
 from tests.conversions import Q_PROJ, factors, plain_adapter
 
@@ -88,6 +90,18 @@ def test_an_adapter_directory_needs_its_files(tmp_path):
         config.write_text(content)
         with pytest.raises(UserError, match=message):
             read_adapter(tmp_path)
+
+
+def test_the_directory_of_a_run_in_the_place_of_its_model_is_named(tmp_path, tiny_checkpoint):
+    """The other commands take the final/ of a run by themselves; a conversion asks for it."""
+    (tmp_path / "run").mkdir()
+    final = plain_adapter(tmp_path / "run/final", factors())
+    with pytest.raises(UserError, match=f"directory of a run: give {final}"):
+        read_adapter(final.parent)
+
+    shutil.copytree(tiny_checkpoint(), tmp_path / "model_run/final")
+    with pytest.raises(UserError, match=f"directory of a run: give {tmp_path / 'model_run/final'}"):
+        read_config(tmp_path / "model_run")
 
 
 def test_a_vocabulary_that_was_not_saved_is_noticed(tmp_path, tiny_checkpoint, shared):

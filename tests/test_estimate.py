@@ -1,11 +1,12 @@
 """Plans that hold: what --dry_run predicts is what a run then needs."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
-from minillama import comm, ops
+from minillama import comm, ops, presets
 from minillama.comm import Mesh
 from minillama.grid import make_grid
 from minillama.llama_config import PUBLISHED, LlamaConfig
@@ -17,6 +18,7 @@ from minillama.training.dry_run import describe
 from minillama.training.estimate import activation_bytes, estimate
 from minillama.training.model_building import lora_config, recompute_activations
 
+GOLDEN = Path(__file__).parent / "golden/model"
 SMALL = LlamaConfig(
     dim=192,
     n_layers=4,
@@ -133,3 +135,15 @@ def test_a_plan_says_that_rows_longer_than_the_context_will_be_refused(tiny_chec
     refused = "this run will not start: max_length = 65 exceeds the model's context of 64"
     assert refused in describe(TrainConfig(ckpt=ckpt, max_length=65), world_size=1)
     assert "will not start" not in describe(TrainConfig(ckpt=ckpt, max_length=64), world_size=1)
+
+
+def test_a_plan_from_scratch_counts_the_tokens_of_the_tokenizer(tmp_path):
+    """The demo's run prints 902,272 too. A published shape has another vocabulary."""
+    assert "parameters  902,272;" in describe(presets.resolve("demo", {}), world_size=1)
+
+    settings = TrainConfig(init="scratch", model="15m", tokenizer=str(GOLDEN))
+    assert "vocabulary 400\n" in describe(settings, world_size=1)
+
+    missing = str(tmp_path / "tokenizer.model")
+    plan = describe(replace(settings, tokenizer=missing), world_size=1)
+    assert f"vocabulary  32,000 as published: {missing} is not there" in plan

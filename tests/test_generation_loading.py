@@ -168,8 +168,8 @@ def test_a_template_that_nothing_says_the_model_was_tuned_with_is_warned_of(
         ) is warned
     MAIN([*TEMPLATE, "--prompt", "cat", "--max_new_tokens", "1"])
     assert (
-        "as base models are not; it may not understand llama_factory_default"
-        in capsys.readouterr().err
+        "names no prompt template, as base models do not; "
+        "it may not understand llama_factory_default" in capsys.readouterr().err
     )
 
 

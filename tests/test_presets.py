@@ -14,7 +14,12 @@ from minillama import presets
 from minillama.errors import UserError
 from minillama.files import write_json
 from minillama.training.architecture import model_config
-from minillama.training.dry_run import describe, needs_of, refuse_what_cannot_fit
+from minillama.training.dry_run import (
+    describe,
+    needs_of,
+    planned_model,
+    refuse_what_cannot_fit,
+)
 from minillama.training.estimate import estimate
 
 ROOT = Path(__file__).parents[1]
@@ -88,7 +93,7 @@ def test_every_preset_fits_as_it_is_started(preset: str) -> None:
     launch = launch_of(preset)
     settings, _ = train.parse(launch.words)
     settings = dataclasses.replace(settings, ckpt="", init="scratch")
-    llama = model_config(settings, None)
+    llama = planned_model(settings, None)
     assert f"{llama.parameter_count():,}" in describe(settings, launch.ranks)
     refuse_what_cannot_fit(llama, settings)
 

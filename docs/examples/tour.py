@@ -70,8 +70,9 @@ print(json.dumps(record))
 #
 # [formats.py](../minillama/data/formats.py) reads what the keys mean.
 # [chat.py](../minillama/chat.py) puts the conversation into a prompt template, here the one of the
-# demo. The result is a list of pieces, and each piece knows whether it is trained on. EOS is a
-# piece of its own, which is added by its id: no text can produce it.
+# demo. The result is a list of pieces, and each piece knows whether it is trained on. EOS,
+# the token that ends an answer, is a piece of its own, which is added by its id: no text can
+# produce it.
 
 # %%
 source = Source(data_file, data_format="alpaca")
@@ -328,7 +329,7 @@ print("w           ", f"{changed_w:.6f}")
 # ## 13. Again and again
 #
 # The same batch gives a smaller loss after the step. After some more steps the model has learnt the
-# two answers by heart. With 56,000 records in place of two it learns the task: `python train.py`.
+# two answers by heart. With 56,000 questions in place of two it learns the task: `python train.py`.
 
 # %%
 for count in range(1, 31):

@@ -118,7 +118,7 @@ def choose_template(name: str, path: Path, base: Path) -> str:
         if tuned_with:
             known = f"was tuned with the template {chat.name_of(tuned_with)}"
         else:
-            known = "does not say that it was tuned with one, as base models are not"
+            known = "names no prompt template, as base models do not"
         asked_for = chat.name_of(template)
         print(f"warning: {path} {known}; it may not understand {asked_for}", file=sys.stderr)
     return template

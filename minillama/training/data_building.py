@@ -18,7 +18,7 @@ from minillama import comm
 from minillama.chat import name_of
 from minillama.checkpoint.template_files import read_template, resolve_template
 from minillama.data.batches import BatchPlan, split_documents
-from minillama.data.demo import write_demo
+from minillama.data.demo import VOCABULARY_SIZE, write_demo
 from minillama.data.token_cache import open_data
 from minillama.data.tokenize import DataOptions
 from minillama.data.windows import TrainingWindows
@@ -64,6 +64,16 @@ def build_tokenizer(config: TrainConfig, base: Path | None) -> Tokenizer:
     if not source:
         raise UserError("no vocabulary: name one with --tokenizer tokenizer.model")
     return open_tokenizer(Path(source))
+
+
+def planned_vocabulary(config: TrainConfig, base: Path | None) -> int:
+    """The tokens of the tokenizer of a run that has not begun. 0: it is not named, or not there."""
+    if config.tokenizer in EMBEDDED:
+        return VOCABULARY_SIZE
+    source = config.tokenizer or base
+    if not source or not Path(source).exists():
+        return 0
+    return open_tokenizer(Path(source)).size
 
 
 def build_data(

@@ -7,6 +7,7 @@ division of the model that fits.
 import math
 import sys
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from minillama import comm
 from minillama.data.show import show_batch
@@ -17,11 +18,13 @@ from minillama.llama_config import LlamaConfig
 from minillama.parallel.shards import layers_of_stage
 from minillama.parallel.tensor import cut_sizes, refuse_uncuttable
 from minillama.train_config import TrainConfig
-from minillama.training.architecture import find_base, model_config
+from minillama.training.architecture import find_base, model_config, pretrained
 from minillama.training.data_building import (
+    EMBEDDED,
     build_data,
     build_tokenizer,
     length_problem,
+    planned_vocabulary,
     row_length,
     with_embedded_data,
 )
@@ -125,14 +128,23 @@ def _fits_on_devices(llama: LlamaConfig, config: TrainConfig, count: int) -> boo
     return _most_weights(llama, spread) <= LARGEST_ON_DEVICE
 
 
+def planned_model(config: TrainConfig, base: Path | None) -> LlamaConfig:
+    """The architecture of a run. From scratch, it has as many tokens as the tokenizer."""
+    if pretrained(config, base):
+        return model_config(config, base)
+    return model_config(config, base, planned_vocabulary(config, base))
+
+
 def describe(config: TrainConfig, world_size: int) -> str:
     """The plan of a run: what --dry_run prints."""
-    llama = model_config(config, find_base(config))
+    base = find_base(config)
+    llama = planned_model(config, base)
     check_ranks(world_size, config.tensor_parallel, config.pipeline_parallel)
     check_division(llama, config)
     needs = needs_of(llama, config, world_size)
     lines = [
         *_describe_model(llama, needs[0].state.trainable),
+        *_describe_missing_tokenizer(llama, config, base),
         *_describe_division(llama, config, needs, world_size),
         *_describe_memory(llama, config, needs, world_size),
         *_describe_steps(llama, config, world_size),
@@ -153,6 +165,18 @@ def _describe_model(llama: LlamaConfig, trained: int) -> list[str]:
         _row("model", f"{body}, vocabulary {llama.vocab_size:,}"),
         _row("parameters", f"{total:,}; trained: {share}"),
     ]
+
+
+def _describe_missing_tokenizer(
+    llama: LlamaConfig, config: TrainConfig, base: Path | None
+) -> list[str]:
+    """That a model from scratch may get another vocabulary; nothing if its size is known."""
+    name = config.tokenizer
+    is_known = pretrained(config, base) or config.vocab_size or name in EMBEDDED
+    if is_known or not name or Path(name).exists():
+        return []
+    text = f"{llama.vocab_size:,} as published: {name} is not there, and its size decides"
+    return [_row("vocabulary", text)]
 
 
 def _data_ranks(config: TrainConfig, world_size: int) -> int:
