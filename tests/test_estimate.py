@@ -7,6 +7,7 @@ import torch
 
 from minillama import comm, ops
 from minillama.comm import Mesh
+from minillama.errors import UserError
 from minillama.grid import make_grid
 from minillama.llama_config import PUBLISHED, LlamaConfig
 from minillama.lora import LINEARS, LoraConfig, add_lora
@@ -137,3 +138,17 @@ def test_a_plan_says_that_rows_longer_than_the_context_will_be_refused(tiny_chec
     refused = "this run will not start: max_length = 65 exceeds the model's context of 64"
     assert refused in describe(TrainConfig(ckpt=ckpt, max_length=65), world_size=1)
     assert "will not start" not in describe(TrainConfig(ckpt=ckpt, max_length=64), world_size=1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"lora": True, "lora_targets": ("q_proj", "v_prj")}, "'v_prj' names no linear.*v_proj"),
+        ({"template": "vicuna"}, "no template 'vicuna'"),
+    ],
+    ids=["target", "template"],
+)
+def test_a_plan_refuses_names_that_the_run_would_refuse(tiny_checkpoint, changes, message):
+    settings = TrainConfig(ckpt=str(tiny_checkpoint(max_seq_len=64)), max_length=64, **changes)
+    with pytest.raises(UserError, match=message):
+        describe(settings, world_size=1)
