@@ -11,12 +11,14 @@ import io
 import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from minillama import requirements
 from minillama.errors import UserError, closest
 from minillama.train_config import DEVICES, KEYS, PRECISIONS, SECTIONS, Key, parse_list
 
+SETTINGS_FILES = (".yaml", ".yml", ".toml")
 BOOLEANS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 
 
@@ -97,6 +99,9 @@ class Parser(argparse.ArgumentParser):
             for action in self._actions:
                 known.extend(action.option_strings)
             hint = closest(unknown[0].partition("=")[0], known)
+            files = [word for word in unknown if Path(word).suffix in SETTINGS_FILES]
+            if files and "--config" in known:
+                hint = f"; a file of settings is given as --config {files[0]}"
             raise UserError(f"unknown argument {unknown[0]}{hint}; --help lists them all")
         return flags
 

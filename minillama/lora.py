@@ -15,6 +15,7 @@ peft_config.py, and whether an adapter fits a model is in adapter_checks.py.
 """
 
 import math
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 
@@ -74,7 +75,7 @@ def add_lora(
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and not isinstance(module, LoraLinear):
             linears[name] = module
-    _check_targets(config, linears)
+    check_targets(config, linears)
     for name, linear in linears.items():
         if not is_adapted(config, name):
             continue
@@ -229,7 +230,8 @@ def _load_factors(model: Llama, factors: LoraFactors, dropout: float, mesh: Mesh
     model.set_submodule(factors.module, adapted)
 
 
-def _check_targets(config: LoraConfig, linears: dict[str, nn.Linear]) -> None:
+def check_targets(config: LoraConfig, linears: Collection[str]) -> None:
+    """Raise UserError for a target that names none of `linears`, the dotted names of a model's."""
     for target in config.targets:
         if any(is_named(name, target) for name in linears):
             continue

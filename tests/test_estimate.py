@@ -8,6 +8,7 @@ import torch
 
 from minillama import comm, ops, presets
 from minillama.comm import Mesh
+from minillama.errors import UserError
 from minillama.grid import make_grid
 from minillama.llama_config import PUBLISHED, LlamaConfig
 from minillama.lora import LINEARS, LoraConfig, add_lora
@@ -147,3 +148,17 @@ def test_a_plan_from_scratch_counts_the_tokens_of_the_tokenizer(tmp_path):
     missing = str(tmp_path / "tokenizer.model")
     plan = describe(replace(settings, tokenizer=missing), world_size=1)
     assert f"vocabulary  32,000 as published: {missing} is not there" in plan
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"lora": True, "lora_targets": ("q_proj", "v_prj")}, "'v_prj' names no linear.*v_proj"),
+        ({"template": "vicuna"}, "no template 'vicuna'"),
+    ],
+    ids=["target", "template"],
+)
+def test_a_plan_refuses_names_that_the_run_would_refuse(tiny_checkpoint, changes, message):
+    settings = TrainConfig(ckpt=str(tiny_checkpoint(max_seq_len=64)), max_length=64, **changes)
+    with pytest.raises(UserError, match=message):
+        describe(settings, world_size=1)

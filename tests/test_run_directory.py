@@ -77,6 +77,17 @@ def test_a_named_checkpoint_is_resumed_and_none_starts_over(
         assert losses_of(settings.out_dir) == losses
 
 
+def test_a_checkpoint_behind_the_end_of_the_run_is_refused(
+    settings_for: Callable, tmp_path: Path
+) -> None:
+    train(settings_for(save_strategy="steps", save_steps=4, max_steps=5), MESH)
+    resume = str(tmp_path / "run/checkpoints/step-000004")
+    shorter = settings_for(out_dir=str(tmp_path / "shorter"), resume=resume, max_steps=3)
+    with pytest.raises(UserError, match="holds step 4, and this run ends after step 3"):
+        train(shorter, MESH)
+    assert not (tmp_path / "shorter/final").exists()
+
+
 def test_a_record_cut_off_by_a_power_cut_does_not_stop_the_run_that_goes_on(
     settings_for: Callable, tmp_path: Path
 ) -> None:
@@ -282,6 +293,7 @@ def test_a_checkpoint_that_could_not_be_written_is_tried_again(
     outcome = trainer.train()
     assert outcome == Stopped("SIGTERM", step=2, is_saved=False)
     assert "no checkpoint holds that step" in describe_stop(outcome)
+    assert "without --overwrite_output_dir goes on" in describe_stop(outcome, overwrite=True)
     assert trainer.train() == Stopped("SIGTERM", step=2, is_saved=True)
     newest = train_state.list_states(trainer.run.out_dir)[-1]
     assert train_state.read_state(newest)["step"] == 2

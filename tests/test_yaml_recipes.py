@@ -86,3 +86,9 @@ def test_a_recipe_is_answered_with_the_toml_to_write(tmp_path: Path) -> None:
     (tmp_path / "recipe.toml").write_text("\n".join(toml))
     config, _ = train.parse(["--config", str(tmp_path / "recipe.toml"), "--stage", "sft"])
     assert (config.max_length, config.data) == (2048, ("identity", "alpaca_en_demo"))
+
+
+@pytest.mark.parametrize("words", [["recipe.yaml"], ["train", "recipe.yaml"], ["a/b.toml"]])
+def test_a_file_without_config_is_answered_with_the_flag(words: list[str]) -> None:
+    with pytest.raises(UserError, match=f"a file of settings is given as --config {words[-1]}"):
+        train.parse(words)

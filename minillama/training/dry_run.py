@@ -10,11 +10,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from minillama import comm
+from minillama.checkpoint.template_files import resolve_template
 from minillama.data.show import show_batch
 from minillama.device_list import count_devices, refuse_too_many
 from minillama.errors import UserError
 from minillama.grid import check_ranks, make_grid
 from minillama.llama_config import LlamaConfig
+from minillama.lora import check_targets
 from minillama.parallel.shards import layers_of_stage
 from minillama.parallel.tensor import cut_sizes, refuse_uncuttable
 from minillama.train_config import TrainConfig
@@ -38,9 +40,11 @@ from minillama.training.estimate import (
     contents,
     estimate,
     layers_at,
+    linear_shapes,
     places_of,
     weight_bytes,
 )
+from minillama.training.model_building import lora_config
 from minillama.training.summary import gigabytes
 
 LARGEST_ON_DEVICE = 40 * 10**9  # bytes of weights that one device holds beside its activations
@@ -141,6 +145,7 @@ def describe(config: TrainConfig, world_size: int) -> str:
     llama = planned_model(config, base)
     check_ranks(world_size, config.tensor_parallel, config.pipeline_parallel)
     check_division(llama, config)
+    _check_names(llama, config)
     needs = needs_of(llama, config, world_size)
     lines = [
         *_describe_model(llama, needs[0].state.trainable),
@@ -150,6 +155,13 @@ def describe(config: TrainConfig, world_size: int) -> str:
         *_describe_steps(llama, config, world_size),
     ]
     return "\n".join(lines)
+
+
+def _check_names(llama: LlamaConfig, config: TrainConfig) -> None:
+    """Raise UserError for a template or a target of an adapter that does not exist."""
+    resolve_template(config.template)
+    if config.lora and not config.adapter:
+        check_targets(lora_config(config), linear_shapes(llama))
 
 
 def _row(label: str, text: str) -> str:

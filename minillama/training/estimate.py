@@ -104,14 +104,21 @@ def parts_at(llama: LlamaConfig, lora: LoraConfig | None, place: Place) -> list[
     return parts
 
 
-def _factor_shapes(llama: LlamaConfig, lora: LoraConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """The factors A (R, in) and B (out, R) of all adapted linears, by name."""
+def linear_shapes(llama: LlamaConfig) -> dict[str, tuple[int, ...]]:
+    """The shape of each linear's weight, by the name of the linear."""
     shapes = llama.parameter_shapes()
     shapes[HEAD] = (llama.vocab_size, llama.dim)  # a tied head is not among them
+    linears: dict[str, tuple[int, ...]] = {}
     for name, shape in shapes.items():
-        module = name.removesuffix(".weight")
-        is_linear = len(shape) == 2 and name != EMBEDDING
-        if is_linear and is_adapted(lora, module):
+        if len(shape) == 2 and name != EMBEDDING:
+            linears[name.removesuffix(".weight")] = shape
+    return linears
+
+
+def _factor_shapes(llama: LlamaConfig, lora: LoraConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """The factors A (R, in) and B (out, R) of all adapted linears, by name."""
+    for module, shape in linear_shapes(llama).items():
+        if is_adapted(lora, module):
             rank = lora.rank_of(module)
             yield f"{module}.lora_A", (rank, shape[1])
             yield f"{module}.lora_B", (shape[0], rank)

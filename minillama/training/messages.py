@@ -24,11 +24,17 @@ def describe_start(run: Run) -> str:
     return text
 
 
-def describe_stop(stopped: Stopped) -> str:
-    """Where a run stopped, and what can be typed next."""
-    remedy = "the same command goes on from there"
+def describe_stop(stopped: Stopped, overwrite: bool = False) -> str:
+    """Where a run stopped, and what can be typed next.
+
+    overwrite: the command has --overwrite_output_dir. With it, it would start over.
+    """
+    command = "the same command"
+    if overwrite:
+        command += " without --overwrite_output_dir"
+    remedy = f"{command} goes on from there"
     if not stopped.is_saved:
-        remedy = "no checkpoint holds that step: the same command goes on from the one before it"
+        remedy = f"no checkpoint holds that step: {command} goes on from the one before it"
     return f"stopped by {stopped.signal} after step {stopped.step}; {remedy}"
 
 

@@ -26,6 +26,7 @@ from minillama.checkpoint.hf_reader import non_finite_on_any_rank
 from minillama.checkpoint.optimizer_files import SavedOptimizer
 from minillama.data.windows import Batch
 from minillama.device import seeded
+from minillama.errors import UserError
 from minillama.files import write_json
 from minillama.ops import Documents
 from minillama.train_config import TrainConfig
@@ -241,6 +242,11 @@ class Trainer:
     def resume(self, point: ResumePoint) -> None:
         """Continue from a checkpoint: weights, moments, loss scale, and what has been counted."""
         state = point.state
+        if state["step"] > self.total_steps:
+            raise UserError(
+                f"{point.directory}: holds step {state['step']}, and this run ends after step "
+                f"{self.total_steps}; raise --max_steps or --num_train_epochs"
+            )
         saved = SavedOptimizer(point.directory, self.optimizer.parameters)
         self.optimizer.load_state(saved.read, state["updates"], state["loss_scale"])
         self.step = state["step"]
@@ -284,7 +290,7 @@ def _train(run: Run, stop: Sequence[str], overwrite: bool) -> Summary | Stopped:
     run.mesh.print(describe_start(run))
     outcome = trainer.train()
     if isinstance(outcome, Stopped):
-        run.mesh.print(describe_stop(outcome))
+        run.mesh.print(describe_stop(outcome, overwrite))
     elif run.mesh.is_first:
         write_json(run.out_dir / "summary.json", outcome)
         draw_loss(run.out_dir, run.config.plot_loss)
