@@ -19,6 +19,7 @@ from minillama.parallel.tensor import cut_sizes, refuse_uncuttable
 from minillama.train_config import TrainConfig
 from minillama.training.architecture import find_base, model_config
 from minillama.training.data_building import (
+    EMBEDDED,
     build_data,
     build_tokenizer,
     length_problem,
@@ -125,9 +126,25 @@ def _fits_on_devices(llama: LlamaConfig, config: TrainConfig, count: int) -> boo
     return _most_weights(llama, spread) <= LARGEST_ON_DEVICE
 
 
+def planned_model(config: TrainConfig) -> tuple[LlamaConfig, str]:
+    """The architecture of a run, with the vocabulary that --tokenizer makes of it.
+
+    Returns also why the tokenizer cannot be opened, or "". The vocabulary is then the base's.
+    """
+    base = find_base(config)
+    if not config.tokenizer or config.tokenizer in EMBEDDED:
+        return model_config(config, base), ""
+    try:
+        vocab_size = build_tokenizer(config, base).size
+    except UserError as error:
+        return model_config(config, base), str(error)
+    llama = model_config(config, base, vocab_size)
+    return replace(llama, vocab_size=max(llama.vocab_size, vocab_size)), ""
+
+
 def describe(config: TrainConfig, world_size: int) -> str:
     """The plan of a run: what --dry_run prints."""
-    llama = model_config(config, find_base(config))
+    llama, tokenizer_problem = planned_model(config)
     check_ranks(world_size, config.tensor_parallel, config.pipeline_parallel)
     check_division(llama, config)
     needs = needs_of(llama, config, world_size)
@@ -137,6 +154,9 @@ def describe(config: TrainConfig, world_size: int) -> str:
         *_describe_memory(llama, config, needs, world_size),
         *_describe_steps(llama, config, world_size),
     ]
+    for problem in (length_problem(config, llama), tokenizer_problem):
+        if problem:
+            lines.append(_row("refused", f"this run will not start: {problem}"))
     return "\n".join(lines)
 
 
@@ -227,13 +247,10 @@ def _describe_steps(llama: LlamaConfig, config: TrainConfig, world_size: int) ->
         warmup = f"{config.warmup_steps} steps"
     tokens = f"up to {rows * length:,} tokens on all ranks"
     rate = f"{config.lr_scheduler_type} from {config.learning_rate:g}, warm-up {warmup}"
-    lines = [
+    return [
         _row("a step", f"{rows} rows of up to {length:,} tokens = {tokens}"),
         _row("schedule", f"{duration}, {rate}, seed {config.seed}"),
     ]
-    if problem := length_problem(config, llama):
-        lines.append(_row("refused", f"this run will not start: {problem}"))
-    return lines
 
 
 def show_first_batch(config: TrainConfig, mesh: comm.Mesh) -> str:
