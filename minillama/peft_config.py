@@ -163,6 +163,8 @@ def raw_config(directory: Path) -> dict[str, Any]:
     restore(directory)
     files = f"{CONFIG_FILE} and adapter_model.safetensors"
     remedy = f"an adapter is a directory with {files}{hub_hint(directory)}"
+    if (directory / "final" / CONFIG_FILE).is_file():
+        remedy = f"this is the directory of a run; its adapter is {directory / 'final'}"
     return read_json(directory / CONFIG_FILE, remedy)
 
 

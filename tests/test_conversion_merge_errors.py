@@ -74,6 +74,12 @@ def test_a_configuration_of_another_arithmetic_is_refused_by_key(
     assert not (tmp_path / "out").exists()
 
 
+def test_the_directory_of_a_run_is_refused_with_the_place_of_its_adapter(tmp_path):
+    adapter = plain_adapter(tmp_path / "final", factors())
+    with pytest.raises(UserError, match=f"directory of a run; its adapter is {adapter}$"):
+        read_adapter(tmp_path)
+
+
 def test_an_adapter_directory_needs_its_files(tmp_path):
     config = tmp_path / "adapter_config.json"
     missing = r"adapter_config\.json: no such file; an adapter is a directory"
