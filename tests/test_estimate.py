@@ -5,21 +5,23 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from minillama import comm, ops, presets
 from minillama.comm import Mesh
 from minillama.errors import UserError
 from minillama.grid import make_grid
+from minillama.hf_config import read_config
 from minillama.llama_config import PUBLISHED, LlamaConfig
 from minillama.lora import LINEARS, LoraConfig, add_lora
 from minillama.model import Llama
 from minillama.parallel.sharded_optimizer import ShardedOptimizer
 from minillama.train_config import TrainConfig
 from minillama.training.dry_run import describe
-from minillama.training.estimate import activation_bytes, estimate
+from minillama.training.estimate import activation_bytes, estimate, trainable_count
 from minillama.training.model_building import lora_config, recompute_activations
 
-GOLDEN = Path(__file__).parent / "golden/model"
+GOLDEN = Path(__file__).parent / "golden"
 SMALL = LlamaConfig(
     dim=192,
     n_layers=4,
@@ -138,16 +140,12 @@ def test_a_plan_says_that_rows_longer_than_the_context_will_be_refused(tiny_chec
     assert "will not start" not in describe(TrainConfig(ckpt=ckpt, max_length=64), world_size=1)
 
 
-def test_a_plan_from_scratch_counts_the_tokens_of_the_tokenizer(tmp_path):
+def test_a_plan_from_scratch_counts_the_tokens_of_the_tokenizer():
     """The demo's run prints 902,272 too. A published shape has another vocabulary."""
     assert "parameters  902,272;" in describe(presets.resolve("demo", {}), world_size=1)
 
-    settings = TrainConfig(init="scratch", model="15m", tokenizer=str(GOLDEN))
+    settings = TrainConfig(init="scratch", model="15m", tokenizer=str(GOLDEN / "model"))
     assert "vocabulary 400\n" in describe(settings, world_size=1)
-
-    missing = str(tmp_path / "tokenizer.model")
-    plan = describe(replace(settings, tokenizer=missing), world_size=1)
-    assert f"vocabulary  32,000 as published: {missing} is not there" in plan
 
 
 @pytest.mark.parametrize(
@@ -162,3 +160,32 @@ def test_a_plan_refuses_names_that_the_run_would_refuse(tiny_checkpoint, changes
     settings = TrainConfig(ckpt=str(tiny_checkpoint(max_seq_len=64)), max_length=64, **changes)
     with pytest.raises(UserError, match=message):
         describe(settings, world_size=1)
+
+
+def test_a_plan_is_for_the_vocabulary_that_the_tokenizer_makes(tiny_checkpoint, small_tokenizer):
+    ckpt = tiny_checkpoint(vocab_size=100, max_seq_len=64)
+    settings = TrainConfig(
+        ckpt=str(ckpt),
+        tokenizer=str(small_tokenizer.path),
+        max_length=64,
+        lora=True,
+        modules_to_save=("embed_tokens", "lm_head"),
+    )
+    plan = describe(settings, world_size=1)
+    grown = replace(read_config(ckpt), vocab_size=small_tokenizer.size)
+    assert f"vocabulary {small_tokenizer.size:,}" in plan
+    assert f"trained: {trainable_count(grown, lora_config(settings)):,} " in plan
+
+
+def test_a_plan_without_its_tokenizer_says_that_the_run_will_be_refused(tiny_checkpoint):
+    settings = TrainConfig(ckpt=str(tiny_checkpoint()), tokenizer="nowhere.model", max_length=64)
+    refused = "this run will not start: nowhere.model: no such tokenizer file"
+    assert refused in describe(settings, world_size=1)
+
+
+def test_a_plan_is_for_the_adapter_that_the_run_starts_from():
+    adapter = GOLDEN / "adapter"
+    settings = TrainConfig(ckpt=str(GOLDEN / "model"), adapter=str(adapter), lora=True)
+    factors = load_file(adapter / "adapter_model.safetensors").values()
+    trained = sum(tensor.numel() for tensor in factors)
+    assert f"trained: {trained:,} " in describe(settings, world_size=1)

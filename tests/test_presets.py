@@ -93,7 +93,7 @@ def test_every_preset_fits_as_it_is_started(preset: str) -> None:
     launch = launch_of(preset)
     settings, _ = train.parse(launch.words)
     settings = dataclasses.replace(settings, ckpt="", init="scratch")
-    llama = planned_model(settings, None)
+    llama, _ = planned_model(settings)
     assert f"{llama.parameter_count():,}" in describe(settings, launch.ranks)
     refuse_what_cannot_fit(llama, settings)
 

@@ -101,7 +101,7 @@ ALLOWED = {
         NO,
         "checkpoints hold what a resume needs; --save_strategy no leaves final/ alone",
     ),
-    "save_safetensors": Allowed(YES, "final/ is written as safetensors"),
+    "save_safetensors": Allowed(YES, "final/ is safetensors; leave the flag out"),
     "group_by_length": Allowed(NO, "--packing true (the default) fills rows in its place"),
     "push_to_hub": Allowed(NO, "nothing is uploaded; afterwards: hf upload NAME OUT_DIR/final"),
     "neat_packing": Allowed(YES, "packed documents never attend to each other here"),

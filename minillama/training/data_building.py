@@ -66,14 +66,19 @@ def build_tokenizer(config: TrainConfig, base: Path | None) -> Tokenizer:
     return open_tokenizer(Path(source))
 
 
-def planned_vocabulary(config: TrainConfig, base: Path | None) -> int:
-    """The tokens of the tokenizer of a run that has not begun. 0: it is not named, or not there."""
+def planned_vocabulary(config: TrainConfig, base: Path | None) -> tuple[int, str]:
+    """The tokens of the tokenizer of a run that has not begun, and why it cannot be opened, or "".
+
+    0 tokens: it is that of a trained checkpoint, or none is named.
+    """
     if config.tokenizer in EMBEDDED:
-        return VOCABULARY_SIZE
-    source = config.tokenizer or base
-    if not source or not Path(source).exists():
-        return 0
-    return open_tokenizer(Path(source)).size
+        return VOCABULARY_SIZE, ""
+    if not config.tokenizer and (base is None or config.init == "pretrained"):
+        return 0, ""
+    try:
+        return build_tokenizer(config, base).size, ""
+    except UserError as error:
+        return 0, str(error)
 
 
 def build_data(

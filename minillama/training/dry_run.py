@@ -7,7 +7,6 @@ division of the model that fits.
 import math
 import sys
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from minillama import comm
 from minillama.checkpoint.template_files import resolve_template
@@ -22,7 +21,6 @@ from minillama.parallel.tensor import cut_sizes, refuse_uncuttable
 from minillama.train_config import TrainConfig
 from minillama.training.architecture import find_base, model_config, pretrained
 from minillama.training.data_building import (
-    EMBEDDED,
     build_data,
     build_tokenizer,
     length_problem,
@@ -132,28 +130,35 @@ def _fits_on_devices(llama: LlamaConfig, config: TrainConfig, count: int) -> boo
     return _most_weights(llama, spread) <= LARGEST_ON_DEVICE
 
 
-def planned_model(config: TrainConfig, base: Path | None) -> LlamaConfig:
-    """The architecture of a run. From scratch, it has as many tokens as the tokenizer."""
-    if pretrained(config, base):
-        return model_config(config, base)
-    return model_config(config, base, planned_vocabulary(config, base))
+def planned_model(config: TrainConfig) -> tuple[LlamaConfig, str]:
+    """The architecture of a run, with the vocabulary that its tokenizer makes of it.
+
+    Returns also why the tokenizer cannot be opened, or "".
+    """
+    base = find_base(config)
+    vocab_size, problem = planned_vocabulary(config, base)
+    llama = model_config(config, base, vocab_size)
+    if pretrained(config, base):  # more tokens make the embedding and the head larger
+        llama = replace(llama, vocab_size=max(llama.vocab_size, vocab_size))
+    return llama, problem
 
 
 def describe(config: TrainConfig, world_size: int) -> str:
     """The plan of a run: what --dry_run prints."""
-    base = find_base(config)
-    llama = planned_model(config, base)
+    llama, tokenizer_problem = planned_model(config)
     check_ranks(world_size, config.tensor_parallel, config.pipeline_parallel)
     check_division(llama, config)
     _check_names(llama, config)
     needs = needs_of(llama, config, world_size)
     lines = [
         *_describe_model(llama, needs[0].state.trainable),
-        *_describe_missing_tokenizer(llama, config, base),
         *_describe_division(llama, config, needs, world_size),
         *_describe_memory(llama, config, needs, world_size),
         *_describe_steps(llama, config, world_size),
     ]
+    for problem in (length_problem(config, llama), tokenizer_problem):
+        if problem:
+            lines.append(_row("refused", f"this run will not start: {problem}"))
     return "\n".join(lines)
 
 
@@ -177,18 +182,6 @@ def _describe_model(llama: LlamaConfig, trained: int) -> list[str]:
         _row("model", f"{body}, vocabulary {llama.vocab_size:,}"),
         _row("parameters", f"{total:,}; trained: {share}"),
     ]
-
-
-def _describe_missing_tokenizer(
-    llama: LlamaConfig, config: TrainConfig, base: Path | None
-) -> list[str]:
-    """That a model from scratch may get another vocabulary; nothing if its size is known."""
-    name = config.tokenizer
-    is_known = pretrained(config, base) or config.vocab_size or name in EMBEDDED
-    if is_known or not name or Path(name).exists():
-        return []
-    text = f"{llama.vocab_size:,} as published: {name} is not there, and its size decides"
-    return [_row("vocabulary", text)]
 
 
 def _data_ranks(config: TrainConfig, world_size: int) -> int:
@@ -263,13 +256,10 @@ def _describe_steps(llama: LlamaConfig, config: TrainConfig, world_size: int) ->
         warmup = f"{config.warmup_steps} steps"
     tokens = f"up to {rows * length:,} tokens on all ranks"
     rate = f"{config.lr_scheduler_type} from {config.learning_rate:g}, warm-up {warmup}"
-    lines = [
+    return [
         _row("a step", f"{rows} rows of up to {length:,} tokens = {tokens}"),
         _row("schedule", f"{duration}, {rate}, seed {config.seed}"),
     ]
-    if problem := length_problem(config, llama):
-        lines.append(_row("refused", f"this run will not start: {problem}"))
-    return lines
 
 
 def show_first_batch(config: TrainConfig, mesh: comm.Mesh) -> str:

@@ -29,7 +29,7 @@ from minillama.lora import WHOLE, LoraConfig, is_adapted
 from minillama.parallel.parts import Part
 from minillama.parallel.shards import axis_of, is_on_stage, layers_of_stage, part_of
 from minillama.train_config import TrainConfig
-from minillama.training.model_building import lora_config
+from minillama.training.model_building import planned_adapter
 
 FP32 = 4  # bytes
 MOST_TENSOR_RANKS = 8  # that are proposed: those of one machine, since they send most
@@ -172,7 +172,7 @@ def trainable_count(llama: LlamaConfig, lora: LoraConfig | None) -> int:
 
 def weight_bytes(llama: LlamaConfig, config: TrainConfig, place: Place) -> int:
     """Bytes of the weights that a rank holds, LoRA's factors among them."""
-    lora = lora_config(config) if config.lora else None
+    lora = planned_adapter(config)
     weights = 0
     for part in parts_at(llama, lora, place):
         width = FP32 if _is_factor(part.name) else bytes_per_weight(config)
@@ -188,7 +188,7 @@ def estimate(
     place: None: a rank that holds the whole model.
     """
     place = place or Place()
-    lora = lora_config(config) if config.lora else None
+    lora = planned_adapter(config)
     is_exact = config.reduction == "exact"
     accumulates = config.gradient_accumulation_steps > 1 or is_exact
     gradients = 0

@@ -66,6 +66,14 @@ def lora_config(config: TrainConfig) -> LoraConfig:
     )
 
 
+def planned_adapter(config: TrainConfig) -> LoraConfig | None:
+    """The adapter that a run trains: that of --adapter, or a new one; None: all is trained."""
+    directory = find_adapter(config)
+    if directory:
+        return read_adapter_config(directory)
+    return lora_config(config) if config.lora else None
+
+
 def refuse_other_adapter(config: TrainConfig, given: Collection[str]) -> None:
     """Raise UserError if a key differs from the adapter that the run starts from.
 
