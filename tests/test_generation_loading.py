@@ -202,3 +202,15 @@ def test_a_first_token_needs_no_compiler() -> None:
         "assert 'minillama.model' in sys.modules and 'sympy' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=300)
+
+
+def test_another_models_tokenizer_is_warned_of(
+    small_tokenizer, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    words = ["--ckpt", GOLDEN, "--prompt", "a", "--max_new_tokens", "1", "--tokenizer"]
+    other = "is not the tokenizer of this model: id "
+    MAIN([*words, str(small_tokenizer.path)])
+    assert f"warning: {small_tokenizer.path} {other}" in capsys.readouterr().err
+    same = shutil.copy(f"{GOLDEN}/tokenizer.model", tmp_path / "copy.model")
+    MAIN([*words, str(same)])
+    assert other not in capsys.readouterr().err

@@ -1,5 +1,6 @@
 """Models that are built for a run, and activations that are computed twice."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -68,6 +69,20 @@ def test_a_vocabulary_that_does_not_fit_is_refused_unless_growth_is_asked_for(
         new_trainer(settings_for(tokenizer=larger_tokenizer))
     new_trainer(settings_for(tokenizer=larger_tokenizer, grow_vocabulary=True))
     assert "WARNING: the vocabulary grows from 320 to" in capsys.readouterr().out
+
+
+def test_training_warns_of_a_tokenizer_whose_first_tokens_are_not_the_checkpoints(
+    settings_for: Callable, inputs: Path, larger_tokenizer: str, capsys: pytest.CaptureFixture
+) -> None:
+    """As after merging two vocabularies in the wrong order: the number of tokens is right."""
+    base = inputs.parent / "with_tokenizer"
+    shutil.copytree(inputs / "base", base, dirs_exist_ok=True)
+    own = shutil.copy(inputs / "tokenizer.model", base / "tokenizer.model")
+    other = "is not the tokenizer of this model: id "
+    new_trainer(settings_for(ckpt=str(base), tokenizer=larger_tokenizer, grow_vocabulary=True))
+    assert f"WARNING: {larger_tokenizer} {other}" in capsys.readouterr().out
+    new_trainer(settings_for(ckpt=str(base), tokenizer=str(own)))
+    assert other not in capsys.readouterr().out
 
 
 def test_modules_to_save_ask_for_growth_in_megatrons_names_too(

@@ -3,8 +3,10 @@
 from pathlib import Path
 from typing import Any
 
+from minillama.errors import UserError
 from minillama.files import write_bytes, write_json
 from minillama.sentencepiece_tokenizer import SentencePieceTokenizer
+from minillama.tokenizer import Tokenizer, open_tokenizer
 
 MODEL_FILES = ("tokenizer.model", "tokenizer.json")  # each is a whole tokenizer
 TOKENIZER_FILES = (
@@ -30,6 +32,29 @@ LLAMA_TOKENIZER_CONFIG = {
 def has_tokenizer(directory: Path) -> bool:
     """Tell whether a directory has a tokenizer."""
     return any((directory / name).is_file() for name in MODEL_FILES)
+
+
+def contradiction(tokenizer: Tokenizer, directory: Path) -> str:
+    """Why a tokenizer is not the one that a checkpoint was trained with: the first other token.
+
+    Empty if each id that both have is the same token (one of them may have more), or if the
+    checkpoint has no tokenizer that can be opened here.
+    """
+    if not has_tokenizer(directory):
+        return ""
+    try:
+        own = open_tokenizer(directory)
+    except UserError:  # such as a missing package: then there is nothing to compare with
+        return ""
+    for token in range(min(tokenizer.size, own.size)):
+        name = tokenizer.name_of(token)
+        own_name = own.name_of(token)
+        if name != own_name:
+            return (
+                f"{tokenizer.path} is not the tokenizer of this model: id {token} is {name!r}, "
+                f"and {own_name!r} in {own.path}"
+            )
+    return ""
 
 
 def copy_tokenizer(source: Path, directory: Path) -> None:

@@ -24,7 +24,7 @@ from minillama.checkpoint.template_files import (
     read_template,
     resolve_template,
 )
-from minillama.checkpoint.tokenizer_files import has_tokenizer
+from minillama.checkpoint.tokenizer_files import contradiction, has_tokenizer
 from minillama.comm import Mesh
 from minillama.device import compute_dtype
 from minillama.device_list import pick_devices
@@ -88,6 +88,8 @@ def load_engine(
     config = replace(config, template=choose_template(config.template, path, base))
     check_vocabulary(tokenizer, model)
     warn_of_unknown_rows(tokenizer, model, base)
+    if options.tokenizer:
+        warn_of_other_tokens(tokenizer, path if has_tokenizer(path) else base)
     eos_ids = with_stop_ids(model.config, base, tokenizer, "").eos_ids
     return Engine(model, tokenizer, config, eos_ids, path, mesh)
 
@@ -144,6 +146,13 @@ def warn_of_unknown_rows(tokenizer: Tokenizer, model: Llama, base: Path) -> None
             "was trained with: --tokenizer FILE",
             file=sys.stderr,
         )
+
+
+def warn_of_other_tokens(tokenizer: Tokenizer, source: Path) -> None:
+    """Warn if the tokenizer that was named contradicts the one in `source`."""
+    problem = contradiction(tokenizer, source)
+    if problem:
+        print(f"warning: {problem}; the text may be nonsense", file=sys.stderr)
 
 
 def load_with_adapters(

@@ -29,6 +29,7 @@ from minillama.checkpoint.hf_reader import (
     non_finite_on_any_rank,
 )
 from minillama.checkpoint.placing import loading_plan, put_on
+from minillama.checkpoint.tokenizer_files import contradiction
 from minillama.device import compute_dtype
 from minillama.errors import UserError
 from minillama.grid import Grid
@@ -120,6 +121,8 @@ def build_model(
     weights = pretrained(config, base)
     device_of = loading_plan(llama, devices, grid.stage)
     if weights is not None:
+        if config.tokenizer:
+            _warn_of_other_tokens(tokenizer, weights, mesh)
         _check_growth(config, llama, tokenizer, mesh)
         model = load_model(
             weights, dtype, config.n_layers, tokenizer.size, device_of, mesh=grid.tensor
@@ -147,6 +150,13 @@ def _keep_stage(model: Llama, config: TrainConfig, stages: comm.Mesh) -> "Stage 
     from minillama.parallel import pipeline
 
     return pipeline.keep_stage(model, stages, has_dropout=config.lora_dropout > 0)
+
+
+def _warn_of_other_tokens(tokenizer: Tokenizer, weights: Path, mesh: comm.Mesh) -> None:
+    """Warn if the checkpoint was trained with another tokenizer: its rows then mean nothing."""
+    problem = contradiction(tokenizer, weights)
+    if problem:
+        mesh.print(f"WARNING: {problem}; what the model knows of its tokens is lost")
 
 
 def _check_growth(
