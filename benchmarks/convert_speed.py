@@ -165,9 +165,8 @@ def bare_meta(source: Path, _: Path, out: Path) -> None:
     from minillama.conversion.meta_layout import meta_tensors
 
     params = json.loads((source / "params.json").read_text())
-    loaded = torch.load(
-        source / "consolidated.00.pth", weights_only=True, mmap=True
-    )  # maps the file, which spares a copy
+    # mmap: the file is mapped, which spares a copy
+    loaded = torch.load(source / "consolidated.00.pth", weights_only=True, mmap=True)
     table = {name: meta.name for name, meta in meta_tensors(params["n_layers"]).items()}
 
     def permuted(name: str) -> torch.Tensor:

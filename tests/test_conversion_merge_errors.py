@@ -81,11 +81,6 @@ def test_an_adapter_directory_needs_its_files(tmp_path):
     missing = r"adapter_config\.json: no such file; an adapter is a directory"
     with pytest.raises(UserError, match=missing):
         read_adapter(tmp_path)
-    run = tmp_path / "run"
-    run.mkdir()
-    plain_adapter(run / "final", factors())
-    with pytest.raises(UserError, match=r"this is the directory of a run: give .*final"):
-        read_adapter(run)
     for content, message in (
         ("{", "not valid JSON"),
         ("[]", "holds no JSON object"),

@@ -154,3 +154,18 @@ def test_a_parameter_that_no_loss_depends_on_has_a_gradient_of_zero(stage, exact
             reducer.end_micro_batch()
         assert reducer.reduced().tolist() == [0, 0, rounds, rounds, rounds, 0]
         used, unused = nn.Parameter(torch.ones(3, 1)), nn.Parameter(torch.ones(2, 1))
+
+
+def test_a_micro_batch_after_the_sum_was_asked_for_is_refused():
+    """Gradients that were summed over the ranks already must not be summed again."""
+    parameter = nn.Parameter(torch.ones(3, 1))
+    layout = lay_out([parameter.shape])
+    reducer = GradientReducer([parameter], layout, Mesh(), slice_size=3, config=settings_of(0))
+    for _ in range(2):
+        reducer.clear()
+        parameter.sum().backward()
+        reducer.end_micro_batch()
+        assert reducer.reduced().tolist() == [1, 1, 1]
+    parameter.sum().backward()
+    with pytest.raises(AssertionError, match="clear"):
+        reducer.end_micro_batch()

@@ -15,10 +15,11 @@ Norms and biases come last: the norm of the first layer is the last gradient of 
 
 Sums are fp32 if several micro-batches are added, else of the parameters' dtype.
 
-    once a step           gradients are added into one vector like the weights', reduced in place
-    in every micro-batch  gradients are put into a bucket, its sum is added to the slice of its
-                          owner, and its memory is freed. A bucket of one large parameter is the
-                          gradient that autograd made, without a copy
+    each rank keeps all     (fast, stage 0, or stage 1 on one rank) Gradients are added up in one
+                            vector, in which they lie as the weights do. It is reduced in place.
+    each rank keeps a slice Gradients are collected in a bucket. Its sum is added to the slice of
+                            its owner, and its memory is freed. A bucket of one large parameter is
+                            the gradient that autograd made, without a copy.
 
 The exact reduction adds micro-batches in a fixed pairwise tree (`parallel.pairwise_sum`).
 Between two steps no gradient takes memory.
@@ -90,11 +91,9 @@ class GradientReducer:
         early = self.stage == 2 and not self.exact
         self.reduce_dtype = parameters[0].dtype if early else self.sum_dtype
         padded = slice_size * mesh.size  # elements of the whole vector
-        own_start = mesh.rank * slice_size
         self.slice_size = padded if self.all_reduce else slice_size
-        self.owned = slice(own_start, own_start + slice_size)
-        # The part of the vector that `self.sum` holds.
-        self.held = self.owned if self.every_micro_batch else slice(0, padded)
+        self.slice_start = 0 if self.all_reduce else mesh.rank * slice_size
+        self.keeps_all = not self.every_micro_batch and (self.stage == 0 or mesh.size == 1)
         self.active_ranks = mesh.size  # ranks, from 0 on, that have a micro-batch in this round
         self.freed_elements = 0
 
@@ -110,8 +109,8 @@ class GradientReducer:
 
     def clear(self) -> None:
         """Forget all gradients."""
-        self.sum: Tensor | None = None  # of the part that this rank holds
-        self.added: set[int] = set()  # indices of the parameters in `sum`, once a step
+        self.sum: Tensor | None = None  # of this rank's slice, (slice_size,)
+        self.added: set[int] = set()  # indices of the parameters in `sum`, if it keeps all
         self.pairwise_sum = PairwiseSum()  # exact reduction only
         self.result: Tensor | None = None
         self._begin_round()
@@ -130,12 +129,13 @@ class GradientReducer:
         gradient = parameter.grad.flatten()
         parameter.grad = None
         self._note_freed(len(gradient))
-        if self.every_micro_batch:
-            self._put_into_bucket(i, gradient)
-        else:
+        if self.keeps_all:
             self._add_to_sum(i, gradient)
+        else:
+            self._put_into_bucket(i, gradient)
 
     def _add_to_sum(self, i: int, gradient: Tensor) -> None:
+        """Add the gradient of parameter i to the whole vector."""
         if self.sum is None:
             self.sum = self._new_sum()
         place = self.layout.ranges[i]
@@ -187,6 +187,8 @@ class GradientReducer:
         values = self._bucket_values(self.next_bucket)
         del self.filled[self.next_bucket]
         self.next_bucket += 1
+        if not self.every_micro_batch:
+            self._note_freed(bucket.stop - bucket.start)
         if self.sum is None:
             self.sum = self._new_sum()
         self._start_reduce(values, bucket.start)
@@ -208,21 +210,20 @@ class GradientReducer:
                 owner=None if self.all_reduce else owner,
                 pairwise_of=self.active_ranks if self.exact else None,
             )
-            self.pending.append(PendingReduction(wait, offset=start - self.held.start))
+            self.pending.append(PendingReduction(wait, offset=start - self.slice_start))
             start = stop
             while len(self.pending) > MAX_IN_FLIGHT:
                 self._finish_reduce()
 
     def _new_sum(self) -> Tensor:
-        """Room for the part that this rank holds, with zeros between the buckets.
+        """Room for this rank's slice, with zeros between the buckets.
 
         Its memory is taken only as it is written, while gradients are freed.
         """
-        size = self.held.stop - self.held.start
-        total = torch.empty(size, dtype=self.sum_dtype, device=self.device)
+        total = torch.empty(self.slice_size, dtype=self.sum_dtype, device=self.device)
         for gap in self.gaps:
-            start = max(0, gap.start - self.held.start)
-            stop = max(0, gap.stop - self.held.start)
+            start = max(0, gap.start - self.slice_start)
+            stop = max(0, gap.stop - self.slice_start)
             total[start:stop] = 0
         return total
 
@@ -232,7 +233,7 @@ class GradientReducer:
         """
         reduction = self.pending.pop(0)
         part = reduction.wait()
-        if not self.every_micro_batch or not 0 <= reduction.offset < self.slice_size:
+        if self.keeps_all or not 0 <= reduction.offset < self.slice_size:
             return
         assert self.sum is not None
         destination = self.sum[reduction.offset : reduction.offset + len(part)]
@@ -282,7 +283,9 @@ class GradientReducer:
         if self.exact:
             total = self.pairwise_sum.result()
             return comm.all_gather(self.mesh, total) if self.stage == 0 else total
-        if not self.every_micro_batch:
+        if self.keeps_all:
             self._reduce_sum()
+        elif not self.every_micro_batch:
+            self._end_round()
         assert self.sum is not None
-        return self.sum[self.owned] if self.stage == 1 else self.sum
+        return self.sum

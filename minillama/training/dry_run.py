@@ -7,6 +7,7 @@ division of the model that fits.
 import math
 import sys
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from minillama import comm
 from minillama.checkpoint.template_files import resolve_template
@@ -42,7 +43,7 @@ from minillama.training.estimate import (
     places_of,
     weight_bytes,
 )
-from minillama.training.model_building import lora_config
+from minillama.training.model_building import growth_problem, lora_config
 from minillama.training.summary import gigabytes
 
 LARGEST_ON_DEVICE = 40 * 10**9  # bytes of weights that one device holds beside its activations
@@ -133,13 +134,14 @@ def _fits_on_devices(llama: LlamaConfig, config: TrainConfig, count: int) -> boo
 def planned_model(config: TrainConfig) -> tuple[LlamaConfig, str]:
     """The architecture of a run, with the vocabulary that its tokenizer makes of it.
 
-    Returns also why the tokenizer cannot be opened, or "".
+    Returns also why the run refuses the tokenizer; an empty string if it does not.
     """
     base = find_base(config)
     vocab_size, problem = planned_vocabulary(config, base)
     llama = model_config(config, base, vocab_size)
-    if pretrained(config, base):  # more tokens make the embedding and the head larger
-        llama = replace(llama, vocab_size=max(llama.vocab_size, vocab_size))
+    if pretrained(config, base) and vocab_size > llama.vocab_size:
+        problem = growth_problem(config, llama, Path(config.tokenizer), vocab_size)
+        llama = replace(llama, vocab_size=vocab_size)  # the embedding and the head grow
     return llama, problem
 
 

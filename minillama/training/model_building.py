@@ -163,27 +163,44 @@ def _check_growth(
     config: TrainConfig, llama: LlamaConfig, tokenizer: Tokenizer, mesh: comm.Mesh
 ) -> None:
     """Print how the vocabulary grows. Raises UserError if nothing asks for that."""
-    if tokenizer.size <= llama.vocab_size:
-        return
-    trained_rows = _trained_rows(config)
-    grown = replace(llama, vocab_size=tokenizer.size)
-    growth = (
-        f"the vocabulary grows from {llama.vocab_size:,} to {tokenizer.size:,} tokens, and the "
-        f"model from {llama.parameter_count():,} to {grown.parameter_count():,} parameters"
-    )
-    if config.lora and not set(WHOLE) <= trained_rows:
-        raise UserError(
-            f"{tokenizer.path} has {tokenizer.size} tokens, more than the checkpoint's embedding "
+    if problem := growth_problem(config, llama, tokenizer.path, tokenizer.size):
+        raise UserError(problem)
+    if tokenizer.size > llama.vocab_size:
+        growth = _describe_growth(llama, tokenizer.size)
+        mesh.print(f"WARNING: {growth}; new rows begin as the mean of the old ones")
+
+
+def growth_problem(
+    config: TrainConfig, llama: LlamaConfig, tokenizer: Path, vocab_size: int
+) -> str:
+    """Why a run refuses a tokenizer; an empty string if its tokens have rows, or may get them.
+
+    llama: the checkpoint's architecture.
+    vocab_size: the number of tokens in `tokenizer`.
+    """
+    if vocab_size <= llama.vocab_size:
+        return ""
+    if config.lora and not set(WHOLE) <= _trained_rows(config):
+        return (
+            f"{tokenizer} has {vocab_size} tokens, more than the checkpoint's embedding "
             "has rows; the new rows would never be trained: "
             "add --modules_to_save embed_tokens,lm_head"
         )
     if not config.lora and not config.grow_vocabulary:
-        raise UserError(
-            f"{tokenizer.path} has {tokenizer.size} tokens, {config.ckpt} has {llama.vocab_size}: "
-            f"{growth}; if this is meant, add --grow_vocabulary; "
+        return (
+            f"{tokenizer} has {vocab_size} tokens, {config.ckpt} has {llama.vocab_size}: "
+            f"{_describe_growth(llama, vocab_size)}; if this is meant, add --grow_vocabulary; "
             "otherwise take the checkpoint's own tokenizer: leave --tokenizer out"
         )
-    mesh.print(f"WARNING: {growth}; new rows begin as the mean of the old ones")
+    return ""
+
+
+def _describe_growth(llama: LlamaConfig, vocab_size: int) -> str:
+    grown = replace(llama, vocab_size=vocab_size)
+    return (
+        f"the vocabulary grows from {llama.vocab_size:,} to {vocab_size:,} tokens, and the "
+        f"model from {llama.parameter_count():,} to {grown.parameter_count():,} parameters"
+    )
 
 
 def _trained_rows(config: TrainConfig) -> set[str]:
