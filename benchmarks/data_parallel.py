@@ -13,8 +13,8 @@ there):
 
 Every side trains the same model of ours from the same weights in fp32 on the same tokens, with
 AdamW and clipping, in fresh processes over gloo, one thread a rank; sides take turns. Printed:
-tokens per second of all ranks, CPU seconds per step of a rank, peak resident memory of a rank
-(medians, smallest and largest), and the last loss, which must agree.
+tokens per second of all ranks, the same over DDP's of that round, CPU seconds per step of a rank,
+peak resident memory of a rank (medians, smallest and largest), and the last loss, which must agree.
 """
 
 import argparse
@@ -40,6 +40,7 @@ SIDES = [
     "ZeroRedundancyOptimizer",
     "FSDP2",
 ]
+REFERENCE = "DDP + AdamW"  # whose tokens/s of the same round the others' are divided by
 if importlib.util.find_spec("deepspeed"):
     SIDES += ["DeepSpeed, stage 1", "DeepSpeed, stage 2"]
 
@@ -282,10 +283,17 @@ def main() -> None:
         f"{options.shape}, fp32, {options.ranks} ranks x {options.tokens} tokens, "
         f"medians of {options.rounds} rounds of {options.steps} steps"
     )
-    print(f"{'':26}{'tokens/s':>20}{'CPU s a step':>20}{'peak GB a rank':>20}{'last loss':>12}")
+    print(
+        f"{'':26}{'tokens/s':>20}{f'x {REFERENCE}':>20}{'CPU s a step':>20}{'peak GB a rank':>20}"
+        f"{'last loss':>12}"
+    )
     for side, runs in found.items():
+        ratios = []
+        for run, reference in zip(runs, found[REFERENCE], strict=True):
+            ratios.append(run["tokens_per_second"] / reference["tokens_per_second"])
         print(
             f"{side:26}{spread([r['tokens_per_second'] for r in runs], 0):>20}"
+            f"{spread(ratios, 2):>20}"
             f"{spread([r['cpu'] for r in runs], 2):>20}"
             f"{spread([r['peak'] / 1e9 for r in runs], 2):>20}{runs[-1]['loss']:>12.5f}"
         )

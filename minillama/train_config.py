@@ -53,7 +53,7 @@ class Key:
             return
         lower = f"be at least {self.minimum}" if self.minimum else "not be negative"
         upper = "be finite" if self.below == UNLIMITED else f"be below {self.below}"
-        raise UserError(f"{name} = {value}: must {lower}, and {upper}")
+        raise UserError(f"{name} = {value}: must {lower}, and {upper}; it is: {self.help}")
 
 
 def key(

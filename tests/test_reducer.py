@@ -169,3 +169,35 @@ def test_a_micro_batch_after_the_sum_was_asked_for_is_refused():
     parameter.sum().backward()
     with pytest.raises(AssertionError, match="clear"):
         reducer.end_micro_batch()
+
+
+@pytest.mark.parametrize("stage, size, is_kept", [(0, 2, True), (1, 2, True), (2, 2, False)])
+def test_ranks_of_a_cpu_keep_the_vector_and_nothing_of_its_gradients(
+    stage, size, is_kept, monkeypatch
+):
+    """A parameter without a gradient in the second step does not get that of the first."""
+    monkeypatch.setattr(comm, "reduce_to", lambda mesh, tensor, **_: lambda: tensor)
+    one, other = nn.Parameter(torch.ones(3, 1)), nn.Parameter(torch.ones(3, 1))
+    layout = lay_out([one.shape, other.shape])
+    reducer = GradientReducer(
+        [one, other], layout, Mesh(0, size), slice_size=4, config=settings_of(stage)
+    )
+    (one.sum() + other.sum()).backward()
+    reducer.end_micro_batch()
+    assert reducer.reduced()[:4].tolist() == [1, 1, 1, 1]
+    before = reducer.vector
+    reducer.clear()
+    assert reducer.vector is before and (before is not None) == is_kept
+    (2 * other.sum()).backward()
+    reducer.end_micro_batch()
+    assert reducer.reduced()[:4].tolist() == [0, 0, 0, 2]
+
+
+def test_one_rank_gives_the_memory_of_its_gradients_back():
+    parameter = nn.Parameter(torch.ones(3, 1))
+    layout = lay_out([parameter.shape])
+    reducer = GradientReducer([parameter], layout, Mesh(), slice_size=3, config=settings_of(0))
+    parameter.sum().backward()
+    assert reducer.vector is not None
+    reducer.clear()
+    assert reducer.vector is None

@@ -141,3 +141,26 @@ def test_a_run_does_not_train_on_what_it_holds_out(inputs):
     held_out = run.eval_batches.windows.start.tolist()
     assert (len(trained), len(held_out)) == (240, 60)
     assert not set(trained) & set(held_out)
+
+
+def test_held_out_documents_that_are_most_of_the_text_are_warned_of(inputs, capsys):
+    """The seed holds out one of two files. If that is the long one, little is left to train on."""
+    texts = {"short": "the cat sat", "long": "the cat sat on the mat " * 200}
+    for name, text in texts.items():
+        (inputs / f"{name}.txt").write_text(text)
+    warned = set()
+    for seed in range(6):
+        config = long_run(
+            inputs,
+            inputs / "run",
+            data=tuple(str(inputs / f"{name}.txt") for name in texts),
+            validation_split=0.4,
+            seed=seed,
+        )
+        long_is_held_out = new_trainer(config).run.eval_batches.windows.length.sum() > 100
+        printed = capsys.readouterr().out
+        assert ("takes 1 of 2 documents, which hold 100% of the tokens" in printed) == (
+            long_is_held_out
+        )
+        warned.add(long_is_held_out)
+    assert warned == {True, False}

@@ -88,6 +88,19 @@ def test_a_checkpoint_behind_the_end_of_the_run_is_refused(
     assert not (tmp_path / "shorter/final").exists()
 
 
+def test_a_checkpoint_of_a_run_with_other_settings_is_warned_of(
+    settings_for: Callable, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    train(settings_for(save_strategy="steps", save_steps=2, validation_split=0.2), MESH)
+    resume = str(tmp_path / "run/checkpoints/step-000002")
+    other = settings_for(out_dir=str(tmp_path / "other"), resume=resume, validation_split=0.5)
+    train(other, MESH)
+    changes = "validation_split was 0.2, is 0.5"
+    assert f"WARNING: {resume} began with other settings: {changes}\n" in capsys.readouterr().out
+    train(replace(other, validation_split=0.2, out_dir=str(tmp_path / "third")), MESH)
+    assert "other settings" not in capsys.readouterr().out
+
+
 def test_a_record_cut_off_by_a_power_cut_does_not_stop_the_run_that_goes_on(
     settings_for: Callable, tmp_path: Path
 ) -> None:

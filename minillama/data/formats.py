@@ -151,6 +151,7 @@ def _moss(record: dict[str, Any], source: Source) -> ParsedRecord:
     """MOSS: {chat: {turn_1: {Human, MOSS, …}, …}}.
 
     Each turn gives a conversation of the turns up to it, in which only its own answer is a target.
+    `meta_instruction`, and what a turn has beside Human and MOSS, are not read.
     """
     chat = record.get("chat")
     if not isinstance(chat, dict) or not all(isinstance(m, dict) for m in chat.values() if m):

@@ -49,15 +49,11 @@ def open_data(
     """
     if len(paths) == 1:
         complete_dataset(paths[0])
-        is_tokenized = find_part(paths[0]) is not None or is_dataset(paths[0])
-        if is_tokenized and options.max_samples:
-            raise UserError(
-                f"max_samples = {options.max_samples} counts records of raw files; {paths[0]} is "
-                "tokenized: leave it out, or name the raw file"
-            )
         if find_part(paths[0]):
+            _refuse_raw_options(paths[0], options)
             return MegatronDataset(paths[0], tokenizer.size)
         if is_dataset(paths[0]):
+            _refuse_raw_options(paths[0], options)
             dataset = Dataset(paths[0], verify=True)
             _check_origin(dataset, tokenizer, options.template)
             return dataset
@@ -75,6 +71,18 @@ def open_data(
             return dataset
     build_dataset(paths, tokenizer, prefix, options)
     return Dataset(prefix)
+
+
+def _refuse_raw_options(prefix: str, options: DataOptions) -> None:
+    """Raise UserError for an option that would change how raw files are read."""
+    defaults = DataOptions()
+    for name in ("max_samples", "data_format", "append_eod", "skip_bad_records"):
+        value = getattr(options, name)
+        if value != getattr(defaults, name):
+            raise UserError(
+                f"{name} = {value} is for raw files, and {prefix} is tokenized: leave it out, or "
+                "name the raw files"
+            )
 
 
 def _check_origin(dataset: Dataset, tokenizer: Tokenizer, template: str) -> None:

@@ -15,14 +15,15 @@ Norms and biases come last: the norm of the first layer is the last gradient of 
 
 Sums are fp32 if several micro-batches are added, else of the parameters' dtype.
 
-    each rank keeps all     (fast, stage 0, or stage 1 on one rank) Gradients are added up in one
-                            vector, in which they lie as the weights do. It is reduced in place.
-    each rank keeps a slice Gradients are collected in a bucket. Its sum is added to the slice of
-                            its owner, and its memory is freed. A bucket of one large parameter is
-                            the gradient that autograd made, without a copy.
+    once a step           Gradients are added up in one vector, in which they lie as the weights do.
+                          It is reduced in place.
+    in every micro-batch  Gradients are collected in a bucket. Its sum is added to the slice of its
+                          owner, and its memory is freed. A bucket of one large parameter is the
+                          gradient that autograd made, without a copy.
 
 The exact reduction adds micro-batches in a fixed pairwise tree (`parallel.pairwise_sum`).
-Between two steps no gradient takes memory.
+Between two steps no gradient takes memory, but for the one vector of several ranks on CPUs: they
+keep it, because the system would have to clear every page of a new one.
 """
 
 from collections.abc import Callable
@@ -90,15 +91,17 @@ class GradientReducer:
         self.sum_dtype = torch.float32 if adds_up else parameters[0].dtype
         early = self.stage == 2 and not self.exact
         self.reduce_dtype = parameters[0].dtype if early else self.sum_dtype
-        padded = slice_size * mesh.size  # elements of the whole vector
-        self.slice_size = padded if self.all_reduce else slice_size
-        self.slice_start = 0 if self.all_reduce else mesh.rank * slice_size
-        self.keeps_all = not self.every_micro_batch and (self.stage == 0 or mesh.size == 1)
+        self.padded = slice_size * mesh.size  # elements of the whole vector
+        self.owned = slice(mesh.rank * slice_size, (mesh.rank + 1) * slice_size)
+        self.slice_size = self.padded if self.all_reduce else slice_size
+        on_cpu_ranks = mesh.size > 1 and self.device.type == "cpu"
+        self.keeps_vector = on_cpu_ranks and not self.every_micro_batch
+        self.vector: Tensor | None = None  # all gradients, if they are reduced once a step
         self.active_ranks = mesh.size  # ranks, from 0 on, that have a micro-batch in this round
         self.freed_elements = 0
 
         self.buckets = plan_buckets(layout, self.bucket_elements)
-        self.gaps = gaps_between(self.buckets, padded)
+        self.gaps = gaps_between(self.buckets, self.padded)
         self.bucket_of: dict[int, int] = {}  # index of a parameter -> index of its bucket
         for number, bucket in enumerate(self.buckets):
             for i in bucket.members:
@@ -109,8 +112,10 @@ class GradientReducer:
 
     def clear(self) -> None:
         """Forget all gradients."""
-        self.sum: Tensor | None = None  # of this rank's slice, (slice_size,)
-        self.added: set[int] = set()  # indices of the parameters in `sum`, if it keeps all
+        if not self.keeps_vector:
+            self.vector = None
+        self.added: set[int] = set()  # indices of the parameters whose gradients are in `vector`
+        self.sum: Tensor | None = None  # of this rank's slice, if every micro-batch is reduced
         self.pairwise_sum = PairwiseSum()  # exact reduction only
         self.result: Tensor | None = None
         self._begin_round()
@@ -128,23 +133,28 @@ class GradientReducer:
         assert parameter.grad is not None
         gradient = parameter.grad.flatten()
         parameter.grad = None
-        self._note_freed(len(gradient))
-        if self.keeps_all:
-            self._add_to_sum(i, gradient)
-        else:
+        if not self.keeps_vector:
+            self._note_freed(len(gradient))
+        if self.every_micro_batch:
             self._put_into_bucket(i, gradient)
+        else:
+            self._add_to_vector(i, gradient)
 
-    def _add_to_sum(self, i: int, gradient: Tensor) -> None:
-        """Add the gradient of parameter i to the whole vector."""
-        if self.sum is None:
-            self.sum = self._new_sum()
+    def _add_to_vector(self, i: int, gradient: Tensor) -> None:
+        """Add the gradient of parameter i in its place of the whole vector."""
         place = self.layout.ranges[i]
-        total = self.sum[place.start : place.stop]
+        total = self._whole_vector()[place.start : place.stop]
         if i in self.added:
             total.add_(gradient)
         else:
             total.copy_(gradient)
             self.added.add(i)
+
+    def _whole_vector(self) -> Tensor:
+        """The vector of all gradients. Its memory is taken only as it is written."""
+        if self.vector is None:
+            self.vector = torch.empty(self.padded, dtype=self.sum_dtype, device=self.device)
+        return self.vector
 
     def _put_into_bucket(self, i: int, gradient: Tensor) -> None:
         """Move the gradient of parameter i into its bucket, and reduce the buckets whose turn it
@@ -187,8 +197,6 @@ class GradientReducer:
         values = self._bucket_values(self.next_bucket)
         del self.filled[self.next_bucket]
         self.next_bucket += 1
-        if not self.every_micro_batch:
-            self._note_freed(bucket.stop - bucket.start)
         if self.sum is None:
             self.sum = self._new_sum()
         self._start_reduce(values, bucket.start)
@@ -210,7 +218,7 @@ class GradientReducer:
                 owner=None if self.all_reduce else owner,
                 pairwise_of=self.active_ranks if self.exact else None,
             )
-            self.pending.append(PendingReduction(wait, offset=start - self.slice_start))
+            self.pending.append(PendingReduction(wait, offset=start - self.owned.start))
             start = stop
             while len(self.pending) > MAX_IN_FLIGHT:
                 self._finish_reduce()
@@ -222,8 +230,8 @@ class GradientReducer:
         """
         total = torch.empty(self.slice_size, dtype=self.sum_dtype, device=self.device)
         for gap in self.gaps:
-            start = max(0, gap.start - self.slice_start)
-            stop = max(0, gap.stop - self.slice_start)
+            start = max(0, gap.start - self.owned.start)
+            stop = max(0, gap.stop - self.owned.start)
             total[start:stop] = 0
         return total
 
@@ -233,7 +241,7 @@ class GradientReducer:
         """
         reduction = self.pending.pop(0)
         part = reduction.wait()
-        if self.keeps_all or not 0 <= reduction.offset < self.slice_size:
+        if not self.every_micro_batch or not 0 <= reduction.offset < self.slice_size:
             return
         assert self.sum is not None
         destination = self.sum[reduction.offset : reduction.offset + len(part)]
@@ -259,17 +267,17 @@ class GradientReducer:
             self.sum = None
         self._begin_round()
 
-    def _reduce_sum(self) -> None:
+    def _reduce_vector(self) -> Tensor:
         """Sum the whole vector over the ranks, once a step. It is 0 where no gradient came."""
-        if self.sum is None:
-            self.sum = self._new_sum()
+        vector = self._whole_vector()
         written = [self.layout.ranges[i] for i in self.added]
-        for gap in gaps_between(written, len(self.sum)):
-            self.sum[gap.start : gap.stop] = 0
+        for gap in gaps_between(written, self.padded):
+            vector[gap.start : gap.stop] = 0
         for bucket in self.buckets:
-            self._start_reduce(self.sum[bucket.start : bucket.stop], bucket.start)
+            self._start_reduce(vector[bucket.start : bucket.stop], bucket.start)
         while self.pending:
             self._finish_reduce()
+        return vector[self.owned] if self.stage == 1 else vector
 
     def reduced(self) -> Tensor:
         """The sum over micro-batches and ranks: the whole padded vector at stage 0, this rank's
@@ -283,9 +291,7 @@ class GradientReducer:
         if self.exact:
             total = self.pairwise_sum.result()
             return comm.all_gather(self.mesh, total) if self.stage == 0 else total
-        if self.keeps_all:
-            self._reduce_sum()
-        elif not self.every_micro_batch:
-            self._end_round()
+        if not self.every_micro_batch:
+            return self._reduce_vector()
         assert self.sum is not None
         return self.sum

@@ -44,7 +44,7 @@ from minillama.train_config import TrainConfig
 # slices are whole chunks, so a chunk never lies on two ranks. Smaller ones would cost time: each is
 # an operation of its own. Larger ones would cost memory: a parameter is padded to whole chunks.
 CHUNK = 16384
-UPDATE_CHUNK = 1 << 22  # elements updated at a time, which bounds the temporary copies of a step
+UPDATE_CHUNK = 1 << 20  # elements updated at a time, so that temporary copies stay in the cache
 STATE = ("master", "m", "v")  # the vectors that a checkpoint holds
 
 

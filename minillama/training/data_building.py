@@ -120,12 +120,31 @@ def build_data(
         eval_windows = TrainingWindows(dataset, max_length, eval_documents, config.max_dropped)
     train_windows = TrainingWindows(dataset, max_length, train_documents, config.max_dropped)
     mesh.print(f"data: {train_windows.summary()}")
+    if train_documents is not None and eval_windows is not None:
+        _warn_of_large_documents(train_windows, eval_windows, config.validation_split, mesh)
 
     return RunData(
         train_batches=_train_plan(train_windows, config, grid.data.size),
         eval_batches=_eval_plan(eval_windows, config, grid.data.size) if eval_windows else None,
         template=template,
     )
+
+
+def _warn_of_large_documents(
+    train: TrainingWindows, held_out: TrainingWindows, fraction: float, mesh: comm.Mesh
+) -> None:
+    """Warn if a fraction of the documents holds out more than twice that fraction of the tokens."""
+    held_out_tokens = held_out.length.sum()
+    share = held_out_tokens / (held_out_tokens + train.length.sum())
+    if share > 2 * fraction:
+        remedy = "give --eval_data"
+        if held_out.dataset.mask is None:
+            remedy += ", or --data_format lines, which makes each line a document"
+        mesh.print(
+            f"WARNING: validation_split = {fraction} takes {held_out.documents:,} of "
+            f"{held_out.documents + train.documents:,} documents, which hold {share:.0%} of the "
+            f"tokens; {remedy}"
+        )
 
 
 def row_length(config: TrainConfig, llama: LlamaConfig) -> int:

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from minillama.checkpoint.template_files import read_template
 from minillama.generation.examples import demo_questions
 from minillama.training.run import Run
 from minillama.training.summary import Stopped, Summary, gigabytes
@@ -45,7 +46,8 @@ def closing_message(out_dir: Path, summary: Summary) -> str:
         loss = f"loss {summary['last_loss']:.4f}"
     if summary["eval_loss"] is not None:
         loss += f", validation loss {summary['eval_loss']:.4f}"
-    command = f"python generate.py --ckpt {out_dir} --chat"
+    command = f"python generate.py --ckpt {out_dir}"
+    command += " --chat" if read_template(out_dir / "final") else ' --prompt "Once upon a time"'
     if out_dir.name.startswith("demo"):
         command = f"python eval.py --task demo --ckpt {out_dir}   or   {command}"
     lines = [

@@ -122,6 +122,7 @@ def prepare(config: TrainConfig, mesh: comm.Mesh, overwrite: bool = False) -> Ru
     continued = None
     if resume_point is not None:
         continued = resume_point.directory
+        settings.warn_of_changed_settings(config, continued, mesh)
         rows_per_step = resume_point.state["rows_per_step"]
         config = run_directory.with_global_batch(config, grid, rows_per_step)
 

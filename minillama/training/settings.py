@@ -112,12 +112,29 @@ def refuse_changed_settings(config: TrainConfig, out_dir: Path) -> None:
     ignored = MAY_CHANGE
     if read_inputs(out_dir).fingerprints:
         ignored = MAY_CHANGE | PATHS
-    changes = []
-    for name, value in _as_json(config).items():
-        if name not in ignored and name in before and before[name] != value:
-            changes.append(f"{name} was {before[name]!r}, is {value!r}")
+    changes = _changes(before, config, ignored)
     if changes:
         raise UserError(
             f"{out_dir}: holds a run with other settings: {', '.join(changes)}; "
             "choose another --out_dir, or --overwrite_output_dir"
         )
+
+
+def warn_of_changed_settings(config: TrainConfig, checkpoint: Path, mesh: comm.Mesh) -> None:
+    """Print how a run differs from the one whose checkpoint it goes on from.
+
+    The checkpoint may be of another run, so nothing is refused. But other documents may be held
+    out, or come in another order.
+    """
+    before = read_about(checkpoint).get("settings") or {}
+    changes = _changes(before, config, MAY_CHANGE | PATHS)
+    if changes:
+        mesh.print(f"WARNING: {checkpoint} began with other settings: {', '.join(changes)}")
+
+
+def _changes(before: dict[str, Any], config: TrainConfig, ignored: set[str]) -> list[str]:
+    changes = []
+    for name, value in _as_json(config).items():
+        if name not in ignored and name in before and before[name] != value:
+            changes.append(f"{name} was {before[name]!r}, is {value!r}")
+    return changes
