@@ -58,6 +58,10 @@ def parsed(text: str) -> dict:
         ("--full_finetuning True --lora_rank 8", {"lora": False}),
         ("--full_finetuning False --lora_rank 8", {"lora": True}),
         ("--neat_packing", {"packing": True}),
+        (
+            "--additional_target embed_tokens,lm_head",
+            {"modules_to_save": ("embed_tokens", "lm_head")},
+        ),
         ("--force_resize_embeddings", {"grow_vocabulary": True}),
         ("--resume_from_checkpoint True", {"resume": "auto"}),
         ("--resume_from_checkpoint False", {"resume": "none"}),
@@ -90,6 +94,10 @@ def test_what_their_flags_come_to(text: str, expected: dict) -> None:
         ("--load_best_model_at_end", "eval_loss in metrics.jsonl tells which"),
         ("--save_only_model True", "--save_strategy no leaves final/ alone"),
         ("--group_by_length", "--packing true"),
+        (
+            "--rope_scaling linear",
+            "--rope_scaling linear is not supported: the checkpoint's config",
+        ),
         ("--push_to_hub", "hf upload NAME OUT_DIR/final"),
         ("--mask_history True", "every answer of a conversation is trained on"),
         ("--optimizer sgd", "the optimizer is AdamW"),

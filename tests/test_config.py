@@ -81,7 +81,7 @@ def test_a_flag_of_lora_turns_it_on_rather_than_being_ignored(
         (["--adam_beta2", "1"], "and be below 1"),
         (["--threads", "100000"], "and be below 1025"),
         (["--initial_scale_power", "5000"], "and be below 128"),
-        (["--validation_split", "1"], "validation_split = 1.0"),
+        (["--validation_split", "100"], "be below 1; it is: fraction of the training documents"),
         (["--fp16", "--bf16"], "exclude each other"),
         (["--zero_stage", "3"], "zero_stage = 3; choose one of: 0, 1, 2"),
         (["--seed"], "expected one argument"),

@@ -19,17 +19,30 @@ from minillama.training.run import prepare
 from minillama.training.summary import throughput, training_flops
 
 
+SUMMARY = {
+    "peak_memory_bytes": None,
+    "steps": 2,
+    "tokens": 9,
+    "last_loss": 1.0,
+    "eval_loss": None,
+    "seconds": 1.0,
+    "tokens_per_second": 9.0,
+}
+
+
 def test_a_device_that_does_not_report_its_memory_has_a_closing_message() -> None:
-    summary = {
-        "peak_memory_bytes": None,
-        "steps": 2,
-        "tokens": 9,
-        "last_loss": 1.0,
-        "eval_loss": None,
-        "seconds": 1.0,
-        "tokens_per_second": 9.0,
-    }
-    assert "peak memory not reported" in closing_message(Path("runs/a"), summary)
+    assert "peak memory not reported" in closing_message(Path("runs/a"), SUMMARY)
+
+
+def test_a_chat_is_proposed_for_a_model_with_a_template(tmp_path: Path) -> None:
+    (tmp_path / "final").mkdir()
+    assert f"next: python generate.py --ckpt {tmp_path} --prompt" in closing_message(
+        tmp_path, SUMMARY
+    )
+    (tmp_path / "final/minillama.json").write_text('{"template": "alpaca"}')
+    assert f"next: python generate.py --ckpt {tmp_path} --chat" in closing_message(
+        tmp_path, SUMMARY
+    )
 
 
 @pytest.mark.parametrize(

@@ -74,6 +74,19 @@ def test_another_template_than_a_data_sets_own_is_refused(
     assert len(open_path(other, small_tokenizer, template="default")) == 40
 
 
+@pytest.mark.parametrize(
+    "option",
+    [{"data_format": "alpaca"}, {"append_eod": False}, {"skip_bad_records": True}],
+    ids=str,
+)
+def test_options_for_raw_files_are_refused_with_a_tokenized_data_set(
+    alpaca_dataset, small_tokenizer, option
+):
+    _, prefix = alpaca_dataset
+    with pytest.raises(UserError, match=f"{next(iter(option))} = .* is for raw files"):
+        open_path(prefix, small_tokenizer, **option)
+
+
 def test_a_cache_follows_its_file_its_tokenizer_and_its_options(tmp_path, small_tokenizer):
     source = write_json_lines(tmp_path / "a.jsonl", alpaca(10))
 

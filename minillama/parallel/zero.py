@@ -44,7 +44,10 @@ from minillama.train_config import TrainConfig
 # slices are whole chunks, so a chunk never lies on two ranks. Smaller ones would cost time: each is
 # an operation of its own. Larger ones would cost memory: a parameter is padded to whole chunks.
 CHUNK = 16384
-UPDATE_CHUNK = 1 << 20  # elements updated at a time, so that temporary copies stay in the cache
+# Elements updated at a time. Their temporary copies should stay in the cache of a CPU; other devices
+# need more elements at a time, because each chunk takes several kernels.
+CPU_UPDATE_CHUNK = 1 << 20
+UPDATE_CHUNK = 1 << 22
 STATE = ("master", "m", "v")  # the vectors that a checkpoint holds
 
 
@@ -98,6 +101,7 @@ class ZeroAdamW:
         self.master = updated_weights if is_fp32 else updated_weights.float()
         self.m = torch.zeros_like(self.master)
         self.v = torch.zeros_like(self.master)
+        self.update_chunk = CPU_UPDATE_CHUNK if self.weights.is_cpu else UPDATE_CHUNK
         self.gradients = GradientReducer(parameters, self.layout, mesh, slice_size, config, defer)
 
     def _lay_out_weights(self, padded: int) -> None:
@@ -120,7 +124,7 @@ class ZeroAdamW:
 
         With the exact reduction there is one for each parameter, which depends on nothing else.
         """
-        block_size = CHUNK if self.is_exact else UPDATE_CHUNK
+        block_size = CHUNK if self.is_exact else self.update_chunk
         blocks = self.gradients.reduced().split(block_size)
         squares = torch.stack([block.float().square().sum() for block in blocks])
         if self.stage:
@@ -155,8 +159,8 @@ class ZeroAdamW:
     ) -> None:
         """AdamW on the elements start … stop of what this rank updates."""
         gradient = self.gradients.reduced()
-        for first in range(start, stop, UPDATE_CHUNK):
-            place = slice(first, min(first + UPDATE_CHUNK, stop))
+        for first in range(start, stop, self.update_chunk):
+            place = slice(first, min(first + self.update_chunk, stop))
             scaled = gradient[place].float()
             if scale != 1.0:
                 scaled = scaled * scale
