@@ -18,7 +18,6 @@ from minillama.training.metrics import draw_loss
 from minillama.training.run import prepare
 from minillama.training.summary import throughput, training_flops
 
-
 SUMMARY = {
     "peak_memory_bytes": None,
     "steps": 2,

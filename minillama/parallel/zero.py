@@ -44,8 +44,8 @@ from minillama.train_config import TrainConfig
 # slices are whole chunks, so a chunk never lies on two ranks. Smaller ones would cost time: each is
 # an operation of its own. Larger ones would cost memory: a parameter is padded to whole chunks.
 CHUNK = 16384
-# Elements updated at a time. Their temporary copies should stay in the cache of a CPU; other devices
-# need more elements at a time, because each chunk takes several kernels.
+# Elements updated at a time. On a CPU their temporary copies should stay in the cache; on other
+# devices each chunk takes several kernels, so it should be larger.
 CPU_UPDATE_CHUNK = 1 << 20
 UPDATE_CHUNK = 1 << 22
 STATE = ("master", "m", "v")  # the vectors that a checkpoint holds
