@@ -10,6 +10,7 @@ from minillama import comm
 from minillama.comm import Mesh
 from minillama.errors import UserError
 from minillama.grid import make_grid
+from minillama.parallel import zero
 from minillama.parallel.sharded_optimizer import ShardedOptimizer
 from minillama.parallel.zero import CHUNK
 from minillama.train_config import TrainConfig
@@ -103,8 +104,10 @@ def test_the_fast_reduction_differs_by_rounding_only(size, stage):
     )  # a tenth of an update, where v is near 0
 
 
-def test_it_is_adamw_with_the_norm_of_the_whole_gradient():
+@pytest.mark.parametrize("chunk", [zero.CPU_UPDATE_CHUNK, 1000])
+def test_it_is_adamw_with_the_norm_of_the_whole_gradient(chunk, monkeypatch):
     """Three updates against torch's AdamW and clip_grad_norm_, decay on matrices only."""
+    monkeypatch.setattr(zero, "CPU_UPDATE_CHUNK", chunk)
     net = random_model(**LARGE)
     groups = [
         {
