@@ -173,7 +173,7 @@ def test_the_first_records_of_each_file_are_read(
     dataset = open_data(names, small_tokenizer, options)
     assert len(dataset) == 6
     assert len(open_data(names, small_tokenizer, replace(options, max_samples=0))) == 20
-    with pytest.raises(UserError, match="max_samples = 3 is for raw files"):
+    with pytest.raises(UserError, match="max_samples = 3 counts records of raw files"):
         open_data([str(dataset.prefix)], small_tokenizer, options)
 
 

@@ -42,7 +42,7 @@ def test_the_golden_index_is_read_and_equals_ours(tmp_path, small_tokenizer):
         dataset = megatron.MegatronDataset(name, vocab_size=10)
         assert all_ids(dataset) == [[1, 5, 6], [7, 8, 1, 9, 9, 2]]
     assert isinstance(open_path(part, small_tokenizer), megatron.MegatronDataset)
-    with pytest.raises(UserError, match="append_eod = False is for raw files"):
+    with pytest.raises(UserError, match="append_eod = False holds for raw files"):
         open_path(part, small_tokenizer, append_eod=False)
     assert TrainingWindows(dataset, 4).targets.sum() == 2 + 5
 

@@ -75,16 +75,36 @@ def test_another_template_than_a_data_sets_own_is_refused(
 
 
 @pytest.mark.parametrize(
-    "option",
-    [{"data_format": "alpaca"}, {"append_eod": False}, {"skip_bad_records": True}],
+    ("option", "message"),
+    [
+        ({"data_format": "lines"}, "data_format = 'lines', and this is instruction data"),
+        ({"append_eod": False}, "append_eod = False holds for raw files"),
+        ({"max_samples": 3}, "max_samples = 3 counts records of raw files"),
+    ],
     ids=str,
 )
-def test_options_for_raw_files_are_refused_with_a_tokenized_data_set(
-    alpaca_dataset, small_tokenizer, option
+def test_an_option_that_does_not_hold_for_a_tokenized_data_set_is_refused(
+    alpaca_dataset, small_tokenizer, option, message
 ):
     _, prefix = alpaca_dataset
-    with pytest.raises(UserError, match=f"{next(iter(option))} = .* is for raw files"):
+    with pytest.raises(UserError, match=message):
         open_path(prefix, small_tokenizer, **option)
+
+
+def test_an_option_that_a_tokenized_data_set_was_made_with_is_no_contradiction(
+    tmp_path, alpaca_dataset, small_tokenizer
+):
+    """Flags can be those of other, raw files, or follow from a preset or `--stage pt`."""
+    _, prefix = alpaca_dataset
+    assert len(open_path(prefix, small_tokenizer, data_format="alpaca")) == 40
+    (tmp_path / "a.txt").write_text("the cat sat on the mat")
+    text = tmp_path / "text"
+    build([tmp_path / "a.txt"], small_tokenizer, text, append_eod=False)
+    for data_format in ("auto", "text", "lines"):
+        options = {"data_format": data_format, "append_eod": False, "skip_bad_records": True}
+        assert len(open_path(text, small_tokenizer, **options)) == 1
+    with pytest.raises(UserError, match="data_format = 'alpaca', and this is plain text"):
+        open_path(text, small_tokenizer, data_format="alpaca")
 
 
 def test_a_cache_follows_its_file_its_tokenizer_and_its_options(tmp_path, small_tokenizer):

@@ -74,4 +74,4 @@ def _write_tensors(
 
 
 def _nothing_beside(directory: Path) -> None:
-    pass
+    """Do nothing: an adapter has no files beside its weights."""

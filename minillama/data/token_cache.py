@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from minillama import chat
+from minillama.data.formats import default_template
 from minillama.data.megatron import MegatronDataset, find_part
 from minillama.data.memmap import Dataset, is_dataset
 from minillama.data.renames import complete_dataset
@@ -37,6 +38,7 @@ from minillama.tokenizer import Tokenizer
 # Formats of which an earlier version read some files in another way: line ends of plain text, and
 # system messages. What it cached of them is not used.
 READ_ANEW = ("text", "lines", "ascend", "sharegpt")
+EITHER_KIND = ("auto", "ascend")  # formats of instruction data and of plain text
 
 
 def open_data(
@@ -50,12 +52,13 @@ def open_data(
     if len(paths) == 1:
         complete_dataset(paths[0])
         if find_part(paths[0]):
-            _refuse_raw_options(paths[0], options)
-            return MegatronDataset(paths[0], tokenizer.size)
+            dataset: Dataset = MegatronDataset(paths[0], tokenizer.size)
+            _refuse_contradictions(dataset, options)
+            return dataset
         if is_dataset(paths[0]):
-            _refuse_raw_options(paths[0], options)
             dataset = Dataset(paths[0], verify=True)
             _check_origin(dataset, tokenizer, options.template)
+            _refuse_contradictions(dataset, options)
             return dataset
     sources = detect_sources(paths, options)
     prefix = _cache_prefix(sources, tokenizer, options)
@@ -73,16 +76,22 @@ def open_data(
     return Dataset(prefix)
 
 
-def _refuse_raw_options(prefix: str, options: DataOptions) -> None:
-    """Raise UserError for an option that would change how raw files are read."""
-    defaults = DataOptions()
-    for name in ("max_samples", "data_format", "append_eod", "skip_bad_records"):
-        value = getattr(options, name)
-        if value != getattr(defaults, name):
-            raise UserError(
-                f"{name} = {value} is for raw files, and {prefix} is tokenized: leave it out, or "
-                "name the raw files"
-            )
+def _refuse_contradictions(dataset: Dataset, options: DataOptions) -> None:
+    """Raise UserError for an option that does not hold for a tokenized data set."""
+    problem = ""
+    is_text = dataset.mask is None
+    kind = "plain text" if is_text else "instruction data"
+    has_template = bool(default_template({options.data_format}))  # text and lines have none
+    if options.max_samples:
+        problem = f"max_samples = {options.max_samples} counts records of raw files"
+    elif options.data_format not in EITHER_KIND and has_template == is_text:
+        problem = f"data_format = {options.data_format!r}, and this is {kind}"
+    elif not options.append_eod and dataset.meta.get("append_eod", True):
+        problem = "append_eod = False holds for raw files"
+    if problem:
+        raise UserError(
+            f"{dataset.prefix}: is tokenized, and {problem}: leave it out, or name the raw files"
+        )
 
 
 def _check_origin(dataset: Dataset, tokenizer: Tokenizer, template: str) -> None:

@@ -133,7 +133,7 @@ class GradientReducer:
         assert parameter.grad is not None
         gradient = parameter.grad.flatten()
         parameter.grad = None
-        if not self.keeps_vector:
+        if not self.keeps_vector:  # else the gradients to come take the same memory again
             self._note_freed(len(gradient))
         if self.every_micro_batch:
             self._put_into_bucket(i, gradient)
