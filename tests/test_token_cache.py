@@ -77,7 +77,7 @@ def test_another_template_than_a_data_sets_own_is_refused(
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        ({"data_format": "lines"}, "data_format = 'lines', and this is instruction data"),
+        ({"data_format": "lines"}, "data_format = 'lines', but .* is tokenized instruction data"),
         ({"append_eod": False}, "append_eod = False holds for raw files"),
         ({"max_samples": 3}, "max_samples = 3 counts records of raw files"),
     ],
@@ -103,7 +103,7 @@ def test_an_option_that_a_tokenized_data_set_was_made_with_is_no_contradiction(
     for data_format in ("auto", "text", "lines"):
         options = {"data_format": data_format, "append_eod": False, "skip_bad_records": True}
         assert len(open_path(text, small_tokenizer, **options)) == 1
-    with pytest.raises(UserError, match="data_format = 'alpaca', and this is plain text"):
+    with pytest.raises(UserError, match="data_format = 'alpaca', but .* is tokenized plain text"):
         open_path(text, small_tokenizer, data_format="alpaca")
 
 

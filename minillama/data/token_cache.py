@@ -85,12 +85,13 @@ def _refuse_contradictions(dataset: Dataset, options: DataOptions) -> None:
     if options.max_samples:
         problem = f"max_samples = {options.max_samples} counts records of raw files"
     elif options.data_format not in EITHER_KIND and has_template == is_text:
-        problem = f"data_format = {options.data_format!r}, and this is {kind}"
+        problem = f"data_format = {options.data_format!r}"
     elif not options.append_eod and dataset.meta.get("append_eod", True):
         problem = "append_eod = False holds for raw files"
     if problem:
         raise UserError(
-            f"{dataset.prefix}: is tokenized, and {problem}: leave it out, or name the raw files"
+            f"{problem}, but {dataset.prefix} is tokenized {kind}; leave the option out, or name the "
+            "raw files"
         )
 
 
