@@ -103,7 +103,8 @@ def test_an_option_that_a_tokenized_data_set_was_made_with_is_no_contradiction(
     for data_format in ("auto", "text", "lines"):
         options = {"data_format": data_format, "append_eod": False, "skip_bad_records": True}
         assert len(open_path(text, small_tokenizer, **options)) == 1
-    with pytest.raises(UserError, match="data_format = 'alpaca', but .* is tokenized plain text"):
+    message = "data_format = 'alpaca', but .* is tokenized plain text"
+    with pytest.raises(UserError, match=message):
         open_path(text, small_tokenizer, data_format="alpaca")
 
 

@@ -90,8 +90,8 @@ def _refuse_contradictions(dataset: Dataset, options: DataOptions) -> None:
         problem = "append_eod = False holds for raw files"
     if problem:
         raise UserError(
-            f"{problem}, but {dataset.prefix} is tokenized {kind}; leave the option out, or name the "
-            "raw files"
+            f"{problem}, but {dataset.prefix} is tokenized {kind}; leave the option out, or name "
+            "the raw files"
         )
 
 
