@@ -70,7 +70,7 @@ class Ours:
         self.model = deepcopy(model)
 
     def run(self, prompts: list[list[int]], tokens: int, beams: int) -> None:
-        ops.pack_weights(self.model)
+        ops.pack_weights(self.model, len(prompts) * beams)
         if beams > 1:
             done = list(
                 beam_search(

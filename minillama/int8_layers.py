@@ -33,6 +33,7 @@ class Int8Linear(nn.Module):
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__()
+        self.out_features, self.in_features = weight.shape
         weight = weight.detach().float()
         largest = weight.abs().amax(dim=1)  # (out,)
         scales = (largest / LEVELS).bfloat16()

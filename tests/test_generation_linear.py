@@ -12,7 +12,7 @@ from minillama.generation.decode import Completion, decode
 from minillama.generation.engine import Engine
 from minillama.generation.sampling import Sampling
 from minillama.model import Llama
-from minillama.ops import cpu_linear, fused_attention, reference
+from minillama.ops import column_tiles, cpu_linear, fused_attention, reference
 from minillama.tokenizer import open_tokenizer
 from tests.conftest import TINY, random_model
 
@@ -20,6 +20,10 @@ GREEDY, SAMPLED = Sampling(temperature=0.0), Sampling(temperature=1.3, top_p=0.9
 
 
 CAN_PACK_BF16 = torch.cpu._is_avx512_supported()  # oneDNN refuses to pack bf16 elsewhere
+HAS_TILES = "fbgemm" in torch.backends.quantized.supported_engines
+NEEDS_TILES = pytest.mark.skipif(
+    not HAS_TILES, reason="this torch has no FBGEMM, which multiplies tiles"
+)
 PROMPTS = [[1, 7, 9], [1], [1, 4, 4, 8, 30, 2, 11, 19, 3, 5], [1, 7, 9, 13], [5] * 20]
 
 
@@ -52,15 +56,22 @@ def test_every_form_of_the_linear_is_its_formula_rounded_once(
         for shape in ((rows, 1, 64), (48, 64), (48,))
     )
     exact = x.double() @ weight.double().T + (b.double() if bias else 0)
-    as_it_is, shuffled = nn.Linear(64, 48), nn.Linear(64, 48)
-    as_it_is.weight = shuffled.weight = nn.Parameter(weight, requires_grad=False)
+    as_it_is, shuffled, tiled = (nn.Linear(64, 48) for _ in range(3))
+    for linear in (as_it_is, shuffled, tiled):
+        linear.weight = nn.Parameter(weight, requires_grad=False)
     forms = [as_it_is]
     if dtype is torch.float32 or CAN_PACK_BF16:
         monkeypatch.setattr(cpu_linear, "packing_gains", lambda weight: True)
-        cpu_linear.pack_weights(shuffled)
+        cpu_linear.pack_weights(shuffled, num_rows=2)
         assert shuffled.weight.is_mkldnn
         assert torch.equal(shuffled.weight.to_dense(), weight)
         forms.append(shuffled)
+    if HAS_TILES:
+        monkeypatch.setattr(column_tiles, "WIDTHS", (32, 16))
+        cpu_linear.pack_weights(tiled, num_rows=1)
+        assert tiled.weight.shape == (3, 64, 16)
+        assert torch.equal(column_tiles.join(tiled.weight), weight)
+        forms.append(tiled)
     for linear in forms:
         with torch.inference_mode():
             y = cpu_linear.linear(x, linear.weight, b if bias else None)
@@ -90,33 +101,78 @@ def test_weights_are_packed_where_it_gains(
     model = random_model().to(dtype)
     model.lm_head.weight = model.model.embed_tokens.weight
     layer, embedding = model.model.layers[0], model.lm_head.weight
-    ops.pack_weights(model)
+    ops.pack_weights(model, num_rows=2)
     assert layer.mlp.gate_proj.weight.is_mkldnn is packs
     assert layer.self_attn.q_proj.weight.is_mkldnn is (packs and dtype == torch.bfloat16)  # small
     assert model.lm_head.weight is embedding, "shared with the embedding"
     once = layer.mlp.gate_proj.weight
-    ops.pack_weights(model)
+    ops.pack_weights(model, num_rows=3)
     assert layer.mlp.gate_proj.weight is once
 
 
+@NEEDS_TILES
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_the_form_of_the_weights_follows_the_number_of_sequences(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From plain to tiles, to packed or plain, and back: the numbers stay, and no step is done
+    twice. A weight without a width that divides it goes on as for several sequences."""
+    monkeypatch.setattr(cpu_linear, "LARGE", 1)
+    model = random_model().to(dtype)
+    up_proj = model.model.layers[0].mlp.up_proj
+    numbers = up_proj.weight.clone()
+    monkeypatch.setattr(column_tiles, "WIDTHS", (len(numbers) // 2,))
+    packs = cpu_linear.packing_gains(numbers)
+
+    ops.pack_weights(model, num_rows=1)
+    tiles = up_proj.weight
+    assert len(tiles) == 2
+    assert torch.equal(column_tiles.join(tiles), numbers)
+    ops.pack_weights(model, num_rows=1)
+    assert up_proj.weight is tiles
+    q_proj = model.model.layers[0].self_attn.q_proj.weight
+    assert q_proj.shape[0] % (len(numbers) // 2) != 0, "no tile is as wide as this"
+    assert q_proj.is_mkldnn is packs
+
+    ops.pack_weights(model, num_rows=2)
+    assert up_proj.weight.is_mkldnn is packs
+    assert torch.equal(up_proj.weight.to_dense(), numbers)
+    ops.pack_weights(model, num_rows=1)
+    assert torch.equal(column_tiles.join(up_proj.weight), numbers)
+
+
+def test_tiles_are_for_large_tables_of_any_size() -> None:
+    """The widest tile that divides the rows; other devices and dtypes keep their weights."""
+    widths = {out: column_tiles._width_for(out) for out in (32_000, 576, 288, 100, 4096)}
+    assert widths == {32_000: 256, 576: 64, 288: 32, 100: 0, 4096: 256}
+    weight = torch.empty(256, 8)
+    assert column_tiles.can_tile(weight) is HAS_TILES
+    for other in (weight[:100], weight.double(), weight.to("meta")):
+        assert not column_tiles.can_tile(other)
+
+
+@pytest.mark.parametrize("num_rows", [pytest.param(1, marks=NEEDS_TILES), 2])
 def test_packed_weights_give_the_same_texts_and_are_for_the_fused_linear_only(
-    monkeypatch: pytest.MonkeyPatch,
+    num_rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cpu_linear, "LARGE", 1)
+    monkeypatch.setattr(column_tiles, "WIDTHS", (16, 8, 4, 2))
     model = random_model()
+    as_it_is = model.lm_head.weight
     try:
         ops.choose("reference")
-        ops.pack_weights(model)
-        assert not model.lm_head.weight.is_mkldnn
+        ops.pack_weights(model, num_rows)
+        assert model.lm_head.weight is as_it_is
         ops.choose("auto")
         before = [answer.ids for answer in together(model, PROMPTS, 6, GREEDY)]
-        ops.pack_weights(model)
-        assert model.lm_head.weight.is_mkldnn
+        ops.pack_weights(model, num_rows)
+        assert model.lm_head.weight.is_mkldnn is (num_rows > 1)
+        assert model.lm_head.weight is not as_it_is
         assert [answer.ids for answer in together(model, PROMPTS, 6, GREEDY)] == before
         with pytest.raises(AssertionError, match="take gradients before"):
             model.lm_head(
                 torch.ones(1, TINY.dim, requires_grad=True)
-            )  # oneDNN's product would give none, in silence
+            )  # both products would give none, in silence
     finally:
         ops.choose("")
 
@@ -154,16 +210,21 @@ def test_a_mask_that_decoding_made_serves_where_gradients_are_asked_for() -> Non
     assert torch.equal(after, before)
 
 
-@pytest.mark.parametrize("beams", [1, 3])
+@pytest.mark.parametrize(
+    ("beams", "completions", "packed"), [(1, 1, False), (3, 1, True), (1, 2, True)]
+)
 def test_an_engine_packs_before_its_first_completion(
-    beams: int, monkeypatch: pytest.MonkeyPatch
+    beams: int, completions: int, packed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """In tiles for one sequence, and in oneDNN's order for several."""
     monkeypatch.setattr(cpu_linear, "LARGE", 1)
+    monkeypatch.setattr(column_tiles, "WIDTHS", (2,))
     tokenizer = open_tokenizer(Path(__file__).parent / "golden/model")
     config = GenerationConfig(template="none", greedy=True, max_new_tokens=3, num_beams=beams)
     engine = Engine(random_model(), tokenizer, config)
-    list(engine.stream([engine.new_completion([1, 5])], seed=0))
-    assert engine.model.lm_head.weight.is_mkldnn
+    list(engine.stream([engine.new_completion([1, 5]) for _ in range(completions)], seed=0))
+    assert engine.model.lm_head.weight.is_mkldnn is (packed or not HAS_TILES)
+    assert engine.model.lm_head.weight.dim() == (3 if HAS_TILES and not packed else 2)
 
 
 @pytest.mark.parametrize("T", [1, 3])

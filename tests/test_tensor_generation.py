@@ -194,7 +194,7 @@ def inspect_on_rank(path: Path) -> tuple[str, list[int], bool]:
         model = load_engine(LoadOptions(str(path)), mesh=mesh).model
         cache = Cache.for_model(model, model.config, batch=2, capacity=5)
         checksum = weights_checksum(model, mesh)
-        cpu_linear.pack_weights(model)
+        cpu_linear.pack_weights(model, num_rows=2)
         weight = model.get_parameter("model.layers.0.mlp.up_proj.weight")
         return checksum, list(cache.keys[0].shape), weight.is_mkldnn
 

@@ -75,7 +75,7 @@ def evaluate(
         "weights_sample_sha256": weights_checksum(engine.model, grid.tensor),
     }
     out = Path(options.out) if options.out else None
-    ops.pack_weights(engine.model)
+    ops.pack_weights(engine.model, num_rows=max_length)
     records = predict(engine.model, benchmark, options.batch_size, out, settings, grid)
     summary = {
         **about,

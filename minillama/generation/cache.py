@@ -16,7 +16,7 @@ Shapes: B rows, T new tokens, S positions so far, K key/value heads, D head size
 """
 
 from collections import Counter
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -48,8 +48,8 @@ class LayerStorage(NamedTuple):
 
     @classmethod
     def of(cls, layer: nn.Module, head_dim: int) -> "LayerStorage":
-        weight = layer.get_parameter("self_attn.k_proj.weight")  # (K·D, C)
-        return cls(len(weight) // head_dim, weight.device)
+        k_proj: Any = layer.get_submodule("self_attn.k_proj")
+        return cls(k_proj.out_features // head_dim, k_proj.weight.device)
 
 
 class Cache:

@@ -161,7 +161,7 @@ class Engine:
         config = self.config
         if seed is None and self.mesh.size > 1:
             seed = comm.gather_objects(self.mesh, secrets.randbits(32))[0]
-        ops.pack_weights(self.model)
+        ops.pack_weights(self.model, num_rows=len(completions) * config.num_beams)
         if config.beams is None:
             steps = decode(
                 self.model, completions, config.sampling, self.stop_ids, seed, config.rope_alpha

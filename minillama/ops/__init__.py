@@ -231,10 +231,10 @@ def _check_choice(text: str, name: str, names: list[str]) -> None:
         raise UserError(f"--ops, MINILLAMA_OPS: {text}; choose one of: {', '.join(allowed)}")
 
 
-def pack_weights(model: nn.Module) -> None:
-    """Before decoding: pack the weights, if the fused linear is used.
+def pack_weights(model: nn.Module, num_rows: int) -> None:
+    """Pack the weights to decode `num_rows` sequences at a time, if the fused linear is used.
 
     See `cpu_linear.pack_weights`. To do it again costs nothing.
     """
     if linear.usable("cpu")[0].function is cpu_linear.linear:
-        cpu_linear.pack_weights(model)
+        cpu_linear.pack_weights(model, num_rows)

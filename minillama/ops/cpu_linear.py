@@ -1,6 +1,7 @@
-"""Linear layers: on a CPU there are two ways to be faster than torch's own product.
+"""Linear layers: on a CPU there are three ways to be faster than torch's own product.
 
-    packed weights     for decoding: W is stored in the order in which oneDNN reads it
+    tiles of columns   for decoding one sequence: see `ops.column_tiles`
+    packed weights     for decoding several: W is stored in the order in which oneDNN reads it
     16-bit in fp32     in fp16, and in bf16 on a CPU without bf16 units: products of fp32 copies,
                        rounded once, block by block; decoding takes it from 5 rows on
 
@@ -17,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from minillama.ops import column_tiles
+
 FEW_ROWS = 4  # up to so many rows torch's product of bf16 is faster than copying W to fp32
 BLOCK = 600_000  # elements of W that are copied at once; a larger copy is new memory each time
 LARGE = 1 << 19  # elements from which packing an fp32 weight gains
@@ -30,9 +33,11 @@ def has_bf16_units() -> bool:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x W^T + b. x (..., in), weight (out, in) or packed, bias (out,)."""
+    """x W^T + b. x (..., in), weight (out, in), packed, or in tiles; bias (out,)."""
     if weight.is_mkldnn:
         return linear_packed(x, weight, bias)
+    if weight.dim() == 3:
+        return linear_tiled(x, weight, bias)
     if x.dtype is torch.float32 or not x.is_cpu:
         return F.linear(x, weight, bias)
     if x.dtype is torch.bfloat16 and (has_bf16_units() or _decodes_few_rows(x)):
@@ -115,25 +120,54 @@ def pack_weight(weight: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def pack_weights(model: nn.Module) -> None:
-    """Pack the weights of the linear layers of `model`, if that gains.
+def pack_weights(model: nn.Module, num_rows: int) -> None:
+    """Store the weights of the linear layers of `model` as products of `num_rows` rows read them
+    fastest: in tiles for one row, packed for several, where that gains.
 
-    A product cuts its weight into tiles for the CPU's registers. Decoding multiplies a few rows by
+    A product cuts its weight into pieces for the CPU's registers. Decoding multiplies a few rows by
     the whole weight again and again, and cutting costs more than multiplying, so it is done once.
-    From then on only `linear` can use the weights, and only without gradients; `to_dense()`
-    gives the bits back. A weight that an embedding shares is not packed.
+    From then on only `linear` can use the weights, for any number of rows, and only without
+    gradients. A weight that an embedding shares is left as it is.
     """
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     for module in model.modules():
-        if not isinstance(module, nn.Linear) or id(module.weight) in embeddings:
-            continue
-        if packing_gains(module.weight):
-            module.weight = nn.Parameter(pack_weight(module.weight), requires_grad=False)
+        if isinstance(module, nn.Linear) and id(module.weight) not in embeddings:
+            packed = _packed_for(module.weight, num_rows)
+            if packed is not module.weight:
+                module.weight = nn.Parameter(packed, requires_grad=False)
+
+
+def _packed_for(weight: Tensor, num_rows: int) -> Tensor:
+    """The weight in the best form for so many rows; itself if it is in that form."""
+    in_tiles = weight.dim() == 3
+    if num_rows == 1 and (in_tiles or column_tiles.can_tile(weight)):
+        return weight if in_tiles else column_tiles.cut(weight.to_dense())
+    if in_tiles:
+        weight = column_tiles.join(weight)
+    return pack_weight(weight) if packing_gains(weight) else weight
 
 
 def linear_packed(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """The product with a packed weight. oneDNN has no backward for it, and would not say so."""
-    assert not (torch.is_grad_enabled() and x.requires_grad), (
-        "packed weights are for reading: take gradients before `pack`"
-    )
+    _assert_no_gradient(x)
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+def linear_tiled(x: Tensor, tiles: Tensor, bias: Tensor | None) -> Tensor:
+    """The product with a weight in tiles. One row is fast, several are no slower than torch's."""
+    _assert_no_gradient(x)
+    rows = x.flatten(0, -2)  # (rows, in)
+    if len(rows) == 1:
+        y = column_tiles.multiply_row(rows[0], tiles)
+    elif x.dtype is torch.float32 or (x.dtype is torch.bfloat16 and has_bf16_units()):
+        y = column_tiles.multiply_rows(rows, tiles)
+    else:
+        y = torch.cat([linear(rows, tile.T) for tile in tiles], dim=-1)
+    y = y.view(*x.shape[:-1], -1)
+    return y if bias is None else y + bias
+
+
+def _assert_no_gradient(x: Tensor) -> None:
+    assert not (torch.is_grad_enabled() and x.requires_grad), (
+        "packed weights are for reading: take gradients before `pack_weights`"
+    )
