@@ -198,6 +198,40 @@ def test_a_16_bit_linear_is_trained_by_the_cpus_own_products_where_it_has_them(
         assert (found.double() - exact).norm() <= 4e-3 * exact.norm()
 
 
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
+@pytest.mark.parametrize("frozen", [False, True])
+def test_an_fp32_linear_is_trained_by_onednn_where_that_gains(
+    frozen: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """x is not contiguous, and is not kept for a weight without a gradient."""
+    monkeypatch.setattr(cpu_linear, "onednn_gains", lambda: True)
+    generator = torch.Generator().manual_seed(0)
+    x, weight, bias, dy = (
+        torch.randn(shape, generator=generator)
+        for shape in ((2, 64, 20), (48, 64), (48,), (2, 20, 48))
+    )
+    x = x.transpose(1, 2).requires_grad_()
+    weight.requires_grad_(not frozen)
+    bias.requires_grad_()
+    kept: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        y = cpu_linear.linear(x, weight, bias)
+    assert "Linear32" in y.grad_fn.name()
+    assert len(kept) == (1 if frozen else 2)
+    y.backward(dy)
+    exact_x, exact_w, exact_dy = x.detach().double(), weight.detach().double(), dy.double()
+    for found, exact in (
+        (y.detach(), exact_x @ exact_w.T + bias.detach().double()),
+        (x.grad, exact_dy @ exact_w),
+        (weight.grad, torch.einsum("bto,bti->oi", exact_dy, exact_x)),
+        (bias.grad, exact_dy.sum((0, 1))),
+    ):
+        if found is weight.grad and frozen:
+            assert found is None
+            continue
+        assert (found.double() - exact).norm() <= 1e-6 * exact.norm()
+
+
 def test_a_mask_that_decoding_made_serves_where_gradients_are_asked_for() -> None:
     lengths, (q, k, v) = (
         torch.tensor([3, 5]),
