@@ -60,8 +60,7 @@ def rope_alpha(text: str) -> float:
 FLAGS = (
     Flag("prompt", "list", [], "TEXT", "a prompt; may repeat"),
     Flag("prompt_ids", "list", [], '"1 15043"', "a prompt as token ids; may repeat"),
-    Flag("prompt_file", str, "", "FILE",
-         'prompts, one a line, or .jsonl records with "prompt"'),
+    Flag("prompt_file", str, "", "FILE", 'prompts, one a line, or .jsonl records with "prompt"'),
     Flag("chat", "switch", False, None, "hold a conversation in the terminal"),
     Flag("web", "switch", False, None, "hold a conversation in the browser (extra `web`)"),
     Flag("host", str, "127.0.0.1", "ADDRESS",
@@ -87,6 +86,7 @@ FLAGS = (
     Flag("length_penalty", float, 1.0, "X", "beams: scores are divided by length^X [1.0]"),
     Flag("early_stopping", ("true", "false", "never"), "false", None,
          "beams: when to stop; docs/decoding.md [false]"),
+    Flag("prompt_lookup", int, 0, "N", "greedy: guess N tokens a step from the text so far [0]"),
     Flag("rope_alpha", rope_alpha, None, "auto|A",
          "go beyond the context: scale the rotary base by A^(D/(D-2))"),
     Flag("batch_size", int, 8, "N", "completions written at once [8]"),
@@ -133,12 +133,12 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     if options.prompt_ids and not (options.prompt or options.prompt_file):
         parser.refuse(options, "with token ids, which are read as they are", ("system", "template"))
     if options.mode:
-        names = ("web", "greedy", "output", "num_samples", "stream")
+        names = ("web", "greedy", "output", "num_samples", "stream", "prompt_lookup")
         parser.refuse(options, "with --mode", names)
     elif options.chat:
         parser.refuse(options, "with --chat", ("web", *FOR_PROMPTS))
     if options.web:
-        parser.refuse(options, "with --web", ("num_beams", *FOR_PROMPTS))
+        parser.refuse(options, "with --web", ("num_beams", "prompt_lookup", *FOR_PROMPTS))
     return options
 
 

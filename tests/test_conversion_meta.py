@@ -1,6 +1,7 @@
 """Meta's layout: the same network in another order, equal in its logits, and back to the bit."""
 
 import json
+import shutil
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +27,7 @@ from minillama.conversion.writer import Output
 from minillama.hf_config import read_config
 from minillama.llama_config import PUBLISHED, LlamaConfig, ffn_width
 from minillama.model import Llama
+from minillama.tokenizer import open_tokenizer
 from tests.conftest import TINY
 from tests.conversions import EMBEDDING, HEAD, random_meta, read_weights, save_meta
 
@@ -248,6 +250,19 @@ def test_an_output_without_a_tokenizer_is_a_warning(tmp_path):
     directory = save_meta(tmp_path / "meta", [random_meta()])
     conversion = meta_to_hf(directory, Output(tmp_path / "hf"))
     assert f"warning: no tokenizer.model in {directory} or above it" in conversion.notes[0]
+
+
+def test_a_tokenizer_that_contradicts_the_one_beside_the_weights_is_a_warning(
+    tmp_path, small_tokenizer
+):
+    own = Path(__file__).parent / "golden/model/tokenizer.model"
+    rows = max(small_tokenizer.size, open_tokenizer(own).size)
+    directory = save_meta(tmp_path / "meta", [random_meta(replace(TINY, vocab_size=rows))])
+    shutil.copy(own, directory / "tokenizer.model")
+    warning = "is not the tokenizer of this model: id "
+    conversion = meta_to_hf(directory, Output(tmp_path / "hf"), small_tokenizer.path)
+    assert f"warning: {small_tokenizer.path} {warning}" in str(conversion)
+    assert warning not in str(meta_to_hf(directory, Output(tmp_path / "same"), own))
 
 
 def test_params_may_be_nested_under_model(tmp_path):

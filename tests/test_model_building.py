@@ -11,9 +11,11 @@ from safetensors.torch import load_file
 from minillama.checkpoint.hf_reader import load_model
 from minillama.data import demo
 from minillama.errors import UserError
+from minillama.lora import LoraConfig, save_adapter
 from minillama.tokenizer import open_tokenizer, train_tokenizer
 from minillama.training.architecture import find_adapter
 from minillama.training.model_building import recompute_activations
+from tests.adapters import with_random_adapter
 from tests.conftest import random_model
 from tests.runs import flat_weights, loss_of, new_trainer
 
@@ -83,6 +85,19 @@ def test_training_warns_of_a_tokenizer_whose_first_tokens_are_not_the_checkpoint
     assert f"WARNING: {larger_tokenizer} {other}" in capsys.readouterr().out
     new_trainer(settings_for(ckpt=str(base), tokenizer=str(own)))
     assert other not in capsys.readouterr().out
+
+
+def test_a_run_from_an_adapter_warns_of_another_dropout(
+    settings_for: Callable, inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    lora = LoraConfig(dropout=0.125)
+    save_adapter(with_random_adapter(load_model(inputs / "base"), lora), lora, tmp_path, "")
+    settings = {"lora": True, "adapter": str(tmp_path)}
+    new_trainer(settings_for(**settings))
+    warning = f"{tmp_path} was trained with lora_dropout = 0.125, and this run takes 0.0; "
+    assert f"WARNING: {warning}--lora_dropout 0.125 keeps it" in capsys.readouterr().out
+    new_trainer(settings_for(**settings, lora_dropout=0.125))
+    assert "WARNING" not in capsys.readouterr().out
 
 
 def test_modules_to_save_ask_for_growth_in_megatrons_names_too(

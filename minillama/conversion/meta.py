@@ -14,13 +14,13 @@ from pathlib import Path
 from minillama.checkpoint.hf_reader import EMBEDDING, check_names, open_weights
 from minillama.checkpoint.hf_writer import write_configs
 from minillama.checkpoint.stop_tokens import write_stop_ids
-from minillama.checkpoint.tokenizer_files import has_tokenizer
+from minillama.checkpoint.tokenizer_files import contradiction, has_tokenizer
 from minillama.conversion.meta_reader import read_meta
 from minillama.conversion.meta_writer import write_meta
 from minillama.conversion.writer import Conversion, Output, write_checkpoint
 from minillama.errors import UserError
 from minillama.hf_config import read_config
-from minillama.tokenizer import Tokenizer, open_tokenizer
+from minillama.tokenizer import open_tokenizer
 
 
 def meta_to_hf(
@@ -39,7 +39,12 @@ def meta_to_hf(
     checkpoint = read_meta(source)
     config = checkpoint.config
     notes = []
-    opened = _find_tokenizer(source, tokenizer)
+    beside = _directory_with_tokenizer(source)
+    opened = open_tokenizer(tokenizer or beside) if tokenizer or beside else None
+    if opened is not None and beside is not None:
+        problem = contradiction(opened, beside)
+        if problem:
+            notes.append(f"warning: {problem}; the text of the converted model may be nonsense")
     if opened is None:
         notes.append(
             f"warning: no tokenizer.model in {source} or above it, so the output has none "
@@ -77,10 +82,9 @@ def hf_to_meta(source: Path, output: Output, num_shards: int = 0) -> Conversion:
     return write_meta(output, [source], tensors, config, companions=source, num_shards=num_shards)
 
 
-def _find_tokenizer(source: Path, tokenizer: Path | str) -> Tokenizer | None:
-    if tokenizer:
-        return open_tokenizer(tokenizer)
+def _directory_with_tokenizer(source: Path) -> Path | None:
+    """The directory of the weights, or the one above it: the first that has a tokenizer."""
     for directory in (source, source.resolve().parent):
         if has_tokenizer(directory):
-            return open_tokenizer(directory)
+            return directory
     return None

@@ -26,6 +26,7 @@ class GenerationConfig:
     num_beams: int = 1  # 1: no beam search
     length_penalty: float = 1.0  # of beam search
     early_stopping: str = "false"  # of beam search: see `BeamOptions`
+    prompt_lookup: int = 0  # tokens guessed in a step of greedy decoding: see `lookup`
     rope_alpha: float | None = None  # beyond the context: see `decode.scale_rope`
     stop: tuple[str, ...] = ()  # end before any of these strings
     ignore_eos: bool = False  # do not end at EOS
@@ -50,7 +51,14 @@ class GenerationConfig:
             raise UserError(
                 '--stop "": an empty text would end every completion at once; leave it out'
             )
-        _ = self.sampling  # checks its own values
+        is_greedy = self.sampling.temperature == 0 and self.repetition_penalty == 1
+        if self.prompt_lookup < 0:
+            raise UserError(f"--prompt_lookup {self.prompt_lookup}: must be at least 0")
+        if self.prompt_lookup and not (is_greedy and self.num_beams == 1):
+            raise UserError(
+                "--prompt_lookup is for greedy decoding: add --greedy, and leave --num_beams and "
+                "--repetition_penalty out"
+            )
 
     @property
     def sampling(self) -> Sampling:

@@ -21,6 +21,7 @@ from minillama.errors import UserError
 from minillama.generation.beam import beam_search
 from minillama.generation.config import GenerationConfig
 from minillama.generation.decode import Completion, decode, rope_alpha_for
+from minillama.generation.lookup import decode_with_lookup
 from minillama.model import Llama
 from minillama.tokenizer import Stream, Tokenizer
 
@@ -156,13 +157,20 @@ class Engine:
     def stream(self, completions: list[Completion], seed: int | None) -> Iterator[TextPiece]:
         """Write `completions` together, and yield each with its new text while it grows.
 
-        With beam search they must belong to one prompt. Tensor ranks call this together.
+        With beam search they must belong to one prompt, with prompt lookup it must be one. Tensor
+        ranks call this together.
         """
         config = self.config
         if seed is None and self.mesh.size > 1:
             seed = comm.gather_objects(self.mesh, secrets.randbits(32))[0]
-        ops.pack_weights(self.model, num_rows=len(completions) * config.num_beams)
-        if config.beams is None:
+        num_rows = len(completions) * config.num_beams * (1 + config.prompt_lookup)
+        ops.pack_weights(self.model, num_rows)
+        if config.prompt_lookup:
+            (completion,) = completions
+            steps = decode_with_lookup(
+                self.model, completion, config.prompt_lookup, self.stop_ids, config.rope_alpha
+            )
+        elif config.beams is None:
             steps = decode(
                 self.model, completions, config.sampling, self.stop_ids, seed, config.rope_alpha
             )
@@ -211,7 +219,8 @@ class Engine:
         while remaining:
             first = remaining[0]
             alpha = self._rope_alpha(requests[first][0])
-            limit = 1 if self.config.beams else max(1, batch_size // len(requests[first]))
+            is_alone = self.config.beams or self.config.prompt_lookup
+            limit = 1 if is_alone else max(1, batch_size // len(requests[first]))
             batch = [i for i in remaining[:limit] if self._rope_alpha(requests[i][0]) == alpha]
             batches.append(batch)
             remaining = remaining[

@@ -51,7 +51,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if not x.is_cpu:
         return F.linear(x, weight, bias)
     if x.dtype is torch.float32:
-        return _Linear32.apply(x, weight, bias) if onednn_gains() else F.linear(x, weight, bias)
+        multiply = linear_by_onednn if onednn_gains() else F.linear
+        return multiply(x, weight, bias)
     if x.dtype is torch.bfloat16 and (has_bf16_units() or _decodes_few_rows(x)):
         return F.linear(x, weight, bias)
     return linear_in_fp32(x, weight, bias)
@@ -65,6 +66,11 @@ def _decodes_few_rows(x: Tensor) -> bool:
 def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x W^T + b by oneDNN. It has no backward, and would not say so."""
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+def linear_by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """fp32, forward and backward. Keeps x only for a weight that has a gradient."""
+    return _Linear32.apply(x, weight, bias)
 
 
 class _Linear32(torch.autograd.Function):

@@ -159,6 +159,16 @@ def _warn_of_other_tokens(tokenizer: Tokenizer, weights: Path, mesh: comm.Mesh) 
         mesh.print(f"WARNING: {problem}; what the model knows of its tokens is lost")
 
 
+def _warn_of_other_dropout(adapter: Path, dropout: float, mesh: comm.Mesh) -> None:
+    """Warn if the run trains with another dropout than the adapter that it starts from."""
+    own = read_adapter_config(adapter).dropout
+    if own != dropout:
+        mesh.print(
+            f"WARNING: {adapter} was trained with lora_dropout = {own}, and this run takes "
+            f"{dropout}; --lora_dropout {own} keeps it"
+        )
+
+
 def _check_growth(
     config: TrainConfig, llama: LlamaConfig, tokenizer: Tokenizer, mesh: comm.Mesh
 ) -> None:
@@ -240,6 +250,7 @@ def _add_adapters(
     if adapter:
         refuse_other_adapter(config, keys_not_at_default(config))
         refuse_tied_factors(adapter)
+        _warn_of_other_dropout(adapter, config.lora_dropout, grid.all)
         return load_adapter(model, adapter, config.lora_dropout, grid.tensor, grid.stage)
     lora = lora_config(config)
     add_lora(model, lora, generator, grid.tensor)
