@@ -40,7 +40,7 @@ from minillama.parallel.flat_layout import FlatLayout
 from minillama.parallel.pairwise_sum import PairwiseSum
 from minillama.train_config import TrainConfig
 
-RELEASE_EVERY = 1 << 25  # freed gradient elements after which memory is returned to the system
+RELEASE_EVERY = 1 << 24  # freed gradient elements after which memory is returned to the system
 MAX_IN_FLIGHT = 2  # reductions under way at a time; more would only hold more memory
 
 
