@@ -40,7 +40,8 @@ def meta_to_hf(
     config = checkpoint.config
     notes = []
     beside = _directory_with_tokenizer(source)
-    opened = open_tokenizer(tokenizer or beside) if tokenizer or beside else None
+    chosen = tokenizer or beside
+    opened = open_tokenizer(chosen) if chosen else None
     if opened is not None and beside is not None:
         problem = contradiction(opened, beside)
         if problem:
