@@ -13,6 +13,7 @@ from minillama.generation.decode import Completion, decode, prefill
 from minillama.generation.sampling import Sampling
 from minillama.model import Llama
 from minillama.ops import Documents
+from minillama.parallel.tensor import set_sizes
 from minillama.tokenizer import open_tokenizer
 from tests.conftest import TINY, generate, random_model, random_tokens
 
@@ -177,6 +178,7 @@ def test_the_cache_of_a_rank_that_holds_some_of_the_heads_holds_those() -> None:
     for layer in model.model.layers:
         weight = layer.self_attn.k_proj.weight
         layer.self_attn.k_proj.weight = torch.nn.Parameter(weight[4:8])
+        set_sizes(layer.self_attn.k_proj)
     cache = Cache.for_model(model, TINY, 3, 10)
     assert {stored.shape for stored in (*cache.keys, *cache.values)} == {(3, 1, 10, TINY.head_dim)}
 
