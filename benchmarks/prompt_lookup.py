@@ -64,9 +64,8 @@ def theirs(options: argparse.Namespace, num_guesses: int) -> Callable[[list[int]
         done = model.generate(
             torch.tensor([prompt]),
             max_new_tokens=options.tokens,
-            min_new_tokens=options.tokens,
             do_sample=False,
-            eos_token_id=None,
+            eos_token_id=-1,  # no token, so it never ends early; prompt lookup refuses None
             pad_token_id=0,
             **settings,
         )
