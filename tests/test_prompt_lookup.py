@@ -85,18 +85,19 @@ def test_the_completion_is_the_greedy_one_in_fewer_steps(
 
 
 def test_it_ends_at_a_stop_token_and_where_its_consumer_says() -> None:
+    """Also in the middle of the tokens of one step."""
     prompt = PROMPTS[2]
     whole = greedy(prompt, 40)
-    stop = whole.ids[-1]
-    stopped = Completion(prompt, 40)
-    list(decode_with_lookup(random_model(), stopped, 10, (stop,)))
-    assert (stopped.ids, stopped.finish_reason) == (greedy(prompt, 40, (stop,)).ids, "eos")
-
-    completion = Completion(prompt, 40)
-    for _ in decode_with_lookup(random_model(), completion, 10):
-        if len(completion.ids) == 5:
-            completion.finish("stop")
-    assert completion.ids == whole.ids[:5]
+    for stop in set(whole.ids):
+        stopped = Completion(prompt, 40)
+        list(decode_with_lookup(random_model(), stopped, 10, (stop,)))
+        assert (stopped.ids, stopped.finish_reason) == (greedy(prompt, 40, (stop,)).ids, "eos")
+    for length in range(1, 40):
+        completion = Completion(prompt, 40)
+        for _ in decode_with_lookup(random_model(), completion, 10):
+            if len(completion.ids) == length:
+                completion.finish("stop")
+        assert completion.ids == whole.ids[:length]
 
 
 @pytest.mark.parametrize(
