@@ -219,7 +219,8 @@ def test_two_conversions_to_one_output_do_not_mix(tmp_path, tiny_checkpoint):
 
 
 def test_anonymous_memory_does_not_grow_with_the_number_of_tensors(tmp_path):
-    """Both models' largest tensor has 4 MiB; one has 4 tensors, the other 24."""
+    """Both models' largest tensor has 4 MiB; one has 4 tensors, the other 24. Memory is sampled, and
+    a busy machine may miss the peak of a short conversion: the largest of three counts."""
     MiB = 2**20
     peaks = {}
     for count in (4, 24):
@@ -227,11 +228,14 @@ def test_anonymous_memory_does_not_grow_with_the_number_of_tensors(tmp_path):
         source = Output(tmp_path / f"source{count}")
         write_checkpoint(source, [], {f"w{i}": tensor for i in range(count)}, no_other_files)
         tensors = open_weights(source.path)
-        output = Output(tmp_path / f"copy{count}", dtype=torch.float16)
-        peaks[count] = peak_growth(
-            lambda output=output, tensors=tensors: write_checkpoint(
-                output, [], tensors, no_other_files
+        outputs = [Output(tmp_path / f"copy{count}_{i}", dtype=torch.float16) for i in range(3)]
+        peaks[count] = max(
+            peak_growth(
+                lambda output=output, tensors=tensors: write_checkpoint(
+                    output, [], tensors, no_other_files
+                )
             )
+            for output in outputs
         )
     assert peaks[24] < peaks[4] + 8 * MiB
     assert peaks[24] < 32 * MiB
