@@ -219,8 +219,8 @@ def test_two_conversions_to_one_output_do_not_mix(tmp_path, tiny_checkpoint):
 
 
 def test_anonymous_memory_does_not_grow_with_the_number_of_tensors(tmp_path):
-    """Both models' largest tensor has 4 MiB; one has 4 tensors, the other 24. Memory is sampled, and
-    a busy machine may miss the peak of a short conversion: the largest of three counts."""
+    """Both models' largest tensor has 4 MiB; one has 4 tensors, the other 24. Memory is sampled.
+    A busy machine may miss the peak of a short conversion, so the largest of three counts."""
     MiB = 2**20
     peaks = {}
     for count in (4, 24):
