@@ -141,8 +141,8 @@ def test_the_form_of_the_weights_follows_the_number_of_sequences(
     assert torch.equal(column_tiles.join(up_proj.weight), numbers)
 
 
-def test_tiles_are_for_large_tables_of_any_size() -> None:
-    """The widest tile that divides the rows; other devices and dtypes keep their weights."""
+def test_a_weight_is_cut_by_the_largest_width_that_divides_its_rows() -> None:
+    """A weight that none divides, or of another device or dtype, is not cut."""
     widths = {out: column_tiles._width_for(out) for out in (32_000, 576, 288, 100, 4096)}
     assert widths == {32_000: 256, 576: 64, 288: 32, 100: 0, 4096: 256}
     weight = torch.empty(256, 8)

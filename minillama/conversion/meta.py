@@ -42,7 +42,7 @@ def meta_to_hf(
     beside = _directory_with_tokenizer(source)
     chosen = tokenizer or beside
     opened = open_tokenizer(chosen) if chosen else None
-    if opened is not None and beside is not None:
+    if tokenizer and opened and beside:
         problem = contradiction(opened, beside)
         if problem:
             notes.append(f"warning: {problem}; the text of the converted model may be nonsense")

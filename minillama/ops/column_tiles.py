@@ -2,10 +2,10 @@
 
     y = W x = sum over j of x_j * W[:, j]
 
-is a sum of the columns of W with the weights x_j. `embedding_bag` of torch computes weighted sums
-of rows of a table: it was made for recommendation models, whose tables are far larger than any
-cache, so its kernel (FBGEMM's) does little but read memory. Here the rows of the table are columns
-of W, cut into pieces. A tile is a block of rows of W, transposed:
+is a sum of the columns of W, each multiplied by its x_j. torch's `embedding_bag` computes such sums
+of rows of a table. It was made for recommendation models, whose tables are far larger than any
+cache, so its kernel (FBGEMM's) does little but read memory. Here the rows of the table are pieces
+of columns of W. A tile is a block of rows of W, transposed:
 
     W (4, 3)    a b c        tiles (2, 3, 2)    a d   g j
                 d e f                           b e   h k

@@ -202,7 +202,9 @@ def linear_packed(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def linear_tiled(x: Tensor, tiles: Tensor, bias: Tensor | None) -> Tensor:
-    """The product with a weight in tiles. One row is fast, several are no slower than torch's."""
+    """The product with a weight in tiles. Tiles are for one row; several, such as a prompt's, are
+    slower than with a packed weight.
+    """
     _assert_no_gradient(x)
     rows = x.flatten(0, -2)  # (rows, in)
     if len(rows) == 1:
